@@ -1,0 +1,33 @@
+# make demo     from nothing to pictures: environment, sample data, a short training, predictions
+# make test     from nothing to a passing test run
+# make bench    speed, as ratios of two things measured in one run
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test test-slow bench clean
+
+$(VENV)/installed: requirements.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed
+	test -d Wildfire || $(PYTHON) -m data.sample
+	$(PYTHON) train_seg.py --epochs 12 --bs 8 --repeat 1 --schedule cosine --name demo
+	$(PYTHON) predict.py --task seg --tta --polygons
+
+test: $(VENV)/installed-dev
+	$(PYTHON) -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(PYTHON) -m pytest -m slow
+
+bench: $(VENV)/installed-dev
+	for file in tests/bench/*.py; do $(PYTHON) -m tests.bench.$$(basename $$file .py) || exit; done
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,82 @@
+"""Decoded images kept: in memory, or in one memory-mapped file that all processes share."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils import dist
+from utils.errors import UserError
+
+
+class Cache:
+    """`cache[i]` -> the tensor that `read(files[i])` gave, without reading the file again.
+
+    where: "ram" (per training process; loader workers share it by fork) or "disk": one array in `folder`,
+    built once, and built again when a file's size or time, or `variant` (what `read` depends on), changed.
+    Shapes and dtypes may differ from file to file.
+    """
+
+    def __init__(self, files, read, where, *, folder="runs/cache", variant=""):
+        self.files, self.read, self.variant = files, read, str(variant)
+        if where == "ram":
+            parts = [self._bytes(tensor) for tensor in self._tensors()]
+            self.array = np.concatenate(parts)
+            return
+        name = hashlib.sha256("\n".join(str(Path(f).resolve()) for f in files).encode()).hexdigest()[:16]
+        self.path = Path(folder) / name
+        # the first process of a node builds, the others then find it built
+        for builder in (True, False):
+            if builder == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+                self._open() or self._build()
+            dist.barrier()
+
+    def __getitem__(self, i):
+        start, shape, dtype = self.index[i]
+        dtype = getattr(torch, dtype)
+        stop = start + int(np.prod(shape)) * dtype.itemsize
+        return torch.from_numpy(np.array(self.array[start:stop])).view(dtype).reshape(shape)
+
+    def _tensors(self):
+        self.index, start = [], 0
+        for file in tqdm(self.files, desc="cache", disable=dist.rank() > 0, leave=False):
+            tensor = self.read(file).contiguous()
+            self.index.append((start, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
+            start += tensor.numel() * tensor.element_size()
+            yield tensor
+
+    @staticmethod
+    def _bytes(tensor):
+        return tensor.reshape(-1).view(torch.uint8).numpy()
+
+    def _stamp(self):
+        stats = [os.stat(file) for file in self.files]
+        return [self.variant] + [[s.st_size, s.st_mtime_ns] for s in stats]
+
+    def _open(self):
+        try:
+            header = json.loads(self.path.with_suffix(".json").read_text())
+            self.array = np.memmap(self.path.with_suffix(".bin"), np.uint8, "r")
+        except (OSError, ValueError):
+            return False
+        self.index = header["index"]
+        return header["stamp"] == self._stamp() and header["bytes"] == len(self.array)
+
+    def _build(self):
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path.with_suffix(".tmp"), "wb") as file:
+                for tensor in self._tensors():
+                    file.write(self._bytes(tensor))
+            header = {"stamp": self._stamp(), "index": self.index, "bytes": self.path.with_suffix(".tmp").stat().st_size}
+            self.path.with_suffix(".json").unlink(missing_ok=True)  # never a header beside another array
+            os.replace(self.path.with_suffix(".tmp"), self.path.with_suffix(".bin"))
+            self.path.with_suffix(".json").write_text(json.dumps(header))
+        except OSError as error:
+            self.path.with_suffix(".tmp").unlink(missing_ok=True)
+            raise UserError(f"{self.path.parent}: cannot write the cache ({error.strerror}); make room, or leave "
+                            f"--cache disk out") from None
+        self._open()

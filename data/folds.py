@@ -1,0 +1,101 @@
+"""Splits, written once as JSON: {sample name: fold}. Whoever reads the file sees the same split."""
+import csv
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+
+
+def assign(names, sizes, *, strata=None, groups=None, seed=910103):
+    """-> {name: fold}, so that fold k gets the share sizes[k] of the samples.
+
+    strata: a label per sample, spread over the folds in equal proportions. groups: a label per sample; a
+    group is never divided. K-fold, stratified, grouped and stratified-grouped are the same greedy rule: the
+    largest groups first, in random order among equals, each to the fold that it brings closest to its share
+    of every stratum. The default seed is the wildfire system's; it is not the training seed, so that
+    experiments with several seeds share one split.
+    """
+    strata = strata or [0] * len(names)
+    groups = groups or list(names)
+    members = defaultdict(list)
+    for i, group in enumerate(groups):
+        members[group].append(i)
+    order = list(members.values())
+    np.random.default_rng(seed).shuffle(order)
+    order.sort(key=len, reverse=True)
+    totals, filled, fold_of = Counter(strata), [Counter() for _ in sizes], {}
+    for group in order:
+        labels = Counter(strata[i] for i in group)
+        # how full each fold would be: in the group's strata first, then as a whole
+        load = [(sum(n * (filled[k][s] + n) / (share * totals[s]) for s, n in labels.items()),
+                 filled[k].total() / share) for k, share in enumerate(sizes)]
+        fold = min(range(len(sizes)), key=lambda k: load[k])
+        filled[fold].update(labels)
+        fold_of.update((names[i], fold) for i in group)
+    return {name: fold_of[name] for name in names}
+
+
+def area_strata(areas, bins=10):
+    """A stratum per sample from its positive area in pixels: `bins` of log(area), empty ones by themselves.
+
+    The bins of the wildfire system (np.histogram over the logarithms), which had no empty masks.
+    """
+    logs = [math.log(a) for a in areas if a > 0]
+    edges = np.histogram_bin_edges(logs, bins)[1:-1] if logs else []
+    return [int(np.digitize(math.log(a), edges)) if a > 0 else -1 for a in areas]
+
+
+def parse(text):
+    """--folds: "5" -> equal shares, "0" -> None, "0.2" -> a held-out fraction, else a Path to a split's JSON."""
+    try:
+        value = float(text)
+    except ValueError:
+        return Path(text)
+    if value == 0:
+        return None
+    if 0 < value < 1:
+        return [value, 1 - value]
+    if value >= 2 and value == int(value) and value <= 1000:
+        return [1 / value] * int(value)
+    raise UserError(f"--folds {text}: give a number of folds from 2, a fraction below 1, 0 for no validation, or a file")
+
+
+def read(path, names):
+    """A split's JSON, complete for `names`."""
+    try:
+        fold_of = json.loads(Path(path).read_text())
+        missing = [n for n in names if not isinstance(fold_of.get(n), int)]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise UserError(f"{path}: not a split; give a run's folds.json: {{name: fold}}") from None
+    if missing:
+        raise UserError(f"{path}: has no fold for {missing[0]} ({len(missing)} such); make a new split with --folds 5")
+    return {n: fold_of[n] for n in names}
+
+
+def read_groups(path, names):
+    """A CSV whose first column is the sample's name and whose column `group` (else the second) its group."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+        column = rows[0].index("group") if "group" in rows[0] else 1
+        group_of = {row[0]: row[column] for row in rows}
+    except (OSError, UnicodeDecodeError, IndexError, csv.Error):
+        raise UserError(f"{path}: not a table of groups; give a CSV with the columns name and group") from None
+    missing = [n for n in names if n not in group_of]
+    if missing:
+        raise UserError(f"{path}: has no group for {missing[0]} ({len(missing)} such); add the rows")
+    return [group_of[n] for n in names]
+
+
+def split(fold_of, fold):
+    """-> (training names, validation names). fold_of None: everything is for training."""
+    train = [name for name, k in fold_of.items() if k != fold]
+    val = [name for name, k in fold_of.items() if k == fold]
+    if not train or not val:
+        raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are the "
+                        f"folds {', '.join(map(str, sorted(set(fold_of.values()))))}")
+    return train, val

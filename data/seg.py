@@ -1,0 +1,135 @@
+"""Segmentation data: image and mask files, in the wildfire competition's layout, -> tensors.
+
+    DATA/train_img/train_img_17.tif    DATA/train_mask/train_mask_17.tif    DATA/test_img/test_img_3.tif
+"""
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from data import augment, images
+from data.cache import Cache
+from utils import dist
+from utils.errors import UserError
+from utils.geometry import warp
+
+
+def pairs(image_folder, mask_folder):
+    """-> {image stem: (image path, mask path)}: equal stems, or stems equal but for `img` <-> `mask`.
+
+    Raises UserError naming a file without partner, and two files of one name.
+    """
+    def by_stem(folder):
+        found = {}
+        for path in images.find(folder):
+            if path.stem in found:
+                raise UserError(f"{path}: {found[path.stem].name} has the same name; rename or remove one")
+            found[path.stem] = path
+        return found
+
+    image_of, mask_of = by_stem(image_folder), by_stem(mask_folder)
+    matched = {stem: (path, mask_of.pop(stem, None) or mask_of.pop(stem.replace("img", "mask"), None))
+               for stem, path in image_of.items()}
+    for lone, where in ((next((p for p, mask in matched.values() if mask is None), None), mask_folder),
+                        (next(iter(mask_of.values()), None), image_folder)):
+        if lone:
+            raise UserError(f"{lone}: no file of that name in {where}; add it, or remove this one")
+    return matched
+
+
+def read_mask(path, classes=1, ignore=None):
+    """-> uint8 tensor (H, W) of class indices. In binary masks 255 counts as 1 (unless it is `ignore`).
+
+    Raises UserError for other values: they would be trained as wrong classes, or crash a GPU.
+    """
+    mask = images.read(path)
+    if len(mask) != 1:
+        raise UserError(f"{path}: a mask has 1 band, this has {len(mask)}; save class indices, not colours")
+    mask = mask[0]
+    if classes == 1 and ignore != 255:
+        mask = torch.where(mask.int() == 255, 1, mask.int())
+    values = [v for v in torch.unique(mask.int() if not mask.is_floating_point() else mask).tolist() if v != ignore]
+    top = max(classes - 1, 1)
+    wrong = [v for v in values if v != int(v) or not 0 <= v <= top]
+    if wrong:
+        raise UserError(f"{path}: has the value {wrong[0]:g}; masks hold 0 to {top}, see --classes and --ignore")
+    return mask.to(torch.uint8)
+
+
+def scan(paired, *, bands=None, classes=1, ignore=None):
+    """Checks every pair before training: sizes, band counts, mask values.
+
+    -> [{"size": (H, W), "area": positive pixels, "bands": count, "dtype"...}] in the order of `paired`.
+    """
+    def check(item):
+        image, mask = item
+        count, *size = images.size(image)
+        if bands and max(bands) > count:
+            raise UserError(f"{image}: has {count} bands, --bands asks for {max(bands)}; choose others")
+        labels = read_mask(mask, classes, ignore)
+        if list(labels.shape) != size:
+            raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} {tuple(size)}; make them equal")
+        positive = (labels > 0) & (labels != (-1 if ignore is None else ignore))
+        return {"size": tuple(size), "bands": count, "area": int(positive.sum())}
+
+    with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock alone
+        found = list(tqdm(pool.map(check, paired), total=len(paired), desc="check", leave=False, disable=dist.rank() > 0))
+    if bands is None and len({item["bands"] for item in found}) > 1:
+        first = next(i for i, item in enumerate(found) if item["bands"] != found[0]["bands"])
+        raise UserError(f"{paired[first][0]}: has {found[first]['bands']} bands, others {found[0]['bands']}; choose --bands")
+    return found
+
+
+def default_scale(dtype):
+    """What turns the file's numbers into 0..1: 65535 for uint16 (the wildfire system's), 255 for uint8, else 1."""
+    return {torch.uint8: 255.0, torch.uint16: 65535.0}.get(dtype, 1.0)
+
+
+def add_mean_planes(image):
+    """(..., C, H, W) -> (..., 2C, H, W): for every band a constant plane, its mean over the pixels > 0.
+
+    They tell the net the tile's overall brightness, which differs more between tiles than within one
+    (the wildfire system's README). A band without positive pixels gets 0.
+    """
+    valid = image > 0
+    mean = (image * valid).sum((-2, -1), keepdim=True) / valid.sum((-2, -1), keepdim=True).clamp(min=1)
+    return torch.cat((image, mean.expand_as(image)), -3)
+
+
+class SegData(Dataset):
+    """`data[(epoch, index)]` -> an augmented crop, which depends on (seed, epoch, index) only.
+    `data[index]` -> the whole tile as it is.
+
+    Both are {"image": float32 (C, H, W), "mask": uint8 (H, W), "index": int}. `len` counts every tile `repeat`
+    times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)].
+    """
+
+    def __init__(self, paired, *, bands=None, scale=1.0, classes=1, ignore=None, imgsz=256, repeat=1, seed=0, cache=None):
+        self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
+        self.read_image = lambda path: images.read(path, bands)
+        self.read_mask = lambda path: read_mask(path, classes, ignore)
+        if cache:
+            image_files, mask_files = zip(*paired)
+            self.images = Cache(image_files, self.read_image, cache, variant=bands)
+            self.masks = Cache(mask_files, self.read_mask, cache, variant=(classes, ignore))
+        else:
+            self.images = self.masks = None
+
+    def __len__(self):
+        return len(self.paired) * self.repeat
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        i = index % len(self.paired)
+        image = self.images[i] if self.images else self.read_image(self.paired[i][0])
+        mask = self.masks[i] if self.masks else self.read_mask(self.paired[i][1])
+        if epoch is not None:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            matrix, border = augment.crop_flip(rng, *mask.shape, self.imgsz)
+            size = (self.imgsz, self.imgsz)
+            image = warp(image, matrix, size, border=border)
+            mask = warp(mask[None], matrix, size, border=border, mode="nearest")[0]
+        return {"image": image.float() / self.scale, "mask": mask, "index": i}

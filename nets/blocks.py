@@ -1,0 +1,68 @@
+"""The parts that every net here is made of."""
+import contextlib
+
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias -> batch norm -> ReLU (unless `act=False`); padding keeps H/stride, W/stride.
+
+    The attributes are called `conv` and `bn` because that is what timm's state dicts call them.
+    """
+
+    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=True):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(cout)
+        self.act = act
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return F.relu(x, inplace=True) if self.act else x
+
+
+def init_fan_out(module):
+    """Convolutions N(0, sqrt(2 / fan_out)) with fan_out = k*k*C_out/groups, as timm initialises its RegNets."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+            nn.init.normal_(m.weight, 0.0, (2.0 / fan_out) ** 0.5)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def fuse(model):
+    """Fold every batch norm into the convolution before it, in place, and return the model in eval mode.
+
+    The result computes the same function up to rounding and about a third faster. For prediction only.
+    """
+    model.eval()
+    for m in model.modules():
+        if isinstance(m, ConvNorm) and isinstance(m.bn, nn.BatchNorm2d):
+            m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
+    return model
+
+
+@contextlib.contextmanager
+def _frozen_statistics(module):
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+def recompute(module, *inputs):
+    """`module(*inputs)`, keeping no activations: they are computed again in the backward pass.
+
+    The second forward pass leaves the running statistics of batch norm alone: plain checkpointing would
+    count every batch twice.
+    """
+    return checkpoint(module, *inputs, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(module)))

@@ -1,0 +1,162 @@
+"""Published weights into our nets, tensor for tensor: timm, torchvision, our own checkpoints.
+
+    pretrained.load(model, "timm:regnetx_002")        downloads once (torch.hub's cache), checks the file's hash
+    pretrained.load(model, "weights.safetensors")     or .pth, .pt: no network
+
+Files are read as tensors and nothing else: `torch.load(weights_only=True)`, or the safetensors reader below.
+"""
+import json
+import os
+import re
+from urllib.error import URLError
+
+import numpy as np
+import torch
+
+_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-regnet/"
+_TORCHVISION = "https://download.pytorch.org/models/"
+# the eight digits in each name begin the file's SHA-256; torch.hub compares
+URLS = {
+    "timm:regnetx_002": _TIMM + "regnetx_002-e7e85e5c.pth",
+    "timm:regnetx_004": _TIMM + "regnetx_004-7d0e9424.pth",
+    "timm:regnetx_006": _TIMM + "regnetx_006-85ec1baa.pth",
+    "timm:regnetx_008": _TIMM + "regnetx_008-d8b470eb.pth",
+    "timm:regnetx_016": _TIMM + "regnetx_016-65ca972a.pth",
+    "timm:regnetx_032": _TIMM + "regnetx_032-ed0c7f7e.pth",
+    "torchvision:regnet_x_400mf": _TORCHVISION + "regnet_x_400mf-62229a5f.pth",
+    "torchvision:regnet_x_800mf": _TORCHVISION + "regnet_x_800mf-94a99ebd.pth",
+    "torchvision:regnet_x_1_6gf": _TORCHVISION + "regnet_x_1_6gf-a12f2b72.pth",
+    "torchvision:regnet_x_3_2gf": _TORCHVISION + "regnet_x_3_2gf-7071aa85.pth",
+}
+
+
+def load(model, path_or_name):
+    """Copies what fits from a file (or a name in URLS) into `model`, or into its `encoder`.
+
+    A first convolution with another number of input bands is adapted. Returns {"loaded", "adapted",
+    "unused", "missing"}: lists of tensor names, the last two as they are called in the file and in the model.
+    Raises OSError when the file cannot be had, ValueError when it is damaged or not weights of this net.
+    """
+    state = to_timm_names(unwrap(download(path_or_name) if path_or_name in URLS else read(path_or_name)))
+    ours = model.state_dict()
+    # a whole net fits as it is; a classification net fits into the encoder of a segmentation net
+    prefix = max(("", "encoder."), key=lambda p: sum(p + name in ours for name in state))
+    loaded, adapted, unused = {}, [], []
+    first = next((name for name, t in ours.items() if name.startswith(prefix) and t.ndim == 4), None)
+    for name, tensor in state.items():
+        target = ours.get(prefix + name)
+        if target is not None and prefix + name == first and tensor.shape[1] != target.shape[1]:
+            tensor = adapt_input(tensor, target.shape[1])
+            adapted.append(prefix + name)
+        if target is None or tensor.shape != target.shape:
+            unused.append(name)
+        elif tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path_or_name}: tensor {name} is not finite; fetch the file again")
+        else:
+            loaded[prefix + name] = tensor
+    if len(loaded) < len(state) / 2:
+        raise ValueError(f"{path_or_name}: only {len(loaded)} of its {len(state)} tensors fit this net "
+                         f"(the first that does not: {unused[0] if unused else 'none'}); choose the net they belong to")
+    model.load_state_dict(loaded, strict=False)
+    return {"loaded": list(loaded), "adapted": adapted, "unused": unused,
+            "missing": [name for name in ours if name not in loaded]}
+
+
+def describe(report):
+    """The report of `load` as one line."""
+    def names(key):
+        top = sorted({".".join(n.split(".")[:1 + n.startswith("encoder")]) for n in report[key]})
+        return f"{len(report[key])} ({', '.join(top[:6])})" if top else "0"
+
+    return (f"weights: {len(report['loaded'])} tensors loaded, {len(report['adapted'])} adapted to the input bands, "
+            f"not used: {names('unused')}, left as initialised: {names('missing')}")
+
+
+def unwrap(state):
+    """The state dict inside a training checkpoint (averaged weights first), without DDP's `module.`."""
+    for key in ("ema", "state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+def to_timm_names(state):
+    """torchvision's RegNet names -> timm's, which are ours. Others pass."""
+    if not any(name.startswith("trunk_output.") for name in state):
+        return state
+    part = {"0": "conv", "1": "bn"}
+    unit = {"proj": "downsample", "f.a": "conv1", "f.b": "conv2", "f.c": "conv3"}
+    renamed = {}
+    for name, tensor in state.items():
+        if m := re.fullmatch(r"stem\.([01])\.(.+)", name):
+            name = f"stem.{part[m[1]]}.{m[2]}"
+        elif m := re.fullmatch(r"trunk_output\.block(\d+)\.block\d+-(\d+)\.(proj|f\.[abc])\.([01])\.(.+)", name):
+            name = f"s{m[1]}.b{int(m[2]) + 1}.{unit[m[3]]}.{part[m[4]]}.{m[5]}"
+        elif name.startswith("fc."):
+            name = f"head.{name}"
+        renamed[name] = tensor
+    return renamed
+
+
+def adapt_input(weight, in_chans):
+    """(O, I, k, k) -> (O, in_chans, k, k), as timm's `adapt_input_conv` does.
+
+    One band gets the sum over the bands: a grey image gives what it gave as RGB. More bands repeat the
+    weights in turn, scaled so that the response to a flat image stays.
+    """
+    bands = weight.shape[1]
+    if in_chans == 1:
+        return weight.float().sum(1, keepdim=True)
+    repeated = weight.float().repeat(1, -(-in_chans // bands), 1, 1)[:, :in_chans]
+    return repeated * (bands / in_chans)
+
+
+def download(name):
+    try:
+        return torch.hub.load_state_dict_from_url(URLS[name], map_location="cpu", check_hash=True, weights_only=True)
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise OSError(f"{name}: no network? {URLS[name]} did not answer ({getattr(error, 'reason', error)}); "
+                      f"fetch it elsewhere and pass the file's path") from None
+    except RuntimeError as error:  # torch.hub: the hash differs
+        raise ValueError(f"{name}: the downloaded file is not the published one ({error}); try again") from None
+
+
+def read(path):
+    """A file of weights -> dict. Executes nothing: pickled modules are refused."""
+    if not os.path.isfile(path):
+        raise OSError(f"{path}: no such file; give a file of weights, or one of {', '.join(URLS)}")
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises a dozen types on damaged files
+        raise ValueError(f"{path}: not a file of plain tensors ({type(error).__name__}); "
+                         f"save a state dict with torch.save(model.state_dict(), ...)") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dict of tensors; save a state dict")
+    return state
+
+
+def read_safetensors(path):
+    """The safetensors format: 8 bytes of header length, a JSON header, the tensors' bytes."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+              "U8": torch.uint8, "BOOL": torch.bool}
+    data = np.fromfile(path, np.uint8)
+    try:
+        start = 8 + int(data[:8].view("<u8")[0])
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        state = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            if not 0 <= first <= last <= len(data) - start:
+                raise ValueError(f"{name} lies outside the file")
+            raw = torch.from_numpy(data[start + first:start + last].copy())
+            state[name] = raw.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
+    return state

@@ -1,0 +1,81 @@
+"""UNet (Ronneberger et al. 2015) on a classification encoder, as it took 2nd place in AI SPARK 2024 (wildfire).
+
+The defaults are that system: two 1x1 convolutions that let every pixel find its own scale, a RegNetX-200MF
+whose stem keeps the full resolution, and a slim decoder. 14 input planes -> 1 logit: 3,307,409 parameters.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nets.blocks import ConvNorm, recompute
+from nets.regnet import VARIANTS, RegNetX
+
+
+class DecoderBlock(nn.Module):
+    """Upsample to the skip's size (x2 when there is none), concatenate, two 3x3 convolutions."""
+
+    def __init__(self, cin, skip, cout):
+        super().__init__()
+        self.conv1 = ConvNorm(cin + skip, cout, 3)
+        self.conv2 = ConvNorm(cout, cout, 3)
+
+    def forward(self, x, skip=None):
+        # to the skip's exact size, not x2: an odd-sized map was rounded up on its way down
+        size = skip.shape[2:] if skip is not None else [2 * s for s in x.shape[2:]]
+        x = F.interpolate(x, size=size, mode="nearest")
+        return self.conv2(self.conv1(x if skip is None else torch.cat((x, skip), 1)))
+
+
+def make_encoder(name, in_chans, *, stem_stride=2, grad_checkpoint=False):
+    """An encoder by name: a module with `.features(x) -> maps`, `.channels` and `.strides`."""
+    if name in VARIANTS:
+        return RegNetX(in_chans, name, num_classes=0, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint)
+    raise ValueError(f"unknown encoder {name!r}; there are {', '.join(VARIANTS)}")
+
+
+class UNet(nn.Module):
+    """(B, in_chans, H, W) -> logits (B, classes, H, W), for any H and W of at least 1.
+
+    `conv0`: widths of the 1x1 convolutions before the encoder; () leaves them out.
+    `decoder`: width per block, coarse to fine; blocks beyond the encoder's skips only upsample. Where the
+    last block is still coarser than the input, the logits are upsampled (bilinear).
+    """
+
+    def __init__(self, encoder="regnetx_002", in_chans=14, classes=1, conv0=(32, 32), decoder=(128, 64, 48, 32),
+                 stem_stride=1, grad_checkpoint=False):
+        super().__init__()
+        self.conv0 = nn.Sequential()
+        for width in conv0:  # no norm: a batch statistic would mix the scales that these layers are to undo
+            self.conv0.extend((nn.Conv2d(in_chans, width, 1), nn.ReLU(inplace=True)))
+            in_chans = width
+        self.encoder = make_encoder(encoder, in_chans, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint)
+        *skips, cin = self.encoder.channels
+        self.decoder = nn.ModuleList()
+        for width in decoder:
+            self.decoder.append(DecoderBlock(cin, skips.pop() if skips else 0, width))
+            cin = width
+        self.head = nn.Conv2d(cin, classes, 3, padding=1)
+        self.grad_checkpoint = grad_checkpoint
+
+    @property
+    def stride(self):
+        """Inputs whose sides are multiples of this come through without rounding."""
+        return self.encoder.strides[-1]
+
+    def forward(self, x):
+        size = x.shape[2:]
+        *skips, y = self.encoder.features(self.conv0(x))
+        for block in self.decoder:
+            inputs = (y, skips.pop()) if skips else (y,)
+            y = recompute(block, *inputs) if self.grad_checkpoint and self.training else block(*inputs)
+        y = self.head(y)
+        if y.shape[2:] == size:
+            return y
+        if y.shape[2] > size[0]:  # x2 blocks of an odd-sized input overshoot
+            return y[..., :size[0], :size[1]]
+        return F.interpolate(y, size=size, mode="bilinear", align_corners=False)
+
+
+def probabilities(logits):
+    """Logits (B, C, H, W) -> fp32 probabilities: sigmoid for one class, else softmax."""
+    return logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(1)

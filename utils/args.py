@@ -1,0 +1,137 @@
+"""The flags that mean the same in every script, and what happens between the command line and the run."""
+import argparse
+import copy
+import math
+
+from utils import dist, runs
+from utils.errors import UserError
+from utils.optim import SCHEDULES
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage text
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def whole(low, high=2**31):
+    """argparse type: an integer from low to high."""
+    def parse(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = "whole number"
+    return parse
+
+
+def real(low, high=1e9):
+    """argparse type: a finite number from low to high."""
+    def parse(text):
+        value = float(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+    parse.__name__ = "number"
+    return parse
+
+
+def band_list(text):
+    """argparse type: "1-7", "7,5,3" -> 1-based band numbers; "all" -> None."""
+    if text == "all":
+        return None
+    bands = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        bands += range(int(first), int(last or first) + 1)
+    if not bands or min(bands) < 1 or max(bands) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no list of bands; write 1-7, or 7,5,3, or all")
+    return bands
+
+
+def loss_term(known):
+    """argparse type: "bce" -> ("bce", 1.0), "bce=0.5" -> ("bce", 0.5)."""
+    def parse(text):
+        name, _, weight = text.partition("=")
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(known)}")
+        return name, real(0)(weight or "1")
+    parse.__name__ = "loss"
+    return parse
+
+
+def train_parser(description, task, **defaults):
+    """A parser with the flags that all training scripts share; `defaults`: the competition's recipe."""
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("training").add_argument
+    add("--data", metavar="DIR", help="the data's folder")
+    add("--epochs", type=whole(1, 10**6), help="passes over the (repeated) data")
+    add("--bs", type=whole(1, 65536), help="global batch size, shared by the processes")
+    add("--accumulate", type=whole(1, 65536), default=1, help="batches per optimizer step")
+    add("--imgsz", type=whole(16, 65536), help="side of the network's input in training, pixels")
+    add("--lr", type=real(0, 100), help="initial learning rate")
+    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="learning rate over the run")
+    add("--period", type=whole(1, 10**6), default=10, help="epochs of a restart, a step, or a plateau's patience")
+    add("--warmup-epochs", type=real(0), default=0.0, help="linear warmup")
+    add("--weight-decay", type=real(0, 10), default=0.01, help="not on norms and biases")
+    add("--clip", type=real(0), default=0.0, help="largest gradient norm; 0: no limit")
+    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights over steps")
+    add("--weights", metavar="FILE|NAME", help="start from published or own weights, such as timm:regnetx_002")
+    add("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (the newest one without PATH); "
+        "its flags hold, except those given again")
+    add("--patience", type=whole(0), default=0, help="stop after so many epochs without a better score; 0: never")
+    add("--seed", type=whole(0), default=0, help="of weights, order and augmentation")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="torch.compile the net: slow start, faster steps on GPUs")
+    add("--grad-checkpoint", action="store_true", help="less memory, about a third slower")
+    add("--sync-bn", action="store_true", help="batch norm over the global batch of all processes")
+    add("--workers", type=whole(0, 256), default=2, help="loader processes per training process")
+    add("--cache", choices=("ram", "disk"), help="keep decoded images")
+    add("--deterministic", action="store_true", help="bitwise repeatable on GPUs too (CPUs always are)")
+
+    add = parser.add_argument_group("records").add_argument
+    add("--project", default=f"runs/{task}", metavar="DIR", help="where runs go")
+    add("--name", default="exp", help="the run's folder in it; numbered when it exists")
+    add("--folds", default="5", metavar="N|F|FILE", help="N folds, a held-out fraction F, or a split's JSON file; "
+        "0 trains on everything")
+    add("--fold", type=whole(0), default=0, help="the fold to validate on")
+    add("--save-period", type=whole(0), default=10, help="also keep a checkpoint every so many epochs; 0: none")
+    add("--tensorboard", action="store_true", help="write TensorBoard scalars into the run folder")
+    add("--wandb", action="store_true", help="log to Weights & Biases")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def start(parser, argv=None):
+    """Parses, joins the process group, opens the run. Returns (args, device, run folder, state or None).
+
+    With --resume the run's own flags hold; those given again on the command line override, and are reported.
+    """
+    args = parser.parse_args(argv)
+    device = dist.setup(args.device)
+    folder, state = runs.open_run(args.project, args.name, args.resume)
+    if state:
+        given = vars(_given(parser, argv))
+        stored = {k: v for k, v in state["args"].items() if k in vars(args)}
+        for flag, value in given.items():
+            if flag != "resume" and stored.get(flag) != value and dist.rank() == 0:
+                print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
+        args = argparse.Namespace(**{**vars(args), **stored, **given})
+    if args.bs % dist.world_size():
+        raise UserError(f"--bs {args.bs}: not divisible by the {dist.world_size()} processes; make it a multiple")
+    if dist.rank() == 0:
+        runs.write_json(folder / "args.json", vars(args))
+        print(f"{'resuming' if state else 'run'}: {folder}" + (f" at step {state['step']}" if state else ""))
+    return args, device, folder, state
+
+
+def _given(parser, argv):
+    """Only the flags that stand on the command line."""
+    bare = copy.deepcopy(parser)
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    bare._defaults = {}
+    return bare.parse_args(argv)

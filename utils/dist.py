@@ -1,0 +1,116 @@
+"""Several processes, started by torchrun; with one process all of this does nothing."""
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+from utils.errors import UserError
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup(device="auto"):
+    """Picks this process's device and joins the group. `device`: "auto", "cpu", "cuda", "cuda:1", "mps".
+
+    Raises UserError for a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: not on this machine ({torch.cuda.device_count()} CUDA devices); "
+                        f"use --device cpu, or fewer processes per node") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size() > 1:
+        # small decisions (stop? save?) travel between CPUs, so that they never wait for the GPU's queue
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        if device.type == "cpu":  # torchrun sets one thread per process; share the cores instead
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    return device
+
+
+def broadcast(value):
+    """Rank 0's value (numbers, strings, lists, dicts) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def any_rank(number):
+    """The largest of the ranks' integers: one rank's wish to stop becomes everybody's."""
+    if world_size() == 1:
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
+
+
+def mean(tensor):
+    """Mean over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def same_buffers(module):
+    """Rank 0's buffers (batch norm's running statistics) on every rank, so that all evaluate one net."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all ranks. torch's own (nn.SyncBatchNorm) runs on GPUs only."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        values = x.float()
+        count = all_reduce(torch.tensor(float(values.numel() // values.shape[1])))
+        mean = all_reduce(values.sum((0, 2, 3))) / count
+        var = all_reduce((values - mean[:, None, None]).square().sum((0, 2, 3))) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight / (var + self.eps).sqrt()
+        return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
+def sync_batch_norm(model, device):
+    """Batch norms that see the global batch, in place of those that see one rank's. Returns the model."""
+    if world_size() == 1 or device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world_size() > 1 else model
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            sync = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
+            sync.load_state_dict(child.state_dict())
+            setattr(model, name, sync)
+        else:
+            sync_batch_norm(child, device)
+    return model

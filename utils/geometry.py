@@ -1,0 +1,131 @@
+"""One geometry for everything: a 3x3 matrix on pixel coordinates moves images, masks, boxes and points alike.
+
+Coordinates are continuous, x to the right and y down: pixel (column j, row i) covers [j, j+1) x [i, i+1), its
+centre is (j + 0.5, i + 0.5). A matrix maps source coordinates to output coordinates; matrices compose with `@`,
+the first transform rightmost, and are affine float64 numpy arrays.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def translate(dx, dy):
+    return np.array([[1.0, 0, dx], [0, 1, dy], [0, 0, 1]])
+
+
+def scale(sx, sy):
+    return np.diag([sx, sy, 1.0])
+
+
+def rotate(degrees):
+    """Counter-clockwise as seen on the screen, about the origin."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
+
+
+def flip_h(width):
+    """Left <-> right."""
+    return np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]])
+
+
+def flip_v(height):
+    """Up <-> down."""
+    return np.array([[1.0, 0, 0], [0, -1, height], [0, 0, 1]])
+
+
+def rot90(k, height, width):
+    """k quarter turns counter-clockwise of a height x width image, as `torch.rot90(image, k, (-2, -1))`."""
+    matrix = np.eye(3)
+    for _ in range(k % 4):
+        matrix = np.array([[0.0, 1, 0], [-1, 0, width], [0, 0, 1]]) @ matrix
+        height, width = width, height
+    return matrix
+
+
+def warp_points(points, matrix):
+    """Points (..., 2) of x, y -> the same, moved."""
+    points = np.asarray(points, np.float64)
+    return points @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def warp_boxes(boxes, matrix):
+    """Boxes (N, 4) of x1, y1, x2, y2 -> the boxes around their moved corners."""
+    x1, y1, x2, y2 = np.asarray(boxes, np.float64).reshape(-1, 4).T
+    corners = warp_points(np.stack((x1, y1, x2, y1, x2, y2, x1, y2), 1).reshape(-1, 4, 2), matrix)
+    return np.concatenate((corners.min(1), corners.max(1)), 1)
+
+
+def warp(image, matrix, size, *, mode="bilinear", border="constant", fill=0):
+    """Moves an image by `matrix` onto a canvas of `size` = (height, width), in one resampling.
+
+    image: (C, H, W) or (B, C, H, W), any dtype; matrix: (3, 3), or (B, 3, 3) for one per image.
+    mode: "bilinear", or "nearest" for masks. border: what lies outside the source: "constant" (`fill`),
+    "reflect" (without repeating the edge) or "wrap".
+
+    Flips, quarter turns and whole-pixel shifts move pixels exactly, in any dtype. Everything else is
+    interpolated, in float32 for integer images, which are rounded back.
+    """
+    inverse = np.linalg.inv(matrix)
+    steps, offset = inverse[..., :2, :2], inverse[..., :2, :2] @ (0.5, 0.5) + inverse[..., :2, 2] - 0.5
+    if inverse.ndim == 2 and np.allclose(abs(steps).sum(0), 1, atol=1e-9) and _whole(steps) and _whole(offset):
+        return _move(image, np.rint(steps).astype(int), np.rint(offset).astype(int), size, border, fill)
+    return _resample(image, inverse, size, mode, border, fill)
+
+
+def _whole(values):
+    return np.allclose(values, np.rint(values), atol=1e-6)
+
+
+def _inside(index, length, border):
+    """Indices beyond 0..length-1 brought back inside; works on fractions too."""
+    if border == "wrap":
+        return index % length
+    if border == "reflect":
+        period = max(2 * (length - 1), 1)
+        return (length - 1) - abs(index % period - (length - 1)) if length > 1 else index * 0
+    return index
+
+
+def _move(image, steps, offset, size, border, fill):
+    """Output pixel (row v, column u) is source pixel steps @ (u, v) + offset: index arithmetic, no arithmetic on values."""
+    dtype = image.dtype
+    if dtype == torch.uint16:  # torch has few kernels for it; the same bits move as int16
+        image, fill = image.view(torch.int16), int(np.uint16(fill).view(np.int16))
+    if steps[0, 0] == 0:  # a quarter turn: source x runs along output rows
+        image, steps, offset = image.transpose(-1, -2), steps[::-1], offset[::-1]
+    outside = []
+    for axis, length, step, start in ((-1, size[1], steps[0, 0], offset[0]), (-2, size[0], steps[1, 1], offset[1])):
+        source = image.shape[axis]
+        index = torch.from_numpy(_inside(np.arange(length) * step + start, source, border))
+        outside.append((index < 0) | (index >= source))
+        image = image.index_select(axis, index.clamp(0, source - 1).to(image.device))
+    if border == "constant" and (outside[0].any() or outside[1].any()):
+        image = image.masked_fill((outside[1][:, None] | outside[0][None]).to(image.device), fill)
+    return image.contiguous().view(dtype)
+
+
+def _resample(image, inverse, size, mode, border, fill):
+    batched = image if image.ndim == 4 else image[None]
+    values = batched if batched.is_floating_point() else batched.float()
+    height, width = values.shape[-2:]
+    inverse = torch.as_tensor(inverse, dtype=torch.float64).reshape(-1, 3, 3)
+    y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    centres = torch.stack((x, y), -1).double()
+    grid = centres @ inverse[:, None, :2, :2].transpose(-1, -2) + inverse[:, None, None, :2, 2]
+    if border == "constant":
+        values = values - fill
+    else:
+        grid = torch.stack([_inside(grid[..., i] - 0.5, n, border) + 0.5 for i, n in enumerate((width, height))], -1)
+        if border == "wrap":  # between the last pixel and the first one
+            values = F.pad(values, (0, 1, 0, 1), mode="circular")
+    grid = grid * 2 / torch.tensor((values.shape[-1], values.shape[-2])) - 1
+    grid = grid.to(values).expand(len(values), -1, -1, -1)
+    out = F.grid_sample(values, grid, mode=mode, padding_mode="zeros" if border == "constant" else "border",
+                        align_corners=False)
+    if border == "constant":
+        out = out + fill
+    if not image.is_floating_point():
+        out = out.round().to(image.dtype)
+    return out if image.ndim == 4 else out[0]

@@ -1,0 +1,121 @@
+"""Run folders: runs/<task>/<name>, one per experiment, never overwritten. Only rank 0 touches them."""
+import fcntl
+import itertools
+import json
+import os
+from pathlib import Path
+
+from utils import checkpoint, dist
+from utils.errors import UserError
+
+_locks = []  # open for the life of the process: closing the file would give the lock back
+
+
+def create(project, name):
+    """Makes and locks `project/name`, with a number behind the name where it exists. Returns its path.
+
+    Raises UserError when the folder cannot be written.
+    """
+    for number in itertools.count(1):
+        path = Path(project) / (name if number == 1 else f"{name}{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if path.parent.is_dir():
+                continue
+            raise UserError(f"{path.parent}: not a folder; choose another --project") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot make the run folder ({error.strerror}); choose another --project") from None
+        lock(path)
+        return path
+
+
+def lock(path):
+    """Takes the run folder for this process. Raises UserError when another process trains in it."""
+    try:
+        file = open(path / "lock", "a+")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(_launcher())
+        file.flush()
+    except BlockingIOError:
+        raise UserError(f"{path}: another process trains in this run folder; stop it first") from None
+    except OSError as error:
+        raise UserError(f"{path}: the run folder cannot be written ({error.strerror}); mend its permissions") from None
+    _locks.append(file)
+
+
+def _launcher():
+    """Names this process's torchrun agent, which lives on when its workers are restarted."""
+    return f"{os.uname().nodename} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def restarted(project):
+    """The run folder that this torchrun worked in before it restarted its workers, or None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return None
+    for path in _newest_first(project, "lock"):
+        if path.read_text() == _launcher():
+            return path.parent
+    return None
+
+
+def newest(project, *files):
+    """The newest run's first existing file of `files` (such as "best.pt", "last.pt").
+
+    Raises UserError when there is no run yet.
+    """
+    for folder in dict.fromkeys(path.parent for file in files for path in _newest_first(project, file)):
+        return next(folder / file for file in files if (folder / file).exists())
+    raise UserError(f"{project}: no run with {' or '.join(files)} in it yet; train one first, or give a path")
+
+
+def _newest_first(project, file):
+    return sorted(Path(project).glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def open_run(project, name, resume=None):
+    """-> (run folder, state to go on from or None), the same on every rank.
+
+    resume: None for a new run, "" for the project's newest, or a checkpoint's or run folder's path.
+    Workers that torchrun has restarted go on in the folder they had.
+    """
+    found = None
+    if dist.rank() == 0:
+        found = _guarded(lambda: _open(Path(project), name, resume))
+    found = dist.broadcast(found)
+    if isinstance(found, str):  # rank 0's error, on every rank at once
+        raise UserError(found)
+    return found
+
+
+def _guarded(function):
+    try:
+        return function()
+    except UserError as error:
+        if dist.world_size() == 1:
+            raise
+        return str(error)
+
+
+def _open(project, name, resume):
+    folder = restarted(project)
+    if folder:
+        last = folder / "last.pt"
+    elif resume is None:
+        return create(project, name), None
+    else:
+        last = Path(resume) if resume else newest(project, "last.pt")
+        last = last / "last.pt" if last.is_dir() else last
+        folder = last.parent
+    state = checkpoint.load(last) if last.exists() or not restarted(project) else None
+    if state and "optimizer" not in state:
+        raise UserError(f"{last}: holds weights only; resume from the run's last.pt, or start anew with --weights")
+    lock(folder)
+    return folder, state
+
+
+def write_json(path, value):
+    path = Path(path)
+    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
+    os.replace(path.with_suffix(".tmp"), path)
