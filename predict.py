@@ -211,7 +211,7 @@ def finish(file, out, args, bands):
     """Overlay picture and polygons from a written mask."""
     with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
         if args.overlays:
-            reduced = [max(1, round(side * min(1, 1024 / max(mask.shape)))) for side in mask.shape]
+            reduced = tuple(max(1, round(side * min(1, 1024 / max(mask.shape)))) for side in mask.shape)
             rgb = pictures.to_rgb(images.read(file, bands, shape=reduced))
             picture = pictures.overlay(rgb, mask.read(1, out_shape=reduced))
             Image.fromarray(picture).save(out / "overlays" / f"{file.stem}.png")

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 
 class UserError(Exception):
@@ -45,18 +46,23 @@ def cli(main):
         code = stopped.code
     except BrokenPipeError:  # `| head` has closed our output; there is nobody to tell
         code = 141
-    except (RuntimeError, MemoryError) as error:  # two kinds that users do cause
-        text = str(error)
-        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-            code = _report("out of memory; lower --bs or --imgsz, or try --grad-checkpoint", 2)
-        elif text.startswith(("DataLoader worker", "DataLoader timed out")):
-            code = _report(f"{text.splitlines()[0]} Lower --workers; 0 loads in the main process.", 2)
-        else:
-            raise
-    # a stopped process goes at once: the usual shutdown would wait for stuck loader workers and other ranks
+    except Exception as error:
+        code = _report(*_cause(error))
+    # a failed process goes at once: the usual shutdown would wait for loader workers and for other ranks
     for child in multiprocessing.active_children():
         child.kill()
+    sys.stderr.flush()
     os._exit(code)
+
+
+def _cause(error):
+    """-> (one line, 2) for what users do cause, (the traceback, 1) for what is a fault of ours."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return "out of memory; lower --bs or --imgsz, or try --grad-checkpoint", 2
+    if text.startswith(("DataLoader worker", "DataLoader timed out")):
+        return f"{text.splitlines()[0]} Lower --workers; 0 loads in the main process.", 2
+    return traceback.format_exc(), 1
 
 
 def _report(text, code):

@@ -1,0 +1,75 @@
+"""The peer: segmentation-models-pytorch's UNet on regnetx_002, trained the same way on the same split.
+
+    python -m tests.bench.peer_smp --data water --groups water/groups.csv --scale 10000 --seed 0
+
+Same tiles, crops, flips, batches, loss (Lovasz hinge, elu), AdamW 1e-3, cosine, epochs; smp's net as its users
+set it up: the seven bands, nothing before the encoder. --ema gives it our averaging as well. Prints validation
+IoU of the last epoch, plain and with flip-TTA; train_seg.py's results.json has the same numbers of our net.
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+import torch
+
+from data import folds, seg
+from data.loader import eval_loader, train_loader
+from utils import engine, losses, metrics, optim, tta
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--groups")
+    parser.add_argument("--scale", type=float, default=65535)
+    parser.add_argument("--imgsz", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--bs", type=int, default=16)
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema", action="store_true")
+    args = parser.parse_args()
+
+    paired = seg.pairs(Path(args.data) / "train_img", Path(args.data) / "train_mask")
+    bands = list(range(1, 8))
+    facts = seg.scan(list(paired.values()), bands=bands)
+    groups = folds.read_groups(args.groups, list(paired)) if args.groups else None
+    fold_of = folds.assign(list(paired), [0.2] * 5, strata=folds.area_strata([f["area"] for f in facts]), groups=groups)
+    train, val = folds.split(fold_of, args.fold)
+    options = dict(bands=bands, scale=args.scale, cache="ram")
+    data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, seed=args.seed, **options)
+    loader = train_loader(data, args.bs, seed=args.seed)
+    val_loader = eval_loader(seg.SegData([paired[n] for n in val], **options), args.bs)
+
+    engine.seed_everything(args.seed)
+    device = torch.device("cpu" if not torch.cuda.is_available() else "cuda")
+    model = smp.Unet("tu-regnetx_002", encoder_weights=None, in_channels=7, classes=1)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = optim.make_optimizer("adamw", optim.param_groups(model, 0.01), lr=1e-3)
+    schedule = optim.make_schedule("cosine", steps_per_epoch=len(loader), epochs=args.epochs)
+    ema = optim.make_ema(model, len(loader) * args.epochs) if args.ema else None
+
+    def compute_loss(model, batch):
+        return losses.lovasz_hinge(model(batch["image"]), batch["mask"], elu=True), {}
+
+    def evaluate(model, flips=False):
+        metric = metrics.BinaryIoU()
+        for batch in val_loader:
+            batch = engine.to_device(batch, device)
+            x = batch["image"]
+            metric.update(tta.mean_map(lambda x: model(x).float().sigmoid(), x, tta.flips(*x.shape[2:])[:4 if flips else 1]),
+                          batch["mask"])
+        return metric.compute()
+
+    with tempfile.TemporaryDirectory() as folder:
+        state = engine.fit(model, loader, optimizer, schedule, compute_loss, evaluate, folder=Path(folder), seed=args.seed,
+                           header={"task": "seg", "arch": {}}, epochs=args.epochs, device=device, ema=ema, save_period=0)
+    judged = ema.module if ema else model
+    with torch.inference_mode(), engine.autocast(device, engine.precision("auto", device)):
+        scores = evaluate(judged.eval(), flips=True)
+    print(f"smp, seed {args.seed}, ema {args.ema}: last epoch iou {state.scores[-1]:.4f}, with flip-TTA {scores['iou']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Losses on raw logits, computed in fp32 whatever the autocast state: logits and labels in, a scalar out.
+
+No loss loops over images, waits for the GPU (boolean indexing and `.item()` do), or lets an ignored element
+touch the value or the gradient: ignored elements are masked to zero, and the gradient there is exactly 0.
+Labels are not range-checked, because that too would wait for the GPU.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+
+
+def _in_fp32(loss):
+    """Runs a loss outside autocast with logits of at least fp32: a half-precision sum of 65,536 ones is inf."""
+    @functools.wraps(loss)
+    def wrapped(logits, labels, *args, **kwargs):
+        with torch.autocast(logits.device.type, enabled=False):
+            return loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, *args, **kwargs)
+    return wrapped
+
+
+def _pair(logits, labels):
+    """Both without the channel axis of a (B,1,H,W) map, labels in the dtype of the logits; ValueError on other shapes.
+
+    The labels become float before they meet `ignore`: torch wraps a scalar to uint8, where -1 would equal 255."""
+    logits, labels = (t.squeeze(1) if t.dim() == 4 else t for t in (logits, labels))
+    if logits.shape != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must have the same shape")
+    return logits, labels.to(logits.dtype)
+
+
+def _class_pair(logits, labels):
+    """int64 labels for (B,C,...) logits; ValueError unless the labels are (B,...)."""
+    if labels.shape != logits.shape[:1] + logits.shape[2:]:
+        raise ValueError(f"logits {tuple(logits.shape)} (B,C,...) need labels (B,...), not {tuple(labels.shape)}")
+    return labels.long()
+
+
+def _valid(labels, ignore):
+    """bool mask of the elements that count."""
+    return torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
+
+
+# ---- Lovász: a convex surrogate of 1 - IoU, the measure itself rather than a mean over pixels ----------------------
+
+@torch.no_grad()
+def _jaccard_steps(errors, positive):
+    """(R,P) errors and bool positives -> (R,P): what each pixel adds to the Jaccard loss of its row.
+
+    With the k worst pixels of a row wrong, m of its positives are still right and the union holds k + m pixels,
+    so the loss is J_k = 1 - m / (k + m). Its differences J_k - J_(k-1) are written out here: 1 / union at a
+    positive, m / (union * (union - 1)) at a negative; exact to 1e-7, where subtracting one fp32 J from the next
+    leaves 2 digits at 65,536 pixels, and none over most of a nearly empty mask. A row without
+    positives goes from 0 to 1 at its worst pixel: there alone the union of a negative is 1.
+    """
+    order = errors.argsort(dim=1, descending=True)
+    hit = positive.gather(1, order)
+    # Integer sums: exact at any size, and deterministic on CUDA, where a float cumsum is not.
+    right = hit.sum(1, keepdim=True, dtype=torch.int32) - hit.cumsum(1, dtype=torch.int32)
+    rank = torch.arange(1, errors.shape[1] + 1, dtype=torch.int32, device=errors.device)
+    union, right = (rank + right).to(errors.dtype), right.to(errors.dtype)
+    steps = torch.where(hit | (union == 1), 1 / union, right / (union * (union - 1)))
+    return torch.empty_like(errors).scatter_(1, order, steps)
+
+
+def _lovasz_rows(errors, positive, valid, ramp):
+    """(R,P) errors, bool positives, bool valid -> (R,): the Lovász extension of the Jaccard loss of each row."""
+    # -inf sorts behind everything that counts, where no step is left to take, and every ramp makes it 0.
+    errors = errors.masked_fill(~valid, -torch.inf)
+    return (ramp(errors) * _jaccard_steps(errors, positive & valid)).sum(1)
+
+
+def _elu_ramp(errors):
+    """elu(e) + 1: unlike relu it never stops pushing on pixels that are already right."""
+    return F.elu(errors) + 1
+
+
+@_in_fp32
+def lovasz_hinge(logits, labels, per_image=True, elu=False, ignore=None):
+    """Binary Lovász hinge loss (Berman, Triki, Blaschko 2018, arXiv 1705.08790, Alg. 1 and sec. 3.1).
+
+    logits     (B,H,W) or (B,1,H,W), float, before the sigmoid; 0 is the decision boundary
+    labels     (B,H,W) or (B,1,H,W), any dtype, positive where > 0.5
+    per_image  mean over images of the loss of each image (one without valid pixels adds 0 to that mean);
+               False: the batch is one large image
+    elu        elu(e) + 1 in place of relu(e), as the wildfire competition's seed trains
+    ignore     label value of pixels that count neither in the value nor in the gradient
+    returns    scalar fp32: 1 (elu: 2) at all-zero logits; in an image without positives only the top-scoring
+               pixel gets a gradient
+    ValueError when the shapes differ or there are several channels.
+    """
+    logits, labels = _pair(logits, labels)
+    if logits.dim() != 3:
+        raise ValueError(f"lovasz_hinge takes (B,H,W) or (B,1,H,W) logits, not {tuple(logits.shape)}")
+    logits, labels = (t.flatten(1) if per_image else t.reshape(1, -1) for t in (logits, labels))
+    positive = labels > 0.5
+    errors = 1 - torch.where(positive, logits, -logits)
+    return _lovasz_rows(errors, positive, _valid(labels, ignore), _elu_ramp if elu else F.relu).mean()
+
+
+@_in_fp32
+def lovasz_softmax(logits, labels, per_image=False, classes="present", ignore=None):
+    """Multi-class Lovász-softmax loss (Berman, Triki, Blaschko 2018, arXiv 1705.08790, sec. 3.2).
+
+    logits     (B,C,H,W), float, C >= 2; the softmax is taken here
+    labels     (B,H,W), any dtype, 0 .. C-1 or `ignore`
+    per_image  mean over images of the loss of each image (one without valid pixels adds 0 to that mean);
+               False: the batch is one large image
+    classes    mean over the classes "present" in the labels, or over "all" C
+    ignore     label value of pixels that count neither in the value nor in the gradient
+    returns    scalar fp32
+    ValueError on wrong shapes, on one class (use lovasz_hinge) and on another word for `classes`.
+    """
+    labels = _class_pair(logits, labels)
+    count = logits.shape[1]
+    if classes not in ("present", "all") or count < 2:
+        raise ValueError(f'classes is "present" or "all", not {classes!r}, of two or more channels, not {count}')
+    labels, logits = labels.flatten(1), logits.flatten(2)
+    if not per_image:
+        labels, logits = labels.reshape(1, -1), logits.transpose(0, 1).flatten(1)[None]
+    valid = _valid(labels, ignore)[:, None]
+    positive = (labels[:, None] == torch.arange(count, device=labels.device)[:, None]) & valid
+    # Masked before the softmax too, so that not even an infinite logit gets out of an ignored pixel.
+    probs = logits.masked_fill(~valid, 0).softmax(1)
+    errors = torch.where(positive, 1 - probs, probs)
+    rows = (t.flatten(0, 1) for t in (errors, positive, valid.expand_as(errors)))
+    losses = _lovasz_rows(*rows, F.relu).view(-1, count)  # errors are >= 0: relu only turns -inf into 0
+    used = positive.any(2) if classes == "present" else torch.ones_like(losses)
+    return ((losses * used).sum(1) / used.sum(1).clamp(min=1)).mean()
+
+
+# ---- Cross entropies ------------------------------------------------------------------------------------------------
+
+@_in_fp32
+def bce(logits, labels, smoothing=0., pos_weight=None, ignore=None):
+    """Binary cross entropy, for masks and for multi-label classification: mean over the valid elements.
+
+    logits      (B,K), (B,H,W), (B,1,H,W) or any other shape, float, before the sigmoid
+    labels      the same shape (the 1 of (B,1,H,W) may be missing on either side), any dtype, 0 .. 1
+    smoothing   s pulls labels towards 1/2: y (1 - s) + s/2, so {0,1} become {s/2, 1 - s/2} (Szegedy et al. 2016,
+                arXiv 1512.00567, with two classes; segmentation-models-pytorch calls s/2 the smooth factor)
+    pos_weight  factor on the positive term: a float, or a tensor that broadcasts against the logits, (K,) for (B,K)
+    ignore      label value of elements that count neither in the value nor in the gradient
+    returns     scalar fp32; 0 when nothing is valid
+    ValueError when the shapes differ.
+    """
+    logits, labels = _pair(logits, labels)
+    valid = _valid(labels, ignore)
+    logits, labels = logits.masked_fill(~valid, 0), labels.masked_fill(~valid, 0)
+    if isinstance(pos_weight, (int, float)):
+        pos_weight = logits.new_full((), pos_weight)
+    soft = labels * (1 - smoothing) + smoothing / 2
+    loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=pos_weight)
+    return (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+@_in_fp32
+def cross_entropy(logits, labels, smoothing=0., weight=None, ignore=None):
+    """Softmax cross entropy: mean over the valid elements.
+
+    logits     (B,C) or (B,C,...), float
+    labels     (B) or (B,...), any dtype, 0 .. C-1 or `ignore`
+    smoothing  s spreads over all C classes: 1 - s + s/C at the label, s/C elsewhere (Szegedy et al. 2016,
+               arXiv 1512.00567)
+    weight     (C,) tensor of class weights; the mean is then divided by the weights of the labels, as in torch
+    ignore     label value of elements that count neither in the value nor in the gradient; no default, unlike the
+               -100 of torch
+    returns    scalar fp32; 0 when nothing is valid
+    ValueError when the shapes do not fit.
+    """
+    labels = _class_pair(logits, labels)
+    valid = _valid(labels, ignore)
+    logits, labels = logits.masked_fill(~valid.unsqueeze(1), 0), labels.masked_fill(~valid, 0)
+    weight = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
+    loss = F.cross_entropy(logits, labels, weight, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+    total = (weight[labels] * valid).sum()
+    return (loss * valid).sum() / torch.where(total > 0, total, 1)

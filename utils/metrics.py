@@ -1,0 +1,128 @@
+"""Metrics that count: update() adds counts, reduce() sums them over ranks, compute() divides once, at the end.
+
+Counts are whole numbers, so the result depends neither on the batch size nor on how the samples were dealt to
+ranks. The first key of compute() is the fitness (higher is better).
+"""
+import torch
+import torch.distributed as dist
+
+
+class Counts:
+    """int64 counts, kept on the device of what was last added; the base of the metrics below."""
+
+    def __init__(self, size):
+        self.counts = torch.zeros(size, dtype=torch.int64)
+
+    def add(self, counts):
+        self.counts = self.counts.to(counts.device) + counts
+
+    def reduce(self):
+        """Sums the counts over ranks, if there are several: every rank calls it once, after its last update, and
+        a rank without samples too. The sum is taken between CPUs, where compute() needs it. Returns self."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.counts = self.counts.cpu()
+            dist.all_reduce(self.counts)
+        return self
+
+
+def _ratio(part, whole, empty):
+    """part / whole, and `empty` for 0/0."""
+    return part / whole if whole else empty
+
+
+def _valid(labels, ignore):
+    # int64 first: torch wraps a scalar to the dtype of the tensor, and in uint8 -1 would equal 255
+    return torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels.long() != ignore
+
+
+class BinaryIoU(Counts):
+    """IoU, F1, precision and recall of the positive class over all pixels of all items together (the pooled Jaccard
+    index of torchmetrics' BinaryJaccardIndex, not a mean over items).
+
+    threshold  a pixel is predicted positive when its probability is greater than this
+    ignore     label value of pixels that do not count
+    """
+
+    def __init__(self, threshold=0.5, ignore=None):
+        super().__init__(5)  # hits, predicted, actual; hits and predicted with each item's best pixel forced
+        self.threshold, self.ignore = threshold, ignore
+
+    @torch.no_grad()
+    def update(self, probs, labels):
+        """probs (B,H,W) or (B,1,H,W), float, after the sigmoid; labels likewise, any dtype, positive where > 0.5.
+
+        ValueError when the shapes differ or there are several channels.
+        """
+        shapes = tuple(probs.shape), tuple(labels.shape)
+        probs, labels = (t.squeeze(1) if t.dim() == 4 else t for t in (probs, labels))
+        if probs.dim() != 3 or probs.shape != labels.shape:
+            raise ValueError(f"probs {shapes[0]} and labels {shapes[1]} must both be (B,H,W) or (B,1,H,W)")
+        probs, labels = probs.flatten(1), labels.flatten(1)
+        valid = _valid(labels, self.ignore)
+        predicted, actual = (probs > self.threshold) & valid, (labels > 0.5) & valid
+        # The forced pixel adds to the counts only where it was not predicted anyway, and never if all is ignored.
+        best = probs.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
+        forced = valid.gather(1, best) & ~predicted.gather(1, best)
+        hits = predicted & actual
+        self.add(torch.stack([hits.sum(), predicted.sum(), actual.sum(),
+                              hits.sum() + (forced & actual.gather(1, best)).sum(), predicted.sum() + forced.sum()]))
+
+    def compute(self):
+        """{"iou", "f1", "precision", "recall", "iou_forced"}, each 0 .. 1.
+
+        iou_forced counts (p > threshold) | (p is the maximum of its item) as predicted, one pixel an item even when
+        several tie: the wildfire competition's masks are never empty. When nothing is positive and nothing is
+        predicted (or nothing was counted), there is nothing to get wrong and all values are 1; otherwise a
+        precision or recall of 0/0 is 0.
+        """
+        hits, predicted, actual, forced_hits, forced = self.counts.tolist()
+        empty = 1.0 if predicted + actual == 0 else 0.0
+        return {"iou": _ratio(hits, predicted + actual - hits, 1.0),
+                "f1": _ratio(2 * hits, predicted + actual, 1.0),
+                "precision": _ratio(hits, predicted, empty),
+                "recall": _ratio(hits, actual, empty),
+                "iou_forced": _ratio(forced_hits, forced + actual - forced_hits, 1.0)}
+
+
+class MeanIoU(Counts):
+    """Mean IoU and pixel accuracy from a confusion matrix over all pixels of all items together.
+
+    classes  their number, C
+    ignore   label value of pixels that do not count
+    """
+
+    def __init__(self, classes, ignore=None):
+        super().__init__(classes * classes)  # row: label, column: prediction
+        self.classes, self.ignore = classes, ignore
+
+    @torch.no_grad()
+    def update(self, pred_labels, labels):
+        """pred_labels (B,H,W), integers 0 .. C-1; labels the same shape, 0 .. C-1 or `ignore`.
+
+        ValueError when the shapes differ or a value that counts is out of range.
+        """
+        if pred_labels.shape != labels.shape:
+            raise ValueError(f"predictions {tuple(pred_labels.shape)} and labels {tuple(labels.shape)} must have "
+                             f"the same shape")
+        valid = _valid(labels, self.ignore)
+        pred_labels, labels = (t.long().masked_fill(~valid, 0) for t in (pred_labels, labels))
+        for name, values in (("predictions", pred_labels), ("labels", labels)):
+            if ((values < 0) | (values >= self.classes)).any():
+                raise ValueError(f"{name} reach from {values.min()} to {values.max()}, outside 0 .. "
+                                 f"{self.classes - 1} (ignore={self.ignore})")
+        # Ignored pixels go to a bin of their own, in front.
+        bins = torch.where(valid, 1 + labels * self.classes + pred_labels, 0)
+        self.add(torch.bincount(bins.flatten(), minlength=1 + self.classes ** 2)[1:])
+
+    def compute(self):
+        """{"miou", "acc", "iou_0", ...}, each 0 .. 1.
+
+        miou is the mean over the classes that occur in the labels or in the predictions; a class that occurs in
+        neither has no IoU and no key. When nothing was counted, miou and acc are 1, as in BinaryIoU.
+        """
+        matrix = self.counts.view(self.classes, self.classes)
+        hits = matrix.diagonal()
+        unions = (matrix.sum(0) + matrix.sum(1) - hits).tolist()
+        ious = {f"iou_{c}": hit / union for c, (hit, union) in enumerate(zip(hits.tolist(), unions)) if union}
+        return {"miou": _ratio(sum(ious.values()), len(ious), 1.0),
+                "acc": _ratio(hits.sum().item(), matrix.sum().item(), 1.0), **ious}
