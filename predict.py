@@ -147,7 +147,9 @@ def seg_ensemble(args, device, paths, states):
                             f"needs the same")
 
     def predict(raw):
-        total = 0
+        count, total = len(raw), 0
+        if args.compile:  # one shape, one compilation: a last, smaller batch is filled up
+            raw = raw[torch.arange(args.bs) % count]
         for net, bands, scale, mean_planes in members:
             x = raw[:, [band - 1 for band in bands]].to(device, non_blocking=True).float() / scale
             x = seg.add_mean_planes(x) if mean_planes else x
@@ -158,7 +160,7 @@ def seg_ensemble(args, device, paths, states):
             x = x.to(dtype, memory_format=torch.channels_last)
             maps = tta.mean_map(lambda x: probabilities(net(x)), x, tta.flips(*padded)[:4 if args.tta else 1])
             total = total + maps[..., :height, :width]
-        return total / len(members)
+        return (total / len(members))[:count]
     return predict
 
 

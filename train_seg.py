@@ -39,6 +39,7 @@ def parse_args():
     add("--ignore", type=whole(0, 255), help="mask value without influence")
     add("--groups", metavar="CSV", help="tiles of one group (same place) stay on one side of the split")
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
+    add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
     add("--loss", nargs="+", type=loss_term(LOSSES), default=[("lovasz_elu", 1.0)], metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(LOSSES)}, such as: --loss lovasz_elu bce=0.5")
     add("--encoder", default="regnetx_002", help="regnetx_002 to regnetx_032")
@@ -59,7 +60,8 @@ def main():
     train, val = split(args, folder, facts)
     scale = args.scale or seg.default_scale(images.read(paired[train[0]][0]).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
-    train_data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, repeat=args.repeat, seed=args.seed, **options)
+    train_data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
+                             gain=args.gain, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device)
 
     # ---- net ----

@@ -19,3 +19,10 @@ def crop_flip(rng, height, width, size):
     if rng.integers(2):
         matrix = geometry.flip_h(size) @ matrix
     return geometry.rot90(rng.integers(4), size, size) @ matrix, border  # with the flip: all eight, equally often
+
+
+def gain(rng, bands, spread):
+    """Brightness factors (bands, 1, 1), float32: one for the tile, log-uniform within `spread` octaves either
+    way, times a quarter as much for each band by itself."""
+    octaves = rng.uniform(-spread, spread) + rng.uniform(-spread, spread, (bands, 1, 1)) / 4
+    return np.exp2(octaves).astype(np.float32)

@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader
 
 from utils import dist
 
+TIMEOUT = 300  # seconds without a batch until a worker counts as stuck
+
 
 class EpochBatches:
     """A batch sampler for training. Yields this rank's share of every global batch as (epoch, index) keys.
@@ -67,7 +69,8 @@ def _options(workers, device):
     options = {"num_workers": workers, "pin_memory": str(device).startswith("cuda"), "worker_init_fn": _init_worker}
     if workers:
         # fork: the workers share the cache's memory, which other ways of starting them would copy
-        options |= {"persistent_workers": True, "prefetch_factor": 4, "timeout": 300, "multiprocessing_context": "fork"}
+        options |= {"persistent_workers": True, "prefetch_factor": 4, "timeout": TIMEOUT,
+                    "multiprocessing_context": "fork"}
     return options
 
 

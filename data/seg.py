@@ -104,11 +104,14 @@ class SegData(Dataset):
     `data[index]` -> the whole tile as it is.
 
     Both are {"image": float32 (C, H, W), "mask": uint8 (H, W), "index": int}. `len` counts every tile `repeat`
-    times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)].
+    times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)]. gain: octaves
+    of random brightness, see `augment.gain`.
     """
 
-    def __init__(self, paired, *, bands=None, scale=1.0, classes=1, ignore=None, imgsz=256, repeat=1, seed=0, cache=None):
+    def __init__(self, paired, *, bands=None, scale=1.0, classes=1, ignore=None, imgsz=256, repeat=1, seed=0, gain=0.0,
+                 cache=None):
         self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
+        self.gain = gain
         self.read_image = lambda path: images.read(path, bands)
         self.read_mask = lambda path: read_mask(path, classes, ignore)
         if cache:
@@ -132,4 +135,7 @@ class SegData(Dataset):
             size = (self.imgsz, self.imgsz)
             image = warp(image, matrix, size, border=border)
             mask = warp(mask[None], matrix, size, border=border, mode="nearest")[0]
-        return {"image": image.float() / self.scale, "mask": mask, "index": i}
+        image = image.float() / self.scale
+        if epoch is not None and self.gain:
+            image *= torch.from_numpy(augment.gain(rng, len(image), self.gain))
+        return {"image": image, "mask": mask, "index": i}

@@ -1,10 +1,23 @@
 """The parts that every net here is made of."""
 import contextlib
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
+
+
+def relu(x):
+    """ReLU in place.
+
+    bf16 without gradient on a CPU: the same bits as int16 are negative where the number is, and clamping
+    those is four times as fast as torch's bf16 kernels (a quarter of the net's time in prediction).
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not (x.requires_grad or torch.compiler.is_compiling()):
+        x.view(torch.int16).clamp_(min=0)
+        return x
+    return F.relu(x, inplace=True)
 
 
 class ConvNorm(nn.Module):
@@ -21,7 +34,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x):
         x = self.bn(self.conv(x))
-        return F.relu(x, inplace=True) if self.act else x
+        return relu(x) if self.act else x
 
 
 def init_fan_out(module):
@@ -47,15 +60,18 @@ def fuse(model):
 
 
 @contextlib.contextmanager
-def _frozen_statistics(module):
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in norms:
-        m.track_running_stats = False
+def _spare_statistics(module):
+    """Inside, batch norms count into copies of their running statistics."""
+    kept = [(m, dict(m.named_buffers())) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m, buffers in kept:
+        for name, buffer in buffers.items():
+            setattr(m, name, buffer.clone())
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, buffers in kept:
+            for name, buffer in buffers.items():
+                setattr(m, name, buffer)
 
 
 def recompute(module, *inputs):
@@ -64,5 +80,7 @@ def recompute(module, *inputs):
     The second forward pass leaves the running statistics of batch norm alone: plain checkpointing would
     count every batch twice.
     """
+    if torch.compiler.is_compiling():  # a compiled second pass writes nothing
+        return checkpoint(module, *inputs, use_reentrant=False)
     return checkpoint(module, *inputs, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(module)))
+                      context_fn=lambda: (contextlib.nullcontext(), _spare_statistics(module)))

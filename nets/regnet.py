@@ -6,7 +6,7 @@ timm's `regnetx_002` weights (timm's results table), 2,684,792 parameters.
 import torch
 from torch import nn
 
-from nets.blocks import ConvNorm, init_fan_out, recompute
+from nets.blocks import ConvNorm, init_fan_out, recompute, relu
 
 # name: (group width, (width, blocks) of the four stages); the paper's linear rule, written out
 VARIANTS = {
@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.downsample = ConvNorm(cin, cout, 1, stride, act=False) if changes else nn.Identity()
 
     def forward(self, x):
-        return torch.relu_(self.conv3(self.conv2(self.conv1(x))) + self.downsample(x))
+        return relu(self.conv3(self.conv2(self.conv1(x))) + self.downsample(x))
 
 
 class Head(nn.Module):

@@ -3,11 +3,13 @@
 The defaults are that system: two 1x1 convolutions that let every pixel find its own scale, a RegNetX-200MF
 whose stem keeps the full resolution, and a slim decoder. 14 input planes -> 1 logit: 3,307,409 parameters.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nets.blocks import ConvNorm, recompute
+from nets.blocks import ConvNorm, recompute, relu
 from nets.regnet import VARIANTS, RegNetX
 
 
@@ -39,14 +41,15 @@ class UNet(nn.Module):
     `conv0`: widths of the 1x1 convolutions before the encoder; () leaves them out.
     `decoder`: width per block, coarse to fine; blocks beyond the encoder's skips only upsample. Where the
     last block is still coarser than the input, the logits are upsampled (bilinear).
+    Raises ValueError when the blocks would go beyond the input's resolution.
     """
 
     def __init__(self, encoder="regnetx_002", in_chans=14, classes=1, conv0=(32, 32), decoder=(128, 64, 48, 32),
                  stem_stride=1, grad_checkpoint=False):
         super().__init__()
-        self.conv0 = nn.Sequential()
+        self.conv0 = nn.ModuleList()
         for width in conv0:  # no norm: a batch statistic would mix the scales that these layers are to undo
-            self.conv0.extend((nn.Conv2d(in_chans, width, 1), nn.ReLU(inplace=True)))
+            self.conv0.append(nn.Conv2d(in_chans, width, 1))
             in_chans = width
         self.encoder = make_encoder(encoder, in_chans, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint)
         *skips, cin = self.encoder.channels
@@ -55,6 +58,10 @@ class UNet(nn.Module):
             self.decoder.append(DecoderBlock(cin, skips.pop() if skips else 0, width))
             cin = width
         self.head = nn.Conv2d(cin, classes, 3, padding=1)
+        self.coarse = self.stride / 2 ** len(decoder)  # input pixels per logit, along each side
+        if self.coarse < 1:
+            raise ValueError(f"a decoder of {len(decoder)} blocks gives more pixels than the input has; "
+                             f"give it at most {int(math.log2(self.stride))}")
         self.grad_checkpoint = grad_checkpoint
 
     @property
@@ -64,16 +71,16 @@ class UNet(nn.Module):
 
     def forward(self, x):
         size = x.shape[2:]
-        *skips, y = self.encoder.features(self.conv0(x))
+        for conv in self.conv0:
+            x = relu(conv(x))
+        *skips, y = self.encoder.features(x)
         for block in self.decoder:
             inputs = (y, skips.pop()) if skips else (y,)
             y = recompute(block, *inputs) if self.grad_checkpoint and self.training else block(*inputs)
         y = self.head(y)
-        if y.shape[2:] == size:
-            return y
-        if y.shape[2] > size[0]:  # x2 blocks of an odd-sized input overshoot
-            return y[..., :size[0], :size[1]]
-        return F.interpolate(y, size=size, mode="bilinear", align_corners=False)
+        if self.coarse > 1:
+            y = F.interpolate(y, scale_factor=self.coarse, mode="bilinear", align_corners=False)
+        return y[..., :size[0], :size[1]]  # odd sizes were rounded up on their way down
 
 
 def probabilities(logits):

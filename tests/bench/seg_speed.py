@@ -1,0 +1,155 @@
+"""Segmentation: our training step and prediction against the same net run as the wildfire system ran it.
+
+    python -m tests.bench.seg_speed [--size 256] [--bs 8] [--rounds 5] [--compile]
+
+"as in 2024": fp32, NCHW, unfused AdamW, Lovasz loss in a loop over images; prediction in fp32 with batch norms.
+Ours: the defaults (autocast where the hardware has bf16, channels-last, fused AdamW, one batched sort, EMA), and
+prediction as predict.py does it. Both in turn, `rounds` times; medians and their ratio are printed.
+"""
+import argparse
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import predict
+from data import seg
+from data.loader import train_loader
+from data.sample import wildfire
+from nets.unet import UNet
+from utils import dist, engine, losses, optim
+
+
+def lovasz_loop(logits, masks):
+    """The loss as the competition code computed it: image by image, elu."""
+    total = 0
+    for z, y in zip(logits, masks):
+        z, y = z.reshape(-1), y.reshape(-1).float()
+        errors, order = torch.sort(1 - z * (2 * y - 1), descending=True)
+        y = y[order]
+        jaccard = 1 - (y.sum() - y.cumsum(0)) / (y.sum() + (1 - y).cumsum(0))
+        jaccard[1:] = jaccard[1:] - jaccard[:-1].clone()
+        total = total + torch.dot(F.elu(errors) + 1, jaccard)
+    return total / len(logits)
+
+
+def trainer(ours, batch, device):
+    """-> a function that does one step and returns the seconds of (forward and loss, backward, optimizer)."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if ours else torch.contiguous_format
+    model = UNet().to(device, memory_format=layout)
+    if ours:
+        optimizer = optim.make_optimizer("adamw", optim.param_groups(model, 0.01), lr=1e-3)
+        ema = optim.make_ema(model, 1000)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False, fused=False)
+    image = seg.add_mean_planes(batch["image"]).contiguous(memory_format=layout)
+    dtype = engine.precision("auto", device) if ours else None
+
+    def step():
+        times = [clock(device)]
+        with engine.autocast(device, dtype):
+            logits = model(image)
+            loss = losses.lovasz_hinge(logits, batch["mask"], elu=True) if ours else lovasz_loop(logits, batch["mask"])
+        times.append(clock(device))
+        loss.backward()
+        times.append(clock(device))
+        if ours:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        if ours:
+            ema.update_parameters(model)
+        times.append(clock(device))
+        return [b - a for a, b in zip(times, times[1:])]
+    return step
+
+
+def predictors(raw, device, compiled, bs):
+    """-> {name: function that predicts the batch and returns seconds per image}."""
+    def timed(function):
+        def run():
+            began = clock(device)
+            with torch.inference_mode():
+                function()
+            return (clock(device) - began) / len(raw)
+        return run
+
+    torch.manual_seed(0)
+    net = UNet()
+    state = {"arch": {"kwargs": {}}, "bands": list(range(1, 8)), "scale": 65535.0, "mean_planes": True, "classes": 1,
+             "model": net.state_dict()}
+    before = net.eval().to(device)
+    made = {"as in 2024": timed(lambda: before(seg.add_mean_planes(raw[:, :7].to(device).float() / 65535)).sigmoid().cpu())}
+    for name, compile in {"ours": False, "ours, --compile": True}.items():
+        if compile <= compiled:
+            args = Namespace(amp="auto", compile=compile, tta=False, bs=bs)
+            ensemble = predict.seg_ensemble(args, device, ["net"], [state])
+            made[name] = timed(lambda ensemble=ensemble: [ensemble(raw[i:i + bs]).cpu() for i in range(0, len(raw), bs)])
+    return made
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--bs", type=int, default=8)
+    parser.add_argument("--predict-bs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also prediction with --compile (minutes to build on CPUs)")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = dist.setup(args.device)
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, precision "
+          f"{engine.precision('auto', device)}, {args.size} x {args.size} x 14, batch {args.bs}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        wildfire(folder, train=2 * args.bs, test=0, size=args.size)
+        root = Path(folder) / "Wildfire"
+        paired = list(seg.pairs(root / "train_img", root / "train_mask").values())
+        for cache in (None, "ram"):
+            data = seg.SegData(paired, bands=list(range(1, 8)), scale=65535.0, imgsz=args.size, repeat=8, cache=cache)
+            began = time.perf_counter()
+            for batch in train_loader(data, args.bs):
+                pass
+            rate = len(data) / (time.perf_counter() - began)
+            print(f"loader, one process, {'cache in RAM' if cache else 'from files'}: {rate:.0f} img/s")
+        batch = engine.to_device(batch, device)
+        raw = torch.stack([seg.images.read(image) for image, _ in paired])
+
+    steps = {"as in 2024": trainer(False, batch, device), "ours": trainer(True, batch, device)}
+    times = {name: [] for name in steps}
+    for i in range(args.rounds + 2):
+        for name, step in steps.items():
+            taken = step()
+            times[name] += [taken] if i > 1 else []  # the first ones choose kernels
+    rate = {}
+    for name, taken in times.items():
+        forward, backward, update = (statistics.median(part) for part in zip(*taken))
+        rate[name] = args.bs / statistics.median(map(sum, taken))
+        print(f"training {name}: {rate[name]:.2f} img/s (forward and loss {forward:.3f} s, backward {backward:.3f} s, "
+              f"optimizer {update:.3f} s)")
+    print(f"training ratio: {rate['ours'] / rate['as in 2024']:.2f}")
+
+    runs = predictors(raw, device, args.compile, args.predict_bs)
+    times = {name: [] for name in runs}
+    for i in range(args.rounds + 2):
+        for name, run in runs.items():
+            taken = run()
+            times[name] += [taken] if i > 1 else []
+    rate = {name: 1 / statistics.median(taken) for name, taken in times.items()}
+    for name, value in rate.items():
+        print(f"prediction {name}: {value:.1f} img/s, ratio {value / rate['as in 2024']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
