@@ -9,6 +9,8 @@ Several checkpoints are averaged: folds, seeds and epochs make an ensemble.
 import argparse
 import glob
 import json
+import math
+import os
 import pickle
 from pathlib import Path
 
@@ -60,23 +62,22 @@ def main():
     states = [checkpoint.load(path) for path in paths]
     for path, state in zip(paths, states):
         if state["task"] != args.task:
-            raise UserError(f"{path}: trained for --task {state['task']}")
-    made = dist.rank() == 0 and _new_folder(args.out, Path(paths[0]).parent)
-    out = Path(dist.broadcast(str(made)))
-    TASKS[args.task](args, device, paths, states, out)
+            raise UserError(f"{path}: trained for --task {state['task']}; choose that, or other --weights")
+    TASKS[args.task](args, device, paths, states)
     dist.barrier()
 
 
-def _new_folder(out, run):
+def new_folder(out, run):
+    """The folder for the results, the same on every rank; numbered when it exists."""
     out = Path(out) if out else run / "predict"
-    return runs.create(out.parent, out.name)
+    return Path(dist.broadcast(str(dist.rank() == 0 and runs.create(out.parent, out.name))))
 
 
 def find_sources(patterns, default):
     """Files, folders and globs -> the image files, sorted, of different names."""
     files = []
     for pattern in patterns or [default]:
-        matches = [pattern] if Path(pattern).exists() else glob.glob(str(pattern), recursive=True)
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
         if not matches:
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
         for match in map(Path, sorted(matches)):
@@ -90,25 +91,27 @@ def find_sources(patterns, default):
 
 # ---- segmentation ----
 
-def predict_seg(args, device, paths, states, out):
+def predict_seg(args, device, paths, states):
     predict = seg_ensemble(args, device, paths, states)
     files = find_sources(args.source, Path(states[0]["args"]["data"]) / "test_img")
     tile = args.tile or 2 * states[0]["imgsz"]
     bands = sorted({band for state in states for band in state["bands"]})
     sizes = {}
     for file in files:
-        count, height, width = images.size(file)
-        if count < bands[-1]:
-            raise UserError(f"{file}: has {count} bands, the checkpoint needs band {bands[-1]}; choose another --source")
-        sizes[file] = height, width
+        sizes[file] = images.size(file)
+        if sizes[file][0] < bands[-1]:
+            raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose another "
+                            f"--source")
+    out = new_folder(args.out, Path(paths[0]).parent)
     for folder in ("masks",) + ("overlays",) * args.overlays + ("polygons",) * args.polygons:
         (out / folder).mkdir(exist_ok=True)
 
-    small = [file for file in files if max(sizes[file]) <= tile]
-    large = [file for file in files if max(sizes[file]) > tile]
-    loader = eval_loader(Tiles(small), args.bs, shapes=[sizes[file] for file in small], workers=args.workers, device=device)
-    bar = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
-    with torch.inference_mode():
+    small = [file for file in files if max(sizes[file][1:]) <= tile]
+    large = [file for file in files if max(sizes[file][1:]) > tile]
+    loader = eval_loader(Tiles(small), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
+                         device=device)
+    progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
+    with torch.inference_mode(), progress as bar:
         for batch in loader:
             masks = decide(predict(batch["image"]), args.threshold)
             for i, mask in zip(batch["index"].tolist(), masks):
@@ -117,10 +120,9 @@ def predict_seg(args, device, paths, states, out):
                 finish(small[i], out, args, states[0]["bands"])
             bar.update(len(masks) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
-            predict_scene(file, sizes[file], predict, tile, args, out, device)
+            predict_scene(file, sizes[file][1:], predict, tile, args, out, device)
             finish(file, out, args, states[0]["bands"])
             bar.update(dist.world_size())
-    bar.close()
     dist.barrier()
     if dist.rank() == 0:
         write_submission(files, sizes, out)
@@ -170,7 +172,7 @@ def decide(probs, threshold):
 
 
 class Tiles(Dataset):
-    """Whole images, or windows of one: {"image": (C, H, W) in the file's dtype, "index"}."""
+    """Whole images, or windows of one: {"image": (C, H, W), "index"}."""
 
     def __init__(self, files, windows=None):
         self.files, self.windows = files, windows
@@ -180,7 +182,7 @@ class Tiles(Dataset):
 
     def __getitem__(self, i):
         if not self.windows:
-            return {"image": images.read(self.files[i]), "index": i}
+            return {"image": images.read(self.files[i]).float(), "index": i}  # a batch may be of several dtypes
         return {"image": images.read(self.files[0], window=self.windows[i]), "index": i}
 
 
@@ -202,11 +204,11 @@ def new_mask(file, out):
     """The mask's GeoTIFF, open for writing, at the place on Earth of its source (if that has one)."""
     _, height, width = images.size(file)
     place = {}
-    if images.is_tiff(file):
-        with images.open_tiff(file) as source:
+    if images.kind(file) == "GTiff":
+        with images.open_raster(file) as source:
             place = {"crs": source.crs, "transform": source.transform}
     return rasterio.open(out / "masks" / f"{file.stem}.tif", "w", driver="GTiff", dtype="uint8", count=1, height=height,
-                         width=width, compress="deflate", tiled=max(height, width) > 1024, **place)
+                         width=width, compress="deflate", tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place)
 
 
 def finish(file, out, args, bands):
@@ -231,7 +233,7 @@ def write_submission(files, sizes, out):
     """y_pred.pkl of the wildfire competition: {file name: uint8 mask (H, W)}, a pickle."""
     masks = {}
     for file in files:
-        if sizes[file][0] * sizes[file][1] > 2**26:
+        if math.prod(sizes[file][1:]) > 2**26:
             print(f"{file.name}: too large for y_pred.pkl; its mask is in {out / 'masks'}")
             continue
         with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:

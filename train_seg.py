@@ -13,16 +13,19 @@ import torch
 from data import folds, images, seg
 from data.loader import eval_loader, train_loader
 from nets import pretrained
+from nets.regnet import VARIANTS
 from nets.unet import UNet, probabilities
 from utils import checkpoint, dist, engine, losses, metrics, optim, pictures, report, runs, tta
 from utils.args import band_list, loss_term, real, start, train_parser, whole
 from utils.errors import UserError, cli
 
-LOSSES = {  # (logits, mask, ignore) -> mean over the batch; masks are binary for one class, else indices
-    "lovasz": lambda z, y, ignore: losses.lovasz_hinge(z, y, ignore=ignore) if z.shape[1] == 1
-    else losses.lovasz_softmax(z, y, ignore=ignore),
+BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore) -> mean over the batch
     "lovasz_elu": lambda z, y, ignore: losses.lovasz_hinge(z, y, elu=True, ignore=ignore),
+    "lovasz": lambda z, y, ignore: losses.lovasz_hinge(z, y, ignore=ignore),
     "bce": lambda z, y, ignore: losses.bce(z, y, ignore=ignore),
+}
+SEVERAL = {  # the same for logits (B, classes, H, W) and masks of class indices
+    "lovasz": lambda z, y, ignore: losses.lovasz_softmax(z, y, ignore=ignore),
     "ce": lambda z, y, ignore: losses.cross_entropy(z, y, ignore=ignore),
 }
 
@@ -40,9 +43,10 @@ def parse_args():
     add("--groups", metavar="CSV", help="tiles of one group (same place) stay on one side of the split")
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
-    add("--loss", nargs="+", type=loss_term(LOSSES), default=[("lovasz_elu", 1.0)], metavar="NAME[=WEIGHT]",
-        help=f"sum of {', '.join(LOSSES)}, such as: --loss lovasz_elu bce=0.5")
-    add("--encoder", default="regnetx_002", help="regnetx_002 to regnetx_032")
+    add("--loss", nargs="+", type=loss_term(BINARY | SEVERAL), metavar="NAME[=WEIGHT]",
+        help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5; for several classes of "
+        f"{', '.join(SEVERAL)}; without: lovasz_elu, or lovasz and ce")
+    add("--encoder", choices=VARIANTS, default="regnetx_002")
     add("--conv0", type=whole(1, 4096), nargs="*", default=[32, 32], help="widths of the 1x1 convolutions before it")
     add("--decoder", type=whole(1, 4096), nargs="+", default=[128, 64, 48, 32], help="widths, coarse to fine")
     return start(parser)
@@ -50,6 +54,7 @@ def parse_args():
 
 def main():
     args, device, folder, resume = parse_args()
+    check_flags(args)
     engine.seed_everything(args.seed, args.deterministic)
 
     # ---- data ----
@@ -78,10 +83,13 @@ def main():
     def inputs(batch):
         return seg.add_mean_planes(batch["image"]) if args.mean_planes else batch["image"]
 
+    known = BINARY if args.classes == 1 else SEVERAL
+    terms = args.loss or ([("lovasz_elu", 1.0)] if args.classes == 1 else [("lovasz", 1.0), ("ce", 1.0)])
+
     def compute_loss(model, batch):
         logits = model(inputs(batch))
-        parts = {name: LOSSES[name](logits, batch["mask"], args.ignore) for name, _ in args.loss}
-        return sum(weight * parts[name] for name, weight in args.loss), parts if len(parts) > 1 else {}
+        parts = {name: known[name](logits, batch["mask"], args.ignore) for name, _ in terms}
+        return sum(weight * parts[name] for name, weight in terms), parts if len(parts) > 1 else {}
 
     # ---- validation ----
     if val:
@@ -98,7 +106,8 @@ def main():
             probs = tta.mean_map(lambda x: probabilities(model(x)), x, tta.flips(*x.shape[2:])[:4 if flips else 1])
             metric.update(probs if args.classes == 1 else probs.argmax(1), batch["mask"])
             if i == 0 and dist.rank() == 0:
-                pictures.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs)
+                pictures.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs,
+                                            ignore=args.ignore)
         metric.reduce()
         return metric.compute()
 
@@ -108,7 +117,7 @@ def main():
         print(f"{len(train)} tiles to train, {len(val)} to validate; {params:,} parameters; {device}")
         batch = [train_data[0, i] for i in range(min(args.bs, 8))]
         pictures.segmentation_sheet(folder / "train_batch.png", torch.stack([b["image"] for b in batch]),
-                                  torch.stack([b["mask"] for b in batch]))
+                                  torch.stack([b["mask"] for b in batch]), ignore=args.ignore)
     steps = -(-len(loader) // args.accumulate)
     optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay), lr=args.lr)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=args.epochs, period=args.period,
@@ -125,6 +134,16 @@ def main():
     boards.close()
     if val:
         final(state, evaluate, folder, device, args.amp)
+
+
+def check_flags(args):
+    """Flags that are right by themselves and wrong together."""
+    known = BINARY if args.classes == 1 else SEVERAL
+    for name, _ in args.loss or ():
+        if name not in known:
+            raise UserError(f"--loss {name}: not for --classes {args.classes}; choose from {', '.join(known)}")
+    if args.classes == 1 and args.ignore in (0, 1):
+        raise UserError(f"--ignore {args.ignore}: is one of the two values of a binary mask; see --classes")
 
 
 def split(args, folder, facts):

@@ -1,4 +1,5 @@
 """Decoded images kept: in memory, or in one memory-mapped file that all processes share."""
+import fcntl
 import hashlib
 import json
 import os
@@ -28,11 +29,14 @@ class Cache:
             return
         name = hashlib.sha256("\n".join(str(Path(f).resolve()) for f in files).encode()).hexdigest()[:16]
         self.path = Path(folder) / name
-        # the first process of a node builds, the others then find it built
-        for builder in (True, False):
-            if builder == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path.with_suffix(".lock"), "w") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX)  # one process builds; others, also of other runs, then find it built
                 self._open() or self._build()
-            dist.barrier()
+        except OSError as error:
+            raise UserError(f"{self.path.parent}: cannot write the cache ({error.strerror}); make room, or leave "
+                            f"--cache disk out") from None
 
     def __getitem__(self, i):
         start, shape, dtype = self.index[i]
@@ -60,23 +64,21 @@ class Cache:
         try:
             header = json.loads(self.path.with_suffix(".json").read_text())
             self.array = np.memmap(self.path.with_suffix(".bin"), np.uint8, "r")
-        except (OSError, ValueError):
+            self.index = header["index"]
+            return header["stamp"] == self._stamp() and header["bytes"] == len(self.array)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none yet, or damaged
             return False
-        self.index = header["index"]
-        return header["stamp"] == self._stamp() and header["bytes"] == len(self.array)
 
     def _build(self):
+        temporary = self.path.with_suffix(".tmp")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path.with_suffix(".tmp"), "wb") as file:
+            with open(temporary, "wb") as file:
                 for tensor in self._tensors():
                     file.write(self._bytes(tensor))
-            header = {"stamp": self._stamp(), "index": self.index, "bytes": self.path.with_suffix(".tmp").stat().st_size}
+            header = {"stamp": self._stamp(), "index": self.index, "bytes": temporary.stat().st_size}
             self.path.with_suffix(".json").unlink(missing_ok=True)  # never a header beside another array
-            os.replace(self.path.with_suffix(".tmp"), self.path.with_suffix(".bin"))
+            os.replace(temporary, self.path.with_suffix(".bin"))
             self.path.with_suffix(".json").write_text(json.dumps(header))
-        except OSError as error:
-            self.path.with_suffix(".tmp").unlink(missing_ok=True)
-            raise UserError(f"{self.path.parent}: cannot write the cache ({error.strerror}); make room, or leave "
-                            f"--cache disk out") from None
+        finally:
+            temporary.unlink(missing_ok=True)
         self._open()

@@ -30,8 +30,9 @@ def assign(names, sizes, *, strata=None, groups=None, seed=910103):
     totals, filled, fold_of = Counter(strata), [Counter() for _ in sizes], {}
     for group in order:
         labels = Counter(strata[i] for i in group)
-        # how full each fold would be: in the group's strata first, then as a whole
-        load = [(sum(n * (filled[k][s] + n) / (share * totals[s]) for s, n in labels.items()),
+        # how full each fold would be with half the group, as Sainte-Laguë shares out seats (with all of it a small
+        # share would always be rounded down): in the group's strata first, then as a whole
+        load = [(sum(n * (filled[k][s] + n / 2) / (share * totals[s]) for s, n in labels.items()),
                  filled[k].total() / share) for k, share in enumerate(sizes)]
         fold = min(range(len(sizes)), key=lambda k: load[k])
         filled[fold].update(labels)
@@ -59,9 +60,10 @@ def parse(text):
         return None
     if 0 < value < 1:
         return [value, 1 - value]
-    if value >= 2 and value == int(value) and value <= 1000:
+    if 2 <= value <= 1000 and value == int(value):
         return [1 / value] * int(value)
-    raise UserError(f"--folds {text}: give a number of folds from 2, a fraction below 1, 0 for no validation, or a file")
+    raise UserError(f"--folds {text}: neither a number of folds from 2 to 1000 nor a fraction below 1; 0 is for no "
+                    f"validation, and a file's name for its split")
 
 
 def read(path, names):
@@ -92,10 +94,11 @@ def read_groups(path, names):
 
 
 def split(fold_of, fold):
-    """-> (training names, validation names). fold_of None: everything is for training."""
+    """-> (training names, validation names)."""
     train = [name for name, k in fold_of.items() if k != fold]
     val = [name for name, k in fold_of.items() if k == fold]
     if not train or not val:
-        raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are the "
-                        f"folds {', '.join(map(str, sorted(set(fold_of.values()))))}")
+        there = ", ".join(map(str, sorted(set(fold_of.values()))))
+        raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are "
+                        f"the folds {there}")
     return train, val

@@ -1,4 +1,5 @@
 """Batches whose content depends on (seed, epoch, index) only: not on workers, ranks or restarts."""
+import contextlib
 import itertools
 import os
 import signal
@@ -40,13 +41,37 @@ class EpochBatches:
             yield [(self.epoch, int(index)) for index in mine]
 
 
+class Loader(DataLoader):
+    """A DataLoader whose workers are deaf to SIGTERM and Ctrl-C, which reach them too: the main process decides."""
+
+    def __iter__(self):
+        with _signals_held():
+            return super().__iter__()
+
+
+@contextlib.contextmanager
+def _signals_held():
+    """SIGTERM and Ctrl-C come after the block, not amid a fork; processes that are started in it never hear them."""
+    signums, held = (signal.SIGTERM, signal.SIGINT), []
+    handlers = [signal.signal(signum, lambda signum, frame: held.append(signum)) for signum in signums]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums)  # children inherit that, whatever torch sets up in them
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for signum, handler in zip(signums, handlers):
+            signal.signal(signum, handler)
+        for signum in held:
+            signal.raise_signal(signum)
+
+
 def train_loader(dataset, batch_size, *, workers=0, seed=0, device="cpu"):
     """Shuffled, augmented batches. `dataset[(epoch, index)]` -> dict of tensors.
 
     len(loader) is the number of batches in an epoch, also while a resumed one yields only the rest of it.
     """
     sampler = EpochBatches(len(dataset), batch_size, seed)
-    return DataLoader(dataset, batch_sampler=sampler, **_options(workers, device))
+    return Loader(dataset, batch_sampler=sampler, **_options(workers, device))
 
 
 def eval_loader(dataset, batch_size, *, shapes=None, workers=0, device="cpu"):
@@ -61,20 +86,14 @@ def eval_loader(dataset, batch_size, *, shapes=None, workers=0, device="cpu"):
     for _, same in itertools.groupby(share, key=shapes.__getitem__):
         same = list(same)
         batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, **_options(workers, device))
+    return Loader(dataset, batch_sampler=batches, **_options(workers, device))
 
 
 def _options(workers, device):
     workers = min(workers, os.cpu_count() or 1)
-    options = {"num_workers": workers, "pin_memory": str(device).startswith("cuda"), "worker_init_fn": _init_worker}
+    options = {"num_workers": workers, "pin_memory": str(device).startswith("cuda")}
     if workers:
         # fork: the workers share the cache's memory, which other ways of starting them would copy
         options |= {"persistent_workers": True, "prefetch_factor": 4, "timeout": TIMEOUT,
                     "multiprocessing_context": "fork"}
     return options
-
-
-def _init_worker(worker):
-    # the main process decides when to stop; a Ctrl-C or a cluster's SIGTERM reaches workers too
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

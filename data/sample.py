@@ -7,6 +7,7 @@ They are made to exercise the code and to be learnable, not to be realistic: a s
 competition. Tile i of a split depends on (seed, split, i) and the size alone.
 """
 import argparse
+import contextlib
 import functools
 import os
 import tempfile
@@ -14,13 +15,13 @@ import tempfile
 import numpy as np
 import rasterio
 from PIL import Image
-from rasterio.transform import from_origin
+from rasterio import Affine
 from tqdm import tqdm
 
 from utils.errors import UserError, cli
 
 # ---- wildfire: spectra ---------------------------------------------------------------------------------------------
-# Reflectance of the seven useful bands:  coastal blue  green red   NIR  SWIR1 SWIR2   (after the USGS spectral library)
+# Reflectance of the seven useful bands:  coastal blue  green red   NIR  SWIR1 SWIR2   (plausible, not measured)
 SPECTRA = {k: np.array(v, np.float32)[:, None, None] for k, v in dict(
     forest=(.020, .025, .045, .030, .26, .120, .055),
     grass=(.040, .050, .090, .085, .31, .230, .130),
@@ -29,7 +30,7 @@ SPECTRA = {k: np.array(v, np.float32)[:, None, None] for k, v in dict(
     sand=(.160, .200, .280, .370, .47, .620, .570),      # bright in SWIR2, yet SWIR1 is brighter: not a fire
     water=(.060, .065, .060, .035, .015, .008, .005),
     urban=(.110, .120, .140, .150, .20, .220, .200),
-    roof=(.300, .320, .350, .380, .48, .640, .720),      # sheet metal, kilns: SWIR2 a little above SWIR1, but NIR bright
+    roof=(.300, .320, .350, .380, .48, .640, .720),      # sheet metal: SWIR2 above SWIR1, but NIR bright too
     glint=(.420, .440, .450, .460, .48, .500, .490),     # the sun in the water: flat
     scar=(.026, .028, .032, .042, .055, .140, .195),     # char: SWIR2 / NIR of a fire, but dark
     cloud=(.560, .560, .550, .560, .60, .420, .330),
@@ -166,7 +167,7 @@ def scene(rng, size, *, fraction):
     if fraction:
         heat, burnt = _burn(rng, size, 1 - water, fraction, wind)
         _lay(image, .85 * burnt, SPECTRA["scar"])
-        image += np.minimum(heat, 4) * SPECTRA["fire"] * rng.uniform(.32, .44)
+        image += _step(heat - .9, .6) * np.minimum(heat, 4) * SPECTRA["fire"] * rng.uniform(.3, .6)
         _lay(image, SMOKE_OPACITY * _plume(rng, heat, wind), SPECTRA["smoke"])
     cloud = _step(_noise(rng, size, 1.6) - rng.uniform(.6, 2.4), .6) * (rng.random() < .5)
     away = size // 20
@@ -175,7 +176,7 @@ def scene(rng, size, *, fraction):
     image = _blur(image)
 
     # The sensor: what differs from tile to tile far more than from pixel to pixel is the scale.
-    gain = np.exp(rng.uniform(np.log(.12), 0)) * np.exp(rng.normal(0, .25, (7, 1, 1)))
+    gain = np.exp(rng.uniform(np.log(.1), 0)) * np.exp(rng.normal(0, .35, (7, 1, 1)))
     haze = rng.uniform(0, .12) * SMOKE_OPACITY + rng.uniform(0, .03, (7, 1, 1))
     image = image * (1 + .04 * rng.standard_normal(image.shape, dtype=np.float32)) + haze
     image += .006 * rng.standard_normal(image.shape, dtype=np.float32)
@@ -183,44 +184,59 @@ def scene(rng, size, *, fraction):
     stripes = np.repeat(rng.normal(0, 40, (1, size)), size, 0)
     thermal = 22000 + 900 * _noise(rng, size, .5) + stripes - 500 * height
     image = np.concatenate([image * gain * 45000, [quality, 900 + 250 * height, thermal]])
-    return np.clip(np.rint(image), 0, 65535).astype(np.uint16), ((heat >= 1) & (cloud < .5)).astype(np.uint8)
+    return np.clip(np.rint(image), 0, 65535).astype(np.uint16), ((heat >= 1) & (cloud < .4)).astype(np.uint8)
 
 
 # ---- wildfire: the files -------------------------------------------------------------------------------------------
-def _write_tif(path, bands, transform):
+@contextlib.contextmanager
+def _new_folder(target):
+    """Yields a temporary folder that becomes `target` if the block ends without an error, else nothing is left.
+
+    Raises UserError when `target` exists or cannot be written.
+    """
+    if os.path.lexists(target):
+        raise UserError(f"{target}: exists already; move it away or choose another --out")
+    parent, name = os.path.split(os.path.abspath(target))
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-") as scratch:     # sibling: rename is atomic
+            os.mkdir(os.path.join(scratch, name))                                        # scratch itself is private
+            yield os.path.join(scratch, name)
+            os.rename(os.path.join(scratch, name), target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); check folder and space") from error
+
+
+def _write_tif(path, bands, corner):
+    """Writes `bands` (C, H, W) with the upper left `corner` (east, north) in metres, UTM zone 52N, 30 m pixels."""
     with rasterio.open(path, "w", driver="GTiff", height=bands.shape[1], width=bands.shape[2], count=len(bands),
-                       dtype=bands.dtype, crs="EPSG:32652", transform=transform, compress="deflate", zlevel=1) as f:
+                       dtype=bands.dtype, crs="EPSG:32652", transform=Affine(30, 0, corner[0], 0, -30, corner[1]),
+                       compress="deflate", zlevel=1) as f:
         f.write(bands)
 
 
 def wildfire(out, *, train=48, test=12, size=256, seed=0):
-    """AI SPARK 2024 wildfire -> `out`/Wildfire/{train_img,train_mask,test_img,test_mask}.
+    """AI SPARK 2024 wildfire -> `out`/Wildfire/{train_img,train_mask,test_img,test_mask}. Returns the folder.
 
-    Images are 10-band uint16 GeoTIFF, masks one-band uint8 in {0, 1}, 30 m pixels in UTM zone 52N. The competition
-    keeps the masks of its test set back; here they lie in test_mask, so that a demonstration can score itself.
+    Images are 10-band uint16 GeoTIFF, masks one-band uint8 in {0, 1}. The competition keeps the masks of its test set
+    back; here they lie in test_mask, so that a demonstration can score itself. Every eighth tile has no fire.
     Raises UserError when the folder is there already. It appears whole or not at all.
     """
+    if train < 1 or test < 0 or size < 64 or seed < 0:
+        raise UserError(f"--train {train} --test {test} --size {size} --seed {seed}: at least 1, 0, 64 and 0, please")
     target = os.path.join(out, "Wildfire")
-    if os.path.lexists(target):
-        raise UserError(f"{target}: exists already; move it away or choose another --out")
-    if train < 1 or test < 0 or size < 64:
-        raise UserError(f"--train {train} --test {test} --size {size}: at least 1, 0 and 64 are needed")
-    os.makedirs(out, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".Wildfire-") as scratch:
-        root = os.path.join(scratch, "Wildfire")
+    with _new_folder(target) as root:
         for folder in ("train_img", "train_mask", "test_img", "test_mask"):
-            os.makedirs(os.path.join(root, folder))
+            os.mkdir(os.path.join(root, folder))
         tiles = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]
         for split, i in tqdm(tiles, desc=target, unit="tile", disable=None):
             rng = np.random.default_rng((seed, ("train", "test").index(split), i))
-            # every eighth tile has no fire; the areas of the others are spread over two and a half decades
-            fraction = np.exp(rng.uniform(np.log(4e-4), np.log(.13))) if i % 8 != 5 else 0.
+            fraction = np.exp(rng.uniform(np.log(4e-4), np.log(.13))) if i % 8 != 5 else 0.      # 26 to 8520 pixels
             image, mask = scene(rng, size, fraction=fraction)
-            east, north = i % 16, i // 16 + 1 if split == "train" else -(i // 16)        # no two tiles overlap
-            place = from_origin(300_000 + 30 * size * east, 4_000_000 + 30 * size * north, 30, 30)
-            _write_tif(os.path.join(root, f"{split}_img", f"{split}_img_{i:04d}.tif"), image, place)
-            _write_tif(os.path.join(root, f"{split}_mask", f"{split}_mask_{i:04d}.tif"), mask[None], place)
-        os.rename(root, target)
+            row = i // 16 + 1 if split == "train" else -(i // 16)                               # no two tiles overlap
+            corner = 300_000 + 30 * size * (i % 16), 4_000_000 + 30 * size * row
+            _write_tif(os.path.join(root, f"{split}_img", f"{split}_img_{i:04d}.tif"), image, corner)
+            _write_tif(os.path.join(root, f"{split}_mask", f"{split}_mask_{i:04d}.tif"), mask[None], corner)
     return target
 
 

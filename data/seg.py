@@ -48,10 +48,10 @@ def read_mask(path, classes=1, ignore=None):
     mask = images.read(path)
     if len(mask) != 1:
         raise UserError(f"{path}: a mask has 1 band, this has {len(mask)}; save class indices, not colours")
-    mask = mask[0]
+    mask = mask[0] if mask.is_floating_point() else mask[0].int()
     if classes == 1 and ignore != 255:
-        mask = torch.where(mask.int() == 255, 1, mask.int())
-    values = [v for v in torch.unique(mask.int() if not mask.is_floating_point() else mask).tolist() if v != ignore]
+        mask = torch.where(mask == 255, 1, mask)
+    values = [v for v in torch.unique(mask).tolist() if v != ignore]
     top = max(classes - 1, 1)
     wrong = [v for v in values if v != int(v) or not 0 <= v <= top]
     if wrong:
@@ -62,7 +62,7 @@ def read_mask(path, classes=1, ignore=None):
 def scan(paired, *, bands=None, classes=1, ignore=None):
     """Checks every pair before training: sizes, band counts, mask values.
 
-    -> [{"size": (H, W), "area": positive pixels, "bands": count, "dtype"...}] in the order of `paired`.
+    -> [{"size": (H, W), "bands": count, "area": positive pixels}] in the order of `paired`.
     """
     def check(item):
         image, mask = item
@@ -71,15 +71,18 @@ def scan(paired, *, bands=None, classes=1, ignore=None):
             raise UserError(f"{image}: has {count} bands, --bands asks for {max(bands)}; choose others")
         labels = read_mask(mask, classes, ignore)
         if list(labels.shape) != size:
-            raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} {tuple(size)}; make them equal")
+            raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} is {tuple(size)}; make them "
+                            f"equal")
         positive = (labels > 0) & (labels != (-1 if ignore is None else ignore))
         return {"size": tuple(size), "bands": count, "area": int(positive.sum())}
 
     with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock alone
-        found = list(tqdm(pool.map(check, paired), total=len(paired), desc="check", leave=False, disable=dist.rank() > 0))
+        found = list(tqdm(pool.map(check, paired), total=len(paired), desc="check", leave=False,
+                          disable=dist.rank() > 0))
     if bands is None and len({item["bands"] for item in found}) > 1:
         first = next(i for i, item in enumerate(found) if item["bands"] != found[0]["bands"])
-        raise UserError(f"{paired[first][0]}: has {found[first]['bands']} bands, others {found[0]['bands']}; choose --bands")
+        raise UserError(f"{paired[first][0]}: has {found[first]['bands']} bands, others {found[0]['bands']}; choose "
+                        f"--bands")
     return found
 
 

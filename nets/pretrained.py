@@ -28,13 +28,15 @@ URLS = {
     "torchvision:regnet_x_1_6gf": _TORCHVISION + "regnet_x_1_6gf-a12f2b72.pth",
     "torchvision:regnet_x_3_2gf": _TORCHVISION + "regnet_x_3_2gf-7071aa85.pth",
 }
+TASK = ("conv0.", "decoder.", "head.")  # what belongs to a task and its data; the rest is the encoder
 
 
 def load(model, path_or_name):
     """Copies what fits from a file (or a name in URLS) into `model`, or into its `encoder`.
 
-    A first convolution with another number of input bands is adapted. Returns {"loaded", "adapted",
-    "unused", "missing"}: lists of tensor names, the last two as they are called in the file and in the model.
+    A first convolution with another number of input bands is adapted. The encoder must fit as a whole: half
+    of one is a wrong choice of net. Returns {"loaded", "adapted", "unused", "missing"}: lists of tensor names,
+    the last two as they are called in the file and in the model.
     Raises OSError when the file cannot be had, ValueError when it is damaged or not weights of this net.
     """
     state = to_timm_names(unwrap(download(path_or_name) if path_or_name in URLS else read(path_or_name)))
@@ -45,7 +47,7 @@ def load(model, path_or_name):
     first = next((name for name, t in ours.items() if name.startswith(prefix) and t.ndim == 4), None)
     for name, tensor in state.items():
         target = ours.get(prefix + name)
-        if target is not None and prefix + name == first and tensor.shape[1] != target.shape[1]:
+        if prefix + name == first and tensor.shape != target.shape and tensor.shape[::2] == target.shape[::2]:
             tensor = adapt_input(tensor, target.shape[1])
             adapted.append(prefix + name)
         if target is None or tensor.shape != target.shape:
@@ -54,12 +56,14 @@ def load(model, path_or_name):
             raise ValueError(f"{path_or_name}: tensor {name} is not finite; fetch the file again")
         else:
             loaded[prefix + name] = tensor
-    if len(loaded) < len(state) / 2:
-        raise ValueError(f"{path_or_name}: only {len(loaded)} of its {len(state)} tensors fit this net "
-                         f"(the first that does not: {unused[0] if unused else 'none'}); choose the net they belong to")
+    missing = [name for name in ours if name not in loaded]
+    both = state | ours
+    wrong = [n for n in unused + missing if not n.startswith(TASK) and both[n].ndim]  # not the counters of norms
+    if wrong:
+        raise ValueError(f"{path_or_name}: no match for {wrong[0]} ({len(loaded)} of the file's {len(state)} tensors "
+                         f"fit this net); choose the net they belong to")
     model.load_state_dict(loaded, strict=False)
-    return {"loaded": list(loaded), "adapted": adapted, "unused": unused,
-            "missing": [name for name in ours if name not in loaded]}
+    return {"loaded": list(loaded), "adapted": adapted, "unused": unused, "missing": missing}
 
 
 def describe(report):
@@ -78,7 +82,7 @@ def unwrap(state):
         if isinstance(state.get(key), dict):
             state = state[key]
             break
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 
 def to_timm_names(state):
@@ -118,8 +122,10 @@ def download(name):
     except (URLError, TimeoutError, ConnectionError) as error:
         raise OSError(f"{name}: no network? {URLS[name]} did not answer ({getattr(error, 'reason', error)}); "
                       f"fetch it elsewhere and pass the file's path") from None
-    except RuntimeError as error:  # torch.hub: the hash differs
-        raise ValueError(f"{name}: the downloaded file is not the published one ({error}); try again") from None
+    except Exception as error:  # another hash, or a damaged file in the cache
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise ValueError(f"{name}: not the published file ({reason}); delete it from {torch.hub.get_dir()}/checkpoints "
+                         f"and try again") from None
 
 
 def read(path):
@@ -128,13 +134,12 @@ def read(path):
         raise OSError(f"{path}: no such file; give a file of weights, or one of {', '.join(URLS)}")
     if str(path).endswith(".safetensors"):
         return read_safetensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises a dozen types on damaged files
-        raise ValueError(f"{path}: not a file of plain tensors ({type(error).__name__}); "
-                         f"save a state dict with torch.save(model.state_dict(), ...)") from None
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a dozen types on damaged files, OSError among them
+            raise ValueError(f"{path}: not a file of plain tensors ({type(error).__name__}); "
+                             f"save a state dict with torch.save(model.state_dict(), ...)") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dict of tensors; save a state dict")
     return state
@@ -148,6 +153,8 @@ def read_safetensors(path):
     data = np.fromfile(path, np.uint8)
     try:
         start = 8 + int(data[:8].view("<u8")[0])
+        if start > len(data):
+            raise ValueError("its header is cut off")
         header = json.loads(data[8:start].tobytes())
         header.pop("__metadata__", None)
         state = {}
@@ -156,7 +163,8 @@ def read_safetensors(path):
             if not 0 <= first <= last <= len(data) - start:
                 raise ValueError(f"{name} lies outside the file")
             raw = torch.from_numpy(data[start + first:start + last].copy())
-            state[name] = raw.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
+            dtype = dtypes[entry["dtype"]]
+            state[name] = (raw.view(dtype) if len(raw) else raw.to(dtype)).reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
     return state

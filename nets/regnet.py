@@ -3,7 +3,6 @@
 Parameter names are timm's, so that its weights load by name. RegNetX-200MF: 68.8 % ImageNet top-1 with
 timm's `regnetx_002` weights (timm's results table), 2,684,792 parameters.
 """
-import torch
 from torch import nn
 
 from nets.blocks import ConvNorm, init_fan_out, recompute, relu

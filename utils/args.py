@@ -10,7 +10,7 @@ from utils.optim import SCHEDULES
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage text
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 def whole(low, high=2**31):
@@ -41,10 +41,11 @@ def band_list(text):
         return None
     bands = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        bands += range(int(first), int(last or first) + 1)
-    if not bands or min(bands) < 1 or max(bands) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no list of bands; write 1-7, or 7,5,3, or all")
+        first, dash, last = part.partition("-")
+        first, last = int(first), int(last if dash else first)
+        if not 1 <= first <= last <= 65535:
+            raise argparse.ArgumentTypeError(f"{text} is no list of bands; write 1-7, or 7,5,3, or all")
+        bands += range(first, last + 1)
     return bands
 
 
@@ -78,7 +79,7 @@ def train_parser(description, task, **defaults):
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights over steps")
     add("--weights", metavar="FILE|NAME", help="start from published or own weights, such as timm:regnetx_002")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (the newest one without PATH); "
-        "its flags hold, except those given again")
+        "its flags hold, except --device and those given again")
     add("--patience", type=whole(0), default=0, help="stop after so many epochs without a better score; 0: never")
     add("--seed", type=whole(0), default=0, help="of weights, order and augmentation")
 
@@ -115,9 +116,9 @@ def start(parser, argv=None):
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:
         given = vars(_given(parser, argv))
-        stored = {k: v for k, v in state["args"].items() if k in vars(args)}
+        stored = {k: v for k, v in state["args"].items() if k in vars(args) and k != "device"}  # it may be another machine
         for flag, value in given.items():
-            if flag != "resume" and stored.get(flag) != value and dist.rank() == 0:
+            if flag not in ("resume", "device") and stored.get(flag) != value and dist.rank() == 0:
                 print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
         args = argparse.Namespace(**{**vars(args), **stored, **given})
     if args.bs % dist.world_size():

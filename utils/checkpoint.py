@@ -30,11 +30,13 @@ def save(path, state, *, keep_previous=False):
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)  # the rename itself
         os.close(folder)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         try:
             os.remove(temporary)
         except OSError:
             pass  # nothing was written, or the folder is gone: the message below says it
+        while error.__context__ and not isinstance(error, OSError):
+            error = error.__context__  # torch's writer hides the system's reason behind one of its own
         raise UserError(f"{path}: cannot write the checkpoint ({getattr(error, 'strerror', None) or error}); "
                         f"make room or mend the folder, then go on with --resume") from None
 
@@ -61,6 +63,7 @@ def _read(path):
             raise UserError(f"{path}: not a file; give a checkpoint such as runs/seg/exp/best.pt")
         _check(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_content(path, state)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train one, or give its path") from None
     except UserError:
@@ -70,14 +73,6 @@ def _read(path):
     except Exception as error:  # zipfile and torch raise a dozen types on damaged and foreign files
         raise UserError(f"{path}: damaged, or not a checkpoint of this project ({type(error).__name__}); "
                         f"use another one (runs keep best.pt, last.pt and last.pt.prev)") from None
-    if not isinstance(state, dict) or "task" not in state or "arch" not in state:
-        raise UserError(f"{path}: holds no net of this project; published weights go to train_*.py --weights")
-    for name, tensor in (state.get("ema") or state.get("model") or {}).items():
-        # a 1 KB file can pretend to be a tensor of 1e9 numbers by repeating one
-        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise UserError(f"{path}: tensor {name} is larger than its data; use another checkpoint")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{path}: tensor {name} is not finite; use an earlier checkpoint")
     return state
 
 
@@ -86,6 +81,29 @@ def _check(path):
     with zipfile.ZipFile(path) as file:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
             raise ValueError("checksum mismatch")
+
+
+def _check_content(path, state):
+    """Raises UserError, or for a state that was made to do harm anything else that walking through it may raise."""
+    if not isinstance(state, dict) or not {"task", "arch", "model"} <= state.keys():
+        raise UserError(f"{path}: holds no net of this project; published weights go to train_*.py --weights")
+    for name, tensor in _tensors(state):
+        # a 1 KB file can pretend to be a tensor of 1e9 numbers by repeating one
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(f"{path}: tensor {name} is larger than its data; use another checkpoint")
+    for weights in (state["model"], state.get("ema") or {}):
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{path}: tensor {name} is not finite; use an earlier checkpoint")
+
+
+def _tensors(value, name="state"):
+    """Pairs (name, tensor) of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(child, f"{name}.{key}")
 
 
 def load_weights(model, state, path):

@@ -27,6 +27,8 @@ def setup(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type not in ("cpu", "cuda", "mps"):  # torch knows some that cannot train
+            raise RuntimeError
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)

@@ -112,12 +112,14 @@ class State:
     def state_dict(self):
         """Raises NumericalError rather than hand out numbers that are not finite."""
         self.check()
-        weights = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        modules = [self.model, self.ema.module] if self.ema else [self.model]
+        weights = [t for module in modules for t in module.state_dict().values() if t.is_floating_point()]
         if not torch.stack([t.isfinite().all() for t in weights]).all():
             self.finite.fill_(False)
             self.check()
         return {"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
-                "ema_steps": int(self.ema.n_averaged) if self.ema else 0, "optimizer": self.optimizer.state_dict(),
+                "ema_steps": int(self.ema.n_averaged) if self.ema else 0,
+                "optimizer": self.optimizer.state_dict() | {"name": type(self.optimizer).__name__},
                 "scaler": self.scaler.state_dict(), "step": self.step, "steps_per_epoch": self.steps_per_epoch,
                 "history": self.history, "scores": self.scores,
                 "sums": {name: float(dist.mean(value.clone())) for name, value in self.sums.items()}}
@@ -131,15 +133,15 @@ class State:
         if self.ema and saved["ema"]:
             checkpoint.fit_into(self.ema.module, saved["ema"], "--resume")
             self.ema.n_averaged.fill_(saved["ema_steps"])
-        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (ValueError, KeyError):
-            raise UserError("--resume: the run had another --optimizer; keep it, or start a new run with "
-                            "--weights") from None
-        for group, lr in zip(self.optimizer.param_groups, initial):
-            group["initial_lr"] = lr  # so that --resume --lr counts
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["optimizer"]["name"] != type(self.optimizer).__name__:
+            raise UserError(f"--resume: the run had the optimizer {saved['optimizer']['name']}; keep --optimizer, or "
+                            f"start a new run with --weights")
+        ours = [{k: group[k] for k in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, ours):
+            group.update(settings)  # so that --resume --lr counts
+        if saved["scaler"]:  # empty when the run had another --amp
+            self.scaler.load_state_dict(saved["scaler"])
         self.step, self.history, self.scores = saved["step"], saved["history"], saved["scores"]
         self.sums = {name: torch.tensor(value, device=self.finite.device) for name, value in saved["sums"].items()}
 
@@ -168,6 +170,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     state = State(model, optimizer, scaler, ema, steps_per_epoch=math.ceil(len(loader) / accumulate))
     if resume:
         state.load_state_dict(resume)
+        _write_results(folder, state.history)  # the run may have been killed between its checkpoint and this
 
     net = torch.compile(model) if compile else model
     if dist.world_size() > 1:
@@ -178,7 +181,6 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
         saved = saved or header | state.state_dict()  # on every rank: all notice numbers that are not finite
         if dist.rank() == 0:
             checkpoint.save(folder / name, saved, keep_previous=name == "last.pt")
-        return saved
 
     with Signals() as signals:
         while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
@@ -197,20 +199,21 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
                     metrics = evaluate(judged.eval()) if evaluate else {}
             except Stopped:  # the epoch is trained but not judged; a resumed run begins with that
                 save()
-                _say_stopped(state)
-                raise
+                _stop_if(signals.signum, state)
             row = dist.broadcast(row | {k: float(v) for k, v in metrics.items()} | {"seconds": time.monotonic() - began})
 
             state.history.append(row)
-            state.scores += [row[k] for k in metrics][:1]
+            state.scores += [-math.inf if math.isnan(row[k]) else row[k] for k in metrics][:1]
             state.sums = {}
-            saved = save()
+            saved = header | state.state_dict()
             slim = {k: v for k, v in saved.items() if k not in ("optimizer", "scaler")}  # a third of the size
             if state.scores and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
                 save("best.pt", slim)
             if save_period and (epoch + 1) % save_period == 0:
                 save(f"epoch_{epoch + 1}.pt", slim)
+            save("last.pt", saved)  # after the others: killed before this, the run comes here again and writes them
             _record(folder, state.history, boards)
+            _stop_if(dist.any_rank(signals.signum), state)
     return state
 
 
@@ -261,9 +264,7 @@ def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, e
             if wish:
                 save()
                 saved = time.monotonic()
-            if wish > 1:
-                _say_stopped(state)
-                raise Stopped(wish)
+            _stop_if(wish if wish > 1 else 0, state)
 
 
 class Progress:
@@ -303,18 +304,26 @@ def _out_of_patience(scores, patience):
 
 
 def _record(folder, history, boards):
-    if dist.rank() > 0:
+    _write_results(folder, history)
+    if dist.rank() == 0:
+        if boards:
+            boards.log(history[-1], history[-1]["epoch"])
+        print("  ".join(f"{k} {v:.4g}" for k, v in history[-1].items()), flush=True)
+
+
+def _write_results(folder, history):
+    if dist.rank() > 0 or not history:
         return
     try:
         report.write_csv(folder / "results.csv", history)
         report.plot_curves(folder / "results.png", history)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the results ({error.strerror}); make room, then --resume") from None
-    if boards:
-        boards.log(history[-1], history[-1]["epoch"])
-    print("  ".join(f"{k} {v:.4g}" for k, v in history[-1].items()), flush=True)
 
 
-def _say_stopped(state):
-    if dist.rank() == 0:
-        print(f"stopped and saved at step {state.step}; go on with --resume", flush=True)
+def _stop_if(signum, state):
+    """Ends a run that has just been saved, where a signal asked for it."""
+    if signum:
+        if dist.rank() == 0:
+            print(f"stopped and saved at step {state.step}; go on with --resume", flush=True)
+        raise Stopped(signum)

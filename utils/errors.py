@@ -7,6 +7,10 @@ import time
 import traceback
 
 
+# in the messages of collectives that lost their other side
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "Socket")
+
+
 class UserError(Exception):
     """Bad input, bad flags, a full disk: exit code 2. The text is one line naming the file and the remedy."""
     code = 2
@@ -26,7 +30,10 @@ class Stopped(BaseException):
 
 def one_line(error):
     """The message of an error; of one that a loader worker passed on, without the worker's traceback."""
-    return str(error).strip().splitlines()[-1].split("Error: ")[-1] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    if text.startswith("Caught "):
+        text = text.splitlines()[-1].partition("Error: ")[2]
+    return " ".join(text.splitlines()) or type(error).__name__
 
 
 def cli(main):
@@ -34,39 +41,53 @@ def cli(main):
     def stop(signum, frame):
         raise Stopped(signum)
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell (>&-): the next file opened would get its number
+            setattr(sys, name, open(os.devnull, "w"))
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
         return
-    except UserError as error:
-        code = _report(one_line(error), error.code)
-    except Stopped as stopped:
-        code = stopped.code
-    except BrokenPipeError:  # `| head` has closed our output; there is nobody to tell
-        code = 141
-    except Exception as error:
-        code = _report(*_cause(error))
+    except SystemExit:  # argparse has said what there is to say
+        raise
+    except BaseException as caught:
+        error = caught
+    # nothing is left to be saved: another signal may end the process, and the death of workers is no news
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(signum, signal.SIG_DFL)
     # a failed process goes at once: the usual shutdown would wait for loader workers and for other ranks
     for child in multiprocessing.active_children():
         child.kill()
-    sys.stderr.flush()
+    text, code = _verdict(error)
+    try:
+        print(end="", flush=True)
+        if text:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody listens
     os._exit(code)
 
 
-def _cause(error):
-    """-> (one line, 2) for what users do cause, (the traceback, 1) for what is a fault of ours."""
-    text = str(error)
+def _verdict(error):
+    """-> (one line or nothing, exit code); for a fault of ours the traceback, and 1."""
+    text, trace = str(error), "".join(traceback.format_exception(error))
+    if isinstance(error, Stopped):
+        return "", error.code
+    if isinstance(error, BrokenPipeError) and "_data_queue" not in trace:  # `| head` has closed our output; there is nobody to tell
+        return "", 141
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return "out of memory; lower --bs or --imgsz, or try --grad-checkpoint", 2
-    if text.startswith(("DataLoader worker", "DataLoader timed out")):
-        return f"{text.splitlines()[0]} Lower --workers; 0 loads in the main process.", 2
-    return traceback.format_exc(), 1
-
-
-def _report(text, code):
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(2)  # when rank 0 has the same to say, torchrun ends this rank first: one line, not one per rank
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    return code
+        error = UserError("out of memory; lower --bs or --imgsz, or try --grad-checkpoint")
+    elif text.startswith(("DataLoader worker", "DataLoader timed out")):
+        error = UserError(f"{text.splitlines()[0].rstrip('. ')}; lower --workers, 0 loads in the main process")
+    elif isinstance(error, (EOFError, OSError)) and "_data_queue.get(" in trace:  # it died while handing over a batch
+        error = UserError("DataLoader worker exited unexpectedly; lower --workers, 0 loads in the main process")
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in text for word in LOST):
+        error = UserError("another process of this run has ended or hangs; see its message, then go on with --resume")
+        time.sleep(2)  # torchrun ends this process first where it can: one line, not one per rank
+    elif int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(2)  # the same, for what rank 0 has to say too
+    if isinstance(error, UserError):
+        return one_line(error), error.code
+    return trace, 1

@@ -65,17 +65,18 @@ def warp(image, matrix, size, *, mode="bilinear", border="constant", fill=0):
     "reflect" (without repeating the edge) or "wrap".
 
     Flips, quarter turns and whole-pixel shifts move pixels exactly, in any dtype. Everything else is
-    interpolated, in float32 for integer images, which are rounded back.
+    interpolated, in float32 for integers and half precision, which are rounded back. The identity gives the
+    image itself.
     """
     inverse = np.linalg.inv(matrix)
     steps, offset = inverse[..., :2, :2], inverse[..., :2, :2] @ (0.5, 0.5) + inverse[..., :2, 2] - 0.5
-    if inverse.ndim == 2 and np.allclose(abs(steps).sum(0), 1, atol=1e-9) and _whole(steps) and _whole(offset):
+    if inverse.ndim == 2 and _whole(steps, 1e-9) and _whole(offset, 1e-6) and (abs(np.rint(steps)).sum(0) == 1).all():
         return _move(image, np.rint(steps).astype(int), np.rint(offset).astype(int), size, border, fill)
     return _resample(image, inverse, size, mode, border, fill)
 
 
-def _whole(values):
-    return np.allclose(values, np.rint(values), atol=1e-6)
+def _whole(values, tolerance):
+    return (abs(values - np.rint(values)) < tolerance).all()
 
 
 def _inside(index, length, border):
@@ -89,7 +90,7 @@ def _inside(index, length, border):
 
 
 def _move(image, steps, offset, size, border, fill):
-    """Output pixel (row v, column u) is source pixel steps @ (u, v) + offset: index arithmetic, no arithmetic on values."""
+    """Output pixel (row v, column u) is source pixel steps @ (u, v) + offset: only indices are computed with."""
     dtype = image.dtype
     if dtype == torch.uint16:  # torch has few kernels for it; the same bits move as int16
         image, fill = image.view(torch.int16), int(np.uint16(fill).view(np.int16))
@@ -100,22 +101,25 @@ def _move(image, steps, offset, size, border, fill):
         source = image.shape[axis]
         index = torch.from_numpy(_inside(np.arange(length) * step + start, source, border))
         outside.append((index < 0) | (index >= source))
-        image = image.index_select(axis, index.clamp(0, source - 1).to(image.device))
+        if length == source and step == -1 and start == source - 1:
+            image = image.flip(axis)  # unlike index_select this keeps channels-last
+        elif (length, step, start) != (source, 1, 0):
+            image = image.index_select(axis, index.clamp(0, source - 1).to(image.device))
     if border == "constant" and (outside[0].any() or outside[1].any()):
         image = image.masked_fill((outside[1][:, None] | outside[0][None]).to(image.device), fill)
-    return image.contiguous().view(dtype)
+    return image.view(dtype)
 
 
 def _resample(image, inverse, size, mode, border, fill):
     batched = image if image.ndim == 4 else image[None]
-    values = batched if batched.is_floating_point() else batched.float()
+    values = batched if batched.dtype == torch.float64 else batched.float()  # half precision is too coarse for places
     height, width = values.shape[-2:]
     inverse = torch.as_tensor(inverse, dtype=torch.float64).reshape(-1, 3, 3)
     y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
     centres = torch.stack((x, y), -1).double()
     grid = centres @ inverse[:, None, :2, :2].transpose(-1, -2) + inverse[:, None, None, :2, 2]
     if border == "constant":
-        values = values - fill
+        values = values - float(fill)
     else:
         grid = torch.stack([_inside(grid[..., i] - 0.5, n, border) + 0.5 for i, n in enumerate((width, height))], -1)
         if border == "wrap":  # between the last pixel and the first one
@@ -125,7 +129,6 @@ def _resample(image, inverse, size, mode, border, fill):
     out = F.grid_sample(values, grid, mode=mode, padding_mode="zeros" if border == "constant" else "border",
                         align_corners=False)
     if border == "constant":
-        out = out + fill
-    if not image.is_floating_point():
-        out = out.round().to(image.dtype)
+        out = out + float(fill)
+    out = (out if image.is_floating_point() else out.round()).to(image.dtype)
     return out if image.ndim == 4 else out[0]

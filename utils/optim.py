@@ -42,7 +42,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
     Each is preceded by a linear warmup from 0. `scores`: validation scores of the finished epochs, higher is
     better; only "plateau" looks at them. A pure function: a resumed run needs no state of it.
     """
-    warmup = warmup_epochs * steps_per_epoch
+    warmup = round(warmup_epochs * steps_per_epoch)
     total = max(epochs * steps_per_epoch - warmup, 1)
     length = max(period * steps_per_epoch, 1)
 

@@ -54,7 +54,7 @@ def restarted(project):
     """The run folder that this torchrun worked in before it restarted its workers, or None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
         return None
-    for path in _newest_first(project, "lock"):
+    for path in sorted(Path(project).glob("*/lock"), key=_age):
         if path.read_text() == _launcher():
             return path.parent
     return None
@@ -65,13 +65,15 @@ def newest(project, *files):
 
     Raises UserError when there is no run yet.
     """
-    for folder in dict.fromkeys(path.parent for file in files for path in _newest_first(project, file)):
-        return next(folder / file for file in files if (folder / file).exists())
-    raise UserError(f"{project}: no run with {' or '.join(files)} in it yet; train one first, or give a path")
+    found = [path for file in files for path in Path(project).glob(f"*/{file}")]
+    if not found:
+        raise UserError(f"{project}: no run with {' or '.join(files)} in it yet; train one first, or give a path")
+    folder = min(found, key=_age).parent
+    return next(folder / file for file in files if (folder / file).exists())
 
 
-def _newest_first(project, file):
-    return sorted(Path(project).glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, reverse=True)
+def _age(path):
+    return -path.stat().st_mtime_ns
 
 
 def open_run(project, name, resume=None):
@@ -99,23 +101,25 @@ def _guarded(function):
 
 
 def _open(project, name, resume):
-    folder = restarted(project)
-    if folder:
-        last = folder / "last.pt"
-    elif resume is None:
+    again = restarted(project)
+    if not again and resume is None:
         return create(project, name), None
-    else:
-        last = Path(resume) if resume else newest(project, "last.pt")
-        last = last / "last.pt" if last.is_dir() else last
-        folder = last.parent
-    state = checkpoint.load(last) if last.exists() or not restarted(project) else None
-    if state and "optimizer" not in state:
-        raise UserError(f"{last}: holds weights only; resume from the run's last.pt, or start anew with --weights")
-    lock(folder)
-    return folder, state
+    last = again or Path(resume or newest(project, "last.pt", "last.pt.prev"))
+    last = last / "last.pt" if last.is_dir() else last
+    state = None
+    if not again or last.exists() or last.with_name("last.pt.prev").exists():  # else killed before its first save
+        state = checkpoint.load(last)
+        if not {"optimizer", "args"} <= state.keys():
+            raise UserError(f"{last}: holds weights only; resume from the run's last.pt, or start anew with --weights")
+    lock(last.parent)
+    return last.parent, state
 
 
 def write_json(path, value):
+    """Writes a file whole or not at all. Raises UserError when it cannot be written."""
     path = Path(path)
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or mend the folder") from None

@@ -17,7 +17,8 @@ def starts(length, tile, overlap):
     """
     if length <= tile:
         return [0]
-    count = math.ceil((length - tile) / max(tile * (1 - overlap), 1)) + 1
+    step = max(tile - math.ceil(tile * overlap), 1)  # in whole pixels, as rounded starts are
+    count = math.ceil((length - tile) / step) + 1
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 

@@ -3,7 +3,7 @@
     python -m tests.bench.peer_smp --data water --groups water/groups.csv --scale 10000 --seed 0
 
 Same tiles, crops, flips, batches, loss (Lovasz hinge, elu), AdamW 1e-3, cosine, epochs; smp's net as its users
-set it up: the seven bands, nothing before the encoder. --ema gives it our averaging as well. Prints validation
+set it up: the seven bands, nothing before the encoder. --ema, --bce and --gain give it our recipe as well. Prints validation
 IoU of the last epoch, plain and with flip-TTA; train_seg.py's results.json has the same numbers of our net.
 """
 import argparse
@@ -29,6 +29,8 @@ def main():
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", action="store_true")
+    parser.add_argument("--bce", type=float, default=0.0, help="weight of an added BCE")
+    parser.add_argument("--gain", type=float, default=0.0, help="random brightness, octaves")
     args = parser.parse_args()
 
     paired = seg.pairs(Path(args.data) / "train_img", Path(args.data) / "train_mask")
@@ -38,7 +40,8 @@ def main():
     fold_of = folds.assign(list(paired), [0.2] * 5, strata=folds.area_strata([f["area"] for f in facts]), groups=groups)
     train, val = folds.split(fold_of, args.fold)
     options = dict(bands=bands, scale=args.scale, cache="ram")
-    data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, seed=args.seed, **options)
+    data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, seed=args.seed, gain=args.gain,
+                       **options)
     loader = train_loader(data, args.bs, seed=args.seed)
     val_loader = eval_loader(seg.SegData([paired[n] for n in val], **options), args.bs)
 
@@ -51,7 +54,8 @@ def main():
     ema = optim.make_ema(model, len(loader) * args.epochs) if args.ema else None
 
     def compute_loss(model, batch):
-        return losses.lovasz_hinge(model(batch["image"]), batch["mask"], elu=True), {}
+        logits = model(batch["image"])
+        return losses.lovasz_hinge(logits, batch["mask"], elu=True) + args.bce * losses.bce(logits, batch["mask"]), {}
 
     def evaluate(model, flips=False):
         metric = metrics.BinaryIoU()
@@ -68,7 +72,7 @@ def main():
     judged = ema.module if ema else model
     with torch.inference_mode(), engine.autocast(device, engine.precision("auto", device)):
         scores = evaluate(judged.eval(), flips=True)
-    print(f"smp, seed {args.seed}, ema {args.ema}: last epoch iou {state.scores[-1]:.4f}, with flip-TTA {scores['iou']:.4f}")
+    print(f"smp, seed {args.seed}, ema {args.ema}, bce {args.bce}, gain {args.gain}: last epoch iou {state.scores[-1]:.4f}, with flip-TTA {scores['iou']:.4f}")
 
 
 if __name__ == "__main__":

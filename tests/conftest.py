@@ -1,0 +1,124 @@
+"""Fixtures: a tiny data set in the wildfire competition's layout, and scripts run as from a shell but without one."""
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from rasterio.transform import from_origin
+
+from utils import errors
+
+# the smallest UNet that --encoder allows, and the fewest steps
+TINY = "--conv0 8 --decoder 8 8 8 8 --imgsz 32 --bs 4 --epochs 1 --repeat 1 --workers 0 --device cpu".split()
+
+
+def write_tif(path, array, *, crs="EPSG:32652", transform=from_origin(300_000, 4_000_000, 30, 30), **options):
+    """Writes (C, H, W) or (H, W) as a GeoTIFF. Returns its path."""
+    array = np.atleast_3d(array) if array.ndim == 3 else array[None]
+    with rasterio.open(path, "w", driver="GTiff", count=len(array), height=array.shape[1], width=array.shape[2],
+                       dtype=array.dtype, crs=crs, transform=transform, **options) as file:
+        file.write(array)
+    return Path(path)
+
+
+def tile(seed, height=64, width=64, *, bands=10, classes=1):
+    """-> image uint16 (bands, H, W), mask uint8 (H, W). Class k is a rectangle, bright in band 8 - k."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(4000, 8000, (bands, height, width)).astype(np.uint16)
+    mask = np.zeros((height, width), np.uint8)
+    for k in range(1, max(classes, 2)):
+        h, w = height // 3, width // 3
+        y, x = rng.integers(height - h), rng.integers(width - w)
+        mask[y:y + h, x:x + w] = k
+    for k in range(1, max(classes, 2)):
+        image[min(7, bands) - k][mask == k] += 30000
+    return image, mask
+
+
+def write_wildfire(root, *, train=8, test=3, size=(64, 64), classes=1):
+    """train_img, train_mask and test_img below `root`, 10 bands of uint16, every tile at its own place."""
+    root = Path(root)
+    for folder in ("train_img", "train_mask", "test_img"):
+        (root / folder).mkdir(parents=True)
+    for split, count in (("train", train), ("test", test)):
+        for i in range(count):
+            image, mask = tile((i, split == "test"), *size, classes=classes)
+            place = dict(transform=from_origin(300_000 + 3000 * i, 4_000_000, 30, 30))
+            write_tif(root / f"{split}_img" / f"{split}_img_{i}.tif", image, **place)
+            if split == "train":
+                write_tif(root / "train_mask" / f"train_mask_{i}.tif", mask, **place)
+    return root
+
+
+def digest(root):
+    """{file below root: (bytes, modification time)}, to see that nothing was changed, added or removed."""
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(Path(root).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def wildfire(tmp_path_factory):
+    """A shared data set of 8 + 3 tiles; nobody may write into it, which is checked at the end."""
+    root = write_wildfire(tmp_path_factory.mktemp("shared") / "Wildfire")
+    before = digest(root)
+    yield root
+    assert digest(root) == before
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """script(module, *flags): the module's main() in this process, in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        return module.main()
+    return call
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command(module, *flags) -> code, out, err, lines: the script as a process of its own, with its true exit code.
+
+    The process is a fork of this one: torch is imported already, and a hundred commands take seconds. `lines`:
+    what stands on stderr apart from progress bars.
+    """
+    def call(module, *flags, cwd=tmp_path, seconds=60):
+        pid = os.fork()
+        if pid == 0:
+            _child(module, flags, cwd, tmp_path)
+        end = time.monotonic() + seconds
+        while (status := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                pytest.fail(f"{module.__name__} {flags}: still running after {seconds} s")
+            time.sleep(0.002)
+        out, err = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+        lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and not re.search(r"%\||it/s|img/s", line)]
+        return SimpleNamespace(code=os.waitstatus_to_exitcode(status[1]), out=out, err=err, lines=lines)
+    return call
+
+
+def _child(module, flags, cwd, tmp_path):
+    """What a forked process does: the script, and then nothing of pytest's."""
+    try:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        torch.set_num_threads(1)  # OpenMP's threads did not come along
+        os.chdir(cwd)
+        sys.argv = [f"{module.__name__}.py", *map(str, flags)]
+        errors.cli(module.main)
+        os._exit(0)
+    except SystemExit as error:  # argparse
+        sys.stderr.flush()
+        os._exit(error.code)
+    except BaseException:
+        os._exit(99)

@@ -1,0 +1,152 @@
+"""utils/args.py: every wrong flag is answered in one line with exit code 2; what --resume keeps and what it reports."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.harness import ENV, ROOT
+from tests.test_runs import free, give_locks_back, no_torchrun  # noqa: F401 (fixtures)
+from utils import checkpoint
+from utils.args import band_list, loss_term, real, start, train_parser, whole
+from utils.errors import UserError
+
+PARSER = train_parser("Toy.", "toy", epochs=3, bs=4, imgsz=16, lr=0.1)
+NUMBERS = {a.option_strings[0]: a for a in PARSER._actions if a.type}
+CHOICES = {a.option_strings[0]: a for a in PARSER._actions if a.choices}
+POSITIVE = {"--epochs", "--bs", "--accumulate", "--imgsz", "--period"}  # zero of these is nothing
+
+
+def refused(capsys, parse, *argv):
+    with pytest.raises(SystemExit) as caught:
+        parse([*argv])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+def test_the_flags_that_have_numbers():
+    assert set(NUMBERS) == POSITIVE | {"--lr", "--warmup-epochs", "--weight-decay", "--clip", "--patience", "--seed",
+                                       "--workers", "--fold", "--save-period"}
+
+
+@pytest.mark.parametrize("flag", sorted(NUMBERS))
+def test_numbers_that_make_no_sense(capsys, flag):
+    wrong = ["x", "", " ", "nan", "inf", "-inf", "NaN", "-1", "-0.5", "1e400", "9" * 5000, "1e30", "10**3", "0x10", "1 2",
+             "1,5", "-1\n", "x\ny", "²", "\x00"]
+    wrong += ["0", "0.5", "1e3"] if flag in POSITIVE else []
+    for value in wrong:
+        error = refused(capsys, PARSER.parse_args, f"{flag}={value}")
+        assert flag in error
+    assert flag in refused(capsys, PARSER.parse_args, flag)
+    refused(capsys, PARSER.parse_args, flag, "--ema")
+
+
+@pytest.mark.parametrize("flag", sorted(CHOICES))
+def test_choices(capsys, flag):
+    for value in ("", "x", "1", "x\ny"):
+        assert flag in refused(capsys, PARSER.parse_args, f"{flag}={value}")
+    refused(capsys, PARSER.parse_args, flag)
+
+
+def test_other_mistakes(capsys):
+    for argv in (["--nonsense"], ["stray"], ["stray\nlines"], ["--ema=1"], ["--no-ema", "x"], ["--data"], ["--name"],
+                 ["--tensorboard=yes"], ["--e", "3"], ["--", "-x"]):
+        refused(capsys, PARSER.parse_args, *argv)
+
+
+def test_numbers_that_do():
+    args = PARSER.parse_args("--lr 1e-3 --epochs 1000000 --seed 0 --clip 0 --warmup-epochs 0.5 --workers 0".split())
+    assert (args.lr, args.epochs, args.seed, args.clip, args.warmup_epochs, args.workers) == (1e-3, 10**6, 0, 0, 0.5, 0)
+    assert PARSER.parse_args(["--seed", str(2**31)]).seed == 2**31
+    assert whole(2, 3)("3") == 3 and real(-1, 1)("-1") == -1.0
+
+
+def test_bands():
+    assert band_list("all") is None and band_list("1-3") == [1, 2, 3] and band_list("7,5,3") == [7, 5, 3]
+    assert band_list("1-2,9,4-4") == [1, 2, 9, 4]
+    for text in ("", "x", "0", "0-3", "-3", "3-", "1--2", "5-3", "1,5-3", "1,,2", "1-99999999999", "65536", "1.5", "nan",
+                 "1-65535,99999999999-999999999999"):
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            band_list(text)
+
+
+def test_loss_terms():
+    parse = loss_term(("bce", "lovasz"))
+    assert parse("bce") == ("bce", 1.0) and parse("lovasz=0.25") == ("lovasz", 0.25)
+    for text in ("", "x", "bce=x", "bce=-1", "bce=nan", "bce=inf", "=1", "bce=1=2"):
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            parse(text)
+
+
+def test_a_process_says_it_in_one_line_too():
+    for argv, code in ((["--lr", "nan"], 2), (["--help"], 0)):
+        run = subprocess.run([sys.executable, "-m", "tests.toy", *argv], cwd=ROOT, env=os.environ | ENV, text=True,
+                             capture_output=True)
+        assert run.returncode == code
+        assert run.stderr.count("\n") == (1 if code else 0) and "Traceback" not in run.stderr
+        assert bool(run.stdout) == (code == 0)
+
+
+# ---- from the flags to the run -----------------------------------------------------------------------------------------
+def opened(tmp_path, *argv):
+    free()
+    return start(PARSER, ["--project", str(tmp_path), "--device", "cpu", *argv])
+
+
+def saved(tmp_path, *argv):
+    """A run that was started with these flags and has saved a checkpoint."""
+    args, _, folder, state = opened(tmp_path, *argv)
+    assert state is None
+    checkpoint.save(folder / "last.pt", {"task": "toy", "arch": {}, "model": {}, "optimizer": {}, "step": 5,
+                                         "args": vars(args)})
+    return args
+
+
+def test_a_new_run_has_its_flags_written_down(tmp_path, capsys):
+    args, device, folder, state = opened(tmp_path, "--lr", "0.5", "--name", "größe 1")
+    assert folder == tmp_path / "größe 1" and device.type == "cpu" and state is None
+    assert json.loads((folder / "args.json").read_text()) == vars(args) and args.lr == 0.5 and args.epochs == 3
+    assert capsys.readouterr().out == f"run: {folder}\n"
+
+
+def test_a_resumed_run_keeps_its_flags_and_reports_new_ones(tmp_path, capsys):
+    saved(tmp_path, "--lr", "0.5", "--no-ema", "--bs", "8")
+    capsys.readouterr()
+    args, _, folder, state = opened(tmp_path, "--resume", "--weight-decay", "0.2", "--bs", "8", "--ema")
+    assert (args.lr, args.weight_decay, args.bs, args.ema, state["step"]) == (0.5, 0.2, 8, True, 5)
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == ["--ema: True instead of the run's False", "--weight-decay: 0.2 instead of the run's 0.01",
+                             f"resuming: {folder} at step 5"]
+    assert json.loads((folder / "args.json").read_text())["weight_decay"] == 0.2
+
+
+def test_flags_that_the_run_did_not_know_get_their_defaults(tmp_path):
+    saved(tmp_path)
+    state = checkpoint.load(tmp_path / "exp" / "last.pt")
+    del state["args"]["clip"]
+    state["args"]["removed"] = 1
+    checkpoint.save(tmp_path / "exp" / "last.pt", state)
+    args, *_ = opened(tmp_path, "--resume")
+    assert args.clip == 0.0 and not hasattr(args, "removed")
+
+
+def test_the_device_is_chosen_anew(tmp_path, capsys):
+    saved(tmp_path)
+    state = checkpoint.load(tmp_path / "exp" / "last.pt")
+    state["args"]["device"] = "cuda:3"
+    checkpoint.save(tmp_path / "exp" / "last.pt", state)
+    capsys.readouterr()
+    args, device, *_ = opened(tmp_path, "--resume")
+    assert args.device == device.type == "cpu" and "--device" not in capsys.readouterr().out
+
+
+def test_devices_that_are_not_there(tmp_path):
+    for device in ("cuda:99", "nonsense", "", "cpu:x", "meta", "xpu", "cuda:-1", "mps:7", "a\nb"):
+        with pytest.raises(UserError) as caught:
+            opened(tmp_path, "--device", device)
+        assert f"--device {device}" in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,212 @@
+"""utils/dist.py and the loop on two processes (CPU, gloo): one and two processes are the same run, and faults end both.
+
+`world` and `toys` start the ranks as torchrun would, without its own 7 s; what depends on torchrun uses it.
+"""
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from tests.harness import command, differences, free_port, read, start, torchrun, toy, toys, world
+from tests.test_faults import gone
+from utils import dist
+
+PLAIN = ("--epochs", 2, "--dropout", 0, "--optimizer", "sgd", "--lr", 0.1)
+RUN = ("--epochs", 4, "--accumulate", 3, "--clip", 1)
+
+
+def errors(*runs):
+    return [line for run in runs for line in run.err if line.startswith("error: ")]
+
+
+def close(a, b, tolerance=1e-6):
+    """The largest difference between the weights of two checkpoints' tensors, against a tolerance."""
+    a, b = read(a), read(b)
+    pairs = [(x, b[part][k]) for part in ("model", "ema") for k, x in a[part].items()]
+    return max(float((x.double() - y.double()).abs().max()) for x, y in pairs) < tolerance
+
+
+# ---- the same run ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [("--norm", "none"), ("--norm", "batch", "--sync-bn")], ids=["no norm", "sync-bn"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_equal_one(tmp_path, flags, accumulate):
+    toy(tmp_path / "one", *PLAIN, *flags, "--accumulate", accumulate, "--val", 21)
+    toys(tmp_path / "two", *PLAIN, *flags, "--accumulate", accumulate, "--val", 21, "--workers", 1)
+    one, two = tmp_path / "one" / "exp" / "last.pt", tmp_path / "two" / "exp" / "last.pt"
+    assert close(one, two)
+    for a, b in zip(read(one)["history"], read(two)["history"], strict=True):
+        assert a["count"] == b["count"] == 21
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_batch_norm_without_sync_sees_half_the_batch(tmp_path):
+    """The comparison above can fail."""
+    toy(tmp_path / "one", *PLAIN)
+    toys(tmp_path / "two", *PLAIN)
+    assert not close(tmp_path / "one" / "exp" / "last.pt", tmp_path / "two" / "exp" / "last.pt", 1e-3)
+
+
+@pytest.mark.parametrize("val", [1, 3])
+def test_shards_of_validation(tmp_path, val):
+    """A rank may have nothing to validate on."""
+    toys(tmp_path, *PLAIN, "--val", val)
+    assert [row["count"] for row in read(tmp_path / "exp" / "last.pt")["history"]] == [val, val]
+
+
+def test_synchronised_norm_is_the_norm_of_the_whole_batch(monkeypatch):
+    """Against nn.BatchNorm2d, which sees both ranks' (here equal) halves."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 5, 3) * 3 + 7
+    whole, model = nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    nn.init.normal_(model[1][0].weight), nn.init.normal_(model[1][0].bias)
+    whole.load_state_dict(model[1][0].state_dict())
+    sync = dist.sync_batch_norm(model, torch.device("cpu"))[1][0]
+    assert type(sync) is dist.CPUSyncBatchNorm and list(sync.state_dict()) == list(whole.state_dict())
+    monkeypatch.setattr(dist, "all_reduce", lambda value: value * 2)  # the other rank has the same half
+    halves = x[:3].repeat(2, 1, 1, 1)
+    expected, found = whole(halves)[:3], sync(x[:3])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(sync.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sync.eval()(x), whole.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+# ---- stop, resume, fail ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """last.pt of two undisturbed processes."""
+    project = tmp_path_factory.mktemp("straight2")
+    toys(project, *RUN)
+    return project / "exp" / "last.pt"
+
+
+def same_run(a, b):
+    """The same bits, apart from the losses in the table: what the ranks had summed up is averaged when a run stops."""
+    a, b = read(a), read(b)
+    for x, y in zip(a.pop("history"), b.pop("history"), strict=True):
+        assert x == pytest.approx(y, rel=1e-6)
+    assert differences(a, b) == []
+
+
+@pytest.mark.parametrize("rank, batch", [(0, 2), (1, 12)])
+def test_a_signal_to_one_rank_stops_both(tmp_path, straight, rank, batch):
+    runs = toys(tmp_path, *RUN, "--fault", f"term@batch:{batch}", "--fault-rank", rank, code=143)
+    assert "stopped and saved at step" in runs[0].out and "saved" not in runs[1].out and errors(*runs) == []
+    toys(tmp_path, "--resume")
+    same_run(straight, tmp_path / "exp" / "last.pt")
+
+
+def test_a_signal_in_validation_lets_all_ranks_finish_it(tmp_path, straight):
+    toys(tmp_path, *RUN, "--fault", "term@eval:3", "--fault-rank", 1, code=143)
+    assert len(read(tmp_path / "exp" / "last.pt")["history"]) == 1
+    toys(tmp_path, "--resume")
+    same_run(straight, tmp_path / "exp" / "last.pt")
+
+
+@pytest.mark.parametrize("fault, code", [("error@sample:20", 2), ("crash@batch:5", 1), ("nan@batch:9", 3), ("kill@batch:5", -9),
+                                         ("full@replace:6", 2)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_rank_ends_both(tmp_path, fault, code, rank):
+    if fault.startswith("full") and rank == 1:
+        pytest.skip("rank 1 writes nothing")
+    began = time.monotonic()
+    runs = world(tmp_path, *RUN, "--fault", fault, "--fault-rank", rank)
+    codes = [run.wait(20) for run in runs]
+    assert time.monotonic() - began < 15
+    assert code in (codes[rank], codes[1 - rank]) and 0 not in codes
+    lines = errors(*runs)
+    assert 1 <= len(lines) <= 2
+    assert sum("another process of this run has ended" in line for line in lines) <= 1
+    for run in runs:
+        assert len(run.err) <= 1 or code == 1
+        gone(run, 2)
+
+
+def test_what_all_ranks_have_to_say(tmp_path):
+    """Without torchrun, which ends the other ranks at the first error, each says it once."""
+    for flags, words in ((("--bs", 3), "--bs 3: not divisible by the 2 processes"),
+                         (("--resume", tmp_path / "none"), "none"), (("--device", "cuda:99"), "--device cuda:99")):
+        runs = toys(tmp_path, *flags, code=2)
+        assert len(errors(*runs)) == 2 and all(len(run.err) == 1 and words in run.err[0] for run in runs)
+
+
+# ---- torchrun ------------------------------------------------------------------------------------------------------------
+def restarted(tmp_path, straight, rank, fault):
+    """One SIGKILL under `torchrun --max-restarts 3`."""
+    run = torchrun(tmp_path, *RUN, "--every-step", "--fault", fault, "--fault-rank", rank,
+                   flags=("--nproc_per_node", 2, "--max-restarts", 3, "--master_port", free_port()))
+    assert run.wait(120) == 0, run.err
+    assert run.out.count("started") >= 4 and "resuming" in run.out
+    assert sorted(f.name for f in tmp_path.iterdir() if f.is_dir()) == ["exp"]  # in the same folder
+    same_run(straight, tmp_path / "exp" / "last.pt")
+
+
+def test_torchrun_restarts_a_killed_rank(tmp_path, straight):
+    restarted(tmp_path, straight, 1, "kill@batch:12")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fault", ["kill@batch:5", "kill@batch:21", "kill@eval:3", "kill@replace:9", "kill@write:2000",
+                                   "kill@start:1", "kill@batch:1"])
+def test_torchrun_restarts_after_any_kill(tmp_path, straight, rank, fault):
+    if rank == 1 and ("replace" in fault or "write" in fault):
+        pytest.skip("rank 1 writes nothing")
+    run = torchrun(tmp_path, *RUN, "--every-step", "--fault", fault, "--fault-rank", rank,
+                   flags=("--nproc_per_node", 2, "--max-restarts", 3, "--master_port", free_port()))
+    assert run.wait(120) == 0, run.err
+    assert sorted(f.name for f in tmp_path.iterdir() if f.is_dir()) == ["exp"]
+    same_run(straight, tmp_path / "exp" / "last.pt")
+
+
+def test_torchrun_says_an_error_once(tmp_path):
+    run = torchrun(tmp_path, *RUN, "--fault", "error@batch:5", "--fault-rank", 1,
+                   flags=("--nproc_per_node", 2, "--master_port", free_port()))
+    began = time.monotonic()
+    assert run.wait(60) == 1 and time.monotonic() - began < 40
+    assert errors(run) == ["error: toy batch: an error to order; order another"]
+    gone(run, 2)
+
+
+def test_sigterm_to_torchrun_saves(tmp_path, straight):
+    run = torchrun(tmp_path, *RUN, "--slow", "batch=0.2", flags=("--nproc_per_node", 2, "--master_port", free_port()))
+    run.until("started")
+    time.sleep(1.5)
+    began = time.monotonic()
+    run.send(signal.SIGTERM)
+    assert run.wait(30) not in (0, -signal.SIGKILL) and time.monotonic() - began < 10
+    assert "stopped and saved at step" in run.out and errors(run) == []
+    toys(tmp_path, "--resume")
+    same_run(straight, tmp_path / "exp" / "last.pt")
+
+
+def test_two_agents_train_together(tmp_path, straight):
+    """Two nodes, as far as torchrun can tell, with a process each."""
+    flags = ("--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", 7, "--rdzv_endpoint",
+             f"127.0.0.1:{free_port()}")
+    runs = [torchrun(tmp_path, *RUN, flags=(*flags, "--local_addr", "127.0.0.1")) for _ in range(2)]
+    for run in runs:
+        assert run.wait(90) == 0, run.err
+    assert sorted("epoch 4" in run.out for run in runs) == [False, True]  # one of them is rank 0
+    same_run(straight, tmp_path / "exp" / "last.pt")
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_the_run_of_two(tmp_path):
+    """Another number of processes sees the same global batches; only dropout is drawn otherwise."""
+    toys(tmp_path, *PLAIN, "--norm", "none", "--fault", "term@batch:5", code=143)
+    toy(tmp_path, "--resume")
+    toy(tmp_path / "one", *PLAIN, "--norm", "none")
+    assert close(tmp_path / "exp" / "last.pt", tmp_path / "one" / "exp" / "last.pt")
+
+
+def test_without_a_group_nothing_happens():
+    value, net = torch.tensor([3.0]), nn.BatchNorm2d(2)
+    assert dist.rank() == 0 and dist.world_size() == 1
+    assert dist.broadcast(value) is value and dist.any_rank(5) == 5 and torch.equal(dist.mean(value), torch.tensor([3.0]))
+    assert dist.sync_batch_norm(net, torch.device("cpu")) is net
+    dist.same_buffers(net), dist.barrier()
+    assert command and start

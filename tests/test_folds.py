@@ -1,0 +1,203 @@
+"""data/folds.py: what a split promises, over random sample sets; and the files that users bring."""
+import json
+import math
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from data import folds
+from utils.errors import UserError
+
+KFOLD = st.integers(2, 10).map(lambda k: [1 / k] * k)
+SHARES = KFOLD | st.sampled_from([[0.2, 0.8], [0.5, 0.5], [0.05, 0.95]])
+
+
+def count(fold_of, labels, names):
+    """{label: Counter of folds}"""
+    found = defaultdict(Counter)
+    for name, label in zip(names, labels):
+        found[label][fold_of[name]] += 1
+    return found
+
+
+# ---- assign ----------------------------------------------------------------------------------------------------------
+@settings(max_examples=100, deadline=None)
+@given(SHARES, st.integers(1, 200))
+def test_every_sample_is_in_one_fold_and_sizes_are_balanced(shares, n):
+    names = [f"s{i}" for i in range(n)]
+    fold_of = folds.assign(names, shares)
+    assert list(fold_of) == names and set(fold_of.values()) <= set(range(len(shares)))
+    sizes = Counter(fold_of.values())
+    assert all(abs(sizes[k] - share * n) < 1 for k, share in enumerate(shares))
+
+
+@settings(max_examples=100, deadline=None)
+@given(SHARES, st.lists(st.sampled_from("aaaabbcd"), min_size=1, max_size=150))
+def test_every_stratum_is_balanced(shares, strata):
+    names = [f"s{i}" for i in range(len(strata))]
+    fold_of = folds.assign(names, shares, strata=strata)
+    for label, found in count(fold_of, strata, names).items():
+        total = strata.count(label)
+        assert all(abs(found[k] - share * total) <= 1 for k, share in enumerate(shares)), label
+    if len(set(shares)) == 1:  # and the strata's remainders do not all go to the same fold
+        sizes = Counter(fold_of.values())
+        assert all(abs(sizes[k] - share * len(names)) <= 2 for k, share in enumerate(shares))
+
+
+def test_a_held_out_fraction_of_a_small_set_with_many_strata():
+    rng, parts = random.Random(0), []
+    for _ in range(20):
+        areas = [int(rng.lognormvariate(5, 2)) for _ in range(48)]
+        fold_of = folds.assign(list(range(48)), [0.2, 0.8], strata=folds.area_strata(areas))
+        parts.append(sum(k == 0 for k in fold_of.values()) / 48)
+    assert min(parts) > 0.12 and max(parts) < 0.28 and abs(sum(parts) / 20 - 0.2) < 0.02
+
+
+@settings(max_examples=100, deadline=None)
+@given(SHARES, st.lists(st.tuples(st.integers(0, 30), st.sampled_from("ab")), min_size=1, max_size=150))
+def test_groups_are_never_divided(shares, samples):
+    groups, strata = zip(*samples)
+    names = [f"s{i}" for i in range(len(samples))]
+    for options in ({}, {"strata": strata}):
+        fold_of = folds.assign(names, shares, groups=groups, **options)
+        assert all(len(found) == 1 for found in count(fold_of, groups, names).values())
+        assert fold_of.keys() == set(names)
+
+
+@settings(max_examples=60, deadline=None)
+@given(KFOLD, st.lists(st.integers(1, 20), min_size=1, max_size=40))
+def test_grouped_folds_differ_by_no_more_than_the_largest_group(shares, sizes):
+    groups = [g for g, size in enumerate(sizes) for _ in range(size)]
+    names = [f"s{i}" for i in range(len(groups))]
+    fold_of = folds.assign(names, shares, groups=groups)
+    filled = Counter(fold_of.values())
+    filled = [filled[k] for k in range(len(shares))]
+    assert max(filled) - min(filled) <= max(sizes)  # the largest first: Graham 1969
+
+
+def random_search(names, shares, strata, groups, tries=2000):
+    """The least deviation of strata from their shares among random assignments of the groups."""
+    rng = random.Random(0)
+    return min(deviation({g: rng.randrange(len(shares)) for g in set(groups)}, shares, strata, groups)
+               for _ in range(tries))
+
+
+def deviation(fold_of_group, shares, strata, groups):
+    found = Counter((s, fold_of_group[g]) for s, g in zip(strata, groups))
+    totals = Counter(strata)
+    return sum(abs(found[s, k] - share * totals[s]) / totals[s] for s in totals for k, share in enumerate(shares))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stratified_groups_beat_two_thousand_random_splits(seed):
+    rng = random.Random(seed)
+    groups = [g for g in range(24) for _ in range(rng.randint(1, 9))]
+    lean = [rng.random() for _ in range(24)]  # a place is mostly of one kind
+    strata = [int(rng.random() < lean[g]) for g in groups]
+    names = [f"s{i}" for i in range(len(groups))]
+    shares = [0.25] * 4
+    fold_of = folds.assign(names, shares, strata=strata, groups=groups)
+    ours = deviation({g: fold_of[name] for name, g in zip(names, groups)}, shares, strata, groups)
+    assert ours < random_search(names, shares, strata, groups)
+
+
+def test_a_split_is_repeatable_and_another_seed_is_another_split():
+    names = [f"s{i}" for i in range(50)]
+    first = folds.assign(names, [0.2] * 5)
+    np.random.seed(1), random.seed(1)
+    assert folds.assign(names, [0.2] * 5) == first
+    assert folds.assign(names, [0.2] * 5, seed=1) != first
+    # written down, so that it stays what it was in every version
+    assert [folds.assign(list("abcdef"), [0.5, 0.5])[n] for n in "abcdef"] == [0, 1, 0, 1, 0, 1]
+
+
+def test_fewer_samples_than_folds():
+    assert sorted(folds.assign(["a", "b"], [0.2] * 5).values()) == [0, 1]
+
+
+# ---- strata ----------------------------------------------------------------------------------------------------------
+def test_empty_masks_are_a_stratum_of_their_own():
+    strata = folds.area_strata([0, 1, 10, 100, 0, 1000, 10**6])
+    assert [s == -1 for s in strata] == [True, False, False, False, True, False, False]
+    assert strata[1] == 0 and strata[-1] == 9 and strata[1:4] == sorted(strata[1:4])
+    assert folds.area_strata([0, 0]) == [-1, -1] and folds.area_strata([]) == []
+    assert len(set(folds.area_strata([5, 5, 5]))) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 10**6), min_size=2, max_size=60))
+def test_strata_are_the_bins_of_a_histogram_of_logarithms(areas):
+    counts, _ = np.histogram(np.log(areas), 10)
+    assert Counter(folds.area_strata(areas)) == {k: c for k, c in enumerate(counts) if c}
+
+
+# ---- flags and files -------------------------------------------------------------------------------------------------
+def test_parse():
+    assert folds.parse("5") == [0.2] * 5 and folds.parse("5.0") == [0.2] * 5
+    assert folds.parse("0") is None and folds.parse("0.0") is None
+    assert folds.parse("0.25") == [0.25, 0.75]
+    assert folds.parse("some/split.json") == Path("some/split.json")
+    assert math.isclose(sum(folds.parse("7")), 1)
+
+
+@pytest.mark.parametrize("text", ["1", "-1", "-0.5", "1.5", "2.5", "nan", "inf", "-inf", "1e400", "1001", "1e9"])
+def test_numbers_that_are_no_split(text):
+    with pytest.raises(UserError, match="--folds .*: neither a number of folds .*;"):
+        folds.parse(text)
+
+
+def test_a_split_file_round_trip(tmp_path):
+    fold_of = folds.assign(["a", "b", "c", "d"], [0.5, 0.5])
+    (tmp_path / "folds.json").write_text(json.dumps(fold_of | {"of another set": 3}))
+    assert folds.read(tmp_path / "folds.json", ["d", "a"]) == {n: fold_of[n] for n in "da"}
+    with pytest.raises(UserError, match=r"folds.json: has no fold for e \(2 such\)"):
+        folds.read(tmp_path / "folds.json", ["a", "e", "f"])
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"a,b\n1,2", b"[]", b"[1]", b"3", b"null", b"\"a\"", b"{\"a\":", b"\xff\xfe\x00", b"[" * 100_000,
+    b"{\"a\": \"0\"}", b"{\"a\": 0.5}", b"{\"a\": null}", b"{\"a\": NaN}", b"{\"a\": [0]}"])
+def test_files_that_are_no_split(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match="x.json: .*;"):
+        folds.read(tmp_path / "x.json", ["a"])
+
+
+def test_split_files_that_cannot_be_read(tmp_path):
+    for path in (tmp_path, tmp_path / "missing", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=f"{path.name}: .*;"):
+            folds.read(path, ["a"])
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("name,group\na,1\nb,2\n", ["1", "2"]), ("\ufeffname,group\r\na,1\r\nb,2\r\n", ["1", "2"]),
+    ("name,x,group\na,9,1\nb,9,2\n", ["1", "2"]), ("a,1\nb,2", ["1", "2"]), ("b,\"x,y\"\n\na,z\n", ["z", "x,y"]),
+    ("name;group\na;1\n", None), ("a,1\n", None), ("", None), ("a\nb\n", None), ("name,group\na,1\nb\n", None),
+    ("name,x,group\na,1\nb,2,3\n", None), ("a,\"" + "x" * 200_000 + "\"\nb,1\n", None)])
+def test_groups(tmp_path, text, expected):
+    (tmp_path / "g.csv").write_text(text, encoding="utf-8")
+    if expected is None:
+        with pytest.raises(UserError, match="g.csv: .*;"):
+            folds.read_groups(tmp_path / "g.csv", ["a", "b"])
+    else:
+        assert folds.read_groups(tmp_path / "g.csv", ["a", "b"]) == expected
+
+
+def test_group_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("a,Köln\nb,x\n".encode("latin-1"))
+    for path in (tmp_path, tmp_path / "missing.csv", tmp_path / "latin.csv"):
+        with pytest.raises(UserError, match=f"{path.name}: not a table of groups;"):
+            folds.read_groups(path, ["a", "b"])
+
+
+def test_split_into_training_and_validation():
+    fold_of = {"a": 0, "b": 1, "c": 0, "d": 2}
+    assert folds.split(fold_of, 0) == (["b", "d"], ["a", "c"])
+    assert folds.split(fold_of, 2) == (["a", "b", "c"], ["d"])
+    for fold_of, fold in ((fold_of, 3), ({"a": 0, "b": 0}, 0), (fold_of, 999)):
+        with pytest.raises(UserError, match=f"--fold {fold}: leaves .* there are the folds 0"):
+            folds.split(fold_of, fold)
