@@ -107,7 +107,7 @@ def _move(image, steps, offset, size, border, fill):
             image = image.index_select(axis, index.clamp(0, source - 1).to(image.device))
     if border == "constant" and (outside[0].any() or outside[1].any()):
         image = image.masked_fill((outside[1][:, None] | outside[0][None]).to(image.device), fill)
-    return image.view(dtype)
+    return image.view(dtype) if dtype == torch.uint16 else image  # view() would cut the gradient
 
 
 def _resample(image, inverse, size, mode, border, fill):
