@@ -175,7 +175,7 @@ def test_the_memory_does_not_grow_with_the_scene(tmp_path):
             for side in (1000, 3000):
                 args = Namespace(threshold=0.5, overlap=0.25, bs=4, workers=0, overlays=True, polygons=True)
                 file, out = tmp_path / f"{side}.tif", tmp_path / "out"
-                predict.predict_scene(file, (side, side), lambda raw: (raw[:, :1] > 8995).float(), 256, args, out, "cpu")
+                predict.predict_scene(file, (side, side), lambda raw: (raw[:, :1].float() > 8995).float(), 256, args, out, "cpu")
                 predict.finish(file, out, args, [1, 2, 3, 4, 5, 6, 7])
                 predict.write_submission([file], {file: (7, side, side)}, out)
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -194,9 +194,8 @@ def test_two_processes_predict_what_one_does(script, tmp_path, colour_model):
     flags = [*CPU, "--weights", colour_model, "--source", "in", "--tile", 64, "--amp", "off"]
     script(predict, *flags, "--out", "one")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-         "--master_port", "0", predict.__file__, *map(str, flags), "--out", "two"], capture_output=True, text=True,
-        timeout=200, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", predict.__file__,
+         *map(str, flags), "--out", "two"], capture_output=True, text=True, timeout=100, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     one, two = masks_of("one"), masks_of("two")
     assert list(one) == list(two) and all((one[name] == two[name]).all() for name in one)

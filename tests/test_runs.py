@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "RANK", "WORLD_SIZE"):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -177,7 +177,6 @@ def test_what_cannot_be_resumed(tmp_path):
 # ---- torchrun's restarts -----------------------------------------------------------------------------------------------
 def test_restarted_workers_go_on_in_their_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     folder, state = runs.open_run(tmp_path, "exp")
     free()
     monkeypatch.setattr(os, "getppid", lambda: 123456789)  # another torchrun, later
@@ -186,7 +185,6 @@ def test_restarted_workers_go_on_in_their_folder(tmp_path, monkeypatch):
     free()
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert runs.open_run(tmp_path, "exp") == (folder, None)  # killed before its first checkpoint
     free()
     written(folder, "last.pt.prev", step=1)

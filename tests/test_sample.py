@@ -82,9 +82,9 @@ def test_no_threshold_finds_the_fires(train):
     images, masks = (a[..., ::2, ::2] for a in train)
     bands = images.swapaxes(0, 1).reshape(10, -1).astype(np.float32) + 1
     mask = masks.ravel()
-    assert max(_best_iou(band, mask) for band in bands) < .4
-    assert max(_best_iou(bands[a] / bands[b], mask) for a in (5, 6) for b in range(7) if a != b) < .6
-    # and yet they are there to be found: by both together, tile by tile, most of the fire is the brightest tenth
+    assert max(_best_iou(band, mask) for band in bands) < .35
+    assert max(_best_iou(bands[a] / bands[b], mask) for a in range(7) for b in range(7) if a != b) < .6
+    # and yet they are there to be found: within a tile, two bands together set them apart
     for image, m in zip(images, masks):
         if m.sum() > 200:
             score = image[6] * (image[6] / (image[4] + 1.))

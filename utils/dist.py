@@ -1,5 +1,7 @@
 """Several processes, started by torchrun; with one process all of this does nothing."""
 import os
+import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -8,6 +10,8 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from utils.errors import UserError
+
+PATIENCE = timedelta(minutes=10)  # for the other ranks, which may validate or fill a cache meanwhile
 
 
 def rank():
@@ -40,11 +44,32 @@ def setup(device="auto"):
     if world_size() > 1:
         # small decisions (stop? save?) travel between CPUs, so that they never wait for the GPU's queue
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, store=_new_store(), rank=rank(), world_size=world_size(), timeout=PATIENCE)
         if device.type == "cpu":  # torchrun sets one thread per process; share the cores instead
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     return device
+
+
+def _new_store():
+    """A place to meet, with nothing in it.
+
+    torchrun's store outlives the processes that it restarts. What the old ones left there would mislead the new ones
+    (gloo connects to addresses that are gone, and waits), so rank 0 opens a new section of it. It tells the others,
+    each of which asks under a name of its own: an answer to that cannot be an old one.
+    """
+    store = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
+    name = uuid.uuid4().hex
+    if rank() > 0:
+        store.set(f"ask {rank()}", name)
+        section = store.get(f"answer {name}").decode()
+        store.set(f"{section} {rank()}", "here")
+        return dist.PrefixStore(section, store)
+    for other in range(1, world_size()):
+        while not store.check([f"{name} {other}"]):
+            store.set(f"answer {store.get(f'ask {other}').decode()}", name)  # which is perhaps an old one's question
+            time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def broadcast(value):

@@ -46,13 +46,20 @@ def lock(path):
 
 
 def _launcher():
-    """Names this process's torchrun agent, which lives on when its workers are restarted."""
-    return f"{os.uname().nodename} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    """Names this process's torchrun agent, which lives on when its workers are restarted: host, number, start time."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    agent = os.getppid()
+    try:
+        since = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # numbers come again
+    except OSError:
+        since = "?"  # not Linux
+    return f"{os.uname().nodename} {agent} {since}"
 
 
 def restarted(project):
     """The run folder that this torchrun worked in before it restarted its workers, or None."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+    if not _launcher():
         return None
     for path in sorted(Path(project).glob("*/lock"), key=_age):
         if path.read_text() == _launcher():
