@@ -101,7 +101,7 @@ def command(tmp_path):
                 pytest.fail(f"{module.__name__} {flags}: still running after {seconds} s")
             time.sleep(0.002)
         out, err = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
-        lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and not re.search(r"%\||it/s|img/s", line)]
+        lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", err) if line.strip() and not re.search(r"%\||it/s|img/s", line)]
         return SimpleNamespace(code=os.waitstatus_to_exitcode(status[1]), out=out, err=err, lines=lines)
     return call
 

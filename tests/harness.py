@@ -23,12 +23,16 @@ ENV = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
 
 
 def _child(argv, out, env):
+    from datetime import timedelta
+
     from tests import toy
+    from utils import dist
     from utils.errors import cli
     os.setsid()  # a terminal's job: signals to the group reach the loader's workers, not pytest
     for path, fd in ((f"{out}.out", 1), (f"{out}.err", 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.environ.update(env)
+    dist.PATIENCE = timedelta(seconds=float(env.get("PATIENCE", 600)))
     warnings.filterwarnings("ignore", "This DataLoader will create")  # on machines with one core
     sys.argv = ["toy", *map(str, argv)]
     cli(toy.main)
@@ -117,11 +121,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def world(project, *argv, size=2):
+def world(project, *argv, size=2, **env):
     """Starts `size` processes of one group, as torchrun would. Returns their `Run`s."""
     port = free_port()
     return [start(project, *argv, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(size)]
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env) for rank in range(size)]
 
 
 def toys(project, *argv, size=2, code=0):

@@ -110,18 +110,22 @@ def test_a_rank_lets_torchrun_end_it_before_it_repeats_the_others(tmp_path):
     """Rank 0 speaks at once, the others after 2 s; in them a SIGTERM ends the process silently."""
     group = {"WORLD_SIZE": "2"}
     lost = RuntimeError("[/x/pair.cc:553] Connection closed by peer [127.0.0.1]:25301")
-    for name, rank, error, seconds in (("a", "0", UserError("x"), 0), ("b", "1", UserError("x"), 2), ("c", "0", lost, 2),
-                                       ("d", "1", lost, 2)):
+    def ending(name, error, **env):
         (tmp_path / name).mkdir()
-        end = Ending(tmp_path / name, raises(error), RANK=rank, **group).wait()
-        assert end.code == 2 and seconds < end.seconds < seconds + 1.5 and end.err.count("\n") == 1
-        assert ("another process of this run has ended" in end.err) == (error is lost)
-    end = Ending(tmp_path, raises(UserError("x")), RANK="1", **group)
+        return Ending(tmp_path / name, raises(error), **env)
+
+    late = [ending("a", UserError("x"), RANK="1", **group), ending("b", lost, RANK="0", **group),
+            ending("c", lost, RANK="1", **group)]
+    early = [ending("d", UserError("x"), RANK="0", **group).wait(), ending("e", lost).wait()]
+    stopped = ending("f", UserError("x"), RANK="1", **group)
     time.sleep(0.5)
-    os.kill(end.pid, signal.SIGTERM)
-    assert tuple(end.wait()) == (-signal.SIGTERM, "") and end.seconds < 2
-    code, err = Ending(tmp_path, raises(lost)).wait()  # one process has no others to lose
-    assert code == 1 and "Connection closed" in err
+    os.kill(stopped.pid, signal.SIGTERM)
+    assert tuple(stopped.wait()) == (-signal.SIGTERM, "") and stopped.seconds < 2
+    assert early[0].code == 2 and early[0].err == "error: x\n" and early[0].seconds < 1.5
+    assert early[1].code == 1 and "Connection closed by peer" in early[1].err  # one process has no others to lose
+    for end in late:
+        assert end.wait().code == 2 and 2 < end.seconds < 5 and end.err.count("\n") == 1
+        assert ("another process of this run has ended" in end.err) == (end is not late[0])
 
 
 def test_one_line():

@@ -90,7 +90,7 @@ def test_a_scene_in_windows_is_nearly_the_whole(script, tmp_path, colour_model, 
     script(predict, *flags, "--tile", 64, "--overlap", 0.5, "--bs", 3, "--out", "windows")
     whole, windows = masks_of("whole")[f"scene.{kind}"], masks_of("windows")[f"scene.{kind}"]
     assert (whole & mask).sum() / (whole | mask).sum() > 0.3
-    assert (whole != windows).mean() < 0.02
+    assert (whole != windows).mean() < 0.05  # other surroundings, and other mean planes
     assert not Path("whole/overlays").exists()
 
 
@@ -164,27 +164,28 @@ def test_the_memory_does_not_grow_with_the_scene(tmp_path):
     (tmp_path / "out").mkdir()
     for folder in ("masks", "overlays", "polygons"):
         (tmp_path / "out" / folder).mkdir()
-    block = np.random.default_rng(0).integers(0, 9000, (7, 500, 500)).astype(np.uint16)
-    for side in (1000, 3000):
-        write_tif(tmp_path / f"{side}.tif", np.tile(block, (1, side // 500, side // 500)), tiled=True)
+    block = np.random.default_rng(0).integers(0, 9000, (4, 300, 300)).astype(np.uint16)
+    for side in (1200, 3600):
+        write_tif(tmp_path / f"{side}.tif", np.tile(block, (1, side // 300, side // 300)), tiled=True)
     pid = os.fork()
     if pid == 0:
         try:
             torch.set_num_threads(1)
             peaks = []
-            for side in (1000, 3000):
+            for side in (1200, 3600):
                 args = Namespace(threshold=0.5, overlap=0.25, bs=4, workers=0, overlays=True, polygons=True)
                 file, out = tmp_path / f"{side}.tif", tmp_path / "out"
                 predict.predict_scene(file, (side, side), lambda raw: (raw[:, :1].float() > 8995).float(), 256, args, out, "cpu")
-                predict.finish(file, out, args, [1, 2, 3, 4, 5, 6, 7])
-                predict.write_submission([file], {file: (7, side, side)}, out)
+                predict.finish(file, out, args, [1, 2, 3, 4])
+                predict.write_submission([file], {file: (4, side, side)}, out)
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             (tmp_path / "peaks").write_text(json.dumps(peaks))
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
     small, large = json.loads((tmp_path / "peaks").read_text())
-    assert large - small < 100, (small, large)  # MiB; the scene's own pixels are 126, its float32 copy 252
+    print(large - small)
+    assert large - small < 60, (small, large)  # MiB; the scene has 99, 198 in float32
 
 
 def test_two_processes_predict_what_one_does(script, tmp_path, colour_model):

@@ -46,8 +46,8 @@ def setup(device="auto"):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_new_store(), rank=rank(), world_size=world_size(), timeout=PATIENCE)
         if device.type == "cpu":  # torchrun sets one thread per process; share the cores instead
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return device
 
 

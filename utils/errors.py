@@ -8,7 +8,8 @@ import traceback
 
 
 # in the messages of collectives that lost their other side
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "Socket")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "DistNetworkError",
+        "DistStoreError", "DistBackendError")
 
 
 class UserError(Exception):
@@ -83,8 +84,9 @@ def _verdict(error):
         error = UserError(f"{text.splitlines()[0].rstrip('. ')}; lower --workers, 0 loads in the main process")
     elif isinstance(error, (EOFError, OSError)) and "_data_queue.get(" in trace:  # it died while handing over a batch
         error = UserError("DataLoader worker exited unexpectedly; lower --workers, 0 loads in the main process")
-    elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in text for word in LOST):
-        error = UserError("another process of this run has ended or hangs; see its message, then go on with --resume")
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in trace for word in LOST):
+        error = UserError(f"another process of this run has ended or hangs ({text.splitlines()[0]}); see its message, "
+                          f"then go on with --resume")
         time.sleep(2)  # torchrun ends this process first where it can: one line, not one per rank
     elif int(os.environ.get("RANK", 0)) > 0:
         time.sleep(2)  # the same, for what rank 0 has to say too
