@@ -63,13 +63,19 @@ def main():
     for path, state in zip(paths, states):
         if state["task"] != args.task:
             raise UserError(f"{path}: trained for --task {state['task']}; choose that, or other --weights")
-    TASKS[args.task](args, device, paths, states)
+    try:
+        TASKS[args.task](args, device, paths, states)
+    except ConnectionError:  # to a loader worker or to another rank
+        raise
+    except OSError as error:  # what cannot be read has been answered before
+        raise UserError(f"{error.filename or args.out or 'the results'}: cannot be written ({error.strerror or error}); "
+                        f"make room, or choose another --out") from None
     dist.barrier()
 
 
 def new_folder(out, run):
     """The folder for the results, the same on every rank; numbered when it exists."""
-    out = Path(out) if out else run / "predict"
+    out = Path(os.path.abspath(out)) if out else run / "predict"  # absolute: "." has no name
     return Path(dist.broadcast(str(dist.rank() == 0 and runs.create(out.parent, out.name))))
 
 

@@ -144,6 +144,8 @@ def check_flags(args):
             raise UserError(f"--loss {name}: not for --classes {args.classes}; choose from {', '.join(known)}")
     if args.classes == 1 and args.ignore in (0, 1):
         raise UserError(f"--ignore {args.ignore}: is one of the two values of a binary mask; see --classes")
+    if args.imgsz == 16 and args.bs == dist.world_size():  # the coarsest map is a sixteenth of the input
+        raise UserError(f"--imgsz 16 --bs {args.bs}: batch norm would see a single pixel; raise one of them")
 
 
 def split(args, folder, facts):

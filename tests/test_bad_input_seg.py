@@ -1,7 +1,9 @@
 """What users do wrong in segmentation: exit code 2, one line that names the file and the remedy, nothing changed."""
 import os
 import re
+import resource
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,7 +156,7 @@ def test_words_that_are_not_known(refused, tmp_path, flags):
 
 @pytest.mark.parametrize("flags, says", [
     (["--device", "cuda:99"], ["--device cuda:99", "--device cpu"]), (["--device", "toaster"], ["--device toaster"]),
-    (["--ignore", "1"], ["--ignore 1", "--classes"]), (["--ignore", "0"], ["--ignore 0", "--classes"]),
+    (["--imgsz", "16", "--bs", "1"], ["--imgsz 16 --bs 1"]), (["--ignore", "1"], ["--ignore 1", "--classes"]), (["--ignore", "0"], ["--ignore 0", "--classes"]),
     (["--classes", "3", "--loss", "lovasz_elu"], ["--loss lovasz_elu", "lovasz, ce"]),
     (["--classes", "3", "--loss", "ce", "bce=0.5"], ["--loss bce", "lovasz, ce"]),
     (["--loss", "ce"], ["--loss ce", "lovasz_elu", "bce"]),
@@ -303,3 +305,14 @@ def test_results_that_cannot_be_written(refused, root, tmp_path, model):
     flags = ["--task", "seg", "--weights", model, "--source", root / "test_img", "--device", "cpu"]
     refused(predict, *flags, "--out", "taken/deeper", says="taken/deeper")
     refused(predict, *flags, "--out", "/proc/x", says="/proc/x")
+
+
+@pytest.mark.parametrize("limit, where", [(0, "out"), (300, "out"), (2000, "out")])
+def test_a_full_disk(refused, root, model, monkeypatch, limit, where):
+    """A limit on the size of files stops masks, pictures and the submission in turn."""
+    def main():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        predict.main()
+    limited = SimpleNamespace(main=main, __name__="predict")
+    refused(limited, "--task", "seg", "--weights", model, "--source", root / "test_img", "--device", "cpu", "--workers", 0,
+            "--out", "out", says=[where, "cannot be written", "make room"])

@@ -72,7 +72,6 @@ def chain(project, name, workers, rng, counts):
         assert code in (0, -9), f"exit {code}\n{run.out}\n{run.err}"
         if code == 0:
             return kills
-        assert run.err == []
         kills += 1
         counts[event] = counts.get(event, 0) + 1
 
