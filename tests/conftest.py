@@ -1,8 +1,10 @@
 """Fixtures: a tiny data set in the wildfire competition's layout, and scripts run as from a shell but without one."""
+import fcntl
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 import rasterio
 import torch
 from rasterio.transform import from_origin
+from tqdm import tqdm
 
 from utils import errors
 
@@ -90,9 +93,12 @@ def command(tmp_path):
     what stands on stderr apart from progress bars.
     """
     def call(module, *flags, cwd=tmp_path, seconds=60):
+        pipes = [os.pipe() for _ in range(2)]
+        for reading, _ in pipes:
+            fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, 2**20)  # nobody reads before the end
         pid = os.fork()
         if pid == 0:
-            _child(module, flags, cwd, tmp_path)
+            _child(module, flags, cwd, [writing for _, writing in pipes])
         end = time.monotonic() + seconds
         while (status := os.waitpid(pid, os.WNOHANG)) == (0, 0):
             if time.monotonic() > end:
@@ -100,19 +106,27 @@ def command(tmp_path):
                 os.waitpid(pid, 0)
                 pytest.fail(f"{module.__name__} {flags}: still running after {seconds} s")
             time.sleep(0.002)
-        out, err = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+        out, err = map(_drain, pipes)
         lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", err) if line.strip() and not re.search(r"%\||it/s|img/s", line)]
         return SimpleNamespace(code=os.waitstatus_to_exitcode(status[1]), out=out, err=err, lines=lines)
     return call
 
 
-def _child(module, flags, cwd, tmp_path):
+def _drain(pipe):
+    reading, writing = pipe
+    os.close(writing)
+    with open(reading, "rb") as file:
+        return file.read().decode()
+
+
+def _child(module, flags, cwd, outputs):
     """What a forked process does: the script, and then nothing of pytest's."""
     try:
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for number, output in enumerate(outputs, 1):
+            os.dup2(output, number)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
         torch.set_num_threads(1)  # OpenMP's threads did not come along
+        tqdm.set_lock(threading.RLock())  # its own is shared between processes: one that dies with it stops all others
         os.chdir(cwd)
         sys.argv = [f"{module.__name__}.py", *map(str, flags)]
         errors.cli(module.main)
