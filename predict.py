@@ -75,7 +75,9 @@ def main():
 
 def new_folder(out, run):
     """The folder for the results, the same on every rank; numbered when it exists."""
-    out = Path(os.path.abspath(out)) if out else run / "predict"  # absolute: "." has no name
+    out = Path(out) if out else run / "predict"
+    if out.name in ("", ".."):  # no name that a number could follow
+        out = out.resolve()
     return Path(dist.broadcast(str(dist.rank() == 0 and runs.create(out.parent, out.name))))
 
 

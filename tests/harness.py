@@ -99,7 +99,8 @@ def start(project, *argv, **env):
     context = get_context("forkserver")
     context.set_forkserver_preload(["pytest", "torch._dynamo", "tests.toy"])
     out = _paths(project)
-    process = context.Process(target=_child, args=(("--project", project, *argv), out, {k: str(v) for k, v in env.items()}))
+    env = {k: str(v) for k, v in env.items()}
+    process = context.Process(target=_child, args=(("--project", project, *argv), out, env))
     process.start()
     run = Run(process, out)
     while not os.path.exists(f"{out}.err"):

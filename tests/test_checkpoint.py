@@ -28,8 +28,9 @@ def small(step=0, width=8):
     moments = {i: {"step": torch.tensor(float(step)), "exp_avg": torch.randn(width, 3, generator=generator)}
                for i in range(2)}
     return {"task": "toy", "arch": {"name": "Net", "kwargs": {"width": width, "conv0": [3, 2]}}, "model": weights,
-            "ema": {k: v + 1 for k, v in weights.items()}, "optimizer": {"state": moments, "param_groups": [{"lr": 0.1}]},
-            "step": step, "history": [{"epoch": 1, "loss": 0.25, "note": "größer"}], "scores": [0.5, -1e-300]}
+            "ema": {k: v + 1 for k, v in weights.items()},
+            "optimizer": {"state": moments, "param_groups": [{"lr": 0.1}]}, "step": step,
+            "history": [{"epoch": 1, "loss": 0.25, "note": "größer"}], "scores": [0.5, -1e-300]}
 
 
 def one_line(caught, *words):
@@ -85,7 +86,7 @@ def forked(function):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-# ---- whole ---------------------------------------------------------------------------------------------------------
+# ---- whole -----------------------------------------------------------------------------------------------------------
 def test_what_is_saved_is_loaded(tmp_path):
     path = tmp_path / "größe 1" / "last.pt"
     path.parent.mkdir()
@@ -148,7 +149,8 @@ def test_a_full_or_broken_disk_keeps_the_old_file(tmp_path, monkeypatch, code):
     size = os.path.getsize(path)
     rng = random.Random(code)
     for i in range(100):
-        faulty(monkeypatch, rng.randrange(size), lambda: OSError(code, os.strerror(code)), rng.choice([1, 512, 4096, 1 << 20]))
+        buffering = rng.choice([1, 512, 4096, 1 << 20])
+        faulty(monkeypatch, rng.randrange(size), lambda: OSError(code, os.strerror(code)), buffering)
         with pytest.raises(UserError) as caught:
             checkpoint.save(path, small(2), keep_previous=True)
         one_line(caught, path, "make room")
@@ -327,7 +329,7 @@ def test_every_truncation_is_refused(tmp_path):
             checkpoint.load(path)
 
 
-# ---- hostile files -----------------------------------------------------------------------------------------------------
+# ---- hostile files ---------------------------------------------------------------------------------------------------
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -436,7 +438,7 @@ def zip_of(files):
     return buffer.getvalue()
 
 
-# ---- into a net --------------------------------------------------------------------------------------------------------
+# ---- into a net ------------------------------------------------------------------------------------------------------
 def test_the_average_is_what_predicts_and_raw_weights_where_there_is_none(tmp_path):
     torch.manual_seed(0)
     raw, average, net = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
@@ -465,7 +467,7 @@ def test_weights_of_another_net_are_itemised_in_one_line():
     assert differences(before, dict(net.state_dict())) == []
 
 
-# ---- what a run writes -------------------------------------------------------------------------------------------------
+# ---- what a run writes -----------------------------------------------------------------------------------------------
 def test_a_run_writes_plain_values_only(tmp_path):
     """Tensors, numbers, strings, lists, dicts: whatever else would one day be refused by weights_only."""
     toy(tmp_path, "--name", "name with spaces und größe", "--save-period", 1, "--epochs", 2, "--accumulate", 3)

@@ -28,7 +28,7 @@ def close(a, b, tolerance=1e-6):
     return max(float((x.double() - y.double()).abs().max()) for x, y in pairs) < tolerance
 
 
-# ---- the same run ------------------------------------------------------------------------------------------------------
+# ---- the same run ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags", [("--norm", "none"), ("--norm", "batch", "--sync-bn")], ids=["no norm", "sync-bn"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_two_processes_equal_one(tmp_path, flags, accumulate):
@@ -74,7 +74,7 @@ def test_synchronised_norm_is_the_norm_of_the_whole_batch(monkeypatch):
     torch.testing.assert_close(sync.eval()(x), whole.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-# ---- stop, resume, fail ----------------------------------------------------------------------------------------------------
+# ---- stop, resume, fail ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """last.pt of two undisturbed processes."""
@@ -144,13 +144,13 @@ def test_what_all_ranks_have_to_say(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, words", [(("--resume", "none"), "none"), (("--device", "cuda:99"), "--device cuda:99")])
-def test_what_only_rank_0_notices(tmp_path, flags, words):
+@pytest.mark.parametrize("flags", [("--resume", "none"), ("--device", "cuda:99")])
+def test_what_only_rank_0_notices(tmp_path, flags):
     for run in toys(tmp_path, *flags, code=2):
-        assert len(run.err) == 1 and words in run.err[0]
+        assert len(run.err) == 1 and flags[1] in run.err[0]
 
 
-# ---- torchrun ------------------------------------------------------------------------------------------------------------
+# ---- torchrun --------------------------------------------------------------------------------------------------------
 def restarted(tmp_path, straight, rank, fault):
     """One SIGKILL under `torchrun --max-restarts 1`."""
     run = torchrun(tmp_path, *RUN, "--every-step", "--fault", fault, "--fault-rank", rank,
@@ -236,6 +236,6 @@ def test_one_process_goes_on_with_the_run_of_two(tmp_path):
 def test_without_a_group_nothing_happens():
     value, net = torch.tensor([3.0]), nn.BatchNorm2d(2)
     assert dist.rank() == 0 and dist.world_size() == 1
-    assert dist.broadcast(value) is value and dist.any_rank(5) == 5 and torch.equal(dist.mean(value), torch.tensor([3.0]))
+    assert dist.broadcast(value) is value and dist.any_rank(5) == 5 and dist.mean(value).tolist() == [3.0]
     assert dist.sync_batch_norm(net, torch.device("cpu")) is net
     dist.same_buffers(net), dist.barrier()

@@ -58,7 +58,8 @@ def test_content_does_not_depend_on_workers_or_global_state(cores):
 
 def test_content_depends_on_seed_and_epoch():
     first = epochs(train_loader(Data(26, seed=5), 4, seed=5), 0)
-    for other in (epochs(train_loader(Data(26, seed=5), 4, seed=5), 1), epochs(train_loader(Data(26, seed=6), 4, seed=6), 0)):
+    for seed, epoch in ((5, 1), (6, 0)):
+        other = epochs(train_loader(Data(26, seed=seed), 4, seed=seed), epoch)
         assert [b["index"].tolist() for b in first] != [b["index"].tolist() for b in other]
         ours = {int(i): x for b in first for i, x in zip(b["index"], b["image"])}
         theirs = {int(i): x for b in other for i, x in zip(b["index"], b["image"])}
@@ -153,16 +154,18 @@ def test_a_batch_holds_one_shape(ranks):
         for rank in range(world):
             ranks(rank, world)
             for batch in eval_loader(Sized(7), 2, shapes=shapes):
-                assert len(batch["index"]) <= 2 and {shapes[i] for i in batch["index"]} == {tuple(batch["image"].shape[1:])}
+                assert len(batch["index"]) <= 2
+                assert {shapes[i] for i in batch["index"]} == {tuple(batch["image"].shape[1:])}
                 seen += batch["index"].tolist()
         assert sorted(seen) == list(range(7))
 
 
 def test_validation_data_is_not_augmented(cores):
+    plain = torch.stack([Data(10)[i]["image"] for i in range(10)])
     for workers in (0, 2):
         batches = eval_loader(Data(10), 4, workers=workers)
         for _ in range(2):
-            assert torch.equal(torch.cat([b["image"] for b in batches]), torch.stack([Data(10)[i]["image"] for i in range(10)]))
+            assert torch.equal(torch.cat([b["image"] for b in batches]), plain)
 
 
 # ---- workers ---------------------------------------------------------------------------------------------------------
@@ -189,4 +192,5 @@ def test_workers_do_not_hear_signals_and_the_main_process_does(cores):
 
 
 def test_memory_is_pinned_for_gpus_only():
-    assert train_loader(Data(4), 2, device="cuda:1").pin_memory and not train_loader(Data(4), 2, device="cpu").pin_memory
+    assert train_loader(Data(4), 2, device="cuda:1").pin_memory
+    assert not train_loader(Data(4), 2, device="cpu").pin_memory

@@ -148,6 +148,19 @@ def test_sources_are_files_folders_and_globs(script, tmp_path, colour_model):
     assert list(masks_of("out")) == ["a.tif", "b.tif", "c.tif", "d e.tif"]
 
 
+def test_results_never_go_into_a_folder_that_exists(script, tmp_path, colour_model, monkeypatch):
+    write_tif(tmp_path / "a.tif", colour(0, 16, 16)[0])
+    (tmp_path / "in").mkdir()
+    flags = [*CPU, "--weights", colour_model, "--source", tmp_path / "a.tif"]
+    for out, made in (("new", "new"), ("new", "new2"), ("in", "in2"), ("deep/er", "deep/er")):
+        script(predict, *flags, "--out", out)
+        assert list(masks_of(tmp_path / made)) == ["a.tif"]
+    monkeypatch.chdir(tmp_path / "in")
+    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, flags), "--out", "."])
+    predict.main()
+    assert list(masks_of(tmp_path / "in3")) == ["a.tif"] and not list((tmp_path / "in").iterdir())
+
+
 def test_nothing_of_the_users_is_changed(script, tmp_path):
     """From data to results, with every cache and picture: what was there stays as it was."""
     root = write_wildfire(tmp_path / "Wildfire", train=4, test=2, size=(40, 40))

@@ -43,7 +43,8 @@ def written(folder, *files, age=0, step=1):
 @pytest.mark.parametrize("name", ["exp", "größe 火 with spaces", "-x", "a/b", "x.y", "7"])
 def test_names_are_numbered(tmp_path, name):
     project = tmp_path / "new dir" / "ü"
-    assert [runs.create(project, name) for _ in range(3)] == [project / name, project / f"{name}2", project / f"{name}3"]
+    names = [name, f"{name}2", f"{name}3"]
+    assert [runs.create(project, name) for _ in range(3)] == [project / n for n in names]
 
 
 def test_an_existing_file_or_link_is_left_alone(tmp_path):
@@ -100,7 +101,7 @@ def test_workers_that_outlive_their_run_do_not_keep_its_lock(tmp_path):
     reader, writer = os.pipe()
     main = os.fork()
     if not main:
-        folder = runs.create(tmp_path, "exp")
+        runs.create(tmp_path, "exp")
         worker = os.fork()
         if not worker:
             time.sleep(30)
@@ -174,7 +175,7 @@ def test_what_cannot_be_resumed(tmp_path):
         runs.open_run(tmp_path / "empty", "exp", "")
 
 
-# ---- torchrun's restarts -----------------------------------------------------------------------------------------------
+# ---- torchrun's restarts ---------------------------------------------------------------------------------------------
 def test_restarted_workers_go_on_in_their_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     folder, state = runs.open_run(tmp_path, "exp")
@@ -198,7 +199,7 @@ def test_restarted_workers_go_on_in_their_folder(tmp_path, monkeypatch):
     assert runs.open_run(tmp_path, "exp") == (tmp_path / "exp3", None)  # killed before it had a folder
 
 
-# ---- small files -------------------------------------------------------------------------------------------------------
+# ---- small files -----------------------------------------------------------------------------------------------------
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "args.json"
     runs.write_json(path, {"name": "größe", "loss": [("bce", 1.0)], "none": None})

@@ -177,7 +177,8 @@ def main():
     faults("start")
 
     engine.seed_everything(args.seed, args.deterministic)
-    loader = train_loader(Data(args.size, args.seed, faults), args.bs, workers=args.workers, seed=args.seed, device=device)
+    data = Data(args.size, args.seed, faults)
+    loader = train_loader(data, args.bs, workers=args.workers, seed=args.seed, device=device)
     model = Net(args.norm, args.dropout).to(device)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)

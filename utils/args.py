@@ -116,9 +116,10 @@ def start(parser, argv=None):
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:
         given = vars(_given(parser, argv))
-        stored = {k: v for k, v in state["args"].items() if k in vars(args) and k != "device"}  # it may be another machine
+        stored = {k: v for k, v in state["args"].items() if k in vars(args)}
+        stored["device"] = args.device  # it may be another machine
         for flag, value in given.items():
-            if flag not in ("resume", "device") and stored.get(flag) != value and dist.rank() == 0:
+            if flag != "resume" and stored.get(flag) != value and dist.rank() == 0:
                 print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
         args = argparse.Namespace(**{**vars(args), **stored, **given})
     if args.bs % dist.world_size():

@@ -126,9 +126,9 @@ class State:
 
     def load_state_dict(self, saved):
         if saved["steps_per_epoch"] != self.steps_per_epoch:
-            raise UserError(f"--resume: the run had {saved['steps_per_epoch']} steps per epoch, this data and these flags "
-                            f"make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start a "
-                            f"new run with --weights")
+            raise UserError(f"--resume: the run had {saved['steps_per_epoch']} steps per epoch, this data and these "
+                            f"flags make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start "
+                            f"a new run with --weights")
         checkpoint.fit_into(self.model, saved["model"], "--resume")
         if self.ema and saved["ema"]:
             checkpoint.fit_into(self.ema.module, saved["ema"], "--resume")
@@ -139,7 +139,7 @@ class State:
         ours = [{k: group[k] for k in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, ours):
-            group.update(settings)  # so that --resume --lr counts
+            group.update(settings)  # so that --resume --lr and --weight-decay count
         if saved["scaler"]:  # empty when the run had another --amp
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.history, self.scores = saved["step"], saved["history"], saved["scores"]
@@ -147,8 +147,8 @@ class State:
 
     def check(self):
         if not self.finite or (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3):
-            raise NumericalError(f"loss or gradients are no longer finite (noticed at step {self.step}); lower --lr, try "
-                                 f"--clip 1 or --amp off, then --resume goes on from the last checkpoint")
+            raise NumericalError(f"loss or gradients are no longer finite (noticed at step {self.step}); lower --lr, "
+                                 f"try --clip 1 or --amp off, then --resume goes on from the last checkpoint")
 
 
 def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, folder, header, epochs, device,
@@ -200,7 +200,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             except Stopped:  # the epoch is trained but not judged; a resumed run begins with that
                 save()
                 _stop_if(signals.signum, state)
-            row = dist.broadcast(row | {k: float(v) for k, v in metrics.items()} | {"seconds": time.monotonic() - began})
+            row |= {k: float(v) for k, v in metrics.items()} | {"seconds": time.monotonic() - began}
+            row = dist.broadcast(row)
 
             state.history.append(row)
             state.scores += [-math.inf if math.isnan(row[k]) else row[k] for k in metrics][:1]
@@ -258,7 +259,8 @@ def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, e
 
             if progress.update(i + 1):
                 state.check()
-                progress.show(loss=state.sums["loss"] / (i + 1), lr=state.optimizer.param_groups[0]["lr"], device=device)
+                lr = state.optimizer.param_groups[0]["lr"]
+                progress.show(loss=state.sums["loss"] / (i + 1), lr=lr, device=device)
             overdue = dist.rank() == 0 and time.monotonic() - saved > SAVE_MINUTES * 60
             wish = dist.any_rank(signals.signum or int(overdue))
             if wish:

@@ -6,7 +6,6 @@ import sys
 import time
 import traceback
 
-
 # in the messages of collectives that lost their other side
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "DistNetworkError",
         "DistStoreError", "DistBackendError")
@@ -76,7 +75,7 @@ def _verdict(error):
     text, trace = str(error), "".join(traceback.format_exception(error))
     if isinstance(error, Stopped):
         return "", error.code
-    if isinstance(error, BrokenPipeError) and "_data_queue" not in trace:  # `| head` has closed our output; there is nobody to tell
+    if isinstance(error, BrokenPipeError) and "_data_queue" not in trace:  # `| head` has closed our output
         return "", 141
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         error = UserError("out of memory; lower --bs or --imgsz, or try --grad-checkpoint")

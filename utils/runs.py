@@ -25,7 +25,8 @@ def create(project, name):
                 continue
             raise UserError(f"{path.parent}: not a folder; choose another --project") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot make the run folder ({error.strerror}); choose another --project") from None
+            raise UserError(f"{path}: cannot make the run folder ({error.strerror}); choose another --project"
+                            ) from None
         lock(path)
         return path
 
