@@ -111,6 +111,8 @@ def read(path, bands=None, *, window=None, shape=None):
         else:
             decode = _decode_once if window else _decode
             image = decode(path, os.stat(path).st_mtime_ns)
+            if image.shape != (count, height, width):
+                raise RuntimeError("its header tells two sizes")
             image = image if bands is None else image[[band - 1 for band in bands]]
             if window:
                 image = image[:, window[0]:window[0] + window[2], window[1]:window[1] + window[3]].copy()
