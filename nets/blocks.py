@@ -20,21 +20,26 @@ def relu(x):
     return F.relu(x, inplace=True)
 
 
-class ConvNorm(nn.Module):
-    """Convolution without bias -> batch norm -> ReLU (unless `act=False`); padding keeps H/stride, W/stride.
+def silu(x):
+    """x * sigmoid(x), in place where no gradient needs x."""
+    return F.silu(x, inplace=not x.requires_grad)
 
-    The attributes are called `conv` and `bn` because that is what timm's state dicts call them.
+
+class ConvNorm(nn.Module):
+    """Convolution without bias -> batch norm -> activation (None: none); padding keeps H/stride, W/stride.
+
+    The attributes are called `conv` and `bn` because that is what published state dicts call them.
     """
 
-    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=True):
+    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=relu, eps=1e-5, momentum=0.1):
         super().__init__()
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(cout)
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(cout, eps, momentum)
         self.act = act
 
     def forward(self, x):
         x = self.bn(self.conv(x))
-        return relu(x) if self.act else x
+        return self.act(x) if self.act else x
 
 
 def init_fan_out(module):

@@ -26,9 +26,9 @@ class Block(nn.Module):
         super().__init__()
         self.conv1 = ConvNorm(cin, cout)
         self.conv2 = ConvNorm(cout, cout, 3, stride, groups=cout // group)
-        self.conv3 = ConvNorm(cout, cout, act=False)
+        self.conv3 = ConvNorm(cout, cout, act=None)
         changes = stride > 1 or cin != cout
-        self.downsample = ConvNorm(cin, cout, 1, stride, act=False) if changes else nn.Identity()
+        self.downsample = ConvNorm(cin, cout, 1, stride, act=None) if changes else nn.Identity()
 
     def forward(self, x):
         return relu(self.conv3(self.conv2(self.conv1(x))) + self.downsample(x))
