@@ -63,7 +63,7 @@ def main():
     bands = args.bands or list(range(1, images.size(next(iter(paired.values()))[0])[0] + 1))
     facts = dict(zip(paired, seg.scan(list(paired.values()), bands=bands, classes=args.classes, ignore=args.ignore)))
     train, val = split(args, folder, facts)
-    scale = args.scale or seg.default_scale(images.read(paired[train[0]][0]).dtype)
+    scale = args.scale or images.default_scale(images.read(paired[train[0]][0]).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
     train_data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
                              gain=args.gain, **options)
@@ -119,9 +119,10 @@ def main():
         pictures.segmentation_sheet(folder / "train_batch.png", torch.stack([b["image"] for b in batch]),
                                   torch.stack([b["mask"] for b in batch]), ignore=args.ignore)
     steps = -(-len(loader) // args.accumulate)
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay), lr=args.lr)
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay), lr=args.lr,
+                                     momentum=args.momentum)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=args.epochs, period=args.period,
-                                   warmup_epochs=args.warmup_epochs)
+                                   warmup_epochs=args.warmup_epochs, floor=args.lr_floor)
     ema = optim.make_ema(model, steps * args.epochs) if args.ema else None
     header = {"task": "seg", "arch": {"name": "UNet", "kwargs": arch}, "classes": args.classes, "bands": bands,
               "scale": scale, "mean_planes": args.mean_planes, "imgsz": args.imgsz, "args": vars(args)}

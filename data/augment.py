@@ -26,3 +26,86 @@ def gain(rng, bands, spread):
     way, times a quarter as much for each band by itself."""
     octaves = rng.uniform(-spread, spread) + rng.uniform(-spread, spread, (bands, 1, 1)) / 4
     return np.exp2(octaves).astype(np.float32)
+
+
+# ---- detection ----
+
+def affine(rng, canvas, size, *, degrees=0.0, translate=0.1, scale=0.5, shear=0.0, flip_ud=0.0, flip_lr=0.5):
+    """A random view of a canvas x canvas picture, size x size, centred but for `translate` of the size.
+
+    degrees, shear: largest angle either way. scale: of the picture, 1 - scale to 1 + scale. flip_ud, flip_lr:
+    probabilities. -> matrix
+    """
+    matrix = geometry.translate(-canvas / 2, -canvas / 2)
+    zoom, angle = 1 + rng.uniform(-scale, scale), rng.uniform(-degrees, degrees)
+    matrix = geometry.rotate(angle) @ geometry.scale(zoom, zoom) @ matrix
+    matrix = geometry.shear(*rng.uniform(-shear, shear, 2)) @ matrix
+    matrix = geometry.translate(*(size * (0.5 + rng.uniform(-translate, translate, 2)))) @ matrix
+    if rng.random() < flip_ud:
+        matrix = geometry.flip_v(size) @ matrix
+    if rng.random() < flip_lr:
+        matrix = geometry.flip_h(size) @ matrix
+    return matrix
+
+
+def layout(rng, sizes, imgsz):
+    """Where 1, 4 or 9 pictures go on one canvas, each with its long side scaled to imgsz: mosaics.
+
+    sizes: [(height, width)]. -> side of the canvas, [(matrix, cell x1, y1, x2, y2)]. One picture fills the canvas. Four
+    meet in a point (Bochkovskiy et al. 2020) that lies in the canvas's middle half. Nine surround the first of them.
+    """
+    scaled = [(w * imgsz / max(h, w), h * imgsz / max(h, w)) for h, w in sizes]
+    side = {1: 1, 4: 2, 9: 3}[len(sizes)] * imgsz
+    if len(sizes) == 1:
+        cuts = [[0, side]] * 2
+    elif len(sizes) == 4:
+        cuts = [[0, cut, side] for cut in rng.uniform(side / 4, side * 3 / 4, 2)]
+    else:
+        cuts = [[0, middle - own / 2, middle + own / 2, side]
+                for middle, own in zip(side / 2 + rng.uniform(-imgsz / 2, imgsz / 2, 2), scaled[0])]
+    order = [4, 0, 1, 2, 3, 5, 6, 7, 8] if len(sizes) == 9 else range(len(sizes))
+    placed = []
+    for (h, w), own, place in zip(sizes, scaled, order):
+        across = len(cuts[0]) - 1
+        cell = [(axis[k], axis[k + 1]) for axis, k in zip(cuts, (place % across, place // across))]
+        start = [first if first > 0 and last == side else  # towards the middle, or in the middle
+                 last - length if first == 0 and last < side else (first + last - length) / 2
+                 for (first, last), length in zip(cell, own)]
+        matrix = geometry.translate(*start) @ geometry.scale(own[0] / w, own[1] / h)
+        placed.append((matrix, (cell[0][0], cell[1][0], cell[0][1], cell[1][1])))
+    return side, placed
+
+
+def letterbox(height, width, imgsz, shape):
+    """The matrix that scales the long side to imgsz, in whole pixels, and centres the picture on a canvas of `shape`."""
+    factor = imgsz / max(height, width)
+    h, w = max(1, round(height * factor)), max(1, round(width * factor))
+    return geometry.translate((shape[1] - w) // 2, (shape[0] - h) // 2) @ geometry.scale(w / width, h / height)
+
+
+def visible(before, after):
+    """Which boxes are still worth learning: before (n, 4) as moved, after (n, 4) clipped to what is seen.
+
+    Sides above 2 pixels, a tenth of the area still there, no side a hundred times the other.
+    """
+    size, whole = after[:, 2:] - after[:, :2], before[:, 2:] - before[:, :2]
+    return ((size > 2).all(1) & (size.prod(1) > 0.1 * whole.prod(1)) & (size.max(1) < 100 * size.min(1)))
+
+
+def colour(rng, bands, hue, saturation, value):
+    """A random matrix (bands, bands) on the bands of a picture, float32: brighter or darker by up to `value`; for RGB
+    also more or less saturated, and its hues turned by up to `hue` of the circle."""
+    turn, saturate, gain = rng.uniform(-1, 1, 3) * (hue, saturation, value) + (0, 1, 1)
+    if bands != 3:
+        return np.eye(bands, dtype=np.float32) * np.float32(gain)
+    grey = np.full((3, 3), 1 / 3)
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # turns colours about the grey axis
+    angle = 2 * np.pi * turn
+    turned = np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross
+    return (gain * (grey + saturate * turned)).astype(np.float32)
+
+
+def recolour(images, matrices):
+    """images (B, C, H, W) float 0..1, matrices (B, C, C) of `colour` -> the same, clipped to 0..1."""
+    mixed = matrices.to(images) @ images.flatten(2)
+    return mixed.view(images.shape).clamp_(0, 1)

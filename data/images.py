@@ -12,6 +12,7 @@ Why not torchvision for PNG: its decoder ends the process on about one in 300 da
 unset memory for palettes of less than 8 bits, and takes twice as long. For JPEG it is three times faster than others.
 """
 import functools
+import glob
 import math
 import os
 import stat
@@ -51,6 +52,22 @@ def find(folder):
     if not files:
         raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)}); check the path")
     return files
+
+
+def find_sources(patterns, default):
+    """Files, folders and globs -> the image files, sorted, of different names."""
+    files = []
+    for pattern in patterns or [default]:
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
+        if not matches:
+            raise UserError(f"{pattern}: no such file or folder; choose another --source")
+        for match in map(Path, sorted(matches)):
+            files += find(match) if match.is_dir() else [match]
+    names = {}
+    for file in files:
+        if names.setdefault(file.stem, file) != file:
+            raise UserError(f"{file}: {names[file.stem]} has the same name; predict them in two runs")
+    return list(names.values())
 
 
 def kind(path):
@@ -122,6 +139,11 @@ def read(path, bands=None, *, window=None, shape=None):
     except (RasterioError, RuntimeError):
         raise UserError(f"{path}: truncated or damaged; replace or remove it") from None
     return _check(image, path)
+
+
+def default_scale(dtype):
+    """What turns the file's numbers into 0..1: 65535 for uint16 (the wildfire system's), 255 for uint8, else 1."""
+    return {torch.uint8: 255.0, torch.uint16: 65535.0}.get(dtype, 1.0)
 
 
 def _decode(path, changed):

@@ -18,10 +18,14 @@ class EpochBatches:
     The order is a permutation drawn from (seed, epoch). All batches are full: the last one is filled up from
     the order's beginning, with indices counted on beyond `size`, so that the repeated samples are augmented
     anew (datasets take the index modulo their size). The global batches do not depend on the number of ranks.
+
+    parts: an epoch is one of so many parts of the permutation; `parts` epochs see every sample once. weights: how
+    often each sample is to come; drawn with replacement instead of permuted.
     """
 
-    def __init__(self, size, batch_size, seed=0):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+    def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None):
+        self.size, self.batch_size, self.seed, self.parts = size, batch_size, seed, parts
+        self.shares = None if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
         self.epoch, self.skip = 0, 0
 
     def set_epoch(self, epoch, skip=0):
@@ -29,12 +33,23 @@ class EpochBatches:
         self.epoch, self.skip = epoch, skip
 
     def __len__(self):
-        return -(-self.size // self.batch_size)
+        return -(-self.size // (self.batch_size * self.parts))
+
+    def order(self):
+        """The epoch's indices, len(self) * batch_size of them."""
+        rng, count = np.random.default_rng((self.seed, self.epoch // self.parts)), len(self) * self.batch_size
+        rounds = -(-count * self.parts // self.size)
+        if self.shares is None:
+            order = np.tile(rng.permutation(self.size), rounds)
+        else:
+            order = rng.choice(self.size, rounds * self.size, p=self.shares)
+        by_index = order.argsort(kind="stable")
+        nth = np.empty_like(order)  # the index's nth time in this order
+        nth[by_index] = np.arange(len(order)) - np.searchsorted(order[by_index], order[by_index])
+        return (order + nth * self.size)[self.epoch % self.parts * count:][:count]
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        rounds = -(-len(self) * self.batch_size // self.size)
-        order = np.concatenate([order + i * self.size for i in range(rounds)])[:len(self) * self.batch_size]
+        order = self.order()
         share = self.batch_size // dist.world_size()
         for batch in order.reshape(len(self), self.batch_size)[self.skip:]:
             mine = batch[dist.rank() * share:(dist.rank() + 1) * share]
@@ -65,16 +80,17 @@ def _signals_held():
             signal.raise_signal(signum)
 
 
-def train_loader(dataset, batch_size, *, workers=0, seed=0, device="cpu"):
+def train_loader(dataset, batch_size, *, workers=0, seed=0, device="cpu", parts=1, weights=None, collate=None):
     """Shuffled, augmented batches. `dataset[(epoch, index)]` -> dict of tensors.
 
     len(loader) is the number of batches in an epoch, also while a resumed one yields only the rest of it.
+    parts, weights: see EpochBatches. collate: samples -> batch, where stacking will not do.
     """
-    sampler = EpochBatches(len(dataset), batch_size, seed)
-    return Loader(dataset, batch_sampler=sampler, **_options(workers, device))
+    sampler = EpochBatches(len(dataset), batch_size, seed, parts=parts, weights=weights)
+    return Loader(dataset, batch_sampler=sampler, collate_fn=collate, **_options(workers, device))
 
 
-def eval_loader(dataset, batch_size, *, shapes=None, workers=0, device="cpu"):
+def eval_loader(dataset, batch_size, *, shapes=None, workers=0, device="cpu", collate=None):
     """This rank's share of the samples, every sample on exactly one rank: counts can be summed over ranks.
 
     `dataset[index]` -> dict of tensors. shapes: a shape per sample; a batch holds samples of one shape. A
@@ -86,7 +102,7 @@ def eval_loader(dataset, batch_size, *, shapes=None, workers=0, device="cpu"):
     for _, same in itertools.groupby(share, key=shapes.__getitem__):
         same = list(same)
         batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
-    return Loader(dataset, batch_sampler=batches, **_options(workers, device))
+    return Loader(dataset, batch_sampler=batches, collate_fn=collate, **_options(workers, device))
 
 
 def _options(workers, device):

@@ -86,11 +86,6 @@ def scan(paired, *, bands=None, classes=1, ignore=None):
     return found
 
 
-def default_scale(dtype):
-    """What turns the file's numbers into 0..1: 65535 for uint16 (the wildfire system's), 255 for uint8, else 1."""
-    return {torch.uint8: 255.0, torch.uint16: 65535.0}.get(dtype, 1.0)
-
-
 def add_mean_planes(image):
     """(..., C, H, W) -> (..., 2C, H, W): for every band a constant plane, its mean over the pixels > 0.
 

@@ -27,7 +27,7 @@ BINS = 16  # of the anchor-free head: distances from 0 to 15 strides
 
 class Conv(ConvNorm):
     def __init__(self, cin, cout, kernel=1, stride=1):
-        super().__init__(cin, cout, kernel, stride, act=silu, eps=1e-3, momentum=0.03)
+        super().__init__(cin, cout, kernel, stride, act=silu, eps=1e-3, momentum=0.1)
 
 
 class Bottleneck(nn.Module):

@@ -115,7 +115,7 @@ def test_scan_names_both_files_of_different_size(tmp_path):
 def test_default_scale(tmp_path):
     for dtype, scale in dict(uint8=255, uint16=65535, int16=1, float32=1).items():
         path = write_tif(tmp_path / "a.tif", np.ones((2, 2), dtype))
-        assert seg.default_scale(images.read(path).dtype) == scale
+        assert images.default_scale(images.read(path).dtype) == scale
 
 
 # ---- mean planes -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from PIL import Image
 from rasterio.features import rasterize
 
 import predict
+import predict_seg
 import train_seg
 from data import images, seg
 from nets.unet import UNet
@@ -110,7 +111,7 @@ def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     path = sorted((wildfire / "test_img").iterdir())[0]
     raw = images.read(path)[None]
     with torch.inference_mode():
-        got = predict.seg_ensemble(args, torch.device("cpu"), ["x"], [state])(raw)[0, 0].numpy()
+        got = predict_seg.seg_ensemble(args, torch.device("cpu"), ["x"], [state])(raw)[0, 0].numpy()
         net = checkpoint.load_weights(UNet(**state["arch"]["kwargs"]).eval(), state, "x")
         x = raw[0, :7].numpy().astype(np.float64) / 65535
         planes = [np.full((64, 64), band[band > 0].mean() if (band > 0).any() else 0) for band in x]
@@ -128,8 +129,8 @@ def test_an_ensemble_is_the_mean_of_its_members(trained, wildfire):
     args = Namespace(amp="off", compile=False, tta=False, bs=4)
     raw = images.read(sorted((wildfire / "test_img").iterdir())[1])[None]
     with torch.inference_mode():
-        one, two = (predict.seg_ensemble(args, torch.device("cpu"), ["x"], [s])(raw) for s in states)
-        both = predict.seg_ensemble(args, torch.device("cpu"), ["x", "y"], states)(raw)
+        one, two = (predict_seg.seg_ensemble(args, torch.device("cpu"), ["x"], [s])(raw) for s in states)
+        both = predict_seg.seg_ensemble(args, torch.device("cpu"), ["x", "y"], states)(raw)
     assert (one - two).abs().max() > 1e-3
     torch.testing.assert_close(both, (one + two) / 2)
 

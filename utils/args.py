@@ -73,6 +73,8 @@ def train_parser(description, task, **defaults):
     add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw")
     add("--schedule", choices=SCHEDULES, default="cosine", help="learning rate over the run")
     add("--period", type=whole(1, 10**6), default=10, help="epochs of a restart, a step, or a plateau's patience")
+    add("--lr-floor", type=real(0, 1), default=1e-3, help="the schedule's lowest share of the initial learning rate")
+    add("--momentum", type=real(0, 0.9999), default=0.9, help="of sgd; beta1 of adam and adamw")
     add("--warmup-epochs", type=real(0), default=0.0, help="linear warmup")
     add("--weight-decay", type=real(0, 10), default=0.01, help="not on norms and biases")
     add("--clip", type=real(0), default=0.0, help="largest gradient norm; 0: no limit")

@@ -81,6 +81,15 @@ def broadcast(value):
     return box[0]
 
 
+def gather(value):
+    """[every rank's value], on every rank."""
+    if world_size() == 1:
+        return [value]
+    box = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
 def any_rank(number):
     """The largest of the ranks' integers: one rank's wish to stop becomes everybody's."""
     if world_size() == 1:

@@ -245,7 +245,7 @@ def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, e
             if not last:
                 continue
 
-            set_lr(state.optimizer, schedule(state.step, state.scores))
+            set_lr(state.optimizer, schedule(state.step, state.scores), state.step)
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf, foreach=True)
             if not state.scaler.is_enabled():  # else the scaler finds and skips such steps

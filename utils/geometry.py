@@ -57,6 +57,56 @@ def warp_boxes(boxes, matrix):
     return np.concatenate((corners.min(1), corners.max(1)), 1)
 
 
+def shear(x_degrees, y_degrees):
+    """About the origin."""
+    return np.array([[1, math.tan(math.radians(x_degrees)), 0], [math.tan(math.radians(y_degrees)), 1, 0], [0, 0, 1]])
+
+
+def paste(image, matrix, canvas, cell):
+    """Draws an image into the part `cell` = (x1, y1, x2, y2) of a canvas, in one resampling.
+
+    image: (C, H, W); canvas: (C, height, width) of the same dtype, changed in place. -> (the matrix that was used, the
+    rectangle x1, y1, x2, y2 that was drawn to, or an empty one). A matrix that only scales, flips and moves is moved by
+    up to half a pixel, so that a rectangle of whole pixels goes onto one of whole pixels: that is resized with
+    antialiasing, several times faster than the general `warp`, which does the rest.
+    """
+    straight = abs(matrix[0, 1]) < 1e-9 and abs(matrix[1, 0]) < 1e-9
+    limits = [(max(round(cell[i]), 0), min(round(cell[i + 2]), canvas.shape[2 - i])) for i in (0, 1)]
+    if not straight:
+        return matrix, _paste_warped(image, matrix, canvas, limits)
+    snapped, source, target = np.eye(3), [], []
+    for i, side in enumerate((image.shape[2], image.shape[1])):
+        factor, start = matrix[i, i], matrix[i, 2]
+        low, high = sorted((start, start + factor * side))
+        low, high = max(round(low), limits[i][0]), min(round(high), limits[i][1])
+        ends = sorted(round(float(np.clip((edge - start) / factor, 0, side))) for edge in (low, high))
+        if high <= low or ends[1] <= ends[0]:
+            return matrix, np.zeros(4)
+        factor = math.copysign((high - low) / (ends[1] - ends[0]), factor)
+        snapped[i, i], snapped[i, 2] = factor, low - factor * ends[factor < 0]
+        source.append(ends)
+        target.append((low, high))
+    (x1, x2), (y1, y2) = target
+    part = image[:, source[1][0]:source[1][1], source[0][0]:source[0][1]]
+    if part.shape[1:] != (y2 - y1, x2 - x1):
+        part = F.interpolate(part[None], (y2 - y1, x2 - x1), mode="bilinear", antialias=True)[0]
+    axes = [axis for axis, i in ((2, 0), (1, 1)) if matrix[i, i] < 0]
+    canvas[:, y1:y2, x1:x2] = part.flip(axes) if axes else part
+    return snapped, np.array((x1, y1, x2, y2), np.float64)
+
+
+def _paste_warped(image, matrix, canvas, limits):
+    around = warp_boxes([[0, 0, image.shape[2], image.shape[1]]], matrix)[0]
+    (x1, x2), (y1, y2) = [(max(math.floor(around[i]), low), min(math.ceil(around[i + 2]), high))
+                          for i, (low, high) in enumerate(limits)]
+    if x2 <= x1 or y2 <= y1:
+        return np.zeros(4)
+    to_part, size = translate(-x1, -y1) @ matrix, (y2 - y1, x2 - x1)
+    inside = warp(torch.ones_like(image[:1]), to_part, size, mode="nearest") > 0
+    canvas[:, y1:y2, x1:x2] = torch.where(inside, warp(image, to_part, size, border="reflect"), canvas[:, y1:y2, x1:x2])
+    return np.array((x1, y1, x2, y2), np.float64)
+
+
 def warp(image, matrix, size, *, mode="bilinear", border="constant", fill=0):
     """Moves an image by `matrix` onto a canvas of `size` = (height, width), in one resampling.
 

@@ -6,10 +6,13 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def param_groups(model, weight_decay):
-    """Two groups: weights, which decay, and norms and biases (every tensor of one dimension), which do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    """Three groups: weights, which decay, the scales of norms, and biases, which do not."""
+    groups = {"weights": [], "scales": [], "biases": []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups["weights" if p.ndim > 1 else "biases" if name.endswith("bias") else "scales"].append(p)
+    return [{"name": name, "params": params, "weight_decay": weight_decay if name == "weights" else 0.0}
+            for name, params in groups.items() if params]
 
 
 def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
@@ -27,7 +30,19 @@ def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
     return optimizer
 
 
-SCHEDULES = ("restarts", "cosine", "step", "poly", "plateau", "constant")
+def warm_up(optimizer, steps, *, bias_lr=0.0, momentum=None):
+    """For the first `steps` optimizer steps: biases come down from `bias_lr` to the learning rate to which all else
+    rises from 0, so that the net finds its output's scale before its weights move; the momentum rises from `momentum`.
+    Beside a schedule with a warmup of as many steps. Returns the optimizer.
+    """
+    for group in optimizer.param_groups:
+        final = group["betas"][0] if "betas" in group else group["momentum"]
+        group["warmup"] = {"steps": steps, "lr": bias_lr if group.get("name") == "biases" else 0.0,
+                           "momentum": final if momentum is None else momentum, "final": final}
+    return optimizer
+
+
+SCHEDULES = ("restarts", "cosine", "linear", "step", "poly", "plateau", "constant")
 
 
 def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10, floor=1e-3):
@@ -35,6 +50,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
 
     restarts  cosine from 1 to `floor` every `period` epochs (Loshchilov & Hutter 2017)
     cosine    one cosine from 1 to `floor` over the run
+    linear    a line from 1 to `floor` over the run
     step      x 0.75 every `period` epochs, not below `floor`
     poly      (1 - progress) ** 0.9, not below `floor`
     plateau   x 0.5 after every `period` epochs without a better score, not below `floor`
@@ -52,6 +68,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
     curves = {
         "restarts": lambda t, scores: cosine(t % length / length),
         "cosine": lambda t, scores: cosine(min(t / total, 1)),
+        "linear": lambda t, scores: floor + (1 - floor) * (1 - min(t / total, 1)),
         "step": lambda t, scores: max(0.75 ** (t // length), floor),
         "poly": lambda t, scores: max((1 - min(t / total, 1)) ** 0.9, floor),
         "plateau": lambda t, scores: max(0.5 ** plateaus(scores, period), floor),
@@ -72,9 +89,16 @@ def plateaus(scores, patience):
     return count
 
 
-def set_lr(optimizer, factor):
+def set_lr(optimizer, factor, step=None):
+    """The schedule's factor on every group's initial learning rate; before the end of `warm_up`, what that adds."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+        if "warmup" in group and step is not None:
+            warmup = group["warmup"]
+            left = max(1 - (step + 1) / warmup["steps"], 0) if warmup["steps"] else 0.0
+            group["lr"] += left * warmup["lr"]
+            momentum = warmup["final"] + left * (warmup["momentum"] - warmup["final"])
+            group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
 
 
 def make_ema(model, total_steps):

@@ -123,6 +123,14 @@ def _open(project, name, resume):
     return last.parent, state
 
 
+def new_folder(out, default):
+    """A folder for results, the same on every rank; numbered when it exists. out: its path, or None for `default`."""
+    out = Path(out) if out else Path(default)
+    if out.name in ("", ".."):  # no name that a number could follow
+        out = out.resolve()
+    return Path(dist.broadcast(str(dist.rank() == 0 and create(out.parent, out.name))))
+
+
 def write_json(path, value):
     """Writes a file whole or not at all. Raises UserError when it cannot be written."""
     path = Path(path)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import predict
+import predict_seg
 from data import seg
 from data.loader import train_loader
 from data.sample import wildfire
@@ -87,7 +88,7 @@ def predictors(raw, device, compiled, bs):
     for name, compile in {"ours": False, "ours, --compile": True}.items():
         if compile <= compiled:
             args = Namespace(amp="auto", compile=compile, tta=False, bs=bs)
-            ensemble = predict.seg_ensemble(args, device, ["net"], [state])
+            ensemble = predict_seg.seg_ensemble(args, device, ["net"], [state])
             made[name] = timed(lambda ensemble=ensemble: [ensemble(raw[i:i + bs]).cpu() for i in range(0, len(raw), bs)])
     return made
 

@@ -1,0 +1,292 @@
+"""Object detection: the YOLOv5 system that took 2nd place in the 2022 AI Challenge (parking lots), and beyond it.
+
+    python train_det.py                                               # ./DATA/train/{images,label/Train.json}
+    torchrun --nproc_per_node 4 train_det.py --imgsz 1280 --variant s6 --bs 64
+    python train_det.py --data coco.json --variant m --weights yolov5:yolov5m --head anchor
+    python train_det.py --variant x6 --imgsz 1280 --bs 2 --accumulate 32 --weights yolov5:yolov5x6 \
+        --stages 50,15 --epoch-parts 15 --image-weights --folds 0      # the competition's two stages
+"""
+import argparse
+import time
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import augment, det, folds, images, labels
+from data.loader import eval_loader, train_loader
+from nets import pretrained
+from nets.yolo import ANCHORS, BINS, VARIANTS, YOLOv5
+from utils import anchors, boxes, checkpoint, dist, engine, losses_det, metrics, optim, pictures_det, report, runs
+from utils.args import band_list, real, start, train_parser, whole
+from utils.errors import UserError, cli
+
+GAINS = {  # weights of the loss's parts
+    "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
+    "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
+}
+COMMON = dict(obj_pw=1.0, cls_pw=1.0, anchor_threshold=4.0, hsv=[0.015, 0.7, 0.4], translate=0.1, scale=0.5)
+PRESETS = {
+    "default": COMMON | dict(head="free", optimizer="adamw", lr=2e-3, lr_floor=0.01, schedule="cosine", momentum=0.9,
+                             weight_decay=0.05, warmup_epochs=2.0, warmup_bias_lr=0.0, warmup_momentum=0.9),
+    # the competition's two stages, with the anchor head that its weights were made for
+    "scratch-low": COMMON | GAINS["anchor"] | dict(
+        head="anchor", optimizer="sgd", lr=0.01, lr_floor=0.01, schedule="linear", momentum=0.937, weight_decay=5e-4,
+        warmup_epochs=3.0, warmup_bias_lr=0.1, warmup_momentum=0.8),
+    "finetune": COMMON | dict(
+        head="anchor", optimizer="sgd", lr=0.0032, lr_floor=0.12, schedule="linear", momentum=0.843, weight_decay=3.6e-4,
+        warmup_epochs=2.0, warmup_bias_lr=0.05, warmup_momentum=0.5, box=0.0296, dfl=1.5, obj=0.301, obj_pw=0.911,
+        cls=0.243, cls_pw=0.631, anchor_threshold=2.91, hsv=[0.0, 0.0, 0.4], scale=0.9),
+}
+
+
+def parse_args():
+    parser = train_parser(__doc__.splitlines()[0], "det", data="DATA", epochs=50, bs=16, imgsz=640, folds=None)
+    add = parser.add_argument_group("detection").add_argument
+    add("--preset", choices=PRESETS, default="default", help="recipe: ours, or a stage of the competition's")
+    add("--stages", type=stage_list, metavar="N,N", help="epochs of scratch-low, then of finetune from its last weights, "
+        "as two runs")
+    add("--variant", choices=VARIANTS, default="s", help="of the net; those with a 6 are for --imgsz 1280")
+    add("--head", choices=("free", "anchor"), help="free: anchor-free, decoupled; anchor: YOLOv5's own")
+    add("--bands", type=band_list, help="such as 1-3 or 5,3,2; without: all")
+    add("--band-scale", type=real(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
+    add("--allow-bad-labels", action="store_true", help="go on when more than 1 %% of the boxes had to be dropped")
+    add("--epoch-parts", type=whole(1, 10**6), default=1, help="an epoch is one of so many parts of the data")
+    add("--image-weights", action="store_true", help="images with rare classes come more often")
+    add("--multi-scale", type=real(0, 0.9), default=0.0, help="batches at 1 - F to 1 + F times --imgsz")
+    add("--autoanchor", action=BooleanOptionalAction, default=True, help="new anchors where the net's do not fit the data")
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--mosaic", type=real(0, 1), default=1.0, help="probability")
+    add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
+    add("--close-mosaic", type=whole(0), default=0, help="last epochs without mosaic")
+    add("--mixup", type=real(0, 1), default=0.0, help="probability of blending two mosaics")
+    add("--hsv", type=real(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, saturation, value")
+    add("--degrees", type=real(0, 180), default=0.0, help="largest rotation")
+    add("--translate", type=real(0, 1), help="largest shift, share of the size")
+    add("--scale", type=real(0, 0.99), help="zoom, 1 - F to 1 + F")
+    add("--shear", type=real(0, 80), default=0.0, help="degrees")
+    add("--flip-ud", type=real(0, 1), default=0.0, help="probability")
+    add("--flip-lr", type=real(0, 1), default=0.5, help="probability")
+    add = parser.add_argument_group("loss").add_argument
+    for name, what in {"box": "of the boxes' CIoU", "dfl": "of the distances' distribution (free)",
+                       "obj": "of objectness (anchor)", "cls": "of the classes"}.items():
+        add(f"--{name}", type=real(0), help=f"weight {what}")
+    add("--obj-pw", type=real(0), help="weight of positives in objectness (anchor)")
+    add("--cls-pw", type=real(0), help="weight of positives in the classes (anchor)")
+    add("--anchor-threshold", type=real(1, 100), help="largest ratio of a box's side to its anchor's")
+    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of the classes (anchor)")
+    add("--focal-gamma", type=real(0, 10), default=0.0, help="focal loss; 0: cross-entropy (anchor)")
+    add("--warmup-bias-lr", type=real(0, 10), help="learning rate of the biases at the start")
+    add("--warmup-momentum", type=real(0, 0.9999), help="momentum at the start")
+    known, _ = parser.parse_known_args()
+    preset = PRESETS["scratch-low" if known.stages else known.preset]
+    parser.set_defaults(**GAINS[known.head or preset["head"]] | preset)
+    return start(parser)
+
+
+def stage_list(text):
+    try:
+        first, second = map(whole(1, 10**6), text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not two numbers of epochs; write 50,15") from None
+    return [first, second]
+
+
+def main():
+    args, device, folder, resume = parse_args()
+    if args.stages and args.preset != "finetune":
+        args.preset, args.epochs = "scratch-low", args.stages[0]
+    train(args, device, folder, resume)
+    if args.stages and args.preset != "finetune":
+        changed = {k: v for k, v in PRESETS["finetune"].items() if vars(args)[k] == PRESETS["scratch-low"][k]}
+        changed |= {"preset": "finetune", "epochs": args.stages[1], "image_weights": False,
+                    "weights": str(folder / "last.pt")}
+        folder = Path(dist.broadcast(str(dist.rank() == 0 and runs.create(folder.parent, f"{folder.name}-finetune"))))
+        train(argparse.Namespace(**vars(args) | changed), device, folder, None)
+
+
+def train(args, device, folder, resume):
+    engine.seed_everything(args.seed, args.deterministic)
+
+    # ---- data ----
+    data = labels.read(args.data, allow_bad=args.allow_bad_labels)
+    train, val = split(args, folder, data)
+    bands = args.bands or list(range(1, images.size(data.files[0])[0] + 1))
+    scale = args.band_scale or images.default_scale(images.read(data.files[train[0]]).dtype)
+    names, kwargs = data.names, dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
+    train_data = det.DetData(*pick(data, train), seed=args.seed, mosaic=args.mosaic, grid=args.grid, mixup=args.mixup,
+                             close_mosaic=args.epochs - args.close_mosaic, hsv=args.hsv, degrees=args.degrees,
+                             translate=args.translate, scale=args.scale, shear=args.shear, flip_ud=args.flip_ud,
+                             flip_lr=args.flip_lr, **kwargs)
+    weights = class_balance([data.classes[i] for i in train], len(names)) if args.image_weights else None
+    loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
+                          parts=args.epoch_parts, weights=weights, collate=det.collate)
+
+    # ---- net ----
+    arch = dict(variant=args.variant, num_classes=len(names), in_chans=len(bands), head=args.head)
+    if args.head == "anchor":
+        arch["anchors"] = choose_anchors(args, data, train, resume)
+    model = YOLOv5(**arch, grad_checkpoint=args.grad_checkpoint)
+    if args.imgsz % model.stride:
+        raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {model.stride}; take "
+                        f"{-(-args.imgsz // model.stride) * model.stride}")
+    if args.weights and not resume:
+        load_weights(model, args.weights)
+    model = model.to(device, memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = dist.sync_batch_norm(model, device)
+    head = model.head
+
+    # ---- loss ----
+    def inputs(batch):
+        x = batch["image"].float() / scale
+        return augment.recolour(x, batch["colour"]) if "colour" in batch else x
+
+    def compute_loss(model, batch):
+        x, targets = inputs(batch), batch["boxes"]
+        if args.multi_scale:
+            low, high = (int(args.imgsz * (1 + f * args.multi_scale)) // head.strides[-1] for f in (-1, 1))
+            side = int(torch.randint(max(low, 1), high + 1, ())) * head.strides[-1]
+            x = F.interpolate(x, (side, side), mode="bilinear")
+            targets = torch.cat((targets[:, :2], targets[:, 2:] * (side / args.imgsz)), 1)
+        maps = model(x)
+        if args.head == "free":
+            loss, parts = losses_det.free_loss(maps, targets, head.strides, BINS, box=args.box, dfl=args.dfl, cls=args.cls)
+        else:
+            levels = 3 / len(maps)  # the weights are for 3 levels, 80 classes and 640 pixels
+            loss, parts = losses_det.anchor_loss(
+                maps, targets, head.anchors, head.strides, threshold=args.anchor_threshold, box=args.box * levels,
+                obj=args.obj * (args.imgsz / 640) ** 2 * levels, cls=args.cls * len(names) / 80 * levels,
+                obj_pw=args.obj_pw, cls_pw=args.cls_pw, smoothing=args.label_smoothing, gamma=args.focal_gamma)
+        return loss * args.bs * args.accumulate, parts  # a sum over images: learning rates are for that
+
+    # ---- validation ----
+    if val:
+        shapes = [det.rect(data.sizes[i], args.imgsz, model.stride) for i in val]
+        val_data = det.DetData(*pick(data, val), shapes=shapes, **kwargs)
+        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=shapes, workers=args.workers,
+                                 device=device, collate=det.collate)
+
+    def evaluate(model):
+        metric, began = metrics.DetectionAP(len(names)), time.monotonic()
+        for i, batch in enumerate(val_loader):
+            batch = engine.to_device(batch, device)
+            x = inputs(batch)
+            found = boxes.nms(model(x), conf=0.001, iou=0.65, max_det=300)
+            truths = [batch["boxes"][batch["boxes"][:, 0] == k, 1:].roll(-1, 1) for k in range(len(x))]
+            metric.update([det.restore(rows, m) for rows, m in zip(found, batch["matrix"])], truths)
+            if i == 0 and dist.rank() == 0:
+                seen = [det.move(t, m) for t, m in zip(truths, batch["matrix"])]
+                pictures_det.detection_sheet(folder / "val.png", x, seen, found, names=names)
+        scores = metric.reduce().compute()
+        evaluate.metric = metric
+        return scores | {"val_seconds": time.monotonic() - began}
+
+    # ---- training ----
+    if dist.rank() == 0:
+        params = sum(p.numel() for p in model.parameters())
+        print(f"{len(train)} images with {sum(len(data.boxes[i]) for i in train)} boxes to train, {len(val)} to validate; "
+              f"{len(names)} classes; {params:,} parameters; {device}")
+        batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
+        truths = [batch["boxes"][batch["boxes"][:, 0] == k, 1:].roll(-1, 1) for k in range(len(batch["image"]))]
+        pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), truths, names=names)
+        pictures_det.label_statistics(folder / "labels.png", [data.boxes[i] for i in train],
+                                      [data.classes[i] for i in train], [data.sizes[i] for i in train], names)
+    steps = -(-len(loader) // args.accumulate)
+    decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay), lr=args.lr, momentum=args.momentum)
+    optim.warm_up(optimizer, round(args.warmup_epochs * steps), bias_lr=args.warmup_bias_lr, momentum=args.warmup_momentum)
+    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=args.epochs, period=args.period,
+                                   warmup_epochs=args.warmup_epochs, floor=args.lr_floor)
+    ema = optim.make_ema(model, steps * args.epochs) if args.ema else None
+    header = {"task": "det", "arch": {"name": "YOLOv5", "kwargs": arch}, "classes": names,
+              "category_ids": data.category_ids, "bands": bands, "scale": scale, "imgsz": args.imgsz, "args": vars(args)}
+    boards = report.make_boards(folder, tensorboard=args.tensorboard and dist.rank() == 0,
+                                wandb=args.wandb and dist.rank() == 0, config=vars(args))
+    state = engine.fit(model, loader, optimizer, schedule, compute_loss, evaluate if val else None, folder=folder,
+                       header=header, epochs=args.epochs, device=device, resume=resume, accumulate=args.accumulate,
+                       clip=args.clip, amp=args.amp, ema=ema, compile=args.compile, seed=args.seed,
+                       patience=args.patience, save_period=args.save_period, boards=boards)
+    boards.close()
+    if val:
+        final(state, evaluate, names, folder, device, args.amp)
+
+
+def split(args, folder, data):
+    """Indices to train and to validate on; the split is written to the run's folds.json and read from there by a resumed
+    run. Without --folds: the data's own validation images, else a fifth."""
+    written = folder / "folds.json"
+    names = [str(path) for path in data.files]
+    if written.exists() or args.folds is not None or not any(data.held_out):
+        sizes = written if written.exists() else folds.parse(args.folds or "5")
+        if sizes is None:
+            return list(range(len(names))), []
+        if isinstance(sizes, Path):
+            fold_of = folds.read(sizes, names)
+        else:  # strata: an image's rarest class
+            count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
+            rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
+            fold_of = folds.assign(names, sizes, strata=rarest)
+    else:
+        fold_of = {name: int(not out) for name, out in zip(names, data.held_out)}
+    if dist.rank() == 0:
+        runs.write_json(written, fold_of)
+    held_out = set(folds.split(fold_of, args.fold)[1])
+    return ([i for i, name in enumerate(names) if name not in held_out],
+            [i for i, name in enumerate(names) if name in held_out])
+
+
+def pick(data, indices):
+    return [[column[i] for i in indices] for column in (data.files, data.boxes, data.classes)]
+
+
+def class_balance(classes, count):
+    """A weight per image: the sum over its boxes of 1 / (number of boxes of that class). Every class is seen as often."""
+    frequency = np.bincount(np.concatenate(classes), minlength=count)
+    weights = np.array([(1 / frequency[c]).sum() for c in classes])
+    return weights + weights[weights > 0].min() / 10  # images without boxes come too
+
+
+def choose_anchors(args, data, train, resume):
+    """(levels, 3, 2) pixels: the published ones, or better ones for this data."""
+    if resume:
+        return resume["arch"]["kwargs"]["anchors"]
+    published = np.array(ANCHORS[args.variant[1:] or "5"], np.float32)
+    if not args.autoanchor:
+        return published.tolist()
+    wh = np.concatenate([(data.boxes[i][:, 2:] - data.boxes[i][:, :2]) * args.imgsz / max(data.sizes[i]) for i in train])
+    chosen, line = anchors.auto(wh, published, threshold=args.anchor_threshold, seed=args.seed)
+    if dist.rank() == 0:
+        print(line)
+    return chosen.tolist()
+
+
+def load_weights(model, path_or_name):
+    try:
+        print(pretrained.describe(pretrained.load(model, path_or_name)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--weights {error}") from None
+
+
+def final(state, evaluate, names, folder, device, amp):
+    """The run's last weights judged per class: results.json, precision-recall curves, confusion matrix."""
+    model = state.ema.module if state.ema else state.model
+    with torch.inference_mode(), engine.autocast(device, engine.precision(amp, device)):
+        scores = evaluate(model.eval())
+    if dist.rank() > 0:
+        return
+    metric = evaluate.metric
+    classes, (threshold, f1) = metric.per_class(), metric.best_threshold()
+    runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes)),
+                                              "best F1": {"score threshold": threshold, "f1": f1}})
+    pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
+    pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
+    print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    for name, c in zip(names, classes):
+        print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")
+
+
+if __name__ == "__main__":
+    cli(main)
