@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from data import augment, det, folds, images, labels
 from data.loader import eval_loader, train_loader
 from nets import pretrained
-from nets.yolo import ANCHORS, BINS, VARIANTS, YOLOv5
+from nets.yolo import BINS, VARIANTS, YOLOv5
 from utils import anchors, boxes, checkpoint, dist, engine, losses_det, metrics, optim, pictures_det, report, runs
 from utils.args import band_list, real, start, train_parser, whole
 from utils.errors import UserError, cli
@@ -126,14 +126,16 @@ def train(args, device, folder, resume):
 
     # ---- net ----
     arch = dict(variant=args.variant, num_classes=len(names), in_chans=len(bands), head=args.head)
-    if args.head == "anchor":
-        arch["anchors"] = choose_anchors(args, data, train, resume)
+    if resume:
+        arch = resume["arch"]["kwargs"]
     model = YOLOv5(**arch, grad_checkpoint=args.grad_checkpoint)
     if args.imgsz % model.stride:
         raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {model.stride}; take "
                         f"{-(-args.imgsz // model.stride) * model.stride}")
     if args.weights and not resume:
         load_weights(model, args.weights)
+    if args.head == "anchor" and not resume:
+        arch["anchors"] = fit_anchors(model.head, args, data, train)
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
@@ -249,18 +251,17 @@ def class_balance(classes, count):
     return weights + weights[weights > 0].min() / 10  # images without boxes come too
 
 
-def choose_anchors(args, data, train, resume):
-    """(levels, 3, 2) pixels: the published ones, or better ones for this data."""
-    if resume:
-        return resume["arch"]["kwargs"]["anchors"]
-    published = np.array(ANCHORS[args.variant[1:] or "5"], np.float32)
-    if not args.autoanchor:
-        return published.tolist()
-    wh = np.concatenate([(data.boxes[i][:, 2:] - data.boxes[i][:, :2]) * args.imgsz / max(data.sizes[i]) for i in train])
-    chosen, line = anchors.auto(wh, published, threshold=args.anchor_threshold, seed=args.seed)
-    if dist.rank() == 0:
-        print(line)
-    return chosen.tolist()
+def fit_anchors(head, args, data, train):
+    """Anchors that fit the training boxes as the net sees them, into the head; -> list (levels, 3, 2), pixels."""
+    strides = torch.tensor(head.strides)[:, None, None]
+    pixels = (head.anchors * strides).numpy()
+    if args.autoanchor:
+        wh = np.concatenate([(data.boxes[i][:, 2:] - data.boxes[i][:, :2]) * args.imgsz / max(data.sizes[i]) for i in train])
+        pixels, line = anchors.auto(wh, pixels, threshold=args.anchor_threshold, seed=args.seed)
+        head.anchors.copy_(torch.as_tensor(pixels) / strides)
+        if dist.rank() == 0:
+            print(line)
+    return pixels.tolist()
 
 
 def load_weights(model, path_or_name):

@@ -1,9 +1,11 @@
-"""Published weights into our nets, tensor for tensor: timm, torchvision, our own checkpoints.
+"""Published weights into our nets, tensor for tensor: timm, torchvision, YOLOv5, our own checkpoints.
 
     pretrained.load(model, "timm:regnetx_002")        downloads once (torch.hub's cache), checks the file's hash
+    pretrained.load(model, "yolov5:yolov5s")          the same, without a hash: none is published
     pretrained.load(model, "weights.safetensors")     or .pth, .pt: no network
 
-Files are read as tensors and nothing else: `torch.load(weights_only=True)`, or the safetensors reader below.
+Files are read as tensors and nothing else: `torch.load(weights_only=True)`, nets/unpickle.py for whole modules, or the
+safetensors reader below.
 """
 import json
 import os
@@ -13,9 +15,12 @@ from urllib.error import URLError
 import numpy as np
 import torch
 
+from nets.unpickle import read_module
+
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-regnet/"
 _TORCHVISION = "https://download.pytorch.org/models/"
-# the eight digits in each name begin the file's SHA-256; torch.hub compares
+_YOLOV5 = "https://github.com/ultralytics/yolov5/releases/download/v7.0/"
+# the eight digits in a .pth's name begin the file's SHA-256; torch.hub compares
 URLS = {
     "timm:regnetx_002": _TIMM + "regnetx_002-e7e85e5c.pth",
     "timm:regnetx_004": _TIMM + "regnetx_004-7d0e9424.pth",
@@ -27,19 +32,25 @@ URLS = {
     "torchvision:regnet_x_800mf": _TORCHVISION + "regnet_x_800mf-94a99ebd.pth",
     "torchvision:regnet_x_1_6gf": _TORCHVISION + "regnet_x_1_6gf-a12f2b72.pth",
     "torchvision:regnet_x_3_2gf": _TORCHVISION + "regnet_x_3_2gf-7071aa85.pth",
+    **{f"yolov5:yolov5{v}": f"{_YOLOV5}yolov5{v}.pt" for v in ("n", "s", "m", "l", "x", "n6", "s6", "m6", "l6", "x6")},
 }
-TASK = ("conv0.", "decoder.", "head.")  # what belongs to a task and its data; the rest is the encoder
+# what belongs to a task and its data, the rest is the encoder; a net built otherwise has its own `task_prefixes`
+TASK = ("conv0.", "decoder.", "head.")
 
 
 def load(model, path_or_name):
     """Copies what fits from a file (or a name in URLS) into `model`, or into its `encoder`.
 
-    A first convolution with another number of input bands is adapted. The encoder must fit as a whole: half
-    of one is a wrong choice of net. Returns {"loaded", "adapted", "unused", "missing"}: lists of tensor names,
-    the last two as they are called in the file and in the model.
+    A first convolution with another number of input bands is adapted. The encoder, that is all but the names that
+    start with one of `model.task_prefixes` (TASK if it has none), must fit as a whole: half of one is a wrong choice
+    of net. A detector's anchors are loaded where their shape fits: the head was trained for them.
+    Returns {"loaded", "adapted", "unused", "missing"}: lists of tensor names, the last two as they are called in the
+    file and in the model.
     Raises OSError when the file cannot be had, ValueError when it is damaged or not weights of this net.
     """
     state = to_timm_names(unwrap(download(path_or_name) if path_or_name in URLS else read(path_or_name)))
+    # the anchors once more, in pixels: a buffer of YOLOv5's nets before v6
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".anchor_grid")}
     ours = model.state_dict()
     # a whole net fits as it is; a classification net fits into the encoder of a segmentation net
     prefix = max(("", "encoder."), key=lambda p: sum(p + name in ours for name in state))
@@ -57,8 +68,8 @@ def load(model, path_or_name):
         else:
             loaded[prefix + name] = tensor
     missing = [name for name in ours if name not in loaded]
-    both = state | ours
-    wrong = [n for n in unused + missing if not n.startswith(TASK) and both[n].ndim]  # not the counters of norms
+    both, task = state | ours, tuple(getattr(model, "task_prefixes", TASK))
+    wrong = [n for n in unused + missing if not n.startswith(task) and both[n].ndim]  # not the counters of norms
     if wrong:
         raise ValueError(f"{path_or_name}: no match for {wrong[0]} ({len(loaded)} of the file's {len(state)} tensors "
                          f"fit this net); choose the net they belong to")
@@ -69,7 +80,7 @@ def load(model, path_or_name):
 def describe(report):
     """The report of `load` as one line."""
     def names(key):
-        top = sorted({".".join(n.split(".")[:1 + n.startswith("encoder")]) for n in report[key]})
+        top = sorted({".".join(n.split(".")[:1 + n.startswith(("encoder.", "model."))]) for n in report[key]})
         return f"{len(report[key])} ({', '.join(top[:6])})" if top else "0"
 
     return (f"weights: {len(report['loaded'])} tensors loaded, {len(report['adapted'])} adapted to the input bands, "
@@ -117,7 +128,14 @@ def adapt_input(weight, in_chans):
 
 
 def download(name):
+    """A name in URLS -> dict, from the net or from torch.hub's cache. Raises OSError or ValueError, as `load` does."""
     try:
+        if name.startswith("yolov5:"):  # no digest to check, and whole modules, which torch.load refuses
+            path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URLS[name]))
+            if not os.path.exists(path):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                torch.hub.download_url_to_file(URLS[name], path)
+            return read_module(path)
         return torch.hub.load_state_dict_from_url(URLS[name], map_location="cpu", check_hash=True, weights_only=True)
     except (URLError, TimeoutError, ConnectionError) as error:
         raise OSError(f"{name}: no network? {URLS[name]} did not answer ({getattr(error, 'reason', error)}); "
@@ -129,7 +147,7 @@ def download(name):
 
 
 def read(path):
-    """A file of weights -> dict. Executes nothing: pickled modules are refused."""
+    """A file of weights -> dict. Executes nothing: of pickled modules the tensors are read and nothing else."""
     if not os.path.isfile(path):
         raise OSError(f"{path}: no such file; give a file of weights, or one of {', '.join(URLS)}")
     if str(path).endswith(".safetensors"):
@@ -137,9 +155,8 @@ def read(path):
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a dozen types on damaged files, OSError among them
-            raise ValueError(f"{path}: not a file of plain tensors ({type(error).__name__}); "
-                             f"save a state dict with torch.save(model.state_dict(), ...)") from None
+        except Exception:  # torch raises a dozen types on damaged files, OSError among them, and one on modules
+            return read_module(path)  # or ValueError, with what is wrong
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dict of tensors; save a state dict")
     return state

@@ -18,7 +18,9 @@ from timm.models._manipulate import adapt_input_conv
 from nets import pretrained
 from nets.regnet import VARIANTS, RegNetX
 from nets.unet import UNet
+from nets.yolo import VARIANTS as YOLOV5, YOLOv5
 from tests.test_nets import assert_equal, lived_in, randn
+from tests.test_unpickle import foreign
 
 HEAD = {"head.fc.weight", "head.fc.bias"}
 
@@ -345,6 +347,8 @@ def test_safetensors_cut_anywhere_or_with_a_byte_changed(tmp_path):
 
 def test_urls():
     for name, url in pretrained.URLS.items():
+        if name.startswith("yolov5:"):
+            continue  # below: no hash in the name
         assert re.search(r"-[0-9a-f]{8}\.pth$", url) and url.startswith("https://"), name
         library, net = name.split(":")
         assert url.split("/")[-1].startswith(net + "-")
@@ -411,4 +415,146 @@ def test_hostile_download(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         pretrained.load(RegNetX(), "timm:regnetx_002")
     one_line(error, "timm:regnetx_002")
+    assert not (tmp_path / "executed").exists()
+
+
+# ---- YOLOv5: files that hold a whole module -------------------------------------------------------------------------
+
+def release(path, net, **more):
+    """The net as YOLOv5's releases have it: fp16, pickled as a module of classes that are not here."""
+    net = lived_in(net).half()
+    with foreign(net, "models.yolo") as theirs:
+        torch.save({"epoch": -1, "model": theirs, "ema": None, "optimizer": None, **more}, path)
+    return str(path), {name: tensor.float() if tensor.is_floating_point() else tensor
+                       for name, tensor in net.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def yolov5n(tmp_path_factory):
+    return release(tmp_path_factory.mktemp("yolov5") / "yolov5n.pt", YOLOv5("n"))
+
+
+@pytest.mark.parametrize("variant", ["n", "n6"])
+def test_a_release_of_yolov5(variant, tmp_path):
+    path, source = release(tmp_path / "yolov5.pt", YOLOv5(variant))
+    net = YOLOv5(variant)
+    with pytest.raises(ModuleNotFoundError):  # the file does not open otherwise
+        torch.load(path, weights_only=False)
+    assert pretrained.load(net, path) == {"loaded": list(source), "adapted": [], "unused": [], "missing": []}
+    assert all(torch.equal(tensor, source[name]) for name, tensor in net.state_dict().items())
+    assert net.model[0].conv.weight.dtype == torch.float32 and net.model[0].conv.weight.requires_grad
+
+
+@pytest.mark.parametrize("variant, head, parts", [("n", "model.24", 6), ("n6", "model.33", 8)])
+def test_other_classes_leave_the_last_convolutions(variant, head, parts, tmp_path):
+    path, source = release(tmp_path / "yolov5.pt", YOLOv5(variant))
+    net = YOLOv5(variant, num_classes=14)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    report = pretrained.load(net, path)
+    own = [name for name in source if name.startswith(f"{head}.m.")]
+    assert len(own) == parts and report["unused"] == report["missing"] == own
+    assert report["loaded"] == [name for name in source if name not in own] and f"{head}.anchors" in report["loaded"]
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name] if name in own else source[name]), name
+    assert pretrained.describe(report).endswith(f"not used: {parts} ({head}), left as initialised: {parts} ({head})")
+
+
+def test_the_anchor_free_head_starts_anew(yolov5n):
+    path, source = yolov5n
+    net = YOLOv5("n", head="free")
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    report = pretrained.load(net, path)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name] if name.startswith("model.24.") else source[name]), name
+    assert report["unused"] == [name for name in source if name.startswith("model.24.")]
+    assert report["missing"] == [name for name in before if name.startswith("model.24.")]
+
+
+@pytest.mark.parametrize("bands", [1, 4, 10])
+def test_other_bands_of_a_detector(bands, yolov5n):
+    path, source = yolov5n
+    net = YOLOv5("n", in_chans=bands)
+    report = pretrained.load(net, path)
+    assert report["adapted"] == ["model.0.conv.weight"] and not report["missing"]
+    expected = adapt_input_conv(bands, source["model.0.conv.weight"].clone())
+    assert torch.allclose(net.model[0].conv.weight, expected, rtol=1e-6, atol=0)
+    assert torch.equal(net.model[1].conv.weight, source["model.1.conv.weight"])
+
+
+def test_anchors_of_the_file_and_of_the_net(yolov5n, tmp_path):
+    """The file's where they fit; else a net that owns them (by its prefixes) keeps its own; anchor_grid is dropped."""
+    path, source = yolov5n
+    net = YOLOv5("n", anchors=torch.arange(18.) + 1)
+    assert pretrained.load(net, path)["missing"] == []
+    assert torch.equal(net.head.anchors, source["model.24.anchors"])
+    net = YOLOv5("n", anchors=torch.arange(24.) + 1)
+    net.task_prefixes = ("model.24.",)
+    before = net.head.anchors.clone()
+    assert "model.24.anchors" in pretrained.load(net, path)["missing"]
+    assert torch.equal(net.head.anchors, before)
+    net = YOLOv5("n")
+    net.head.register_buffer("anchor_grid", torch.ones(3, 1, 3, 1, 1, 2))
+    path, source = release(tmp_path / "v5.0.pt", net)
+    assert "model.24.anchor_grid" in source
+    assert pretrained.load(YOLOv5("n"), path)["unused"] == []
+
+
+@pytest.mark.parametrize("wrong", ["s", "n6"])
+def test_half_a_detector_is_refused(wrong, yolov5n):
+    net = YOLOv5(wrong, num_classes=3)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        pretrained.load(net, yolov5n[0])
+    one_line(error, yolov5n[0], "no match", "choose")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    with pytest.raises(ValueError, match="no match"):
+        pretrained.load(RegNetX(), yolov5n[0])
+
+
+def test_what_belongs_to_the_task_is_the_nets_to_say(theirs, tmp_path):
+    """A net's own prefixes replace the usual ones: with `head.` not among them, another head is a wrong choice."""
+    path, net = save(tmp_path / "timm.pth", theirs.state_dict()), RegNetX(num_classes=5)
+    net.task_prefixes = ("stem.",)
+    with pytest.raises(ValueError, match=r"no match for head\.fc"):
+        pretrained.load(net, path)
+    net.task_prefixes = ["head.fc."]
+    assert set(pretrained.load(net, path)["missing"]) == HEAD
+
+
+def test_yolov5_names():
+    names = {name.removeprefix("yolov5:yolov5"): url for name, url in pretrained.URLS.items() if "yolov5:" in name}
+    assert set(names) == set(YOLOV5)
+    for variant, url in names.items():
+        assert url == f"https://github.com/ultralytics/yolov5/releases/download/v7.0/yolov5{variant}.pt"
+
+
+def test_yolov5_by_name(yolov5n, tmp_path, monkeypatch):
+    """Fetched once; what is not the release is told with the file to delete; no network is an OSError."""
+    path, source = yolov5n
+    server = tmp_path / "yolov5n.pt"
+    server.write_bytes(open(path, "rb").read())
+    monkeypatch.setitem(pretrained.URLS, "yolov5:yolov5n", server.as_uri())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        net = YOLOv5("n")
+        assert not pretrained.load(net, "yolov5:yolov5n")["missing"]
+        assert torch.equal(net.model[9].cv2.conv.weight, source["model.9.cv2.conv.weight"])
+        server.unlink(missing_ok=True)  # the second time it comes from the cache
+    cached, = (tmp_path / "cache" / "hub" / "checkpoints").iterdir()
+    for data in (b"<html>", server.name.encode(), cached.read_bytes()[:100_000]):
+        cached.write_bytes(data)
+        with pytest.raises(ValueError) as error:
+            pretrained.load(YOLOv5("n"), "yolov5:yolov5n")
+        one_line(error, "yolov5:yolov5n", "not the published file", str(cached.parent), "delete")
+    cached.unlink()
+    with pytest.raises(OSError) as error:
+        pretrained.load(YOLOv5("n"), "yolov5:yolov5n")
+    one_line(error, "yolov5:yolov5n", server.as_uri(), "pass the file's path")
+    assert not list(cached.parent.iterdir())
+
+
+def test_a_trap_in_a_release(tmp_path):
+    """What stands beside the module is not run, and does not keep the module from being read."""
+    path, source = release(tmp_path / "trap.pt", YOLOv5("n"), opt=Trap(tmp_path / "executed"))
+    assert len(pretrained.load(YOLOv5("n"), path)["loaded"]) == len(source)
     assert not (tmp_path / "executed").exists()

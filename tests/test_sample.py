@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import rasterio
 
-from data import sample
+from data import sample, sample_wildfire
 from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return sample.wildfire(tmp_path_factory.mktemp("sample"), train=24, test=6, seed=0)
+    return sample_wildfire.wildfire(tmp_path_factory.mktemp("sample"), train=24, test=6, seed=0)
 
 
 def _read(path):
@@ -93,9 +93,9 @@ def test_no_threshold_finds_the_fires(train):
 
 def test_a_tile_depends_on_seed_split_and_index_alone(tmp_path):
     size = dict(train=2, size=64)
-    a = sample.wildfire(tmp_path / "a", test=2, seed=3, **size)
-    b = sample.wildfire(tmp_path / "b", test=1, seed=3, **size)
-    c = sample.wildfire(tmp_path / "c", test=1, seed=4, **size)
+    a = sample_wildfire.wildfire(tmp_path / "a", test=2, seed=3, **size)
+    b = sample_wildfire.wildfire(tmp_path / "b", test=1, seed=3, **size)
+    c = sample_wildfire.wildfire(tmp_path / "c", test=1, seed=4, **size)
     (xa, ya), (xb, yb), (xc, _) = (_split(r, "train") for r in (a, b, c))
     assert np.array_equal(xa, xb) and np.array_equal(ya, yb)
     assert not np.array_equal(xa, xc)
@@ -105,7 +105,7 @@ def test_a_tile_depends_on_seed_split_and_index_alone(tmp_path):
 
 @pytest.mark.parametrize("size", [65, 100])
 def test_any_size(tmp_path, size):
-    images, masks = _split(sample.wildfire(tmp_path, train=2, test=0, size=size), "train")
+    images, masks = _split(sample_wildfire.wildfire(tmp_path, train=2, test=0, size=size), "train")
     assert images.shape == (2, 10, size, size) and masks.shape == (2, size, size)
 
 
@@ -113,7 +113,7 @@ def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / "Wildfire").mkdir()
     (tmp_path / "Wildfire" / "precious.tif").write_text("years of work")
     with pytest.raises(UserError, match="Wildfire: exists already") as error:
-        sample.wildfire(tmp_path, train=1, test=0, size=64)
+        sample_wildfire.wildfire(tmp_path, train=1, test=0, size=64)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["Wildfire", "Wildfire/precious.tif"]
 
@@ -121,13 +121,13 @@ def test_an_existing_folder_is_left_alone(tmp_path):
 @pytest.mark.parametrize("wrong", [dict(train=0), dict(test=-1), dict(size=32), dict(seed=-1)])
 def test_numbers_out_of_range(tmp_path, wrong):
     with pytest.raises(UserError, match="at least"):
-        sample.wildfire(tmp_path, **{**dict(train=1, test=1, size=64), **wrong})
+        sample_wildfire.wildfire(tmp_path, **{**dict(train=1, test=1, size=64), **wrong})
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("No space left on device")])
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, stop):
-    write, calls = sample._write_tif, []
+    write, calls = sample_wildfire._write_tif, []
 
     def fails_on_third(*args):
         calls.append(args)
@@ -135,21 +135,40 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, stop):
             raise stop
         write(*args)
 
-    monkeypatch.setattr(sample, "_write_tif", fails_on_third)
+    monkeypatch.setattr(sample_wildfire, "_write_tif", fails_on_third)
     with pytest.raises((KeyboardInterrupt, UserError)):
-        sample.wildfire(tmp_path, train=2, test=1, size=64)
+        sample_wildfire.wildfire(tmp_path, train=2, test=1, size=64)
     assert len(calls) == 3 and not os.listdir(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written .*; check"):
-        sample.wildfire(tmp_path / "file", train=1, test=0, size=64)
+        sample_wildfire.wildfire(tmp_path / "file", train=1, test=0, size=64)
+
+
+def _command(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["sample", *map(str, flags)])
+    sample.main()
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    flags = ["--out", str(tmp_path / "new"), "--train", "1", "--test", "1", "--size", "64"]
-    monkeypatch.setattr("sys.argv", ["sample", *flags])
-    sample.main()
-    assert capsys.readouterr().out.split()[-1] == str(tmp_path / "new" / "Wildfire")
-    assert len(list((tmp_path / "new" / "Wildfire").rglob("*.tif"))) == 4
+    new = tmp_path / "new"
+    _command(monkeypatch, "--out", new, "--train", 1, "--test", 1, "--size", 64)
+    assert capsys.readouterr().out.split()[-2:] == [str(new / "Wildfire"), str(new / "DATA")]
+    assert len(list((new / "Wildfire").rglob("*.tif"))) == 4 and len(list((new / "DATA").rglob("*.jpg"))) == 2
+
+
+@pytest.mark.parametrize("task, folder", [("wildfire", "Wildfire"), ("parking", "DATA")])
+def test_the_command_writes_one_of_them(tmp_path, monkeypatch, capsys, task, folder):
+    _command(monkeypatch, "--out", tmp_path, "--train", 1, "--test", 0, "--size", 64, "--only", task)
+    assert capsys.readouterr().out.split()[-1] == str(tmp_path / folder) and os.listdir(tmp_path) == [folder]
+
+
+def test_the_command_looks_before_it_writes(tmp_path, monkeypatch):
+    (tmp_path / "DATA").touch()
+    with pytest.raises(UserError, match="DATA: exists already"):
+        _command(monkeypatch, "--out", tmp_path, "--train", 1, "--test", 1, "--size", 64)
+    assert os.listdir(tmp_path) == ["DATA"]
+    _command(monkeypatch, "--out", tmp_path, "--train", 1, "--test", 0, "--size", 64, "--only", "wildfire")
+    assert sorted(os.listdir(tmp_path)) == ["DATA", "Wildfire"]

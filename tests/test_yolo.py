@@ -56,7 +56,7 @@ def test_parameters_and_names(variant):
 
 def test_the_head_is_the_last_layer_and_knows_its_tensors():
     for variant, last in (("n", 24), ("n6", 33)):
-        assert YOLOv5(variant).task_prefixes == (f"model.{last}.m.",)
+        assert YOLOv5(variant).task_prefixes == (f"model.{last}.",)
         assert YOLOv5(variant, head="free").task_prefixes == (f"model.{last}.",)
     assert not [n for n in YOLOv5("n", head="free").state_dict() if n.startswith("model.24.m.")]
 

@@ -19,7 +19,7 @@ import predict
 import predict_seg
 from data import seg
 from data.loader import train_loader
-from data.sample import wildfire
+from data.sample_wildfire import wildfire
 from nets.unet import UNet
 from utils import dist, engine, losses, optim
 

@@ -1,0 +1,242 @@
+"""data/det.py and its augmentation against pixel truth: boxes are drawn, moved, and found again in the pixels."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import augment, det
+from data.det import DetData, collate, rect
+from utils import geometry
+
+COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [250, 10, 250], [10, 250, 250]])
+PLAIN = dict(mosaic=0.0, hsv=(0, 0, 0))
+
+
+def write_images(folder, sizes, *, bands=3):
+    """One filled rectangle per image, of a colour of its own on grey. -> files, boxes, classes."""
+    rng = np.random.default_rng(0)
+    files, boxes, classes = [], [], []
+    for i, (h, w) in enumerate(sizes):
+        image = np.full((h, w, 3), 114, np.uint8)
+        bh, bw = rng.integers(h // 3, h // 2), rng.integers(w // 3, w // 2)
+        y, x = rng.integers(0, h - bh), rng.integers(0, w - bw)
+        image[y:y + bh, x:x + bw] = COLOURS[i % 6]
+        files.append(folder / f"{i}.png")
+        Image.fromarray(image).save(files[-1])
+        boxes.append(np.array([[x, y, x + bw, y + bh]], np.float64))
+        classes.append(np.array([i % 6]))
+    return files, boxes, classes
+
+
+def seen(image, k):
+    """The pixels (H, W) in which rectangle k's colour is the nearest: weight of it against grey, 0..1."""
+    pixels = image.float().numpy()
+    direction = COLOURS[k] - 114.0
+    along = ((pixels - 114) * direction).sum(-1) / (direction ** 2).sum()
+    across = np.linalg.norm(pixels - 114 - along[..., None] * direction, axis=-1)
+    return np.where(across < 30, along, 0)
+
+
+def check(sample, tolerance=0.75):
+    """Every box that the sample claims is where the pixels say, within `tolerance` pixels; returns their number."""
+    for label, *box in sample["boxes"].tolist():
+        strength = seen(sample["image"], int(label))
+        inside = np.zeros(strength.shape, bool)
+        x1, y1, x2, y2 = (int(np.floor(v)) if i < 2 else int(np.ceil(v)) for i, v in enumerate(box))
+        inside[max(y1 - 1, 0):y2 + 1, max(x1 - 1, 0):x2 + 1] = True
+        part = np.where(inside, strength, 0)
+        columns, rows = part.max(0), part.max(1)
+        xs, ys = np.flatnonzero(columns > .5), np.flatnonzero(rows > .5)
+        found = (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)
+        assert np.abs(np.array(found) - box).max() <= tolerance, (label, box, found)
+    return len(sample["boxes"])
+
+
+SIZES = [(60, 80), (80, 60), (64, 64), (48, 120), (100, 70), (90, 90)]
+
+
+@pytest.mark.parametrize("grid", [4, 9])
+def test_boxes_in_mosaics_are_where_the_pixels_are(tmp_path, grid):
+    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, grid=grid, hsv=(0, 0, 0), scale=0.3, flip_ud=0.5)
+    counts = [check(data[0, i]) for i in range(40)]
+    assert np.mean(counts) > 1.5 and max(counts) >= 4
+
+
+def test_boxes_of_single_images(tmp_path):
+    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), scale=0.5, flip_ud=0.5)
+    counts = [check(data[0, i]) for i in range(40)]
+    assert set(counts) <= {0, 1} and np.mean(counts) > 0.8
+
+
+def test_quarter_turns_keep_boxes_tight(tmp_path):
+    """A rotation by 90 degrees moves corners to corners; smaller ones give the box around the moved one."""
+    files, boxes, classes = write_images(tmp_path, SIZES)
+    data = DetData(files, boxes, classes, imgsz=96, **PLAIN, degrees=1e-9)
+    source = data.load(0)
+    side, ((place, cell),) = augment.layout(None, [source.shape[1:]], 96)
+    matrix = geometry.rot90(1, 96, 96) @ geometry.rotate(0.0) @ place
+    image, rows = data.compose([source], [0], [matrix], [(0, 0, 96, 96)])
+    assert check({"image": image.permute(1, 2, 0), "boxes": torch.from_numpy(rows)}) == 1
+
+
+def test_rotated_boxes_contain_their_pixels(tmp_path):
+    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), degrees=30, shear=8, scale=0.2)
+    for i in range(30):
+        sample = data[0, i]
+        for label, x1, y1, x2, y2 in sample["boxes"].tolist():
+            ys, xs = np.nonzero(seen(sample["image"], int(label)) > .6)
+            assert xs.min() >= x1 - 1 and xs.max() + 1 <= x2 + 1 and ys.min() >= y1 - 1 and ys.max() + 1 <= y2 + 1
+            assert xs.max() + 1 - xs.min() >= .5 * (x2 - x1)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_only(tmp_path):
+    made = write_images(tmp_path, SIZES)
+    one, two = DetData(*made, imgsz=64, seed=3, mixup=0.5), DetData(*made, imgsz=64, seed=3, mixup=0.5, cache="ram")
+    for i in (0, 5, 7, 3, 0):
+        a, b = one[2, i], two[2, i]
+        assert all(torch.equal(a[k], b[k]) for k in ("image", "boxes", "colour")) and a["index"] == i % 6
+    assert not torch.equal(one[2, 0]["image"], one[3, 0]["image"])
+    assert not torch.equal(one[2, 0]["image"], one[2, 6]["image"])  # the same image, drawn a second time
+    assert not torch.equal(one[2, 0]["image"], DetData(*made, imgsz=64, seed=4)[2, 0]["image"])
+
+
+def test_close_mosaic(tmp_path):
+    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5, translate=0, scale=0, flip_lr=0, hsv=(0, 0, 0))
+    assert {int(label) for i in range(6) for label in data[4, i]["boxes"][:, 0] if int(label) != i}  # others' boxes
+    for epoch in (5, 9):
+        for i in range(6):
+            assert data[epoch, i]["boxes"][:, 0].tolist() == [i]
+
+
+def test_letterbox_and_back(tmp_path):
+    files, boxes, classes = write_images(tmp_path, SIZES)
+    shapes = [rect(size, 96, 32) for size in SIZES]
+    data = DetData(files, boxes, classes, imgsz=96, shapes=shapes)
+    for i, shape in enumerate(shapes):
+        sample = data[i]
+        assert tuple(sample["image"].shape[:2]) == shape and "colour" not in sample
+        assert torch.equal(sample["boxes"][:, 1:], torch.from_numpy(boxes[i]).float())  # pixels of the file
+        moved = det.move(sample["boxes"][:, 1:], sample["matrix"])
+        check({"image": sample["image"], "boxes": torch.cat((sample["boxes"][:, :1], moved), 1)})
+        torch.testing.assert_close(det.restore(moved, sample["matrix"]), sample["boxes"][:, 1:], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size,imgsz,want", [((480, 640), 320, (256, 352)), ((640, 640), 640, (672, 672)),
+                                             ((1080, 1920), 1280, (736, 1312)), ((10, 1000), 640, (32, 672))])
+def test_rect(size, imgsz, want):  # ceil(side * imgsz / long side / 32 + 0.5) * 32
+    assert rect(size, imgsz, 32) == want
+
+
+def test_letterbox_is_centred_and_in_whole_pixels():
+    for h, w in ((480, 640), (333, 517), (1, 999), (50, 20)):
+        m = augment.letterbox(h, w, 320, (352, 352))
+        corners = geometry.warp_boxes([[0, 0, w, h]], m)[0]
+        assert np.abs(corners - np.rint(corners)).max() < 1e-9
+        assert max(corners[2] - corners[0], corners[3] - corners[1]) == pytest.approx(320)
+        assert abs(corners[0] - (352 - corners[2])) <= 1 and abs(corners[1] - (352 - corners[3])) <= 1
+
+
+def test_mixup_is_the_mean_and_keeps_all_boxes(tmp_path):
+    made = write_images(tmp_path, SIZES)
+    sample = DetData(*made, imgsz=96, mixup=1.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
+    alone = DetData(*made, imgsz=96, mixup=0.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
+    assert torch.equal(sample["boxes"][:len(alone["boxes"])], alone["boxes"]) and len(sample["boxes"]) > len(alone["boxes"])
+    share = (sample["image"].float() - 114) / (alone["image"].float() - 114)
+    share = share[(alone["image"].float() - 114).abs() > 90]
+    assert 0.3 < share.median() < 0.7
+
+
+def test_images_of_other_kinds(tmp_path):
+    """16 bits, five bands: float, unscaled, 0 around; boxes as ever."""
+    import rasterio
+    file = tmp_path / "a.tif"
+    pixels = np.full((5, 40, 60), 1000, np.uint16)
+    pixels[:, 10:30, 20:50] = 60000
+    with rasterio.open(file, "w", driver="GTiff", count=5, height=40, width=60, dtype="uint16") as out:
+        out.write(pixels)
+    data = DetData([file], [np.array([[20.0, 10, 50, 30]])], [np.array([0])], bands=[1, 5], imgsz=96, **PLAIN)
+    sample = data[0, 0]
+    assert sample["image"].dtype == torch.float32 and sample["image"].shape == (96, 96, 2)
+    assert sample["image"].max() == 60000 and sample["image"].min() == 0 and sample["colour"].shape == (2, 2)
+    (_, x1, y1, x2, y2), = sample["boxes"].tolist()
+    ys, xs = np.nonzero(sample["image"][..., 0].numpy() > 30000)
+    assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - (x1, y1, x2, y2)).max() <= 1
+
+
+def test_images_without_boxes(tmp_path):
+    files, boxes, classes = write_images(tmp_path, SIZES[:2])
+    data = DetData(files, [np.zeros((0, 4))] * 2, [np.zeros(0, int)] * 2, imgsz=64)
+    batch = collate([data[0, 0], data[0, 1]])
+    assert batch["boxes"].shape == (0, 6) and batch["image"].shape == (2, 3, 64, 64)
+
+
+def test_collate(tmp_path):
+    data = DetData(*write_images(tmp_path, SIZES), imgsz=64)
+    samples = [data[0, i] for i in range(3)]
+    batch = collate(samples)
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last) and batch["colour"].shape == (3, 3, 3)
+    for i, sample in enumerate(samples):
+        assert torch.equal(batch["image"][i].permute(1, 2, 0), sample["image"])
+        assert torch.equal(batch["boxes"][batch["boxes"][:, 0] == i, 1:], sample["boxes"])
+
+
+# ---- augment ----
+
+def test_visible():
+    before = np.array([[0, 0, 20, 20], [0, 0, 20, 20], [0, 0, 20, 20], [0, 0, 900, 8], [0, 0, 5, 5.0]])
+    after = np.array([[0, 0, 20, 20], [0, 0, 2, 20], [0, 0, 19, 2.2], [0, 0, 900, 8], [0, 0, 5, 5.0]])
+    assert augment.visible(before, after).tolist() == [True, False, True, False, True]
+    assert augment.visible(before[:1] * 40, after[:1]).tolist() == [False]  # less than a tenth is left
+
+
+def test_layout_of_four_meets_in_a_point_and_of_nine_surrounds_the_first():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = [tuple(rng.integers(20, 200, 2)) for _ in range(9)]
+        side, placed = augment.layout(rng, sizes[:4], 100)
+        centre = placed[0][1][2:]
+        assert side == 200 and all(50 <= c <= 150 for c in centre)
+        corners = [geometry.warp_boxes([[0, 0, w, h]], m)[0] for (m, _), (h, w) in zip(placed, sizes)]
+        assert [tuple(np.round(c[list(k)], 6)) for c, k in zip(corners, ((2, 3), (0, 3), (2, 1), (0, 1)))] == \
+            [tuple(np.round(centre, 6))] * 4
+        side, placed = augment.layout(rng, sizes, 100)
+        boxes = np.array([geometry.warp_boxes([[0, 0, w, h]], m)[0] for (m, _), (h, w) in zip(placed, sizes)])
+        assert side == 300 and max(boxes[0, 2:] - boxes[0, :2]) == pytest.approx(100)
+        assert np.allclose(placed[0][1], boxes[0])  # its cell is its own size
+        seen = np.array([(np.maximum(b[:2], c[:2]), np.minimum(b[2:], c[2:])) for b, (_, c) in zip(boxes, placed)])
+        assert (seen[:, 1] > seen[:, 0]).all()  # every picture is seen in its cell
+        cells = np.array([c for _, c in placed])
+        assert ((cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])).sum() == pytest.approx(300 ** 2)
+
+
+def test_colour():
+    rng = np.random.default_rng(0)
+    grey = np.full(3, 0.4)
+    for _ in range(20):
+        m = augment.colour(rng, 3, 0.1, 0, 0)
+        np.testing.assert_allclose(m @ grey, grey, atol=1e-6)  # turning hues leaves grey alone
+        np.testing.assert_allclose(m @ m.T, np.eye(3), atol=1e-5)
+    m = augment.colour(rng, 3, 0, 0.9, 0)
+    assert np.ptp(m @ (0.9, 0.3, 0.3)) != pytest.approx(0.6, abs=1e-3) and (m @ grey) == pytest.approx(grey, abs=1e-6)
+    gains = [augment.colour(rng, 3, 0, 0, 0.4)[0, 0] for _ in range(200)]
+    assert 0.6 <= min(gains) < 0.65 and 1.35 < max(gains) <= 1.4
+    assert np.array_equal(augment.colour(rng, 5, .5, .5, 0), np.eye(5, dtype=np.float32))
+    turned = [augment.colour(np.random.default_rng(s), 3, 1 / 3, 0, 0) @ (1.0, 0, 0) for s in range(60)]
+    assert max(t[1] for t in turned) > 0.9 and max(t[2] for t in turned) > 0.9  # red to green, red to blue
+
+
+def test_recolour_is_a_matrix_on_every_pixel():
+    images, matrices = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 3) * .5
+    want = torch.einsum("bij,bjhw->bihw", matrices, images).clamp(0, 1)
+    torch.testing.assert_close(augment.recolour(images.clone(), matrices), want)
+    last = images.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(augment.recolour(last, matrices), want)
+
+
+def test_affine_stays_in_its_limits():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        m = augment.affine(rng, 200, 100, translate=0.1, scale=0.5, flip_lr=0.5)
+        assert 0.5 <= abs(m[0, 0]) <= 1.5 and m[1, 1] == pytest.approx(abs(m[0, 0])) and abs(m[0, 1]) < 1e-12
+        middle = m @ (100, 100, 1)
+        assert (abs(middle[:2] - 50) <= 10 + 1e-9).all()

@@ -1,0 +1,332 @@
+"""utils.metrics.DetectionAP against pycocotools, and against plain loops where COCO has no such number."""
+import contextlib
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from utils.metrics import DetectionAP
+
+NAMES = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+SIZES = ([1, 2, 3, 4, 6], [8, 16, 31, 32, 33], [64, 95, 96, 97, 128], [200, 100_000, 120_000, 0])  # 0: no area
+
+
+def case(seed, *, images=8, classes=3, detections=12, truths=6, ties=True, empty=0.2):
+    """-> per image (n, 6) and (m, 5), float64. Half of the detections lie near a truth or on it; with `ties` sizes,
+    shifts and scores are few, so that boxes are doubled and IoUs, scores and areas are often equal."""
+    rng = np.random.default_rng(seed)
+    found, actual = [], []
+    for _ in range(images):
+        n, m = (0 if rng.random() < empty else rng.integers(top + 1) for top in (detections, truths))
+        sizes = SIZES[rng.integers(len(SIZES))] if ties else rng.uniform(4, 200, 8)
+        corner, size = rng.integers(0, 8, (n + m, 2)), rng.choice(sizes, (n + m, 2))
+        label = rng.integers(classes, size=n + m)
+        if m:
+            near, source = rng.random(n) < 0.5, rng.integers(m, size=n)
+            corner[m:][near], size[m:][near], label[m:][near] = (x[source[near]] for x in (corner, size, label))
+        shift = rng.integers(0, 2, (n + m, 2)) if ties else rng.uniform(0, 4, (n + m, 2)).astype(np.float32)
+        score = rng.integers(0, 4, n + m) / 4 if ties else rng.random(n + m).astype(np.float32)
+        rows = np.column_stack((corner + shift, corner + shift + size, score, label)).astype(np.float64)
+        rows[:, :4] = rows[:, :4].astype(np.float32)  # then sizes and corners have one value, in COCO's format too
+        found.append(torch.from_numpy(rows[m:]))
+        actual.append(torch.from_numpy(rows[:m, [0, 1, 2, 3, 5]]))
+    return found, actual
+
+
+def metric(found, actual, classes=3, batch=3, **kwargs):
+    result = DetectionAP(classes, **kwargs)
+    for i in range(0, len(actual), batch):
+        result.update(found[i:i + batch], actual[i:i + batch])
+    return result
+
+
+def coco(images, classes, boxes):
+    """boxes: (image, x1, y1, x2, y2, class) or with a score before the class -> a pycocotools data set."""
+    data = COCO()
+    data.dataset = {"images": [{"id": i} for i in range(images)], "categories": [{"id": c} for c in range(classes)],
+                    "annotations": [{"id": k + 1, "image_id": i, "category_id": int(rest[-1]), "score": rest[0],
+                                     "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
+                                    for k, (i, x1, y1, x2, y2, *rest) in enumerate(boxes)]}
+    data.createIndex()
+    return data
+
+
+def oracle(found, actual, classes=3, max_det=100):
+    """pycocotools' precision (10 IoUs, 101 recalls, C, 4 ranges of areas), NaN where it has -1."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = [coco(len(actual), classes, [(i, *row) for i, rows in enumerate(side) for row in rows.tolist()])
+                for side in (actual, found)]
+        run = COCOeval(*data, "bbox")
+        run.params.maxDets = [max_det]
+        run.evaluate()
+        run.accumulate()
+    precision = run.eval["precision"][..., -1]
+    return np.where(precision < 0, np.nan, precision)
+
+
+def mean(values):
+    values = values[~np.isnan(values)]
+    return values.mean() if values.size else math.nan
+
+
+def check(found, actual, classes=3, max_det=100):
+    """All numbers of COCO's; returns ours."""
+    ours, expected = metric(found, actual, classes, max_det=max_det), oracle(found, actual, classes, max_det)
+    values = ours.compute()
+    assert list(values) == NAMES
+    six = [expected[..., 0], expected[0, ..., 0], expected[5, ..., 0], *(expected[..., a] for a in (1, 2, 3))]
+    assert list(values.values()) == pytest.approx([mean(x) for x in six], abs=1e-12, nan_ok=True)
+    rows = ours.per_class()
+    assert len(rows) == classes
+    for c, row in enumerate(rows):
+        three = [expected[:, :, c, 0], expected[0, :, c, 0], expected[5, :, c, 0]]
+        assert [row[name] for name in NAMES[:3]] == pytest.approx([mean(x) for x in three], abs=1e-12, nan_ok=True)
+        assert row["truths"] == sum((rows[:, 4] == c).sum() for rows in actual)
+        assert row["detections"] == sum(min((rows[:, 5] == c).sum(), max_det) for rows in found)
+    for threshold, iou in ((0, 0.5), (7, 0.85)):
+        recalls, precision = ours.curve(iou)
+        np.testing.assert_array_equal(recalls, np.linspace(0, 1, 101))
+        np.testing.assert_allclose(precision, expected[threshold, :, :, 0].T, atol=1e-12)
+    return values
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_pycocotools_with_ties(seed):
+    check(*case(seed, images=1 + seed % 13, detections=4 + seed % 17, truths=1 + seed % 7), classes=3)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_equals_pycocotools_without_ties(seed):
+    values = check(*case(seed, images=20, classes=1 + seed % 3, detections=40, truths=15, ties=False))
+    assert all(0 < value < 1 for value in values.values())  # else little is tested
+
+
+@pytest.mark.parametrize("max_det", [1, 5, 100])
+@pytest.mark.parametrize("ties", [False, True])
+def test_only_the_best_of_an_image_and_class_are_judged(max_det, ties):
+    found, actual = case(0, images=4, classes=2, detections=500, truths=120, ties=ties, empty=0)
+    assert max(len(rows) for rows in found) > 240
+    values = check(found, actual, 2, max_det)
+    assert values != metric(found, actual, 2, max_det=max_det + 1).compute()
+
+
+def test_one_class_in_one_image_and_many_in_none():
+    check(*case(0, images=1, classes=1, detections=50, truths=20, empty=0), classes=1)
+    check(*case(1, images=30, classes=3, detections=3, truths=1, empty=0.5), classes=9)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_extreme_boxes(axis):
+    """No area, more than COCO's largest (1e10, which is outside every range), corners in the wrong order."""
+    boxes = torch.tensor([[0., 0, 0, 0], [5, 5, 5, 9], [0, 0, 2e5, 2e5], [0, 0, 1e5, 1e5], [9, 9, 5, 5], [9, 0, 5, 4],
+                          [1e7, 1e7, 1e7 + 1, 1e7 + 1], [-8, -8, 8, 8]]).double()
+    if axis:
+        boxes = boxes[:, [1, 0, 3, 2]]
+    score = torch.linspace(0.9, 0.1, 8).double()[:, None]
+    label = torch.zeros(8, 1).double()
+    found, actual = [torch.cat((boxes, score, label), 1)] * 2, [torch.cat((boxes, label), 1), torch.zeros(0, 5)]
+    check(found, actual, 1)
+    check(found[:1], actual[:1], 1)
+
+
+def boxes(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_an_iou_of_one_may_lack_a_rounding_error():
+    truth, found = boxes([0, 0, 10, 10, 0]), boxes([0, 0, 10, 10 - 1e-10, 0.5, 0])
+    assert metric([found], [truth]).curve(1.0)[1][0].tolist() == [1.0] * 101
+    found[0, 3] = 10 - 1e-8
+    assert metric([found], [truth]).curve(1.0)[1][0].tolist() == [0.0] * 101
+
+
+def test_nothing_at_all():
+    none = dict.fromkeys(NAMES, math.nan)
+    nothing, something = [torch.zeros(0, 6)], [boxes([0, 0, 9, 9, 0.5, 1])]
+    for found, actual in (([], []), (nothing, [torch.zeros(0, 5)]), (something, [torch.zeros(0, 5)])):
+        empty = metric(found, actual)
+        assert empty.compute() == pytest.approx(none, nan_ok=True)
+        assert torch.isnan(empty.curve()[1]).all() and all(map(math.isnan, empty.best_threshold()))
+        assert all(math.isnan(row["ap"]) and row["truths"] == 0 for row in empty.per_class())
+        assert empty.confusion().tolist() == [[0] * 4] * 3 + [[0, len(found and found[0]), 0, 0]]
+    unseen = metric(nothing, [boxes([0, 0, 9, 9, 1])])
+    assert unseen.compute() == pytest.approx({**none, "ap": 0, "ap50": 0, "ap75": 0, "ap_small": 0}, nan_ok=True)
+    assert unseen.confusion()[1].tolist() == [0, 0, 0, 1] and all(map(math.isnan, unseen.best_threshold()))
+
+
+def test_a_perfect_detector_has_exactly_one():
+    actual = [torch.cat((xy, xy + size, label), 1) for xy, size, label in (
+        (500 * torch.rand(9, 2), torch.full((9, 2), side), torch.arange(9.)[:, None] % 3) for side in (9., 50., 150.))]
+    found = [torch.cat((rows[:, :4], torch.rand(9, 1), rows[:, 4:]), 1) for rows in actual]
+    perfect = metric(found, actual)
+    assert perfect.compute() == dict.fromkeys(NAMES, 1.0)
+    assert perfect.confusion(0).tolist() == torch.diag(torch.tensor([9, 9, 9, 0])).tolist()
+    lowest = min(float(rows[:, 4].min()) for rows in found)
+    assert perfect.best_threshold() == (lowest, 1.0)
+
+
+def iou(a, b):
+    w, h = (min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1))
+    shared = max(w, 0) * max(h, 0)
+    return shared / (sum((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)) - shared) if shared else 0
+
+
+def hits_of(found, actual, c, at):
+    """One class's hits, image by image and detection by detection, the best score first."""
+    hits = 0
+    for rows, truths in zip(found, actual):
+        free = [row for row in truths.tolist() if row[4] == c]
+        for row in sorted((row for row in rows.tolist() if row[5] == c), key=lambda row: -row[4]):
+            best = max(free, key=lambda truth: iou(row, truth), default=None)
+            if best and iou(row, best) >= at:
+                free.remove(best)
+                hits += 1
+    return hits
+
+
+@pytest.mark.parametrize("at", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("levels", [5, 10 ** 6])
+def test_best_threshold_against_trying_them_all(at, levels):
+    found, actual = case(levels + int(at * 10), images=8, detections=10, ties=False)
+    found = [torch.cat((rows[:, :4], (rows[:, 4:5] * levels).round() / levels, rows[:, 5:]), 1) for rows in found]
+    f1 = {}
+    for t in sorted({float(s) for rows in found for s in rows[:, 4]}):
+        kept = [rows[rows[:, 4] >= t] for rows in found]
+        counts = [(hits_of(kept, actual, c, at), sum(int((rows[:, 5] == c).sum()) for rows in kept),
+                   sum(int((rows[:, 4] == c).sum()) for rows in actual)) for c in range(3)]
+        f1[t] = round(sum(2 * hits / (n + m) for hits, n, m in counts) / 3, 12)
+    assert len(f1) > 4 and len(set(f1.values())) > 3
+    best = max(f1, key=lambda t: (f1[t], t))
+    assert metric(found, actual).best_threshold(at) == pytest.approx((best, f1[best]), abs=1e-12)
+    # a class without truths changes nothing, as it does not in AP
+    assert metric(found, actual, classes=5).best_threshold(at) == pytest.approx((best, f1[best]), abs=1e-12)
+
+
+def confusion_by_hand(found, actual, classes, score, at):
+    matrix = np.zeros((classes + 1, classes + 1), int)
+    for rows, truths in zip(found, actual):
+        rows, truths = [row for row in rows.tolist() if row[4] >= score], truths.tolist()
+        pairs = [(-iou(a, b), a[5] != b[4], -a[4], a[5], i, b[4], j) for i, a in enumerate(rows)
+                 for j, b in enumerate(truths) if iou(a, b) >= at]
+        d, t = {}, {}
+        for *_, i, _, j in sorted(pairs):
+            if i not in d and j not in t:
+                d[i], t[j] = j, i
+        for i, row in enumerate(rows):
+            matrix[int(truths[d[i]][4]) if i in d else -1, int(row[5])] += 1
+        for j, truth in enumerate(truths):
+            matrix[int(truth[4]), -1] += j not in t
+    return matrix.tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_confusion_counted_by_hand(seed):
+    found, actual = case(seed, images=10, detections=20, truths=8, ties=seed % 2 == 0)
+    for score, at in ((0.25, 0.5), (0.5, 0.3), (0, 0.9)):
+        matrix = metric(found, actual).confusion(score, at)
+        assert matrix.dtype == torch.int64
+        assert matrix.tolist() == confusion_by_hand(found, actual, 3, score, at)
+
+
+def test_confusion_takes_the_nearest_pairs_first_and_of_equal_ones_those_of_one_class():
+    truth = boxes([0, 0, 10, 10, 0], [0, 0, 10, 8, 1])
+    # The better score does not decide: the second detection fits the first truth exactly, the other gets what is left.
+    found = boxes([0, 0, 10, 9, 0.9, 2], [0, 0, 10, 10, 0.3, 0])
+    assert metric([found], [truth]).confusion().tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    # Two labels on one box: each detection finds its own.
+    double = boxes([0, 0, 10, 10, 0], [0, 0, 10, 10, 1])
+    found = boxes([0, 0, 10, 10, 0.9, 1], [0, 0, 10, 10, 0.8, 0])
+    assert metric([found], [double]).confusion().diagonal().tolist() == [1, 1, 0, 0]
+
+
+def test_many_pairs_are_found_in_parts_and_boxes_of_other_images_stay_apart():
+    x, y = (10. * axis.reshape(-1) for axis in torch.meshgrid(torch.arange(10), torch.arange(10), indexing="ij"))
+    corners = torch.stack((x, y, x + 9, y + 9), 1)
+    label = torch.zeros(100, 1)
+    truth, found = torch.cat((corners, label), 1), torch.cat((corners, label + 0.5, label), 1)
+    perfect = metric([found] * 210, [truth] * 210, classes=1, batch=210)
+    assert perfect.compute()["ap"] == 1  # 21,000 detections: without any one of them the last recall is not reached
+    assert perfect.confusion().tolist() == [[21000, 0], [0, 0]]
+
+
+def test_result_does_not_depend_on_batches_order_or_dtype():
+    found, actual = case(3, images=20, ties=False)
+    expected = metric(found, actual).compute()
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = metric([found[i].flip(0) for i in order], [actual[i].flip(0) for i in order], batch=7)
+    assert shuffled.compute() == expected
+    assert shuffled.best_threshold() == pytest.approx(metric(found, actual).best_threshold(), abs=1e-12)
+    assert metric([rows.float() for rows in found], [rows.float() for rows in actual], batch=20).compute() == expected
+    whole = [rows.round() for rows in actual]
+    assert metric(found, [rows.long() for rows in whole]).compute() == metric(found, whole).compute()
+
+
+def test_the_result_can_be_asked_for_in_between():
+    found, actual = case(4)
+    growing = metric(found[:4], actual[:4])
+    assert growing.compute() == pytest.approx(metric(found[:4], actual[:4]).compute(), nan_ok=True)
+    growing.update(found[4:], actual[4:])
+    assert growing.compute() == pytest.approx(metric(found, actual).compute(), nan_ok=True)
+    assert growing.reduce() is growing
+
+
+def test_gradients_are_not_kept():
+    found, actual = case(5, ties=False)
+    assert metric([rows.requires_grad_() for rows in found], actual).compute()["ap"] > 0
+
+
+def test_wrong_input_is_named():
+    found, actual = [torch.zeros(2, 6)], [torch.zeros(2, 5)]
+    with pytest.raises(ValueError, match="detections of 1 images, but truths of 2"):
+        DetectionAP(3).update(found, actual * 2)
+    for wrong in (torch.zeros(2, 5), torch.zeros(6), torch.zeros(0)):
+        with pytest.raises(ValueError, match=r"detections \(.*\) must be \(n, 6\)"):
+            DetectionAP(3).update([wrong], actual)
+    with pytest.raises(ValueError, match=r"truths \(2, 6\) must be \(n, 5\)"):
+        DetectionAP(3).update(found, found)
+    for value in (-1, 3, 0.5, math.nan):
+        with pytest.raises(ValueError, match=f"classes of the detections reach .*{value}.*integers in 0 .. 2"):
+            DetectionAP(3).update([torch.full((1, 6), float(value))], actual)
+        with pytest.raises(ValueError, match="classes of the truths"):
+            DetectionAP(3).update(found, [torch.full((1, 5), float(value))])
+
+
+def everything(result):
+    recalls, precision = result.curve()
+    return json.loads(json.dumps([result.compute(), result.per_class(), result.best_threshold(), precision.tolist(),
+                                  result.confusion().tolist()]))
+
+
+def shard(rank, world, folder):
+    """Every second image; all of them on the second rank alone; the first 15 and the rest. The ties in order."""
+    torch.set_num_threads(1)  # OpenMP's threads did not come along with the fork
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    result = {}
+    for name, step in (("dealt", slice(rank, None, world)), ("one has all", slice(0, None if rank else 0))):
+        found, actual = case(6, images=20, ties=False)
+        result[name] = everything(metric(found[step], actual[step]).reduce())
+    found, actual = case(6, images=20)
+    part = slice(15, None) if rank else slice(0, 15)
+    gathered = metric(found[part], actual[part]).reduce()
+    assert gathered.images == 20  # the next update() starts there
+    result["ties"] = everything(gathered)
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(result, file)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    mp.start_processes(shard, (2, str(tmp_path)), nprocs=2, start_method="fork")  # nothing to import again
+    alone = everything(metric(*case(6, images=20, ties=False)))
+    for rank in range(2):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert result == {"dealt": alone, "one has all": alone, "ties": everything(metric(*case(6, images=20)))}
+    half = everything(metric(*(side[::2] for side in case(6, images=20, ties=False))))
+    assert half[0] != alone[0]  # else a reduce that does nothing would pass
