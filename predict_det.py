@@ -95,7 +95,7 @@ class Views(Dataset):
         self.sizes, self.items = [], []  # (height, width) per file; (file index, window or None)
         for i, file in enumerate(files):
             count, *size = images.size(file)
-            if count < bands[-1]:
+            if count < bands[-1] and not (count == 1 and bands == [1, 2, 3]):
                 raise UserError(f"{file}: has {count} bands, the checkpoint needs band {bands[-1]}; choose another --source")
             self.sizes.append(tuple(size))
             self.items.append((i, None))
@@ -112,12 +112,12 @@ class Views(Dataset):
         i, window = self.items[k]
         height, width = self.sizes[i]
         if window:
-            image = images.read(self.files[i], self.bands, window=window)
+            image = det.read(self.files[i], self.bands, window=window)
             to_view = geometry.translate(-window[1], -window[0])
         else:  # of a scene that is far larger than the net's input only every so manieth pixel is read
             step = max(height, width) // (4 * self.imgsz) or 1
             shape = (height // step, width // step)
-            image = images.read(self.files[i], self.bands, shape=shape if step > 1 else None)
+            image = det.read(self.files[i], self.bands, shape=shape if step > 1 else None)
             to_view = geometry.scale(shape[1] / width, shape[0] / height)
         image = image if image.dtype == torch.uint8 else image.float()
         canvas = det.new_canvas(image, self.shapes[k])
@@ -199,7 +199,7 @@ def draw(path, file, size, rows, names, bands, limit=1920, score=0.25):
     """The image, at most `limit` pixels a side, with its better detections."""
     factor = min(1, limit / max(size))
     shape = tuple(max(1, round(side * factor)) for side in size)
-    rgb = pictures.to_rgb(images.read(file, bands, shape=shape))
+    rgb = pictures.to_rgb(det.read(file, bands, shape=shape))
     rows = rows[rows[:, 4] >= score]
     rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * factor, rows[:, 5].long(), names, rows[:, 4])
     Image.fromarray(rgb).save(path, quality=90)

@@ -171,8 +171,8 @@ def train(args, device, folder, resume):
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=shapes, workers=args.workers,
                                  device=device, collate=det.collate)
 
-    def evaluate(model):
-        metric, began = metrics.DetectionAP(len(names)), time.monotonic()
+    def judge(model):
+        metric = metrics.DetectionAP(len(names))
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
             x = inputs(batch)
@@ -182,9 +182,11 @@ def train(args, device, folder, resume):
             if i == 0 and dist.rank() == 0:
                 seen = [det.move(t, m) for t, m in zip(truths, batch["matrix"])]
                 pictures_det.detection_sheet(folder / "val.png", x, seen, found, names=names)
-        scores = metric.reduce().compute()
-        evaluate.metric = metric
-        return scores | {"val_seconds": time.monotonic() - began}
+        return metric.reduce()
+
+    def evaluate(model):
+        began = time.monotonic()
+        return judge(model).compute() | {"val_seconds": time.monotonic() - began}
 
     # ---- training ----
     if dist.rank() == 0:
@@ -213,7 +215,7 @@ def train(args, device, folder, resume):
                        patience=args.patience, save_period=args.save_period, boards=boards)
     boards.close()
     if val:
-        final(state, evaluate, names, folder, device, args.amp)
+        final(state, judge, names, folder, device, args.amp)
 
 
 def split(args, folder, data):
@@ -271,15 +273,14 @@ def load_weights(model, path_or_name):
         raise UserError(f"--weights {error}") from None
 
 
-def final(state, evaluate, names, folder, device, amp):
+def final(state, judge, names, folder, device, amp):
     """The run's last weights judged per class: results.json, precision-recall curves, confusion matrix."""
     model = state.ema.module if state.ema else state.model
     with torch.inference_mode(), engine.autocast(device, engine.precision(amp, device)):
-        scores = evaluate(model.eval())
+        metric = judge(model.eval())
     if dist.rank() > 0:
         return
-    metric = evaluate.metric
-    classes, (threshold, f1) = metric.per_class(), metric.best_threshold()
+    scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
     runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes)),
                                               "best F1": {"score threshold": threshold, "f1": f1}})
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])

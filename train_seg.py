@@ -15,7 +15,7 @@ from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.regnet import VARIANTS
 from nets.unet import UNet, probabilities
-from utils import checkpoint, dist, engine, losses, metrics, optim, pictures, report, runs, tta
+from utils import dist, engine, losses, metrics, optim, pictures, report, runs, tta
 from utils.args import band_list, loss_term, real, start, train_parser, whole
 from utils.errors import UserError, cli
 

@@ -77,7 +77,7 @@ def layout(rng, sizes, imgsz):
 
 
 def letterbox(height, width, imgsz, shape):
-    """The matrix that scales the long side to imgsz, in whole pixels, and centres the picture on a canvas of `shape`."""
+    """The matrix that scales the long side to imgsz, in whole pixels, and centres the picture on a canvas `shape`."""
     factor = imgsz / max(height, width)
     h, w = max(1, round(height * factor)), max(1, round(width * factor))
     return geometry.translate((shape[1] - w) // 2, (shape[0] - h) // 2) @ geometry.scale(w / width, h / height)
@@ -107,5 +107,6 @@ def colour(rng, bands, hue, saturation, value):
 
 def recolour(images, matrices):
     """images (B, C, H, W) float 0..1, matrices (B, C, C) of `colour` -> the same, clipped to 0..1."""
-    mixed = matrices.to(images) @ images.flatten(2)
-    return mixed.view(images.shape).clamp_(0, 1)
+    last = images.permute(0, 2, 3, 1)  # as they lie in memory when they are channels-last
+    mixed = last.flatten(1, 2) @ matrices.to(images).transpose(1, 2)
+    return mixed.view(last.shape).permute(0, 3, 1, 2).clamp_(0, 1)

@@ -18,6 +18,18 @@ def rect(size, imgsz, stride, pad=0.5):
     return tuple(int(np.ceil(side * imgsz / max(size) / stride + pad)) * stride for side in size)
 
 
+def read(path, bands=None, **options):
+    """`images.read`; where RGB is asked for (bands 1-3), grey images and CMYK ones become that."""
+    rgb = bands is not None and list(bands) == [1, 2, 3]
+    count = images.size(path)[0] if rgb else 0
+    if count == 1:
+        return images.read(path, [1], **options).expand(3, -1, -1)
+    if count == 4 and images.kind(path) == "JPEG":
+        ink = images.read(path, **options).int()
+        return (ink[:3] * ink[3] // 255).to(torch.uint8)
+    return images.read(path, bands, **options)
+
+
 class DetData(Dataset):
     """`data[(epoch, index)]` -> an augmented picture imgsz x imgsz, which depends on (seed, epoch, index) only:
         {"image": (H, W, C) in the file's dtype, "boxes": float32 (n, 5) of class, x1, y1, x2, y2 in its pixels,
@@ -36,7 +48,7 @@ class DetData(Dataset):
         self.labels = [np.concatenate((c[:, None], b), 1).astype(np.float32) for b, c in zip(boxes, classes)]
         self.mosaic, self.grid, self.mixup, self.hsv, self.affine = mosaic, grid, mixup, hsv, affine
         self.close_mosaic = np.inf if close_mosaic is None else close_mosaic
-        self.read = lambda path: images.read(path, bands).permute(1, 2, 0).contiguous()  # bands last: fast to resize
+        self.read = lambda path: read(path, bands).permute(1, 2, 0).contiguous()  # bands last: fast to resize
         self.cache = Cache(files, self.read, cache, variant=("bands last", bands)) if cache else None
 
     def __len__(self):
@@ -69,20 +81,23 @@ class DetData(Dataset):
         sources = [self.load(k) for k in chosen]
         side, placed = augment.layout(rng, [source.shape[1:] for source in sources], self.imgsz)
         view = augment.affine(rng, side, self.imgsz, **self.affine)
-        if not (self.affine.get("degrees") or self.affine.get("shear")):
-            return self.compose(sources, chosen, [view @ m for m, _ in placed], [warp_boxes([c], view)[0] for _, c in placed])
-        return self.compose(sources, chosen, [view @ m for m, _ in placed], [(0, 0, self.imgsz, self.imgsz)] * len(placed))
+        cells = warp_boxes([cell for _, cell in placed], view)
+        if self.affine.get("degrees") or self.affine.get("shear"):  # cells are rectangles no more
+            cells = [(0, 0, self.imgsz, self.imgsz)] * len(placed)
+        return self.compose(sources, chosen, [view @ matrix for matrix, _ in placed], cells)
 
     def compose(self, sources, chosen, matrices, cells):
         canvas = new_canvas(sources[0], (self.imgsz, self.imgsz))
-        kept = []
+        before, drawn = [], []
         for source, k, matrix, cell in zip(sources, chosen, matrices, cells):
-            matrix, drawn = paste(source, matrix, canvas, cell)
-            before = warp_boxes(self.labels[k][:, 1:], matrix)
-            after = before.clip(drawn[[0, 1, 0, 1]], drawn[[2, 3, 2, 3]])
-            keep = augment.visible(before, after)
-            kept.append(np.concatenate((self.labels[k][keep, :1], after[keep]), 1))
-        return canvas, np.concatenate(kept).astype(np.float32)
+            matrix, part = paste(source, matrix, canvas, cell)
+            before.append(warp_boxes(self.labels[k][:, 1:], matrix))
+            drawn.append(np.broadcast_to(part, before[-1].shape))
+        before, drawn = np.concatenate(before), np.concatenate(drawn)
+        after = np.minimum(np.maximum(before, drawn[:, [0, 1, 0, 1]]), drawn[:, [2, 3, 2, 3]])
+        keep = augment.visible(before, after)
+        classes = np.concatenate([self.labels[k][:, :1] for k in chosen])
+        return canvas, np.concatenate((classes[keep], after[keep]), 1).astype(np.float32)
 
     def letterboxed(self, i):
         source = self.load(i)

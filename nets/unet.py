@@ -5,7 +5,6 @@ whose stem keeps the full resolution, and a slim decoder. 14 input planes -> 1 l
 """
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

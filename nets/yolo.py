@@ -11,7 +11,8 @@ from torch import nn
 
 from nets.blocks import ConvNorm, recompute, silu
 
-SIZES = {"n": (1 / 3, 1 / 4), "s": (1 / 3, 1 / 2), "m": (2 / 3, 3 / 4), "l": (1, 1), "x": (4 / 3, 5 / 4)}  # depth, width
+SIZES = {  # depth, width
+    "n": (1 / 3, 1 / 4), "s": (1 / 3, 1 / 2), "m": (2 / 3, 3 / 4), "l": (1, 1), "x": (4 / 3, 5 / 4)}
 STAGES = {  # per variant's last letter: (channels, blocks) of the stages with strides 4, 8, 16, ...
     "5": [(128, 3), (256, 6), (512, 9), (1024, 3)],
     "6": [(128, 3), (256, 6), (512, 9), (768, 3), (1024, 3)],

@@ -1,5 +1,6 @@
-"""Fixtures: a tiny data set in the wildfire competition's layout, and scripts run as from a shell but without one."""
+"""Fixtures: tiny data sets in the competitions' layouts, and scripts run as from a shell but without one."""
 import fcntl
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from PIL import Image
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
@@ -20,6 +22,8 @@ from utils import errors
 
 # the smallest UNet that --encoder allows, and the fewest steps
 TINY = "--conv0 8 --decoder 8 8 8 8 --imgsz 32 --bs 4 --epochs 1 --repeat 1 --workers 0 --device cpu".split()
+# the smallest detector
+TINY_DET = "--variant n --imgsz 64 --bs 4 --epochs 1 --workers 0 --device cpu --amp off".split()
 
 
 def write_tif(path, array, *, crs="EPSG:32652", transform=from_origin(300_000, 4_000_000, 30, 30), **options):
@@ -60,6 +64,46 @@ def write_wildfire(root, *, train=8, test=3, size=(64, 64), classes=1):
     return root
 
 
+def lot(seed, height=64, width=96, *, classes=3, most=4):
+    """-> picture uint8 (H, W, 3), boxes (n, 4) in whole pixels, classes (n,). Class k is a rectangle of colour k (red,
+    green, blue), 14 to 30 pixels a side, on dark grey; none touches another."""
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(40, 70, (height, width, 3)).astype(np.uint8)
+    taken, boxes, labels = np.zeros((height, width), bool), [], []
+    for _ in range(rng.integers(1, most + 1)):
+        h, w = rng.integers(14, 31, 2)
+        y, x, k = rng.integers(1, height - h), rng.integers(1, width - w), rng.integers(classes)
+        if not taken[y - 1:y + h + 1, x - 1:x + w + 1].any():
+            taken[y:y + h, x:x + w] = True
+            picture[y:y + h, x:x + w] = np.eye(3, dtype=np.uint8)[k] * 200 + 30
+            boxes.append((x, y, x + w, y + h))
+            labels.append(k)
+    return picture, np.array(boxes, np.float64), np.array(labels)
+
+
+def write_parking(root, *, train=10, test=3, size=(64, 96), most=4):
+    """The parking-lot competition's layout: JPEGs of `lot` to train on, PNGs to test, categories 1 to 3."""
+    root = Path(root)
+    for folder in ("train/images", "train/label", "test/images"):
+        (root / folder).mkdir(parents=True)
+    found, tests, annotations = [], [], []
+    for i in range(train):
+        picture, boxes, classes = lot((i, 0), *size, most=most)
+        found.append({"id": i, "file_name": f"{i:03}.jpg", "width": size[1], "height": size[0]})
+        Image.fromarray(picture).save(root / f"train/images/{i:03}.jpg", quality=95, subsampling=0)
+        for (x1, y1, x2, y2), k in zip(boxes.tolist(), classes.tolist()):
+            annotations.append({"id": len(annotations), "image_id": i, "category_id": k + 1,
+                                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
+    for i in range(test):
+        Image.fromarray(lot((i, 1), *size, most=most)[0]).save(root / f"test/images/lot.{i}.png")
+        tests.append({"id": 500 + i, "file_name": f"lot.{i}.png"})
+    names = [{"id": k + 1, "name": name} for k, name in enumerate(("sedan", "bus", "adult"))]
+    labels = {"images": found, "annotations": annotations, "categories": names}
+    (root / "train/label/Train.json").write_text(json.dumps(labels))
+    (root / "Test_Images_Information.json").write_text(json.dumps({"images": tests}))
+    return root
+
+
 def digest(root):
     """{file below root: (bytes, modification time)}, to see that nothing was changed, added or removed."""
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(Path(root).rglob("*")) if p.is_file()}
@@ -69,6 +113,15 @@ def digest(root):
 def wildfire(tmp_path_factory):
     """A shared data set of 8 + 3 tiles; nobody may write into it, which is checked at the end."""
     root = write_wildfire(tmp_path_factory.mktemp("shared") / "Wildfire")
+    before = digest(root)
+    yield root
+    assert digest(root) == before
+
+
+@pytest.fixture(scope="session")
+def parking(tmp_path_factory):
+    """A shared data set of 10 + 3 lots; nobody may write into it, which is checked at the end."""
+    root = write_parking(tmp_path_factory.mktemp("shared") / "DATA")
     before = digest(root)
     yield root
     assert digest(root) == before

@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import batched_nms, box_convert, box_iou, complete_box_iou, complete_box_iou_loss
 from torchvision.ops import nms as torchvision_nms
 
-from utils.boxes import clip, iou, nms, to_xywh, to_xyxy, wbf
+from utils.boxes import clip, iou, nms, suppress, to_xywh, to_xyxy, wbf
 
 
 def random_boxes(n, size=100., seed=0, dtype=torch.float64):
@@ -321,3 +321,16 @@ def test_wbf_of_little():
     for weights in ([1.], [1., 0.], [1., -1.], [1., math.nan]):
         with pytest.raises(ValueError, match="must be 2 positive numbers"):
             wbf([one, one], weights=weights)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_suppress_sorts_and_is_torchvisions(seed):
+    g = torch.Generator().manual_seed(seed)
+    corner, size = torch.rand(60, 2, generator=g) * 80, torch.rand(60, 2, generator=g) * 30 + 1
+    rows = torch.cat((corner, corner + size, torch.rand(60, 1, generator=g), torch.randint(3, (60, 1), generator=g)), 1)
+    want = rows[batched_nms(rows[:, :4], rows[:, 4], rows[:, 5], 0.4)]
+    assert torch.equal(suppress(rows, iou=0.4), want)
+    assert torch.equal(suppress(rows, iou=0.4, max_det=7), want[:7])
+    one = rows[torchvision_nms(rows[:, :4], rows[:, 4], 0.4)]
+    assert torch.equal(suppress(rows, iou=0.4, agnostic=True), one)
+    assert suppress(rows[:0]).shape == (0, 6)

@@ -101,7 +101,8 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(tmp_path):
 
 
 def test_close_mosaic(tmp_path):
-    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5, translate=0, scale=0, flip_lr=0, hsv=(0, 0, 0))
+    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5, translate=0, scale=0, flip_lr=0,
+                   hsv=(0, 0, 0))
     assert {int(label) for i in range(6) for label in data[4, i]["boxes"][:, 0] if int(label) != i}  # others' boxes
     for epoch in (5, 9):
         for i in range(6):
@@ -140,7 +141,8 @@ def test_mixup_is_the_mean_and_keeps_all_boxes(tmp_path):
     made = write_images(tmp_path, SIZES)
     sample = DetData(*made, imgsz=96, mixup=1.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
     alone = DetData(*made, imgsz=96, mixup=0.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
-    assert torch.equal(sample["boxes"][:len(alone["boxes"])], alone["boxes"]) and len(sample["boxes"]) > len(alone["boxes"])
+    own = len(alone["boxes"])
+    assert torch.equal(sample["boxes"][:own], alone["boxes"]) and len(sample["boxes"]) > own
     share = (sample["image"].float() - 114) / (alone["image"].float() - 114)
     share = share[(alone["image"].float() - 114).abs() > 90]
     assert 0.3 < share.median() < 0.7

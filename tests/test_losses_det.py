@@ -27,7 +27,8 @@ def scene(seed, *, images=3, size=96, classes=4, most=6):
 
 def anchor_maps(seed, *, images=3, size=96, classes=4):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(images, 3, size // s, size // s, 5 + classes, generator=g, dtype=torch.float64) for s in STRIDES]
+    return [torch.randn(images, 3, size // s, size // s, 5 + classes, generator=g, dtype=torch.float64)
+            for s in STRIDES]
 
 
 def sigmoid(v):
@@ -54,7 +55,8 @@ def ciou(a, b):
     return v - d / (cw ** 2 + ch ** 2) - s / (1 - v + s + 1e-7) * s
 
 
-def slow_anchor_loss(maps, rows, *, threshold=4.0, box=.05, obj=1.0, cls=.5, obj_pw=1.0, cls_pw=1.0, smoothing=0.0, gamma=0.0):
+def slow_anchor_loss(maps, rows, *, threshold=4.0, box=.05, obj=1.0, cls=.5, obj_pw=1.0, cls_pw=1.0, smoothing=0.0,
+                     gamma=0.0):
     total = {"box": 0.0, "obj": 0.0, "cls": 0.0}
     for level, (m, stride, balance) in enumerate(zip(maps, STRIDES, (4.0, 1.0, 0.4))):
         height, width, classes = m.shape[2], m.shape[3], m.shape[4] - 5
@@ -94,7 +96,8 @@ def slow_anchor_loss(maps, rows, *, threshold=4.0, box=.05, obj=1.0, cls=.5, obj
 @pytest.fixture(autouse=True)
 def in_float64(monkeypatch):
     """The losses compute in fp32; here the casts do nothing, so that differences are errors and not rounding."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else self.to(torch.float32))
+    monkeypatch.setattr(torch.Tensor, "float",
+                        lambda self: self if self.dtype == torch.float64 else self.to(torch.float32))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -141,7 +144,8 @@ BINS = 8
 
 def free_maps(seed, *, images=3, size=96, classes=4):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(images, size // s, size // s, 4 * BINS + classes, generator=g, dtype=torch.float64) for s in STRIDES]
+    return [torch.randn(images, size // s, size // s, 4 * BINS + classes, generator=g, dtype=torch.float64)
+            for s in STRIDES]
 
 
 def slow_free_loss(maps, rows, *, topk=3, alpha=.5, beta=6.0, box=7.5, dfl=1.5, cls=.5):
@@ -164,10 +168,12 @@ def slow_free_loss(maps, rows, *, topk=3, alpha=.5, beta=6.0, box=7.5, dfl=1.5, 
         claims = {}
         found = [decode(c, image) for c in cells]
         for g, (label, *truth) in enumerate(mine):
-            cx, cy, hw, hh = (truth[0] + truth[2]) / 2, (truth[1] + truth[3]) / 2, (truth[2] - truth[0]) / 2, (truth[3] - truth[1]) / 2
-            inside = [n for n, (x, y, s, _) in enumerate(cells) if abs(x - cx) < max(hw, s) and abs(y - cy) < max(hh, s)]
-            value = {n: sigmoid(float(cells[n][3][image, 4 * BINS + int(label)])) ** alpha * overlap(truth, found[n]) ** beta
-                     for n in inside}
+            cx, cy = (truth[0] + truth[2]) / 2, (truth[1] + truth[3]) / 2
+            hw, hh = (truth[2] - truth[0]) / 2, (truth[3] - truth[1]) / 2
+            inside = [n for n, (x, y, s, _) in enumerate(cells)
+                      if abs(x - cx) < max(hw, s) and abs(y - cy) < max(hh, s)]
+            score = {n: sigmoid(float(cells[n][3][image, 4 * BINS + int(label)])) for n in inside}
+            value = {n: score[n] ** alpha * overlap(truth, found[n]) ** beta for n in inside}
             for n in sorted(inside, key=lambda n: -value[n])[:topk]:
                 claims.setdefault(n, []).append((overlap(truth, found[n]), -g, value[n]))
         owned = {n: max(c) for n, c in claims.items()}
@@ -184,9 +190,8 @@ def slow_free_loss(maps, rows, *, topk=3, alpha=.5, beta=6.0, box=7.5, dfl=1.5, 
             if goal:
                 truth = mine[g][1:]
                 lbox += goal * (1 - ciou(found[n], truth))
-                sides = [(c[0] - truth[0]) / c[2], (c[1] - truth[1]) / c[2], (truth[2] - c[0]) / c[2], (truth[3] - c[1]) / c[2]]
-                for k, d in enumerate(sides):
-                    d = min(max(d, 0), BINS - 1.01)
+                for k, d in enumerate((c[0] - truth[0], c[1] - truth[1], truth[2] - c[0], truth[3] - c[1])):
+                    d = min(max(d / c[2], 0), BINS - 1.01)
                     logp = c[3][image, k * BINS:(k + 1) * BINS].log_softmax(0)
                     low = int(d)
                     ldfl -= goal / 4 * (float(logp[low]) * (low + 1 - d) + float(logp[low + 1]) * (d - low))
@@ -231,7 +236,8 @@ def test_pad_keeps_boxes_with_their_images():
     boxes, classes, there = pad(rows, 5)
     for image in range(5):
         mine = rows[rows[:, 0] == image]
-        assert torch.equal(boxes[image][there[image]], mine[:, 2:]) and torch.equal(classes[image][there[image]], mine[:, 1].long())
+        assert torch.equal(boxes[image][there[image]], mine[:, 2:])
+        assert torch.equal(classes[image][there[image]], mine[:, 1].long())
     assert not there[4].any()
 
 
@@ -239,11 +245,12 @@ def test_the_best_cell_is_to_score_as_its_overlap():
     """TOOD's normalisation: the largest goal of a box equals the largest IoU among its cells."""
     torch.manual_seed(0)
     truths = torch.tensor([[[10.0, 10, 50, 60]]])
-    centres = torch.stack(torch.meshgrid(torch.arange(4., 64, 8), torch.arange(4., 64, 8), indexing="xy"), -1).view(-1, 2)
+    line = torch.arange(4., 64, 8)
+    centres = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
     half = torch.rand(1, 64, 4) * 40
     found = torch.cat((centres - half[..., :2], centres + half[..., 2:]), -1)
-    owner, goal = assign(torch.rand(1, 64, 2), found, centres, torch.full((64, 1), 8.), truths, torch.zeros(1, 1).long(),
-                         torch.ones(1, 1, dtype=torch.bool), topk=10, alpha=.5, beta=6.0)
+    owner, goal = assign(torch.rand(1, 64, 2), found, centres, torch.full((64, 1), 8.), truths,
+                         torch.zeros(1, 1).long(), torch.ones(1, 1, dtype=torch.bool), topk=10, alpha=.5, beta=6.0)
     assert (goal > 0).sum() <= 10 and (owner == 0).all()
     overlaps = losses_det.iou(truths[0], found[0])
     assert float(goal.max()) == pytest.approx(float(overlaps[goal[0] > 0].max()), rel=1e-4)

@@ -63,7 +63,8 @@ def test_the_head_is_the_last_layer_and_knows_its_tensors():
 
 def test_the_buffer_of_anchors_is_in_strides():
     net = YOLOv5("n")
-    assert net.head.anchors[0, 0].tolist() == [10 / 8, 13 / 8] and net.head.anchors[2, 2].tolist() == [373 / 32, 326 / 32]
+    assert net.head.anchors[0, 0].tolist() == [10 / 8, 13 / 8]
+    assert net.head.anchors[2, 2].tolist() == [373 / 32, 326 / 32]
     given = YOLOv5("n6", anchors=torch.arange(1, 25).float().view(4, 3, 2)).head.anchors
     assert given[3, 2].tolist() == [23 / 64, 24 / 64]
 
@@ -150,7 +151,8 @@ def test_folding_batch_norms_changes_nothing(head):
     net = YOLOv5("n", 3, head=head)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.running_mean, -.1, .1), nn.init.uniform_(m.running_var, .5, 2), nn.init.uniform_(m.weight, .5, 1.5)
+            nn.init.uniform_(m.running_mean, -.1, .1), nn.init.uniform_(m.running_var, .5, 2)
+            nn.init.uniform_(m.weight, .5, 1.5)
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before = net.eval()(x)

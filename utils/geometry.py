@@ -89,7 +89,8 @@ def paste(image, matrix, canvas, cell):
     (x1, x2), (y1, y2) = target
     part = image[:, source[1][0]:source[1][1], source[0][0]:source[0][1]]
     if part.shape[1:] != (y2 - y1, x2 - x1):
-        part = F.interpolate(part[None], (y2 - y1, x2 - x1), mode="bilinear", antialias=True)[0]
+        batch = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # part[None] would not pass for channels-last: slower
+        part = F.interpolate(batch, (y2 - y1, x2 - x1), mode="bilinear", antialias=True)[0]
     axes = [axis for axis, i in ((2, 0), (1, 1)) if matrix[i, i] < 0]
     canvas[:, y1:y2, x1:x2] = part.flip(axes) if axes else part
     return snapped, np.array((x1, y1, x2, y2), np.float64)

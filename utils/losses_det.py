@@ -23,7 +23,8 @@ def anchor_loss(maps, boxes, anchors, strides, *, threshold=4.0, box=0.05, obj=1
     """
     maps = [raw.float() for raw in maps]
     matches = [match_anchors(raw.shape, boxes, a, s, threshold) for raw, a, s in zip(maps, anchors, strides)]
-    counts = dist.mean(torch.tensor([float(len(classes)) for _, _, classes in matches], device=boxes.device)).clamp(min=1e-9)
+    counts = torch.tensor([float(len(classes)) for _, _, classes in matches], device=boxes.device)
+    counts = dist.mean(counts).clamp(min=1e-9)
     lbox = lobj = lcls = 0 * sum(raw.sum() for raw in maps)  # a gradient even without boxes
     for raw, match, a, stride, count, balance in zip(maps, matches, anchors, strides, counts, BALANCE[len(maps)]):
         index, target, classes = match
@@ -66,7 +67,7 @@ def match_anchors(shape, boxes, anchors, stride, threshold):
 
 
 def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10, alpha=0.5, beta=6.0):
-    """Task-aligned loss of the anchor-free head (TOOD, Feng et al. 2021; distribution focal loss of GFL, Li et al. 2020).
+    """Task-aligned loss of the anchor-free head (TOOD, Feng et al. 2021; the distances' of GFL, Li et al. 2020).
 
     maps: per level (B, rows, columns, 4 * bins + classes), raw. box, dfl, cls: the parts' weights; topk, alpha, beta:
     see `assign`. -> (loss, {"box", "dfl", "cls"}): CIoU, distances as distributions, classes (whose target is how
@@ -147,8 +148,8 @@ def pad(boxes, batch):
 
 def _centres(raw, stride):
     rows, columns = raw.shape[1:3]
-    y, x = torch.meshgrid(torch.arange(rows, device=raw.device), torch.arange(columns, device=raw.device), indexing="ij")
-    return (torch.stack((x, y), -1).flatten(0, 1) + 0.5) * stride
+    y, x = torch.arange(rows, device=raw.device), torch.arange(columns, device=raw.device)
+    return (torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1) + 0.5) * stride
 
 
 def _bce(logits, target, pos_weight, gamma):

@@ -29,7 +29,7 @@ DETECTION = ((1.0, False), (0.83, True), (0.67, False))  # YOLOv5's passes: size
 
 
 def scaled(height, width, stride, passes=DETECTION, factor=1.0):
-    """-> [(matrix, (height, width))]: the views of a height x width image at several sizes, in multiples of the stride."""
+    """-> [(matrix, (height, width))]: views of a height x width image at several sizes, in multiples of the stride."""
     views = []
     for share, flipped in passes:
         size = tuple(-(-round(side * share * factor) // stride) * stride for side in (height, width))

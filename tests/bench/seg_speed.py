@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import predict
 import predict_seg
 from data import seg
 from data.loader import train_loader
