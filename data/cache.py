@@ -14,7 +14,8 @@ from utils.errors import UserError
 
 
 class Cache:
-    """`cache[i]` -> the tensor that `read(files[i])` gave, without reading the file again.
+    """`cache[i]` -> the tensor that `read(files[i])` gave, without reading the file again. It is the
+    cache's own memory: not to be changed.
 
     where: "ram" (per training process; loader workers share it by fork) or "disk": one array in `folder`,
     built once, and built again when a file's size or time, or `variant` (what `read` depends on), changed.
@@ -42,7 +43,7 @@ class Cache:
         start, shape, dtype = self.index[i]
         dtype = getattr(torch, dtype)
         stop = start + int(np.prod(shape)) * dtype.itemsize
-        return torch.from_numpy(np.array(self.array[start:stop])).view(dtype).reshape(shape)
+        return torch.from_numpy(self.array[start:stop]).view(dtype).reshape(shape)
 
     def _tensors(self):
         self.index, start = [], 0
@@ -63,7 +64,7 @@ class Cache:
     def _open(self):
         try:
             header = json.loads(self.path.with_suffix(".json").read_text())
-            self.array = np.memmap(self.path.with_suffix(".bin"), np.uint8, "r")
+            self.array = np.memmap(self.path.with_suffix(".bin"), np.uint8, "c")  # torch wants to write
             self.index = header["index"]
             return header["stamp"] == self._stamp() and header["bytes"] == len(self.array)
         except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none yet, or damaged

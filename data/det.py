@@ -20,14 +20,16 @@ def rect(size, imgsz, stride, pad=0.5):
 
 def read(path, bands=None, **options):
     """`images.read`; where RGB is asked for (bands 1-3), grey images and CMYK ones become that."""
-    rgb = bands is not None and list(bands) == [1, 2, 3]
-    count = images.size(path)[0] if rgb else 0
-    if count == 1:
-        return images.read(path, [1], **options).expand(3, -1, -1)
-    if count == 4 and images.kind(path) == "JPEG":
-        ink = images.read(path, **options).int()
-        return (ink[:3] * ink[3] // 255).to(torch.uint8)
-    return images.read(path, bands, **options)
+    if list(bands or []) != [1, 2, 3]:
+        return images.read(path, bands, **options)
+    if images.kind(path) == "JPEG":
+        image = images.read(path, **options)  # whole: to pick bands would be to copy them
+        if len(image) == 4:
+            ink = image.int()
+            image = (ink[:3] * ink[3] // 255).to(torch.uint8)
+    else:
+        image = images.read(path, [1] if images.size(path)[0] == 1 else bands, **options)
+    return image.expand(3, -1, -1) if len(image) == 1 else image
 
 
 class DetData(Dataset):
@@ -81,7 +83,7 @@ class DetData(Dataset):
         sources = [self.load(k) for k in chosen]
         side, placed = augment.layout(rng, [source.shape[1:] for source in sources], self.imgsz)
         view = augment.affine(rng, side, self.imgsz, **self.affine)
-        cells = warp_boxes([cell for _, cell in placed], view)
+        cells = warp_boxes([cell for _, cell in placed], view).tolist()
         if self.affine.get("degrees") or self.affine.get("shear"):  # cells are rectangles no more
             cells = [(0, 0, self.imgsz, self.imgsz)] * len(placed)
         return self.compose(sources, chosen, [view @ matrix for matrix, _ in placed], cells)
@@ -117,6 +119,8 @@ def new_canvas(like, shape):
 def collate(samples):
     """Samples -> {"image": (B, C, H, W) channels-last, "boxes": (n, 6) of position in the batch, class, x1, y1, x2, y2,
     and the rest stacked}."""
+    if len({s["image"].dtype for s in samples}) > 1:  # bytes and others: stacking in a worker would not convert them
+        samples = [s | {"image": s["image"].float()} for s in samples]
     batch = {name: torch.utils.data.default_collate([s[name] for s in samples]) for name in samples[0] if name != "boxes"}
     batch["image"] = batch["image"].permute(0, 3, 1, 2)
     batch["boxes"] = torch.cat([torch.nn.functional.pad(s["boxes"], (1, 0), value=i) for i, s in enumerate(samples)])

@@ -118,6 +118,7 @@ def read(path, bands=None, *, window=None, shape=None):
     count, height, width = size(path)
     if bands and max(bands) > count:
         raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the file")
+    bands = None if bands == list(range(1, count + 1)) else bands  # picking them would copy all, and bands first
     if len(bands or range(count)) * math.prod(shape or (window and window[2:]) or (height, width)) > MAX_VALUES:
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
     try:

@@ -411,3 +411,16 @@ def test_wrong_shapes_are_named():
         lovasz_softmax(many[:, :1], labels)
     with pytest.raises(ValueError, match="not 'some'"):
         lovasz_softmax(many, labels, classes="some")
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_focal_is_the_papers_formula(gamma):
+    z, y = torch.randn(4, 7, dtype=torch.float64), (torch.rand(4, 7) < 0.5).double()
+    p = z.sigmoid()
+    of_truth = torch.where(y > 0, p, 1 - p)
+    want = -((1 - of_truth) ** gamma * of_truth.log()).mean()
+    assert float(losses.focal(z, y, gamma=gamma)) == pytest.approx(float(want), rel=1e-5)
+    half = torch.where(torch.arange(7) < 3, y, 255.0)
+    want = -((1 - of_truth) ** gamma * of_truth.log())[:, :3].mean()
+    assert float(losses.focal(z, half, gamma=gamma, ignore=255)) == pytest.approx(float(want), rel=1e-5)
+    assert float(losses.focal(z, y, smoothing=0.2, gamma=0.0)) == pytest.approx(float(losses.bce(z, y, smoothing=0.2)))

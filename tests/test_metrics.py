@@ -1,12 +1,13 @@
 """utils/metrics.py against pixel-by-pixel counting, over batch splits and over processes."""
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.metrics import BinaryIoU, MeanIoU
+from utils.metrics import BinaryIoU, Labels, MeanIoU, average_precisions
 
 VOID = 255
 
@@ -178,3 +179,33 @@ def test_two_ranks_equal_one_process(tmp_path):
         assert result == {"dealt": alone, "rank 0 only": alone}
     half = measure(BinaryIoU(ignore=VOID), *(t[::2] for t in binary()))
     assert half != alone[0]  # else a reduce that does nothing would pass
+
+
+# ---- classification ----
+
+def test_average_precisions_is_scikit_learns():
+    from sklearn.metrics import average_precision_score
+    rng = np.random.default_rng(0)
+    for n, digits in ((1, 3), (7, 1), (60, 1), (400, 4)):  # with and without ties
+        scores, labels = rng.random((n, 5)).round(digits), rng.random((n, 5)) < 0.4
+        labels[0, :4] = True
+        labels[:, 4] = False
+        found = average_precisions(scores, labels)
+        want = [average_precision_score(labels[:, c], scores[:, c]) for c in range(4)]
+        np.testing.assert_allclose(found[:4], want, rtol=1e-12)
+        assert np.isnan(found[4])
+
+
+def test_labels_by_hand():
+    metric = Labels(3)
+    metric.update(torch.tensor([[.9, .2, .6], [.1, .8, .4]]), torch.tensor([[1., 0, 0], [0, 1, 0]]))
+    metric.update(torch.tensor([[.3, .7, .5]]), torch.tensor([[1., 1, 0]]))
+    scores = metric.reduce().compute()
+    assert scores == pytest.approx({"acc": 7 / 9, "exact": 1 / 3, "map": 1.0})
+    assert [c["images"] for c in metric.per_class()] == [2, 2, 0] and metric.per_class()[0]["acc"] == pytest.approx(2 / 3)
+    one = Labels(3, exclusive=True)
+    one.update(torch.tensor([[.4, .3, .3], [.2, .3, .5], [.1, .8, .1]]), torch.eye(3)[[0, 2, 2]])
+    assert one.compute()["acc"] == pytest.approx(2 / 3)
+    assert np.isnan(Labels(3).compute()["acc"])
+    with pytest.raises(ValueError):
+        Labels(3).update(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -76,10 +76,10 @@ def paste(image, matrix, canvas, cell):
         return matrix, _paste_warped(image, matrix, canvas, limits)
     snapped, source, target = np.eye(3), [], []
     for i, side in enumerate((image.shape[2], image.shape[1])):
-        factor, start = matrix[i, i], matrix[i, 2]
+        factor, start = float(matrix[i, i]), float(matrix[i, 2])  # numpy's own numbers are slow one by one
         low, high = sorted((start, start + factor * side))
         low, high = max(round(low), limits[i][0]), min(round(high), limits[i][1])
-        ends = sorted(round(float(np.clip((edge - start) / factor, 0, side))) for edge in (low, high))
+        ends = sorted(round(min(max((edge - start) / factor, 0), side)) for edge in (low, high))
         if high <= low or ends[1] <= ends[0]:
             return matrix, np.zeros(4)
         factor = math.copysign((high - low) / (ends[1] - ends[0]), factor)

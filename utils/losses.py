@@ -155,6 +155,19 @@ def bce(logits, labels, smoothing=0., pos_weight=None, ignore=None):
 
 
 @_in_fp32
+def focal(logits, labels, smoothing=0., gamma=2., ignore=None):
+    """Binary focal loss (Lin et al. 2017, arXiv 1708.02002, without alpha): cross entropy times |y - p|^gamma, mean
+    over the valid elements. Shapes, smoothing, ignore and errors as in `bce`."""
+    logits, labels = _pair(logits, labels)
+    valid = _valid(labels, ignore)
+    logits, labels = logits.masked_fill(~valid, 0), labels.masked_fill(~valid, 0)
+    soft = labels * (1 - smoothing) + smoothing / 2
+    loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+    loss = loss * (soft - logits.sigmoid()).abs() ** gamma
+    return (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+@_in_fp32
 def cross_entropy(logits, labels, smoothing=0., weight=None, ignore=None):
     """Softmax cross entropy: mean over the valid elements.
 
