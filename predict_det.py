@@ -15,6 +15,8 @@ from nets.yolo import YOLOv5
 from utils import boxes, checkpoint, dist, engine, geometry, pictures, pictures_det, runs, tiles, tta
 from utils.errors import UserError
 
+OTHER_VERSION = "{}: made by another version of this project; use that, or train again"
+
 
 def predict_det(args, device, paths, states):
     predict, imgsz, stride = det_ensemble(args, device, paths, states)
@@ -23,7 +25,7 @@ def predict_det(args, device, paths, states):
     files = images.find_sources(args.source, root / "test" / "images")
     bands = sorted({band for state in states for band in state["bands"]})
     views = Views(files, bands=bands, imgsz=imgsz, stride=stride, tile=args.tile, overlap=args.overlap)
-    ids = image_ids(files, root if args.source is None else files[0].parent)
+    ids = image_ids(files, root) if args.source is None else image_ids(files, files[0].parent, others=True)
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
 
     loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
@@ -56,6 +58,9 @@ def det_ensemble(args, device, paths, states):
     """-> (predict(raw images (B, bands, H, W)) -> per checkpoint a list with the detections (n, 6) of each image,
     side that the images are to be letterboxed to, stride of the nets)."""
     dtype = engine.precision(args.amp, device) or torch.float32
+    for path, state in zip(paths, states):
+        if not {"classes", "category_ids", "bands", "scale", "imgsz", "args"} <= state.keys():
+            raise UserError(OTHER_VERSION.format(path))
     imgsz = args.imgsz or max(state["imgsz"] for state in states)
     bands = sorted({band for state in states for band in state["bands"]})
     if args.ensemble_weights and len(args.ensemble_weights) != len(paths):
@@ -67,7 +72,7 @@ def det_ensemble(args, device, paths, states):
             members.append((net, [bands.index(band) for band in state["bands"]], state["scale"],
                             1.0 if args.imgsz else state["imgsz"] / imgsz))
         except (TypeError, ValueError, KeyError):
-            raise UserError(f"{path}: made by another version of this project; use that, or train again") from None
+            raise UserError(OTHER_VERSION.format(path)) from None
         checkpoint.load_weights(net, state, path)
         fuse(net).to(device, dtype, memory_format=torch.channels_last)
         if args.compile:
@@ -79,9 +84,10 @@ def det_ensemble(args, device, paths, states):
     def predict(raw):
         results = []
         for net, chosen, scale, factor in members:
-            x = (raw[:, chosen].to(device, non_blocking=True).float() / scale).to(dtype, memory_format=torch.channels_last)
+            x = raw[:, chosen].to(device, non_blocking=True).float() / scale
             passes = tta.scaled(*x.shape[2:], net.stride, tta.DETECTION if args.tta else ((1.0, False),), factor)
-            rows = tta.cat_rows(net, x, passes)
+            # resized in fp32: CPUs cannot in bf16
+            rows = tta.cat_rows(lambda view: net(view.to(dtype, memory_format=torch.channels_last)), x, passes)
             results.append(boxes.nms(rows, conf=args.conf, iou=args.iou, max_det=args.max_det))
         return results
     return predict, imgsz, max(net.stride for net, *_ in members)
@@ -93,16 +99,19 @@ class Views(Dataset):
     def __init__(self, files, *, bands, imgsz, stride, tile=None, overlap=0.25):
         self.files, self.bands, self.imgsz = files, bands, imgsz
         self.sizes, self.items = [], []  # (height, width) per file; (file index, window or None)
+        self.first = []  # item of each file, and the end
         for i, file in enumerate(files):
             count, *size = images.size(file)
             if count < bands[-1] and not (count == 1 and bands == [1, 2, 3]):
                 raise UserError(f"{file}: has {count} bands, the checkpoint needs band {bands[-1]}; choose another --source")
             self.sizes.append(tuple(size))
+            self.first.append(len(self.items))
             self.items.append((i, None))
             if tile and max(size) > tile:
                 sides = [min(tile, side) for side in size]
                 self.items += [(i, (y, x, *sides)) for y in tiles.starts(size[0], tile, overlap)
                                for x in tiles.starts(size[1], tile, overlap)]
+        self.first.append(len(self.items))
         self.shapes = [det.rect(window[2:] if window else self.sizes[i], imgsz, stride) for i, window in self.items]
 
     def __len__(self):
@@ -116,7 +125,7 @@ class Views(Dataset):
             to_view = geometry.translate(-window[1], -window[0])
         else:  # of a scene that is far larger than the net's input only every so manieth pixel is read
             step = max(height, width) // (4 * self.imgsz) or 1
-            shape = (height // step, width // step)
+            shape = (max(1, height // step), max(1, width // step))
             image = det.read(self.files[i], self.bands, shape=shape if step > 1 else None)
             to_view = geometry.scale(shape[1] / width, shape[0] / height)
         image = image if image.dtype == torch.uint8 else image.float()
@@ -130,7 +139,7 @@ class Views(Dataset):
 def merge(views, i, found, args):
     """All that was found in image i, by all checkpoints in all views -> detections (n, 6), within the image."""
     height, width = views.sizes[i]
-    mine = [k for k, (owner, _) in enumerate(views.items) if owner == i] if args.tile else [i]
+    mine = range(views.first[i], views.first[i + 1])
     per_member = []
     for member in zip(*[found[k] for k in mine]):
         if len(mine) > 1:
@@ -153,12 +162,12 @@ def uncut(rows, window, height, width, margin=2):
     return rows[~inner.any(0)]
 
 
-def image_ids(files, near):
+def image_ids(files, near, *, others=False):
     """The competition's ids, from Test_Images_Information.json in `near` or above; without it the file's name, as a
-    number where it is one."""
+    number where it is one. others: also where the file lists none of them, for they may be training images."""
     for folder in (near, *list(Path(near).resolve().parents)[:2]):
         known = labels.test_ids(folder)
-        if known:
+        if known and not (others and known.keys().isdisjoint(file.name for file in files)):
             missing = [file for file in files if file.name not in known]
             if missing:
                 raise UserError(f"{missing[0]}: not in {folder / labels.TEST_INFORMATION} ({len(missing)} such); add it there, "

@@ -7,6 +7,7 @@
         --stages 50,15 --epoch-parts 15 --image-weights --folds 0      # the competition's two stages
 """
 import argparse
+import os
 import time
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -32,7 +33,7 @@ PRESETS = {
     "default": COMMON | dict(head="free", optimizer="adamw", lr=2e-3, lr_floor=0.01, schedule="cosine", momentum=0.9,
                              weight_decay=0.05, warmup_epochs=2.0, warmup_bias_lr=0.0, warmup_momentum=0.9),
     # the competition's two stages, with the anchor head that its weights were made for
-    "scratch-low": COMMON | GAINS["anchor"] | dict(
+    "scratch-low": COMMON | dict(
         head="anchor", optimizer="sgd", lr=0.01, lr_floor=0.01, schedule="linear", momentum=0.937, weight_decay=5e-4,
         warmup_epochs=3.0, warmup_bias_lr=0.1, warmup_momentum=0.8),
     "finetune": COMMON | dict(
@@ -82,7 +83,8 @@ def parse_args():
     add("--warmup-momentum", type=real(0, 0.9999), help="momentum at the start")
     known, _ = parser.parse_known_args()
     preset = PRESETS["scratch-low" if known.stages else known.preset]
-    parser.set_defaults(**GAINS[known.head or preset["head"]] | preset)
+    free = (known.head or preset["head"]) == "free"  # the competition's gains are the anchor head's
+    parser.set_defaults(**GAINS["anchor"] | preset | (GAINS["free"] if free else {}))
     return start(parser)
 
 
@@ -96,11 +98,13 @@ def stage_list(text):
 
 def main():
     args, device, folder, resume = parse_args()
-    if args.stages and args.preset != "finetune":
+    both = args.stages and not (resume and args.preset == "finetune")  # else the second one goes on
+    if both:
         args.preset, args.epochs = "scratch-low", args.stages[0]
     train(args, device, folder, resume)
-    if args.stages and args.preset != "finetune":
-        changed = {k: v for k, v in PRESETS["finetune"].items() if vars(args)[k] == PRESETS["scratch-low"][k]}
+    if both:
+        first = GAINS["anchor"] | PRESETS["scratch-low"]  # what differs from it was asked for, and stays
+        changed = {k: v for k, v in PRESETS["finetune"].items() if vars(args)[k] == first[k]}
         changed |= {"preset": "finetune", "epochs": args.stages[1], "image_weights": False,
                     "weights": str(folder / "last.pt")}
         folder = Path(dist.broadcast(str(dist.rank() == 0 and runs.create(folder.parent, f"{folder.name}-finetune"))))
@@ -109,6 +113,8 @@ def main():
 
 def train(args, device, folder, resume):
     engine.seed_everything(args.seed, args.deterministic)
+    if dist.rank() == 0:
+        runs.write_json(folder / "args.json", vars(args))  # a stage's own
 
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
@@ -126,8 +132,8 @@ def train(args, device, folder, resume):
 
     # ---- net ----
     arch = dict(variant=args.variant, num_classes=len(names), in_chans=len(bands), head=args.head)
-    if resume:
-        arch = resume["arch"]["kwargs"]
+    if resume and args.head == "anchor":
+        arch["anchors"] = resume["arch"]["kwargs"].get("anchors")
     model = YOLOv5(**arch, grad_checkpoint=args.grad_checkpoint)
     if args.imgsz % model.stride:
         raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {model.stride}; take "
@@ -143,14 +149,15 @@ def train(args, device, folder, resume):
 
     # ---- loss ----
     def inputs(batch):
-        x = batch["image"].float() / scale
-        return augment.recolour(x, batch["colour"]) if "colour" in batch else x
+        if "colour" in batch:
+            return augment.recolour(batch["image"], batch["colour"], scale)
+        return batch["image"].float() / scale
 
     def compute_loss(model, batch):
         x, targets = inputs(batch), batch["boxes"]
         if args.multi_scale:
             low, high = (int(args.imgsz * (1 + f * args.multi_scale)) // head.strides[-1] for f in (-1, 1))
-            side = int(torch.randint(max(low, 1), high + 1, ())) * head.strides[-1]
+            side = dist.broadcast(int(torch.randint(max(low, 1), high + 1, ()))) * head.strides[-1]
             x = F.interpolate(x, (side, side), mode="bilinear")
             targets = torch.cat((targets[:, :2], targets[:, 2:] * (side / args.imgsz)), 1)
         maps = model(x)
@@ -222,7 +229,8 @@ def split(args, folder, data):
     """Indices to train and to validate on; the split is written to the run's folds.json and read from there by a resumed
     run. Without --folds: the data's own validation images, else a fifth."""
     written = folder / "folds.json"
-    names = [str(path) for path in data.files]
+    root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
+    names = [os.path.relpath(path, root) for path in data.files]
     if written.exists() or args.folds is not None or not any(data.held_out):
         sizes = written if written.exists() else folds.parse(args.folds or "5")
         if sizes is None:
@@ -243,14 +251,14 @@ def split(args, folder, data):
 
 
 def pick(data, indices):
-    return [[column[i] for i in indices] for column in (data.files, data.boxes, data.classes)]
+    return [[column[i] for i in indices] for column in (data.files, data.boxes, data.classes, data.sizes)]
 
 
 def class_balance(classes, count):
     """A weight per image: the sum over its boxes of 1 / (number of boxes of that class). Every class is seen as often."""
     frequency = np.bincount(np.concatenate(classes), minlength=count)
     weights = np.array([(1 / frequency[c]).sum() for c in classes])
-    return weights + weights[weights > 0].min() / 10  # images without boxes come too
+    return weights + min(weights[weights > 0], default=1) / 10  # images without boxes come too
 
 
 def fit_anchors(head, args, data, train):
@@ -268,9 +276,11 @@ def fit_anchors(head, args, data, train):
 
 def load_weights(model, path_or_name):
     try:
-        print(pretrained.describe(pretrained.load(model, path_or_name)))
+        found = pretrained.load(model, path_or_name)
     except (OSError, ValueError) as error:
         raise UserError(f"--weights {error}") from None
+    if dist.rank() == 0:
+        print(pretrained.describe(found))
 
 
 def final(state, judge, names, folder, device, amp):
@@ -281,8 +291,10 @@ def final(state, judge, names, folder, device, amp):
     if dist.rank() > 0:
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
-    runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes)),
-                                              "best F1": {"score threshold": threshold, "f1": f1}})
+    known = [{k: None if v != v else v for k, v in values.items()}  # JSON has no NaN
+             for values in (scores, {"score threshold": threshold, "f1": f1}, *classes)]
+    runs.write_json(folder / "results.json", {"last": known[0], "best F1": known[1],
+                                              "classes": dict(zip(names, known[2:]))})
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

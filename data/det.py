@@ -1,11 +1,13 @@
 """Detection data: images with boxes -> mosaics for training, letterboxed images for validation and prediction."""
+import math
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from data import augment, images
 from data.cache import Cache
-from utils.geometry import paste, warp_boxes
+from utils.geometry import paste, scale, warp_boxes
 
 GREY = 114  # of 255, around the images
 
@@ -32,6 +34,18 @@ def read(path, bands=None, **options):
     return image.expand(3, -1, -1) if len(image) == 1 else image
 
 
+def reduced(size, limit):
+    """(height, width), with the long side at most `limit`."""
+    factor = min(1, limit / max(size))
+    return tuple(max(1, round(side * factor)) for side in size)
+
+
+def read_small(path, bands, size):
+    """`read`, then resized (size None: as it is) -> (H, W, C), bands last: fast to resize once more."""
+    image = read(path, bands).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return (images.resize(image, size) if size else image).permute(1, 2, 0).contiguous()
+
+
 class DetData(Dataset):
     """`data[(epoch, index)]` -> an augmented picture imgsz x imgsz, which depends on (seed, epoch, index) only:
         {"image": (H, W, C) in the file's dtype, "boxes": float32 (n, 5) of class, x1, y1, x2, y2 in its pixels,
@@ -39,19 +53,24 @@ class DetData(Dataset):
     `data[index]` -> the whole image, letterboxed:
         the same with "matrix": float64 (3, 3), from pixels of the file to these; boxes stay in pixels of the file.
 
-    files, boxes, classes: of data.labels. shapes: canvas (height, width) of each letterboxed image, see `rect`; without:
+    files, boxes, classes, sizes: of data.labels; larger images are reduced to what is needed as they are read (and kept, by
+    `cache`); without sizes they are not. shapes: canvas (height, width) of each letterboxed image, see `rect`; without:
     imgsz x imgsz. mosaic, mixup: probabilities; grid: 4 or 9 images in a mosaic; close_mosaic: epoch from which on there
     are neither. hsv: see augment.colour. The rest: see augment.affine.
     """
 
-    def __init__(self, files, boxes, classes, *, bands=None, imgsz=640, shapes=None, seed=0, cache=None, mosaic=1.0, grid=4,
-                 mixup=0.0, close_mosaic=None, hsv=(0.015, 0.7, 0.4), **affine):
+    def __init__(self, files, boxes, classes, sizes=None, *, bands=None, imgsz=640, shapes=None, seed=0, cache=None,
+                 mosaic=1.0, grid=4, mixup=0.0, close_mosaic=None, hsv=(0.015, 0.7, 0.4), **affine):
         self.files, self.imgsz, self.shapes, self.seed = files, imgsz, shapes, seed
         self.labels = [np.concatenate((c[:, None], b), 1).astype(np.float32) for b, c in zip(boxes, classes)]
+        limit = imgsz if shapes else math.ceil(imgsz * (1 + affine.get("scale", 0.5)))  # no view shows more
+        small = {file: reduced(size, limit) for file, size in zip(files, sizes or ())}
+        self.shrink = [(small[file][1] / w, small[file][0] / h) for file, (h, w) in zip(files, sizes or ())] or \
+            [(1.0, 1.0)] * len(files)
         self.mosaic, self.grid, self.mixup, self.hsv, self.affine = mosaic, grid, mixup, hsv, affine
         self.close_mosaic = np.inf if close_mosaic is None else close_mosaic
-        self.read = lambda path: read(path, bands).permute(1, 2, 0).contiguous()  # bands last: fast to resize
-        self.cache = Cache(files, self.read, cache, variant=("bands last", bands)) if cache else None
+        self.read = lambda path: read_small(path, bands, small.get(path))
+        self.cache = Cache(files, self.read, cache, variant=("bands last", bands, limit, bool(sizes))) if cache else None
 
     def __len__(self):
         return len(self.files)
@@ -93,7 +112,7 @@ class DetData(Dataset):
         before, drawn = [], []
         for source, k, matrix, cell in zip(sources, chosen, matrices, cells):
             matrix, part = paste(source, matrix, canvas, cell)
-            before.append(warp_boxes(self.labels[k][:, 1:], matrix))
+            before.append(warp_boxes(self.labels[k][:, 1:], matrix @ scale(*self.shrink[k])))
             drawn.append(np.broadcast_to(part, before[-1].shape))
         before, drawn = np.concatenate(before), np.concatenate(drawn)
         after = np.minimum(np.maximum(before, drawn[:, [0, 1, 0, 1]]), drawn[:, [2, 3, 2, 3]])
@@ -107,7 +126,7 @@ class DetData(Dataset):
         canvas = new_canvas(source, shape)
         matrix, _ = paste(source, augment.letterbox(*source.shape[1:], self.imgsz, shape), canvas, (0, 0, *shape[::-1]))
         return {"image": canvas.permute(1, 2, 0), "boxes": torch.from_numpy(self.labels[i]),
-                "matrix": torch.from_numpy(matrix), "index": i}
+                "matrix": torch.from_numpy(matrix @ scale(*self.shrink[i])), "index": i}
 
 
 def new_canvas(like, shape):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
@@ -140,6 +141,14 @@ def read(path, bands=None, *, window=None, shape=None):
     except (RasterioError, RuntimeError):
         raise UserError(f"{path}: truncated or damaged; replace or remove it") from None
     return _check(image, path)
+
+
+def resize(image, size):
+    """(C, H, W) -> (C, *size), antialiased. Bytes stay bytes, all else becomes float32."""
+    if image.shape[1:] == tuple(size):
+        return image
+    values = image if image.dtype == torch.uint8 else image.float()
+    return F.interpolate(values[None], size, mode="bilinear", antialias=True)[0]
 
 
 def default_scale(dtype):

@@ -1,6 +1,6 @@
 """Small synthetic data sets in the layouts of the competitions, so that every command runs as it stands.
 
-    python -m data.sample                          # Wildfire/ and DATA/ in the working directory, 48 + 12 pictures each
+    python -m data.sample            # Wildfire/, DATA/ and resources/ in the working directory, 48 + 12 pictures each
     python -m data.sample --only parking --out /tmp/demo --train 200 --test 50
 
 They are made to exercise the code and to be learnable, not to be realistic: a score on them says nothing about a
@@ -9,6 +9,7 @@ competition. Picture i of a split depends on (seed, split, i) and the size alone
 import argparse
 import os
 
+from data.sample_letters import letters
 from data.sample_parking import parking
 from data.sample_wildfire import wildfire
 from utils.errors import cli
@@ -16,7 +17,7 @@ from utils.files import check_absent
 
 
 def main():
-    folders = {"wildfire": "Wildfire", "parking": "DATA"}
+    folders = {"letters": "resources", "wildfire": "Wildfire", "parking": "DATA"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=folders, help="write this one alone (default: all)")
     parser.add_argument("--out", default=".", metavar="DIR", help="where the folders go (default: here)")
@@ -29,6 +30,8 @@ def main():
     for task in wanted:                                   # before minutes are spent on the others
         check_absent(os.path.join(args.out, folders[task]))
     counts = dict(train=args.train, test=args.test, seed=args.seed)
+    if "letters" in wanted:
+        print(letters(args.out, **counts))
     if "wildfire" in wanted:
         print(wildfire(args.out, size=args.size, **counts))
     if "parking" in wanted:

@@ -242,3 +242,29 @@ def test_affine_stays_in_its_limits():
         assert 0.5 <= abs(m[0, 0]) <= 1.5 and m[1, 1] == pytest.approx(abs(m[0, 0])) and abs(m[0, 1]) < 1e-12
         middle = m @ (100, 100, 1)
         assert (abs(middle[:2] - 50) <= 10 + 1e-9).all()
+
+
+def test_large_images_are_reduced_as_they_are_read(tmp_path):
+    """To what a view can show: the boxes still fit, and validation sees the very same pixels."""
+    big = [(h * 4, w * 4) for h, w in SIZES]
+    files, boxes, classes = write_images(tmp_path, big)
+    data = DetData(files, boxes, classes, big, imgsz=96, hsv=(0, 0, 0), scale=0.3)
+    assert all(max(data.load(i).shape[1:]) == 125 for i in range(6))  # 96 * 1.3, up
+    assert sum(check(data[0, i], 1.0) for i in range(20)) > 20
+    shapes = [rect(size, 96, 32) for size in big]
+    small, whole = (DetData(files, boxes, classes, sizes, imgsz=96, shapes=shapes) for sizes in (big, None))
+    for i in range(6):
+        assert torch.equal(small[i]["image"], whole[i]["image"]) and torch.equal(small[i]["boxes"], whole[i]["boxes"])
+        torch.testing.assert_close(small[i]["matrix"], whole[i]["matrix"])
+
+
+def test_recolour_takes_the_files_numbers():
+    images, matrices = torch.randint(0, 255, (2, 3, 4, 5), dtype=torch.uint8), torch.randn(2, 3, 3) * .5
+    torch.testing.assert_close(augment.recolour(images, matrices, 255.0), augment.recolour(images / 255, matrices))
+
+
+@pytest.mark.parametrize("mode,value,rgb", [("L", 80, (80, 80, 80)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("RGB", (9, 80, 200), (9, 80, 200))])
+def test_grey_and_cmyk_become_rgb(tmp_path, mode, value, rgb):
+    Image.new(mode, (32, 32), value).save(tmp_path / "a.jpg", quality=100)
+    image = det.read(tmp_path / "a.jpg", [1, 2, 3])
+    assert image.shape == (3, 32, 32) and (image[:, 16, 16].int() - torch.tensor(rgb)).abs().max() <= 3

@@ -83,7 +83,7 @@ def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10,
     with torch.no_grad():
         owner, goal = assign(raw[..., 4 * bins:].sigmoid(), found, centres, scale, truths, classes, there,
                              topk=topk, alpha=alpha, beta=beta)
-    total = dist.mean(goal.sum()).clamp(min=1)
+    total = dist.mean(goal.sum()).clamp(min=1 / dist.world_size())
 
     labels = torch.zeros_like(raw[..., 4 * bins:])
     labels.scatter_(2, classes.gather(1, owner)[..., None], goal[..., None])

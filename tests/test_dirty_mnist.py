@@ -1,0 +1,473 @@
+"""data/dirty_mnist.py and data/sample_letters.py: the recipe's statistics, a slow renderer, runs that are stopped."""
+import csv
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from PIL import Image
+from torchvision.io import decode_image
+
+from data import dirty_mnist, glyphs, sample_letters
+from data.dirty_mnist import HEADER, Synthesizer, Synthetic, write
+from data.loader import eval_loader, train_loader
+from utils.errors import UserError, cli
+
+
+@pytest.fixture(scope="module")
+def font():
+    return glyphs.render(3)
+
+
+@pytest.fixture(scope="module")
+def plain(font):
+    return Synthesizer(*font)
+
+
+@pytest.fixture(scope="module")
+def table(plain):
+    return plain.draw(range(3000), 5)[0]
+
+
+def uniform(values, low, high):
+    """Whether the values look uniform on [low, high): the largest distance of their distribution from a straight line,
+    times the root of their number, exceeds 2 once in 1500 times (Kolmogorov)."""
+    values = np.sort((np.asarray(values, float) - low) / (high - low))
+    assert values[0] >= 0 and values[-1] < 1
+    line = (np.arange(len(values)) + .5) / len(values)
+    return abs(values - line).max() * len(values) ** .5 < 2
+
+
+def flat(value):
+    """26 glyphs of one grey."""
+    return np.full((26, 28, 28), value, np.uint8), np.arange(26)
+
+
+# ---- the recipe ----------------------------------------------------------------------------------------------------
+def test_ten_to_fourteen_distinct_letters(table):
+    per_image = np.bincount(table["image"])
+    assert len(per_image) == 3000 and np.allclose(np.bincount(per_image, minlength=15)[10:], 600, atol=100)
+    assert per_image.min() == 10 and per_image.max() == 14
+    assert len(np.unique(table["image"] * 26 + table["letter"])) == len(table)
+    assert np.allclose(np.bincount(table["letter"], minlength=26), len(table) / 26, rtol=.1)
+
+
+def test_the_glyph_is_one_of_its_letter_and_any_of_them(font):
+    rng = np.random.default_rng(0)
+    letters = np.concatenate((np.arange(26), rng.integers(0, 26, 100)))  # not as many of each
+    synthesizer = Synthesizer(np.arange(126, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2), letters)
+    table, _ = synthesizer.draw(range(2000), 0)
+    which = synthesizer.pixels[table["glyph"], 0, 0, 0].numpy() // 2
+    assert (letters[which] == table["letter"]).all()
+    expected = len(table) / 26 / np.bincount(letters)[letters]
+    assert np.allclose(np.bincount(which, minlength=126), expected, rtol=.3, atol=20)
+
+
+def test_boxes_angles_scales_and_places(table):
+    side = table["side"]
+    turn = np.radians(table["angle"])
+    assert (side == np.floor(28 * table["scale"] * (abs(np.cos(turn)) + abs(np.sin(turn))))).all()
+    assert side.min() >= 28 and side.max() <= 79 and side.max() > 76 and side.min() < 31
+    assert abs(side.mean() - 53) < .3
+    assert uniform(table["angle"], 0, 360) and uniform(table["scale"], 1, 2)
+    for name in ("x", "y"):
+        assert table[name].min() >= 0 and (table[name] + side).max() == 256
+        spread = np.random.default_rng(0).random(len(side))  # whole numbers, spread over their unit
+        assert uniform((table[name] + spread) / (256 - side + 1), 0, 1)
+
+
+def test_three_of_ten_are_dimmed(table):
+    dim = table["factor"] != 1
+    assert abs(dim.mean() - .3) < .01
+    assert uniform(table["factor"][dim], .3, .7)
+
+
+def test_nothing_hangs_together(table):
+    columns = np.stack([table[name] for name in ("letter", "angle", "scale", "factor")]
+                       + [table[name] / (257 - table["side"]) for name in ("x", "y")])
+    assert abs(np.corrcoef(columns) - np.eye(6)).max() < .03
+
+
+@pytest.mark.parametrize("largest", [254, 100, 255, 0])
+def test_noise_is_uniform_whole_and_new_everywhere(largest):
+    images, _ = Synthesizer(*flat(0), noise=largest).batch(range(8), 0)
+    counts = np.bincount(images.numpy().ravel(), minlength=256)
+    expected = images.numel() / (largest + 1)
+    assert counts[largest + 1:].sum() == 0
+    chi = ((counts[:largest + 1] - expected) ** 2 / expected).sum()
+    assert abs(chi - largest) <= 5 * (2 * largest) ** .5  # mean and deviation of chi squared
+    if largest:
+        x = images.double().flatten(1) - images.double().mean()
+        x = x / x.norm(dim=1, keepdim=True)
+        assert (x @ x.T - torch.eye(8)).abs().max() < .02
+        assert all((x * x.roll(shift, 1)).sum(1).abs().max() < .02 for shift in (1, 4, 256))
+
+
+def test_the_picture_has_what_the_recipe_says():
+    """Seen from outside: a white square in the dark, measured in the image."""
+    synthesizer, sides, dim = Synthesizer(*flat(200), noise=0, counts=(1, 1)), [], []
+    table, _ = synthesizer.draw(range(300), 2)
+    for row, image in zip(table, synthesizer.batch(range(300), 2)[0][:, 0].numpy()):
+        y, x = np.nonzero(image)
+        assert row["x"] <= x.min() and x.max() < row["x"] + row["side"]
+        assert row["y"] <= y.min() and y.max() < row["y"] + row["side"]
+        sides.append((x.max() - x.min() + y.max() - y.min()) / 2 + 1)
+        assert abs((image / (255 * row["factor"])).sum() - (28 * row["scale"]) ** 2) < 120  # area: half a pixel around
+        dim.append(image.max() / 255)
+    assert abs(np.array(sides) - table["side"]).max() <= 2 and 51 < np.mean(sides) < 55
+    dim = np.array(dim)
+    assert .2 < (dim < 1).mean() < .4 and dim.min() >= .295 and dim[dim < 1].max() <= .705
+
+
+def test_a_quarter_turn_and_a_pure_scale_are_exact(font):
+    pixels, letters = font
+    black, synthesizer = torch.zeros(96 * 96), Synthesizer(*font, size=96, noise=0)
+    row = np.zeros(1, dirty_mnist.PLACED)
+    bright = np.minimum(2 * pixels[letters == 6][0].astype(int), 255)
+    for name, value in dict(glyph=6 * 3, side=28, x=40, y=5, scale=1, factor=1).items():
+        row[name] = value
+    for k in range(4):
+        row["angle"], canvas = 90 * k, black.clone()
+        synthesizer._add(canvas, row)
+        expected = np.zeros((96, 96))
+        expected[5:33, 40:68] = np.rot90(bright, k)
+        assert np.allclose(canvas.view(96, 96).numpy(), expected, atol=1)
+    row["angle"], row["scale"], row["side"], canvas = 0, 2, 56, black.clone()
+    synthesizer._add(canvas, row)
+    expected = torch.nn.functional.interpolate(torch.tensor(bright)[None, None].double(), scale_factor=2,
+                                               mode="bilinear")[0, 0].numpy()
+    inner = canvas.view(96, 96).numpy()[5:61, 40:96]
+    assert abs(inner - expected)[1:-1, 1:-1].max() <= .51  # at the rim, black comes in
+
+
+def slow(synthesizer, table, noise, glyph_pixels):
+    """One image, in float64, pixel by pixel of every box; each letter is rounded as in eight bits."""
+    canvas = noise.astype(int).copy()
+    for row in table:
+        side, turn = row["side"], np.radians(row["angle"])
+        glyph = np.zeros((30, 30))
+        glyph[1:-1, 1:-1] = np.minimum(2.0 * glyph_pixels[row["glyph"]], 255)
+        for i in range(side):
+            for j in range(side):
+                right, down = j + .5 - side / 2, i + .5 - side / 2
+                # the same point, seen from a glyph that was turned counter-clockwise
+                x = (right * np.cos(turn) - down * np.sin(turn)) / row["scale"] + 14 + .5
+                y = (right * np.sin(turn) + down * np.cos(turn)) / row["scale"] + 14 + .5
+                if not (0 <= x < 29 and 0 <= y < 29):
+                    continue
+                c, r = int(x), int(y)
+                u, v = x - c, y - r
+                value = ((1 - u) * (1 - v) * glyph[r, c] + u * (1 - v) * glyph[r, c + 1]
+                         + (1 - u) * v * glyph[r + 1, c] + u * v * glyph[r + 1, c + 1])
+                canvas[row["y"] + i, row["x"] + j] += round(value * row["factor"])
+    return canvas.clip(0, 255)
+
+
+@pytest.mark.parametrize("size, counts", [(256, (10, 14)), (80, (3, 5))])
+def test_against_a_slow_renderer(size, counts):
+    rng = np.random.default_rng(0)
+    pixels = (rng.integers(0, 256, (52, 28, 28)) * (rng.random((52, 28, 28)) < .5)).astype(np.uint8)  # up to the edge
+    letters = np.repeat(np.arange(26), 2)
+    synthesizer = Synthesizer(pixels, letters, size=size, counts=counts)
+    empty = Synthesizer(np.zeros_like(pixels), letters, size=size, counts=counts)
+    keys = [3, 70]
+    table, _ = synthesizer.draw(keys, 1)
+    noise, images = (s.batch(keys, 1)[0][:, 0].numpy() for s in (empty, synthesizer))
+    assert noise.max() == 254
+    for k in range(2):
+        expected = slow(synthesizer, table[table["image"] == k], noise[k], pixels)
+        off = abs(expected - images[k])
+        assert off.max() <= 1 and (off > 0).mean() < 1e-3  # float32 rounds a tie the other way
+        assert (expected == 255).mean() > .01 and (expected != noise[k]).mean() > .2
+
+
+def test_labels_are_what_is_drawn():
+    """Each letter has a grey of its own, so that the picture itself tells which ones are there."""
+    pixels = np.zeros((26, 28, 28), np.uint8)
+    pixels[:, 10:18, 10:18] = 2 + 4 * np.arange(26)[:, None, None]
+    synthesizer = Synthesizer(pixels, np.arange(26), noise=0, counts=(1, 26))
+    images, labels = synthesizer.batch(range(40), 0)
+    table, _ = synthesizer.draw(range(40), 0)
+    assert images.dtype == torch.uint8 and images.shape == (40, 1, 256, 256)
+    assert labels.dtype == torch.float32 and labels.shape == (40, 26)
+    for k in range(40):
+        rows = table[table["image"] == k]
+        assert set(rows["letter"]) == set(labels[k].nonzero()[:, 0].tolist()) and labels[k].sum() == len(rows)
+        if len(rows) == 1 and rows["factor"] == 1:
+            assert images[k].max() == 2 * (2 + 4 * rows["letter"][0])
+    single = Synthesizer(pixels, np.arange(26), noise=0, counts=(1, 1))
+    images, labels = single.batch(range(60), 0)
+    full = single.draw(range(60), 0)[0]["factor"] == 1
+    assert ((images.flatten(1).amax(1) // 2 - 2) // 4)[full].tolist() == labels.argmax(1)[full].tolist()
+    assert torch.equal(labels, single.labels(range(60), 0))
+
+
+# ---- the same whenever and wherever ----------------------------------------------------------------------------------
+def test_an_image_depends_on_its_key_alone(plain):
+    images, labels = plain.batch([5, 6, 7, 100_000], 0)
+    for k, key in enumerate([5, 6, 7, 100_000]):
+        image, label = plain.one(key, 0)
+        assert torch.equal(image, images[k]) and torch.equal(label, labels[k])
+    many, _ = plain.batch(list(range(40)), 0)
+    assert torch.equal(many[5:8], images[:3])
+    seen = {plain.one(key, seed)[0].numpy().tobytes() for seed in (0, 1)
+            for key in (0, 1, (0, 0), (0, 1), (1, 0), (1, 1), (0, 1, 0))}
+    assert len(seen) == 14
+
+
+def test_data_set(tmp_path, font):
+    sample_letters._write_glyphs(tmp_path / "letters.csv", *font)
+    data = Synthetic(tmp_path / "letters.csv", 6, seed=3)
+    assert len(data) == 6 and set(data[(0, 0)]) == {"image", "label"}
+    image, label = Synthesizer(*font).one((1, 4), 3)
+    assert torch.equal(data[(1, 4)]["image"], image) and torch.equal(data[(1, 4)]["label"], label)
+    assert torch.equal(data[2]["image"], Synthesizer(*font).one(2, 3)[0])
+    seen = {sample["image"].numpy().tobytes() for sample in (data[(e, i)] for e in range(3) for i in range(8))}
+    assert len(seen) == 24
+    small = Synthetic(tmp_path / "letters.csv", 6, seed=3, size=96, noise=10, counts=(2, 2))
+    batches = {}
+    for workers in (0, 2):
+        loader = train_loader(small, 4, workers=workers)
+        loader.batch_sampler.set_epoch(1)
+        batches[workers] = list(loader)
+    assert [batch["image"].shape for batch in batches[0]] == 2 * [(4, 1, 96, 96)]
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(*batches.values()) for key in a)
+    assert len({image.numpy().tobytes() for batch in batches[0] for image in batch["image"]}) == 8
+    assert len(torch.cat([batch["label"] for batch in eval_loader(small, 4)])) == 6
+
+
+@pytest.mark.parametrize("wrong", [dict(size=78), dict(counts=(0, 3)), dict(counts=(5, 4)), dict(counts=(10, 27)),
+                                   dict(noise=256), dict(noise=-1)])
+def test_numbers_out_of_range(font, wrong):
+    with pytest.raises(UserError, match="at least 79, two numbers"):
+        Synthesizer(*font, **wrong)
+
+
+def test_missing_letters(font):
+    kept = (font[1] != 3) & (font[1] != 25)
+    with pytest.raises(UserError, match="have no DZ;"):
+        Synthesizer(font[0][kept], font[1][kept])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def small(font):
+    return Synthesizer(*font, size=80, counts=(1, 3))
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def table_of(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_files_are_the_images_made_on_the_fly(tmp_path, plain):
+    answers = write(plain, tmp_path / "out", 3, seed=9)
+    assert answers == str(tmp_path / "out_answer.csv")
+    images, labels = plain.batch(range(100_000, 100_003), 9)
+    assert list(content(tmp_path / "out")) == ["100000.png", "100001.png", "100002.png"]
+    for i, image in enumerate(images):
+        path = str(tmp_path / "out" / f"{100_000 + i}.png")
+        assert torch.equal(decode_image(path), image)
+        picture = Image.open(path)
+        assert picture.mode == "L" and np.array_equal(np.array(picture), image[0].numpy())
+        assert json.loads(picture.text["Comment"])["seed"] == 9
+        with rasterio.open(path) as file:
+            assert np.array_equal(file.read(), image.numpy())
+    header, *rows = table_of(answers)
+    assert header == ["index", *"abcdefghijklmnopqrstuvwxyz"] and [r[0] for r in rows] == ["100000", "100001", "100002"]
+    assert np.array_equal(np.array(rows)[:, 1:].astype(float), labels.numpy())
+
+
+def test_the_number_of_processes_does_not_matter(tmp_path, small):
+    for workers in (0, 1, 3):
+        write(small, tmp_path / str(workers), 50, start=7, workers=workers)
+    assert content(tmp_path / "0") == content(tmp_path / "1") == content(tmp_path / "3")
+    assert table_of(tmp_path / "0_answer.csv") == table_of(tmp_path / "3_answer.csv")
+    assert list(content(tmp_path / "0"))[::49] == ["000007.png", "000056.png"]
+
+
+def test_a_run_goes_on(tmp_path, small):
+    out = tmp_path / "out"
+    write(small, out, 40)
+    whole, answers = content(out), table_of(tmp_path / "out_answer.csv")
+    kept = out / "100001.png"
+    os.utime(kept, (1, 1))
+    (out / "100004.png").unlink()
+    (out / "100005.png").write_bytes(whole["100005.png"][:-5])
+    (out / "100006.png").write_bytes(whole["100006.png"][:20])
+    (out / "100007.png").write_bytes(b"")
+    (out / ".new-100004.png").write_bytes(b"left over")
+    (tmp_path / "out_answer.csv").unlink()
+    write(small, out, 40)
+    assert content(out) == whole and kept.stat().st_mtime == 1 and table_of(tmp_path / "out_answer.csv") == answers
+    write(small, out, 45)  # and further
+    assert len(content(out)) == 45 and {k: v for k, v in content(out).items() if k in whole} == whole
+    assert table_of(tmp_path / "out_answer.csv")[:41] == answers
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(noise=3), dict(counts=(1, 2)), dict(size=90), dict(letters=1)])
+def test_images_of_another_recipe_are_not_taken_for_ours(tmp_path, font, small, change):
+    write(small, tmp_path / "out", 2)
+    before = content(tmp_path / "out")
+    letters = (font[0] ^ 1, font[1]) if change.pop("letters", 0) else font
+    seed = change.pop("seed", 0)
+    other = Synthesizer(*letters, **{**dict(size=80, counts=(1, 3)), **change})
+    with pytest.raises(UserError, match="100000.png: is there, but made with other letters or flags"):
+        write(other, tmp_path / "out", 2, seed=seed)
+    assert content(tmp_path / "out") == before
+
+
+def test_the_competitions_own_images_and_answers_stay(tmp_path, small):
+    out, answers = tmp_path / "dirty_mnist_2nd", tmp_path / "dirty_mnist_2nd_answer.csv"
+    out.mkdir()
+    (out / "00000.png").write_bytes(b"theirs")
+    theirs = [["0", *"01" * 13], ["49999", *"10" * 13]]
+    answers.write_text("\n".join(",".join(row) for row in [HEADER, *theirs]))
+    for num in (4, 6):
+        write(small, out, num)
+        assert table_of(answers)[:3] == [HEADER, *theirs]
+        assert [int(row[0]) for row in table_of(answers)[3:]] == list(range(100_000, 100_000 + num))
+    assert (out / "00000.png").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("text", ["", "name,a\n1,2\n", ",".join(HEADER) + "\n1,2\n", "\xff\xfe",
+                                  ",".join(HEADER) + "\nx" + 26 * ",0"])
+def test_an_answer_file_of_another_kind_is_left_alone(tmp_path, small, text):
+    (tmp_path / "out_answer.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="out_answer.csv: is there, but no table"):
+        write(small, tmp_path / "out", 2)
+    assert (tmp_path / "out_answer.csv").read_bytes() == text.encode("latin-1") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_written(tmp_path, small, workers):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="out.100000.png: cannot be"):
+        write(small, tmp_path / "out", 2, workers=workers)
+    assert not (tmp_path / "out_answer.csv").exists()
+
+
+def test_a_process_that_dies(tmp_path, small, monkeypatch):
+    def dies(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(dirty_mnist, "_write_block", dies)
+    with pytest.raises(UserError, match="a process has died"):
+        write(small, tmp_path / "out", 40, workers=2)
+
+
+def command(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["dirty_mnist", *map(str, flags)])
+    dirty_mnist.main()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    pixels, letters = glyphs.render(4)
+    order = np.argsort(letters % 2, kind="stable")  # the second half of the rows lacks A, C, E ...
+    sample_letters._write_glyphs(tmp_path / "train.csv", pixels[order], letters[order])
+    out = tmp_path / "out"
+    flags = ["--letters", tmp_path / "train.csv", "--out", out, "--workers", 2]
+    command(monkeypatch, *flags, "--num", 3, "--size", 80, "--letters-per-image", 1, 3, "--noise", 9, "--seed", 4,
+            "--start-index", 5)
+    assert capsys.readouterr().out == f"{out}_answer.csv\n"
+    synthesizer = Synthesizer(pixels[order], letters[order], size=80, counts=(1, 3), noise=9)
+    write(synthesizer, tmp_path / "b", 3, start=5, seed=4)
+    assert content(out) == content(tmp_path / "b")
+    command(monkeypatch, *flags, "--num", 1, "--rows", "0:104")
+    with pytest.raises(UserError, match="have no ACEGIKMOQSUWY;"):
+        command(monkeypatch, *flags, "--num", 1, "--rows=-52:")
+    with pytest.raises(UserError, match="--rows 1-2: no part"):
+        command(monkeypatch, *flags, "--rows", "1-2")
+
+
+@pytest.mark.parametrize("flags", [["--num", 0], ["--size", 78], ["--letters-per-image", 10], ["--noise", 256],
+                                   ["--letters-per-image", 0, 3], ["--seed", -1], ["--workers", -1]])
+def test_bad_flags(tmp_path, monkeypatch, capsys, flags):
+    with pytest.raises(SystemExit) as error:
+        command(monkeypatch, "--out", tmp_path / "out", *flags)
+    assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def in_a_session(log, flags):
+    """What a shell does with the command, but for the seconds that importing torch takes."""
+    os.setsid()
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = ["dirty_mnist", *map(str, flags)]
+    cli(dirty_mnist.main)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_command_goes_on(tmp_path, signum):
+    pixels, letters = glyphs.render(1)
+    sample_letters._write_glyphs(tmp_path / "letters.csv", pixels, letters)
+    out, log = tmp_path / "out", tmp_path / "log"
+    flags = ["--letters", tmp_path / "letters.csv", "--out", out, "--num", 20_000, "--size", 80, "--workers", 2]
+    process = multiprocessing.get_context("fork").Process(target=in_a_session, args=(log, flags))
+    process.start()
+    while process.is_alive() and not (out / "100040.png").exists():
+        time.sleep(.02)
+    if signum == signal.SIGKILL:
+        os.killpg(process.pid, signum)
+    else:
+        os.kill(process.pid, signum)
+    process.join(60)
+    assert process.exitcode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[signum]
+    assert "Traceback" not in log.read_text() and "error" not in log.read_text(), log.read_text()
+    for _ in range(200):  # until nobody of its session is left
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(.05)
+    else:
+        pytest.fail("processes are left")
+    written = content(out)
+    assert 40 < len(written) < 20_000 and not (tmp_path / "out_answer.csv").exists()
+    whole = {k: v for k, v in written.items() if not k.startswith(".new")}
+    assert all(Image.open(io.BytesIO(value)).load() for value in whole.values())
+    write(Synthesizer(pixels, letters, size=80), out, 41)
+    assert {k: v for k, v in content(out).items() if k in whole} == whole
+
+
+# ---- the sample ------------------------------------------------------------------------------------------------------
+def test_sample(tmp_path):
+    root = Path(sample_letters.letters(tmp_path, train=3, test=2, seed=1))
+    assert root == tmp_path / "resources"
+    assert sorted(p.relative_to(root).as_posix() for p in root.rglob("*.*")) == [
+        "dirty_mnist_2nd/00000.png", "dirty_mnist_2nd/00001.png", "dirty_mnist_2nd/00002.png",
+        "dirty_mnist_2nd_answer.csv", "mnist_data/test.csv", "mnist_data/train.csv", "sample_submission.csv",
+        "test_dirty_mnist_2nd/50000.png", "test_dirty_mnist_2nd/50001.png", "test_dirty_mnist_2nd_answer.csv"]
+    for split, letters, first in (("", "train", 0), ("test_", "test", 50_000)):
+        source = glyphs.read(root / "mnist_data" / f"{letters}.csv")
+        answers = table_of(root / f"{split}dirty_mnist_2nd_answer.csv")
+        for row in answers[1:]:
+            image, label = Synthesizer(*source).one(int(row[0]), 1)
+            assert torch.equal(decode_image(str(root / f"{split}dirty_mnist_2nd" / f"{int(row[0]):05d}.png")), image)
+            assert [int(v) for v in row[1:]] == label.tolist()
+    submission = table_of(root / "sample_submission.csv")
+    assert submission == [HEADER, ["50000", *"0" * 26], ["50001", *"0" * 26]]
+    a, b = (set(g.tobytes() for g in glyphs.read(root / "mnist_data" / f"{k}.csv")[0]) for k in ("train", "test"))
+    assert len(a) == 520 and len(b) == 260 and not a & b
+    names = (root / "mnist_data" / "train.csv").read_text().split(",", 4)[:4]
+    assert names == ["id", "digit", "letter", "0"]
+
+
+def test_sample_says_no(tmp_path):
+    with pytest.raises(UserError, match="at least 1, 0 and 0"):
+        sample_letters.letters(tmp_path, train=0)
+    (tmp_path / "resources").mkdir()
+    with pytest.raises(UserError, match="resources: exists already"):
+        sample_letters.letters(tmp_path)
+    root = sample_letters.letters(tmp_path / "b", train=1, test=0)
+    assert os.listdir(os.path.join(root, "test_dirty_mnist_2nd")) == []

@@ -1,0 +1,364 @@
+"""train_det.py from files to files, on tiny lots: records, recipes, stages, resuming, several processes."""
+import csv
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_det
+from data.loader import EpochBatches
+from tests.conftest import TINY_DET, _child, write_parking
+from tests.harness import differences, free_port, read
+from utils import checkpoint, optim
+from utils.errors import Stopped
+
+# single pictures as they are: few steps teach something
+PLAIN = "--mosaic 0 --translate 0 --scale 0 --hsv 0 0 0.1 --warmup-epochs 0.5 --no-ema --save-period 0".split()
+
+
+def ranks(module, *flags, cwd, size=2, seconds=100):
+    """The script in `size` forked processes, as torchrun would start them; all must end well. -> their stdout."""
+    port, children = free_port(), []
+    for rank in range(size):
+        log = Path(cwd) / f"rank{rank}"
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+            signal.alarm(seconds)
+            files = [os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")]
+            _child(module, flags, cwd, files)
+        children.append((pid, log))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in children]
+    assert codes == [0] * size, [Path(f"{log}.err").read_text() for _, log in children]
+    return [Path(f"{log}.out").read_text() for _, log in children]
+
+
+def last(name):
+    return checkpoint.load(f"runs/det/{name}/last.pt")
+
+
+def settings(name):
+    return json.loads(Path(f"runs/det/{name}/args.json").read_text())
+
+
+def edit(root, change):
+    """Changes the data's labels by a function."""
+    path = root / "train/label/Train.json"
+    labels = json.loads(path.read_text())
+    change(labels)
+    path.write_text(json.dumps(labels))
+    return root
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+def test_a_run_finds_boxes_and_leaves_its_records(script, tmp_path):
+    root = write_parking(tmp_path / "DATA", train=64, test=1, size=(48, 48), most=1)
+    script(train_det, "--data", root, *TINY_DET, *PLAIN, "--epochs", 6, "--lr", "3e-3", "--folds", 4,
+           "--save-period", 4)
+    run = tmp_path / "runs/det/exp"
+    assert {p.name for p in run.iterdir()} >= {
+        "last.pt", "best.pt", "epoch_4.pt", "results.csv", "results.png", "results.json", "folds.json", "args.json",
+        "train_batch.png", "val.png", "labels.png", "pr.png", "confusion.png"}
+    rows = list(csv.DictReader(open(run / "results.csv")))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 7))
+    assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])
+    results = json.loads((run / "results.json").read_text())
+    assert results["last"]["ap50"] > 0.5 and list(results["classes"]) == ["sedan", "bus", "adult"]
+    assert sum(c["truths"] for c in results["classes"].values()) == sum(
+        fold == 0 for fold in json.loads((run / "folds.json").read_text()).values()) == 16
+    assert results["last"]["ap50"] == pytest.approx(float(rows[-1]["ap50"]), abs=1e-6)
+    best = checkpoint.load(run / "best.pt")
+    assert best["scores"][-1] == max(best["scores"]) and "optimizer" not in best
+
+
+@pytest.mark.parametrize("head", ["free", "anchor"])
+def test_the_checkpoint_says_what_prediction_needs(script, parking, head, capsys):
+    script(train_det, "--data", parking, *TINY_DET, "--head", head, "--anchor-threshold", 1.5)
+    state = torch.load("runs/det/exp/last.pt", weights_only=True)
+    assert (state["task"], state["arch"]["name"]) == ("det", "YOLOv5")
+    assert (state["classes"], state["category_ids"]) == (["sedan", "bus", "adult"], [1, 2, 3])
+    assert (state["bands"], state["scale"], state["imgsz"]) == ([1, 2, 3], 255.0, 64)
+    kwargs, out = state["arch"]["kwargs"], capsys.readouterr().out
+    assert kwargs["head"] == head and kwargs["num_classes"] == 3 and ("anchors" in kwargs) == (head == "anchor")
+    assert out.count("anchors changed: ") == (head == "anchor")
+    if head == "anchor":
+        assert kwargs["anchors"][0][0] != [10, 13]
+        pixels = state["model"]["model.24.anchors"] * torch.tensor([8.0, 16, 32])[:, None, None]
+        torch.testing.assert_close(pixels, torch.tensor(kwargs["anchors"]))
+
+
+FLAGS = [["--folds", "0"], ["--grid", "9", "--mixup", "1", "--degrees", "20"],
+         ["--close-mosaic", "1", "--cache", "ram"],
+         ["--image-weights", "--epoch-parts", "2"], ["--amp", "bf16", "--grad-checkpoint", "--workers", "1"],
+         ["--head", "anchor", "--label-smoothing", "0.1", "--focal-gamma", "1.5", "--no-autoanchor",
+          "--multi-scale", "0.5"],
+         ["--variant", "n6", "--head", "anchor", "--bands", "3,1"]]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: flags[0] + flags[1])
+def test_flags(script, parking, flags):
+    script(train_det, "--data", parking, *TINY_DET, *flags)
+    state = last("exp")
+    assert state["step"] >= 1 and np.isfinite(state["history"][-1]["loss"])
+    assert ("ap" in state["history"][-1]) == (flags != ["--folds", "0"])
+    if "--no-autoanchor" in flags:
+        assert state["arch"]["kwargs"]["anchors"][0][0] == [10, 13]
+    if "--bands" in flags:
+        assert state["bands"] == [3, 1] and state["arch"]["kwargs"]["in_chans"] == 2
+
+
+def test_close_mosaic_ends_it_for_the_last_epochs(script, parking, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_det.det, "DetData", lambda *a, **options: seen.append(options) or stop())
+    for flags, want in ((["--close-mosaic", 3], 7), ([], 10), (["--close-mosaic", 10], 0)):
+        with pytest.raises(Stopped):
+            script(train_det, "--data", parking, *TINY_DET, "--epochs", 10, *flags)
+        assert seen[-1]["close_mosaic"] == want
+
+
+def stop():
+    raise Stopped(0)
+
+
+def test_a_category_nobody_shows_is_still_a_class(script, tmp_path):
+    root = edit(write_parking(tmp_path / "DATA"), lambda labels: labels["categories"].append({"id": 9, "name": "cart"}))
+    script(train_det, "--data", root, *TINY_DET, "--image-weights", "--head", "anchor")
+    assert last("exp")["classes"][-1] == "cart" and last("exp")["category_ids"] == [1, 2, 3, 9]
+
+
+def test_pictures_of_16_bits_and_five_bands(script, tmp_path):
+    import rasterio
+    root = write_parking(tmp_path / "DATA", train=6)
+    for path in sorted((root / "train/images").iterdir()):
+        pixels = train_det.images.read(path).numpy().astype(np.uint16) * 257
+        with rasterio.open(path, "w", driver="GTiff", count=5, height=64, width=96, dtype="uint16") as file:
+            file.write(np.concatenate((pixels, pixels[:2])))
+    script(train_det, "--data", root, *TINY_DET)
+    state = last("exp")
+    assert (state["bands"], state["scale"]) == ([1, 2, 3, 4, 5], 65535.0)
+    assert np.isfinite(state["history"][-1]["loss"]) and state["model"]["model.0.conv.weight"].shape[1] == 5
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+def split_of(name):
+    return json.loads(Path(f"runs/det/{name}/folds.json").read_text())
+
+
+def test_splits(script, parking, tmp_path):
+    script(train_det, "--data", parking, *TINY_DET, "--name", "default")
+    folds = split_of("default")
+    assert len(folds) == 10 and set(folds.values()) == set(range(5)) and max(Counter(folds.values()).values()) <= 3
+    script(train_det, "--data", parking, *TINY_DET, "--folds", 0, "--name", "all")
+    assert not Path("runs/det/all/folds.json").exists() and not Path("runs/det/all/val.png").exists()
+    given = {name: int(i >= 4) for i, name in enumerate(sorted(folds))}
+    Path("mine.json").write_text(json.dumps(given))
+    script(train_det, "--data", parking, *TINY_DET, "--folds", "mine.json", "--name", "file")
+    assert split_of("file") == given
+    images = sum(c["truths"] for c in json.loads(Path("runs/det/file/results.json").read_text())["classes"].values())
+    ids = [int(Path(name).stem) for name, fold in given.items() if fold == 0]
+    labels = json.loads((parking / "train/label/Train.json").read_text())["annotations"]
+    assert images == sum(a["image_id"] in ids for a in labels)
+
+
+def test_a_split_fits_the_data_wherever_it_lies(script, parking, tmp_path):
+    script(train_det, "--data", parking, *TINY_DET)
+    (tmp_path / "moved").symlink_to(parking)
+    script(train_det, "--data", "moved", *TINY_DET, "--folds", "runs/det/exp/folds.json")
+    assert split_of("exp2") == split_of("exp") and not any(os.path.isabs(name) for name in split_of("exp"))
+
+
+def test_the_datas_own_validation_images(script, parking, tmp_path):
+    labels = json.loads((parking / "train/label/Train.json").read_text())
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    for part, ids in (("train", range(7)), ("val", range(7, 10))):
+        (tmp_path / f"coco/{part}2017").mkdir()
+        for i in ids:
+            os.link(parking / f"train/images/{i:03}.jpg", tmp_path / f"coco/{part}2017/{i:03}.jpg")
+        mine = labels | {"images": [im for im in labels["images"] if im["id"] in ids],
+                         "annotations": [a for a in labels["annotations"] if a["image_id"] in ids]}
+        (tmp_path / f"coco/annotations/instances_{part}2017.json").write_text(json.dumps(mine))
+    script(train_det, "--data", "coco", *TINY_DET)
+    held_out = {Path(name).name for name, fold in split_of("exp").items() if fold == 0}
+    assert held_out == {"007.jpg", "008.jpg", "009.jpg"}
+    script(train_det, "--data", "coco", *TINY_DET, "--folds", 2, "--name", "folds")
+    assert Counter(split_of("folds").values()) == {0: 5, 1: 5}
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+def test_presets_and_gains(script, parking):
+    script(train_det, "--data", parking, *TINY_DET, "--preset", "finetune", "--name", "a")
+    got = settings("a")
+    want = dict(head="anchor", optimizer="sgd", lr=0.0032, momentum=0.843, box=0.0296, obj=0.301, cls=0.243,
+                hsv=[0, 0, 0.4], anchor_threshold=2.91)
+    assert {k: got[k] for k in want} == want
+    script(train_det, "--data", parking, *TINY_DET, "--preset", "scratch-low", "--head", "free", "--box", 5,
+           "--name", "b")
+    got = settings("b")
+    assert (got["head"], got["box"], got["cls"], got["optimizer"]) == ("free", 5.0, 0.5, "sgd")
+    script(train_det, "--data", parking, *TINY_DET, "--preset", "scratch-low", "--head", "free", "--name", "c")
+    assert settings("c")["box"] == 7.5  # the competition's 0.05 is for the anchor head
+
+
+def test_two_stages(script, parking, capsys):
+    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", "--image-weights", "--hsv", 0, 0, 0, "--no-ema")
+    first, second = settings("exp"), settings("exp-finetune")
+    assert (first["preset"], first["lr"], first["scale"], first["epochs"]) == ("scratch-low", 0.01, 0.5, 1)
+    want = dict(preset="finetune", lr=0.0032, momentum=0.843, scale=0.9, epochs=1, obj_pw=0.911)
+    assert {k: second[k] for k in want} == want
+    assert first["hsv"] == second["hsv"] == [0, 0, 0]  # as the user said
+    assert first["image_weights"] and not second["image_weights"]
+    assert second["weights"] == "runs/det/exp/last.pt"
+    assert "0 adapted to the input bands, not used: 0, left as initialised: 0" in capsys.readouterr().out
+    assert last("exp-finetune")["args"] == second and len(last("exp-finetune")["history"]) == 1
+
+
+def test_the_second_stage_is_resumed_as_such(script, parking):
+    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1")
+    script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 2)
+    assert [p.name for p in sorted(Path("runs/det").iterdir())] == ["exp", "exp-finetune"]
+    assert len(last("exp-finetune")["history"]) == 2 and settings("exp-finetune")["lr"] == 0.0032
+
+
+def test_own_weights_with_another_number_of_classes(script, parking, tmp_path, capsys):
+    script(train_det, "--data", parking, *TINY_DET, "--head", "anchor")
+    root = edit(write_parking(tmp_path / "DATA"), lambda labels: labels["categories"].append({"id": 9, "name": "cart"}))
+    script(train_det, "--data", root, *TINY_DET, "--head", "anchor", "--weights", "runs/det/exp/last.pt", "--lr", 0,
+           "--warmup-bias-lr", 0, "--weight-decay", 0, "--name", "more")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("weights: "))
+    assert "not used: 6 (model.24)" in line and "left as initialised: 6 (model.24)" in line
+    old, new = checkpoint.load("runs/det/exp/last.pt")["ema"], last("more")["model"]
+    assert torch.equal(old["model.0.conv.weight"], new["model.0.conv.weight"])
+    assert old["model.24.m.0.bias"].shape != new["model.24.m.0.bias"].shape
+
+
+# ---- samplers and warmup ---------------------------------------------------------------------------------------------
+def drawn(epochs, *args, **options):
+    sampler, out = EpochBatches(*args, **options), []
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        out.append([index for batch in sampler for _, index in batch])
+        assert len(out[-1]) == len(sampler) * sampler.batch_size
+    return out
+
+
+@pytest.mark.parametrize("size, bs, parts", [(60, 4, 5), (61, 4, 5), (7, 4, 3), (100, 8, 15), (5, 8, 2)])
+def test_parts_of_an_epoch_see_everything_once(size, bs, parts):
+    for first in (0, 4 * parts):
+        keys = sum(drawn(range(first, first + parts), size, bs, 1, parts=parts), [])
+        assert {key % size for key in keys} == set(range(size)) and len(set(keys)) == len(keys)
+        assert sorted(key % size for key in keys[:size]) == list(range(size))  # again only when all were there
+    assert drawn([2], size, bs, 1, parts=parts) == drawn([2], size, bs, 1, parts=parts)
+    assert drawn([0], 60, 4, 1, parts=5) != drawn([5], 60, 4, 1, parts=5) != drawn([5], 60, 4, 2, parts=5)
+
+
+def test_weights_of_images(monkeypatch):
+    weights = np.array([1, 1, 2, 4, 0, 8.0])
+    keys = sum(drawn(range(400), 6, 3, 5, weights=weights), [])
+    share = np.bincount(np.array(keys) % 6, minlength=6) / len(keys)
+    assert np.abs(share - weights / 16).max() < 0.03 and share[4] == 0
+    for epoch in drawn(range(20), 6, 3, 5, weights=weights):
+        assert len(set(epoch)) == len(epoch)  # an image that comes twice is augmented twice
+    parts = drawn(range(4), 40, 4, 5, weights=np.arange(40.0), parts=4)
+    assert len(set(sum(parts, []))) == 4 * 3 * 4
+    assert parts == drawn(range(4), 40, 4, 5, weights=np.arange(40.0), parts=4)
+    whole = EpochBatches(6, 4, 5, weights=weights)
+    want, shards = list(whole), []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+        shards.append(list(whole))
+    assert [a + b for a, b in zip(*shards)] == want
+
+
+def test_every_class_is_seen_as_often():
+    """A rare class, a frequent one, an image without boxes: of each class as many boxes are to be seen."""
+    classes = [np.array([0] * 5), np.array([0]), np.array([0, 0]), np.array([1]), np.array([], int)]
+    weights = train_det.class_balance(classes, 3)
+    assert weights.argmax() == 3 and 0 < weights[4] < weights[1]
+    assert (weights - weights[4])[:3] == pytest.approx([5 / 8, 1 / 8, 2 / 8])
+    assert weights[3] - weights[4] == pytest.approx(1)
+    assert (train_det.class_balance([np.array([], int)] * 3, 2) > 0).all()  # a fold without boxes
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_warm_up(name):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+
+    def make():
+        optimizer = optim.make_optimizer(name, optim.param_groups(model, 0.1), lr=0.01, momentum=0.9)
+        return optim.warm_up(optimizer, 10, bias_lr=0.1, momentum=0.5)
+
+    def follow(optimizer, steps):
+        schedule, rows = optim.make_schedule("constant", steps_per_epoch=5, epochs=9, warmup_epochs=2), []
+        for step in steps:
+            optim.set_lr(optimizer, schedule(step), step)
+            rows.append([(g["lr"], g["betas"][0] if "betas" in g else g["momentum"]) for g in optimizer.param_groups])
+        return np.array(rows)
+
+    optimizer = make()
+    assert [group["name"] for group in optimizer.param_groups] == ["weights", "scales", "biases"]
+    found = follow(optimizer, range(15))
+    share = np.minimum((np.arange(15) + 1) / 10, 1)
+    np.testing.assert_allclose(found[:, 0, 0], 0.01 * share)
+    np.testing.assert_allclose(found[:, 1, 0], 0.01 * share)
+    np.testing.assert_allclose(found[:, 2, 0], 0.1 + (0.01 - 0.1) * share)
+    np.testing.assert_allclose(found[..., 1], np.tile(0.5 + 0.4 * share[:, None], (1, 3)))
+    half, resumed = make(), make()
+    follow(half, range(4))
+    resumed.load_state_dict(half.state_dict())
+    np.testing.assert_array_equal(follow(resumed, range(4, 15)), found[4:])
+
+
+# ---- stopped, and several processes ----------------------------------------------------------------------------------
+def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, parking, monkeypatch):
+    flags = ["--data", parking, *TINY_DET, "--bs", 2, "--epochs", 2, "--multi-scale", 0.5, "--mixup", 0.5,
+             "--image-weights", "--close-mosaic", 1]
+    script(train_det, *flags, "--name", "straight")
+    loss, count = train_det.losses_det.free_loss, iter(range(100))
+
+    def stopping(*args, **options):
+        if next(count) in (2, 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args, **options)
+
+    monkeypatch.setattr(train_det.losses_det, "free_loss", stopping)
+    with pytest.raises(Stopped):
+        script(train_det, *flags, "--name", "broken")
+    assert last("broken")["step"] == 3
+    with pytest.raises(Stopped):
+        script(train_det, "--resume", "runs/det/broken")
+    assert last("broken")["step"] == 6
+    script(train_det, "--resume", "runs/det/broken")
+    straight, broken = (read(f"runs/det/{name}/last.pt") for name in ("straight", "broken"))
+    for state in (straight, broken):
+        state["history"] = [{k: v for k, v in row.items() if k != "val_seconds"} for row in state["history"]]
+    assert straight["step"] == 8 and differences(straight, broken) == []
+
+
+@pytest.mark.parametrize("head, flags", [
+    ("free", ["--lr", 5e-4]), ("anchor", ["--lr", 0.01, "--image-weights"])])  # larger steps let rounding grow
+def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flags):
+    flags = ["--data", parking, *TINY_DET, "--head", head, "--sync-bn", *flags, "--no-ema", "--folds", 2, "--optimizer",
+             "sgd", "--bs", 10, "--epochs", 2, "--grid", 9]
+    script(train_det, *flags, "--name", "one")
+    out = ranks(train_det, *flags, "--name", "two", cwd=tmp_path)
+    assert "run: runs/det/two" in out[0] and not out[1]
+    one, two = last("one"), last("two")
+    assert one["step"] == two["step"] == 2
+    for a, b in zip(one["history"], two["history"]):
+        assert [b[k] for k in ("loss", "box", "cls")] == pytest.approx([a[k] for k in ("loss", "box", "cls")], rel=1e-3)
+    counts = [[c["truths"] for c in json.loads(Path(f"runs/det/{name}/results.json").read_text())["classes"].values()]
+              for name in ("one", "two")]
+    assert counts[0] == counts[1] and sum(counts[0]) > 3  # the two together judge every image once
+    torch.manual_seed(0)  # as the run's --seed
+    start = train_det.YOLOv5("n", 3, head=head)
+    nets = start.state_dict(), one["model"], two["model"]
+    weights = [[net[name] for name, _ in start.named_parameters()] for net in nets]
+    before, one, two = (torch.cat([t.flatten().double() for t in tensors]) for tensors in weights)
+    step = (one - before).norm()
+    assert (one - two).norm() < 2e-3 * step and step > 0.01  # rounding, and a true step
