@@ -8,13 +8,14 @@ Several checkpoints are averaged: folds, seeds and epochs make an ensemble.
 """
 import argparse
 
+from predict_cls import predict_cls
 from predict_det import predict_det
 from predict_seg import predict_seg
 from utils import checkpoint, dist, runs
 from utils.args import Parser, real, whole
 from utils.errors import UserError, cli
 
-TASKS = {"seg": predict_seg, "det": predict_det}
+TASKS = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}
 
 
 def parse_args():
@@ -22,9 +23,11 @@ def parse_args():
     add = parser.add_argument
     add("--task", choices=TASKS, required=True)
     add("--weights", nargs="+", metavar="PATH", help="checkpoints; without: the newest run's best.pt or last.pt")
-    add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images in the data of the training")
+    add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images of the "
+        "training's data")
     add("--out", metavar="DIR", help="new folder for the results; without: predict in the run's folder")
-    add("--tta", action="store_true", help="several views of every image: seg: its flips; det: three sizes, one flipped")
+    add("--tta", action="store_true", help="several views of every image; seg: its flips; det: three sizes, one "
+        "flipped; cls: quarter turns")
     add("--bs", type=whole(1, 65536), default=8, help="images per forward pass")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
@@ -35,16 +38,19 @@ def parse_args():
         "training size for seg, no windows for det")
     add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
+    add("--threshold", type=real(0, 1), default=0.5, help="seg, cls: probability from which a pixel, a class is there")
+    add("--imgsz", type=whole(32, 65536), help="det, cls: side of the net's input; without: that of the training")
+    add("--ensemble-weights", type=real(1e-6), nargs="+", metavar="W", help="det, cls: of the checkpoints (and then of "
+        "the tables)")
     add = parser.add_argument_group("segmentation").add_argument
-    add("--threshold", type=real(0, 1), default=0.5, help="probability from which a pixel is positive")
     add("--polygons", action="store_true", help="also write the masks' outlines as GeoJSON")
     add = parser.add_argument_group("detection").add_argument
     add("--conf", type=real(0, 1), default=0.01, help="lowest score of a detection")
     add("--iou", type=real(0, 1), default=0.7, help="overlap from which the lower score goes")
     add("--max-det", type=whole(1, 100000), default=300, help="most detections per image")
-    add("--imgsz", type=whole(32, 65536), help="long side of the net's input; without: that of the training")
     add("--max-mb", type=real(0.001), default=20.0, help="largest submission.json, 10^6 bytes; the best scores stay")
-    add("--ensemble-weights", type=real(1e-6), nargs="+", metavar="W", help="of the checkpoints, for their fusion")
+    add = parser.add_argument_group("classification").add_argument
+    add("--probs", nargs="+", metavar="CSV", help="probabilities.csv of earlier predictions, to be averaged in")
     return parser.parse_args()
 
 
@@ -61,8 +67,9 @@ def main():
     except ConnectionError:  # to a loader worker or to another rank
         raise
     except OSError as error:  # what cannot be read has been answered before
-        raise UserError(f"{error.filename or args.out or 'the results'}: cannot be written ({error.strerror or error}); "
-                        f"make room, or choose another --out") from None
+        what = error.filename or args.out or "the results"
+        raise UserError(f"{what}: cannot be written ({error.strerror or error}); make room, or choose another --out"
+                        ) from None
     dist.barrier()
 
 

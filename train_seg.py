@@ -12,8 +12,7 @@ import torch
 
 from data import folds, images, seg
 from data.loader import eval_loader, train_loader
-from nets import pretrained
-from nets.regnet import VARIANTS
+from nets import backbones, pretrained
 from nets.unet import UNet, probabilities
 from utils import dist, engine, losses, metrics, optim, pictures, report, runs, tta
 from utils.args import band_list, loss_term, real, start, train_parser, whole
@@ -46,7 +45,8 @@ def parse_args():
     add("--loss", nargs="+", type=loss_term(BINARY | SEVERAL), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5; for several classes of "
         f"{', '.join(SEVERAL)}; without: lovasz_elu, or lovasz and ce")
-    add("--encoder", choices=VARIANTS, default="regnetx_002")
+    add("--encoder", choices=backbones.NAMES, metavar="NAME", default="regnetx_002",
+        help="regnetx_002 ... regnetx_032, efficientnetv2_s, m, l, b0 ... b3, repvgg_a0 ...")
     add("--conv0", type=whole(1, 4096), nargs="*", default=[32, 32], help="widths of the 1x1 convolutions before it")
     add("--decoder", type=whole(1, 4096), nargs="+", default=[128, 64, 48, 32], help="widths, coarse to fine")
     return start(parser)

@@ -118,7 +118,8 @@ def recolour(images, matrices, scale=1.0):
 
 # ---- classification ----
 
-def turn(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout=0.3, p_cutout=0.5):
+def turn(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout=0.3,
+         p_cutout=0.5):
     """The winning Dirty-MNIST system's: a quarter turn, then half of the time a small shift, scale and rotation, and
     half of the time a blank square.
 

@@ -41,6 +41,9 @@ class ConvNorm(nn.Module):
         x = self.bn(self.conv(x))
         return self.act(x) if self.act else x
 
+    def fuse_(self):
+        fuse_pair(self, ("conv", "bn"))
+
 
 def init_fan_out(module):
     """Convolutions N(0, sqrt(2 / fan_out)) with fan_out = k*k*C_out/groups, as timm initialises its RegNets."""
@@ -55,13 +58,22 @@ def init_fan_out(module):
 def fuse(model):
     """Fold every batch norm into the convolution before it, in place, and return the model in eval mode.
 
-    The result computes the same function up to rounding and about a third faster. For prediction only.
+    The result computes the same function up to rounding and about a third faster. For prediction only. A module with
+    norms of its own says how: its method `fuse_()` changes it in place.
     """
     model.eval()
-    for m in model.modules():
-        if isinstance(m, ConvNorm) and isinstance(m.bn, nn.BatchNorm2d):
-            m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
+    for m in list(model.modules()):
+        if hasattr(m, "fuse_"):
+            m.fuse_()
     return model
+
+
+def fuse_pair(module, *pairs):
+    """Names (convolution, norm): the first takes in the second, in place. Fused before, or not there: nothing."""
+    for conv, norm in pairs:
+        if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
+            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+            setattr(module, norm, nn.Identity())
 
 
 @contextlib.contextmanager

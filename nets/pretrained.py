@@ -18,6 +18,7 @@ import torch
 from nets.unpickle import read_module
 
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-regnet/"
+_EFFICIENTNET = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-effv2-weights/"
 _TORCHVISION = "https://download.pytorch.org/models/"
 _YOLOV5 = "https://github.com/ultralytics/yolov5/releases/download/v7.0/"
 # the eight digits in a .pth's name begin the file's SHA-256; torch.hub compares
@@ -28,27 +29,56 @@ URLS = {
     "timm:regnetx_008": _TIMM + "regnetx_008-d8b470eb.pth",
     "timm:regnetx_016": _TIMM + "regnetx_016-65ca972a.pth",
     "timm:regnetx_032": _TIMM + "regnetx_032-ed0c7f7e.pth",
+    # pretrained on ImageNet-21k: in21k with its 21,843 classes, in21k_ft_in1k then tuned on ImageNet's 1000
+    "timm:tf_efficientnetv2_s.in21k_ft_in1k": _EFFICIENTNET + "tf_efficientnetv2_s_21ft1k-d7dafa41.pth",
+    "timm:tf_efficientnetv2_m.in21k_ft_in1k": _EFFICIENTNET + "tf_efficientnetv2_m_21ft1k-bf41664a.pth",
+    "timm:tf_efficientnetv2_l.in21k_ft_in1k": _EFFICIENTNET + "tf_efficientnetv2_l_21ft1k-60127a9d.pth",
+    "timm:tf_efficientnetv2_s.in21k": _EFFICIENTNET + "tf_efficientnetv2_s_21k-6337ad01.pth",
+    "timm:tf_efficientnetv2_m.in21k": _EFFICIENTNET + "tf_efficientnetv2_m_21k-361418a2.pth",
+    "timm:tf_efficientnetv2_l.in21k": _EFFICIENTNET + "tf_efficientnetv2_l_21k-91a19ec9.pth",
+    "timm:tf_efficientnetv2_s.in1k": _EFFICIENTNET + "tf_efficientnetv2_s-eb54923e.pth",
+    "timm:tf_efficientnetv2_m.in1k": _EFFICIENTNET + "tf_efficientnetv2_m-cc09e0cd.pth",
+    "timm:tf_efficientnetv2_l.in1k": _EFFICIENTNET + "tf_efficientnetv2_l-d664b728.pth",
+    "timm:tf_efficientnetv2_b0.in1k": _EFFICIENTNET + "tf_efficientnetv2_b0-c7cc451f.pth",
+    "timm:tf_efficientnetv2_b1.in1k": _EFFICIENTNET + "tf_efficientnetv2_b1-be6e41b0.pth",
+    "timm:tf_efficientnetv2_b2.in1k": _EFFICIENTNET + "tf_efficientnetv2_b2-847de54e.pth",
+    "timm:tf_efficientnetv2_b3.in1k": _EFFICIENTNET + "tf_efficientnetv2_b3-57773f13.pth",
+    "torchvision:efficientnet_v2_s": _TORCHVISION + "efficientnet_v2_s-dd5fe13b.pth",
+    "torchvision:efficientnet_v2_m": _TORCHVISION + "efficientnet_v2_m-dc08266a.pth",
+    "torchvision:efficientnet_v2_l": _TORCHVISION + "efficientnet_v2_l-59c71312.pth",
     "torchvision:regnet_x_400mf": _TORCHVISION + "regnet_x_400mf-62229a5f.pth",
     "torchvision:regnet_x_800mf": _TORCHVISION + "regnet_x_800mf-94a99ebd.pth",
     "torchvision:regnet_x_1_6gf": _TORCHVISION + "regnet_x_1_6gf-a12f2b72.pth",
     "torchvision:regnet_x_3_2gf": _TORCHVISION + "regnet_x_3_2gf-7071aa85.pth",
     **{f"yolov5:yolov5{v}": f"{_YOLOV5}yolov5{v}.pt" for v in ("n", "s", "m", "l", "x", "n6", "s6", "m6", "l6", "x6")},
 }
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_HALVED = re.compile(r"timm:tf_efficientnetv2_[sml]\.|torchvision:efficientnet_v2_l")
+# what the weights were trained on: (image in 0...1 - mean) / std, and EfficientNetV2's padding; YOLOv5: 0...1 as it is
+EXPECTS = {name: dict(_HALF if _HALVED.match(name) else _IMAGENET) for name in URLS if not name.startswith("yolov5:")}
+for _name in EXPECTS:
+    if "efficientnet" in _name:
+        EXPECTS[_name]["padding"] = "same" if _name.startswith("timm:") else "symmetric"
+TORCHVISION_STEM = "features.0.0.weight"  # in torchvision's EfficientNetV2, and in none of timm's
 # what belongs to a task and its data, the rest is the encoder; a net built otherwise has its own `task_prefixes`
-TASK = ("conv0.", "decoder.", "head.")
+TASK = ("conv0.", "decoder.", "head.", "conv_head.", "bn2.", "classifier.")  # the last three: EfficientNetV2's head
 
 
 def load(model, path_or_name):
     """Copies what fits from a file (or a name in URLS) into `model`, or into its `encoder`.
 
-    A first convolution with another number of input bands is adapted. The encoder, that is all but the names that
-    start with one of `model.task_prefixes` (TASK if it has none), must fit as a whole: half of one is a wrong choice
-    of net. A detector's anchors are loaded where their shape fits: the head was trained for them.
+    A first convolution with another number of input bands is adapted (RepVGG has two). The encoder, that is all but
+    the names that start with one of `model.task_prefixes` (TASK if it has none), must fit as a whole: half of one is a
+    wrong choice of net. A detector's anchors are loaded where their shape fits: the head was trained for them.
+    How images are to be scaled for weights with a name: EXPECTS.
     Returns {"loaded", "adapted", "unused", "missing"}: lists of tensor names, the last two as they are called in the
     file and in the model.
-    Raises OSError when the file cannot be had, ValueError when it is damaged or not weights of this net.
+    Raises OSError when the file cannot be had, ValueError when it is damaged, not weights of this net, or an
+    EfficientNetV2's that was trained with the other padding: it would run and be worse.
     """
-    state = to_timm_names(unwrap(download(path_or_name) if path_or_name in URLS else read(path_or_name)))
+    published = unwrap(download(path_or_name) if path_or_name in URLS else read(path_or_name))
+    state = to_timm_names(published)
     # the anchors once more, in pixels: a buffer of YOLOv5's nets before v6
     state = {name: tensor for name, tensor in state.items() if not name.endswith(".anchor_grid")}
     ours = model.state_dict()
@@ -58,7 +88,9 @@ def load(model, path_or_name):
     first = next((name for name, t in ours.items() if name.startswith(prefix) and t.ndim == 4), None)
     for name, tensor in state.items():
         target = ours.get(prefix + name)
-        if prefix + name == first and tensor.shape != target.shape and tensor.shape[::2] == target.shape[::2]:
+        sees_input = (prefix + name).replace("stem.conv_1x1.", "stem.conv_kxk.") == first  # RepVGG: both branches
+        if sees_input and target is not None and tensor.shape[1:2] != target.shape[1:2] and (
+                tensor.shape[::2] == target.shape[::2]):
             tensor = adapt_input(tensor, target.shape[1])
             adapted.append(prefix + name)
         if target is None or tensor.shape != target.shape:
@@ -73,8 +105,17 @@ def load(model, path_or_name):
     if wrong:
         raise ValueError(f"{path_or_name}: no match for {wrong[0]} ({len(loaded)} of the file's {len(state)} tensors "
                          f"fit this net); choose the net they belong to")
+    check_padding(getattr(model, "encoder", model), path_or_name, published)
     model.load_state_dict(loaded, strict=False)
     return {"loaded": list(loaded), "adapted": adapted, "unused": unused, "missing": missing}
+
+
+def normalisation(path_or_name, bands):
+    """-> [means, deviations] of images in 0..1, for weights by a name in EXPECTS or for any others: a number per band,
+    or one for all where there are not three."""
+    wants = EXPECTS.get(path_or_name, _HALF)
+    values = [list(wants["mean"]), list(wants["std"])]
+    return values if bands == 3 else [[sum(numbers) / 3] for numbers in values]
 
 
 def describe(report):
@@ -96,8 +137,19 @@ def unwrap(state):
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 
+def check_padding(net, path_or_name, state):
+    """Raises ValueError when the weights want another padding than the net has. Files with timm's names do not tell."""
+    wants = EXPECTS.get(path_or_name, {}).get("padding", "symmetric" if TORCHVISION_STEM in state else None)
+    if wants and getattr(net, "padding", wants) != wants:
+        raise ValueError(f"{path_or_name}: trained with padding {wants!r}, the net has {net.padding!r}; choose the net "
+                         f"with the other (a UNet's encoder: efficientnetv2_s for timm's, efficientnetv2_s_tv for "
+                         f"torchvision's)")
+
+
 def to_timm_names(state):
-    """torchvision's RegNet names -> timm's, which are ours. Others pass."""
+    """torchvision's RegNet and EfficientNetV2 names -> timm's, which are ours. Others pass."""
+    if TORCHVISION_STEM in state:
+        return {efficientnet_name(name, state): tensor for name, tensor in state.items()}
     if not any(name.startswith("trunk_output.") for name in state):
         return state
     part = {"0": "conv", "1": "bn"}
@@ -112,6 +164,21 @@ def to_timm_names(state):
             name = f"head.{name}"
         renamed[name] = tensor
     return renamed
+
+
+def efficientnet_name(name, state):
+    """One of torchvision's EfficientNetV2 names -> timm's. The kind of a block shows in `state`, by its last part."""
+    if m := re.fullmatch(r"features\.(\d+)\.(\d+)\.block\.(\d)\.(fc1|fc2|0|1)\.(.+)", name):
+        stage, block, position, part, rest = m.groups()
+        last = max((k for k in "0123" if f"features.{stage}.{block}.block.{k}.0.weight" in state), default="")
+        unit = {"0 0": "conv bn1", "1 0": "conv_exp bn1", "1 1": "conv_pwl bn2", "3 0": "conv_pw bn1",
+                "3 1": "conv_dw bn2", "3 2": "se.conv_reduce se.conv_expand", "3 3": "conv_pwl bn3"}
+        unit = unit.get(f"{last} {position}")
+        return f"blocks.{int(stage) - 1}.{block}.{unit.split()[part in ('1', 'fc2')]}.{rest}" if unit else name
+    if m := re.fullmatch(r"features\.(\d+)\.([01])\.(.+)", name):
+        unit = "conv_head bn2" if int(m[1]) else "conv_stem bn1"
+        return f"{unit.split()[int(m[2])]}.{m[3]}"
+    return name.replace("classifier.1.", "classifier.")
 
 
 def adapt_input(weight, in_chans):

@@ -8,8 +8,8 @@ import math
 import torch.nn.functional as F
 from torch import nn
 
+from nets import backbones
 from nets.blocks import ConvNorm, recompute, relu
-from nets.regnet import VARIANTS, RegNetX
 
 
 class DecoderBlock(nn.Module):
@@ -31,16 +31,11 @@ class DecoderBlock(nn.Module):
         return self.conv2(relu(self.conv1.bn(y)))
 
 
-def make_encoder(name, in_chans, *, stem_stride=2, grad_checkpoint=False):
-    """An encoder by name: a module with `.features(x) -> maps`, `.channels` and `.strides`."""
-    if name in VARIANTS:
-        return RegNetX(in_chans, name, num_classes=0, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint)
-    raise ValueError(f"unknown encoder {name!r}; there are {', '.join(VARIANTS)}")
-
-
 class UNet(nn.Module):
     """(B, in_chans, H, W) -> logits (B, classes, H, W), for any H and W of at least 1.
 
+    `encoder`: of backbones.NAMES. `stem_stride`: of a RegNetX; the others have 2, so that their finest skip has half of
+    the input's resolution, and the default decoder's logits are upsampled (a fifth block would reach the input's).
     `conv0`: widths of the 1x1 convolutions before the encoder; () leaves them out.
     `decoder`: width per block, coarse to fine; blocks beyond the encoder's skips only upsample. Where the
     last block is still coarser than the input, the logits are upsampled (bilinear).
@@ -54,7 +49,7 @@ class UNet(nn.Module):
         for width in conv0:  # no norm: a batch statistic would mix the scales that these layers are to undo
             self.conv0.append(nn.Conv2d(in_chans, width, 1))
             in_chans = width
-        self.encoder = make_encoder(encoder, in_chans, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint)
+        self.encoder = backbones.make(encoder, in_chans, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint)
         *skips, cin = self.encoder.channels
         self.decoder = nn.ModuleList()
         for width in decoder:

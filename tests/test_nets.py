@@ -12,7 +12,8 @@ from torch import nn
 
 from nets.blocks import ConvNorm, fuse, recompute, relu
 from nets.regnet import VARIANTS, Block, RegNetX
-from nets.unet import UNet, make_encoder, probabilities
+from nets.backbones import make as make_encoder
+from nets.unet import UNet, probabilities
 
 
 def count(module):

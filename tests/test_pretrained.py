@@ -16,6 +16,7 @@ import torchvision
 from timm.models._manipulate import adapt_input_conv
 
 from nets import pretrained
+from nets.efficientnet import EfficientNetV2
 from nets.regnet import VARIANTS, RegNetX
 from nets.unet import UNet
 from nets.yolo import VARIANTS as YOLOV5, YOLOv5
@@ -351,12 +352,14 @@ def test_urls():
             continue  # below: no hash in the name
         assert re.search(r"-[0-9a-f]{8}\.pth$", url) and url.startswith("https://"), name
         library, net = name.split(":")
-        assert url.split("/")[-1].startswith(net + "-")
         if library == "torchvision":
             weights = torchvision.models.get_model_weights(net)
             assert url in {w.url for w in weights} and url == weights.DEFAULT.url
+            assert url.split("/")[-1].startswith(net + "-")
+        elif "efficientnet" in net:
+            assert url == timm.get_pretrained_cfg(net).url and timm.is_model(net)
         else:
-            assert net in VARIANTS and net in timm.list_models("regnetx*")
+            assert net in VARIANTS and net in timm.list_models("regnetx*") and f"/{net}-" in url
     assert len(set(pretrained.URLS.values())) == len(pretrained.URLS)
 
 
@@ -558,3 +561,86 @@ def test_a_trap_in_a_release(tmp_path):
     path, source = release(tmp_path / "trap.pt", YOLOv5("n"), opt=Trap(tmp_path / "executed"))
     assert len(pretrained.load(YOLOv5("n"), path)["loaded"]) == len(source)
     assert not (tmp_path / "executed").exists()
+
+
+# ---- EfficientNetV2: two paddings, three ways to scale an image -----------------------------------------------------
+
+def test_what_the_weights_expect():
+    assert set(pretrained.EXPECTS) == {name for name in pretrained.URLS if not name.startswith("yolov5:")}
+    for name, expects in pretrained.EXPECTS.items():
+        library, net = name.split(":")
+        if library == "torchvision":
+            theirs, padding = torchvision.models.get_model_weights(net).DEFAULT.transforms(), "symmetric"
+        else:
+            theirs, padding = timm.get_pretrained_cfg(net), "same"
+        wanted = {"mean": tuple(theirs.mean), "std": tuple(theirs.std)}
+        assert expects == wanted | ({"padding": padding} if "efficientnet" in net else {}), name
+
+
+def test_every_efficientnet_with_published_weights_is_there():
+    """What timm has by URL, for the variants that are built; each once."""
+    cfgs = [(name, timm.get_pretrained_cfg(name)) for name in timm.list_pretrained("tf_efficientnetv2*")]
+    names = {f"timm:{name}" for name, cfg in cfgs if cfg.url and "_xl" not in name}
+    assert names == {name for name in pretrained.URLS if "tf_efficientnetv2" in name} and len(names) == 13
+
+
+@pytest.fixture(scope="module")
+def efficientnet():
+    return lived_in(timm.create_model("tf_efficientnetv2_b0")).eval()
+
+
+EFFICIENTNET_HEAD = {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("bands", [1, 3, 5])
+def test_efficientnet_in_a_unet(bands, efficientnet, tmp_path):
+    net, source = UNet("efficientnetv2_b0", in_chans=bands, conv0=(), decoder=(8, 8, 8, 8)), efficientnet.state_dict()
+    report = pretrained.load(net, save(tmp_path / "timm.pth", source))
+    assert report["adapted"] == (["encoder.conv_stem.weight"] if bands != 3 else [])
+    assert all(name.startswith(("conv_head.", "bn2.", "classifier.")) for name in report["unused"])
+    assert len(report["unused"]) == 8 and not any(name.startswith("encoder.") for name in report["missing"])
+    stem = adapt_input_conv(bands, source["conv_stem.weight"].clone())
+    assert torch.allclose(net.encoder.conv_stem.weight, stem, rtol=1e-6, atol=0)
+    for name, tensor in net.encoder.state_dict().items():
+        assert name == "conv_stem.weight" or torch.equal(tensor, source[name]), name
+    assert pretrained.describe(report).endswith("not used: 8 (bn2, classifier, conv_head), left as initialised: "
+                                                "50 (decoder, head)")
+
+
+def test_efficientnet_with_other_classes(efficientnet, tmp_path):
+    path, net = save(tmp_path / "timm.pth", efficientnet.state_dict()), EfficientNetV2("b0", 1, 26)
+    report = pretrained.load(net, path)
+    assert set(report["unused"]) == set(report["missing"]) == EFFICIENTNET_HEAD
+    assert report["adapted"] == ["conv_stem.weight"]
+    for wrong in (EfficientNetV2("b1"), RegNetX()):
+        with pytest.raises(ValueError, match="no match"):
+            pretrained.load(wrong, path)
+
+
+def test_the_other_padding_is_refused(tmp_path, monkeypatch, efficientnet):
+    """torchvision's names tell; timm's only when they come by name."""
+    theirs = {name: tensor.clone() for name, tensor in torchvision.models.efficientnet_v2_s().state_dict().items()}
+    path = save(tmp_path / "tv.pth", theirs)
+    pretrained.load(UNet("efficientnetv2_s_tv", in_chans=3, conv0=()), path)
+    for net in (EfficientNetV2("s"), UNet("efficientnetv2_s", in_chans=3, conv0=())):
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        with pytest.raises(ValueError) as error:
+            pretrained.load(net, path)
+        one_line(error, path, "'symmetric'", "'same'", "efficientnetv2_s_tv")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    path = save(tmp_path / "timm.pth", efficientnet.state_dict())
+    pretrained.load(EfficientNetV2("b0", padding="symmetric"), path)
+    monkeypatch.setattr(pretrained, "download", lambda name: torch.load(path))
+    pretrained.load(EfficientNetV2("b0"), "timm:tf_efficientnetv2_b0.in1k")
+    with pytest.raises(ValueError) as error:
+        pretrained.load(EfficientNetV2("b0", padding="symmetric"), "timm:tf_efficientnetv2_b0.in1k")
+    one_line(error, "timm:tf_efficientnetv2_b0.in1k", "'same'", "'symmetric'")
+
+
+@pytest.mark.parametrize("wrong", ["efficientnet_b0", "mobilenet_v2", "densenet121"])
+def test_torchvisions_other_nets(wrong, tmp_path):
+    """Their names begin as EfficientNetV2's do."""
+    path = save(tmp_path / "wrong.pth", getattr(torchvision.models, wrong)().state_dict())
+    with pytest.raises(ValueError) as error:
+        pretrained.load(EfficientNetV2("b0", padding="symmetric"), path)
+    one_line(error, path, "no match")

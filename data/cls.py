@@ -1,0 +1,229 @@
+"""Classification data: images and a table of answers (several classes an image, or one), or a folder per class.
+
+    resources/dirty_mnist_2nd/00000.png ...   resources/dirty_mnist_2nd_answer.csv: index,a,b, ... z of 0 and 1
+    DATA/train/*.jpg                          DATA/train.csv: name,label        or: name and a column per class
+    DATA/train/cat/*.jpg  DATA/train/dog/*.jpg
+"""
+import csv
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from data import augment, folds, images
+from data.cache import Cache
+from utils import geometry
+from utils.errors import UserError
+
+ANSWER = "_answer"  # the competition's dirty_mnist_2nd_answer.csv belongs to the folder dirty_mnist_2nd
+
+
+class Table(NamedTuple):
+    files: list     # of images, as Path
+    labels: object  # float32 (N, classes) of 0 and 1
+    names: list     # of the classes
+    exclusive: bool  # one class an image
+
+
+def read(root, *, table=None, folder=None):
+    """-> Table, of a CSV and a folder of images, or of one folder per class.
+
+    table, folder: where they are; without: `*_answer.csv` or `train.csv` in root, and the folder of that name. Every
+    image needs its row and every row its image. Raises UserError naming file and line.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; put the data there, or point --data to it (python -m data.sample "
+                        f"makes sample data)")
+    found = sorted(p for p in [*root.glob(f"*{ANSWER}.csv"), root / "train.csv"]
+                   if p.is_file() and not p.name.startswith("test"))
+    if table is None and not found:
+        return _class_folders(root / "train" if (root / "train").is_dir() else root)
+    table = Path(table) if table else found[0]
+    folder = Path(folder) if folder else root / table.stem.removesuffix(ANSWER)
+    keys, labels, names, exclusive = read_table(table)
+    file_of = find_files(folder)
+    files = []
+    for key in keys:
+        files.append(file_of.pop(key, None) or (file_of.pop(int(key), None) if key.isdecimal() else None))
+        if files[-1] is None:
+            raise UserError(f"{table}: {key} has no image in {folder}; add it, or remove the row")
+    spare = set(file_of.values()) - set(files)
+    if spare:
+        raise UserError(f"{min(spare)}: has no row in {table} ({len(spare)} such); add it, or remove the image")
+    return Table(files, labels, names, exclusive)
+
+
+def find_files(folder):
+    """{stem, name, and the stem's number if it is one: image file}."""
+    file_of, stems = {}, set()
+    for path in images.find(folder):
+        if path.stem in stems:
+            raise UserError(f"{path}: another image has the same name; rename or remove one")
+        stems.add(path.stem)
+        file_of |= {path.stem: path, path.name: path}
+        if path.stem.isdecimal():
+            file_of[int(path.stem)] = path
+    return file_of
+
+
+def read_table(path):
+    """A CSV whose first column names the images -> keys, labels (N, classes) float32, class names, exclusive.
+
+    With one more column that is the class; with several they are the classes, 0 or 1 in each row.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # a BOM is no part of the first name
+            rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not a readable CSV ({reason}); replace it") from None
+    if len(rows) < 2 or len(rows[0][1]) < 2:
+        raise UserError(f"{path}: no header and rows of two columns or more; see the layouts in data/cls.py")
+    header, rows = rows[0][1], rows[1:]
+    wrong = next((i for i, row in rows if len(row) != len(header)), None)
+    if wrong:
+        raise UserError(f"{path}: line {wrong} has another number of columns than the header's {len(header)}; correct "
+                        f"it")
+    keys, seen = [row[0].strip() for _, row in rows], {}
+    for (i, _), key in zip(rows, keys):
+        if seen.setdefault(key, i) != i:
+            raise UserError(f"{path}: line {i}: {key} stands in line {seen[key]} too; remove one")
+    if len(header) == 2:
+        values = [row[1].strip() for _, row in rows]
+        names = sorted(set(values), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+        index = {name: i for i, name in enumerate(names)}
+        return keys, np.eye(len(names), dtype=np.float32)[[index[value] for value in values]], names, True
+    names = [name.strip() for name in header[1:]]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns of one name; rename or remove one")
+    for i, row in rows:
+        bad = next((value for value in row[1:] if value.strip() not in ("0", "1", "0.0", "1.0")), None)
+        if bad is not None:
+            raise UserError(f"{path}: line {i} has the value {bad[:20]!r}; labels are 0 or 1")
+    labels = np.array([[float(value) for value in row[1:]] for _, row in rows], np.float32)
+    return keys, labels, names, False
+
+
+def _class_folders(root):
+    names = sorted(p.name for p in root.iterdir() if p.is_dir())
+    if len(names) < 2:
+        raise UserError(f"{root}: neither a table (train.csv, *{ANSWER}.csv) nor two folders of classes in it; see "
+                        f"--data")
+    files, classes = [], []
+    for i, name in enumerate(names):
+        found = images.find(root / name)
+        files += found
+        classes += [i] * len(found)
+    return Table(files, np.eye(len(names), dtype=np.float32)[classes], names, True)
+
+
+def subset(labels, count, *, seed=0):
+    """Indices of about `count` samples (N, classes) in which every class is about as frequent as in all."""
+    share = count / len(labels)
+    fold_of = folds.assign(range(len(labels)), [share, 1 - share], strata=strata(labels), seed=seed)
+    return [i for i, fold in fold_of.items() if fold == 0]
+
+
+def strata(labels):
+    """A stratum per sample: its class, or for several the number of classes and the rarest of them."""
+    frequency = labels.sum(0)
+    rarest = np.where(labels > 0, frequency, np.inf).argmin(1)
+    return [(int(n), int(c)) for n, c in zip(labels.sum(1), rarest)]
+
+
+def check_bands(files, bands):
+    """Every image has the bands. -> (height, width) of each."""
+    def check(file):
+        count, *size = images.size(file)
+        if count < max(bands):
+            raise UserError(f"{file}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the "
+                            f"file")
+        return tuple(size)
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(check, files))
+
+
+class Images(Dataset):
+    """`data[index]` -> {"image": (C, h, w) as in the file, "label": float32 (classes,)}.
+
+    Where the shorter side is longer than `limit` pixels, it is reduced to that. cache: see data.cache."""
+
+    def __init__(self, files, labels, *, bands=None, limit=1024, cache=None):
+        self.files, self.labels = files, torch.as_tensor(labels)
+        self.read = lambda path: reduce(images.read(path, bands), limit)
+        self.cache = Cache(files, self.read, cache, variant=(bands, limit)) if cache else None
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return {"image": self.cache[i] if self.cache else self.read(self.files[i]), "label": self.labels[i]}
+
+
+class Views(Dataset):
+    """`views[(epoch, index)]` -> a sample of `source` and a random view of it, which depends on (seed, epoch, index)
+    only; `views[index]` -> the sample and the view of the whole. Both are the sample with
+        "matrix": float64 (3, 3) onto the net's imgsz x imgsz canvas, "hole": float32 (4,) x1, y1, x2, y2 on that
+        canvas, to be blanked, and "index".
+    The batch is warped by its matrices at once, where the net is: `see`. options: of `augment.turn`.
+    source: `Images`, or data.dirty_mnist.Synthetic, which makes a new image for every (epoch, index).
+    """
+
+    def __init__(self, source, imgsz, *, seed=0, **options):
+        self.source, self.imgsz, self.seed, self.options = source, imgsz, seed, options
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):  # a DataLoader asks for a batch at once if it can; synthesis is faster so
+        if hasattr(self.source, "__getitems__"):
+            samples = self.source.__getitems__(keys)
+        else:
+            samples = [self.source[(key[1] if isinstance(key, tuple) else key) % len(self)] for key in keys]
+        return [sample | self.place(key, *sample["image"].shape[1:]) for key, sample in zip(keys, samples)]
+
+    def place(self, key, height, width):
+        matrix, hole = geometry.scale(self.imgsz / width, self.imgsz / height), np.zeros(4)
+        if isinstance(key, tuple):
+            turn, hole = augment.turn(np.random.default_rng((self.seed, *key)), self.imgsz, **self.options)
+            matrix = turn @ matrix
+        return {"matrix": torch.from_numpy(matrix), "hole": torch.from_numpy(hole).float(),
+                "index": (key[1] if isinstance(key, tuple) else key) % len(self)}
+
+
+def reduce(image, limit):
+    """An image whose shorter side is longer than `limit`, reduced to that: the later warp does not average."""
+    factor = min(1, limit / min(image.shape[1:]))
+    return images.resize(image, tuple(max(1, round(n * factor)) for n in image.shape[1:]))
+
+
+def collate(samples):
+    """Stacks; images of several sizes are filled up with zeros at the right and at the bottom, which no view shows."""
+    height, width = (max(s["image"].shape[i] for s in samples) for i in (1, 2))
+    for s in samples:
+        _, h, w = s["image"].shape
+        if (h, w) != (height, width):
+            s["image"] = F.pad(s["image"], (0, width - w, 0, height - h))
+    return torch.utils.data.default_collate(samples)
+
+
+def see(batch, imgsz, scale, mean=(0.0,), std=(1.0,), *, turn=np.eye(3)):
+    """A batch of `collate` -> the net's input (B, C, imgsz, imgsz) float32, as its matrices and holes say, in one
+    resampling. Pixel values are divided by `scale`; then mean and std, one per band or one for all, are applied.
+    turn: a matrix after the batch's own, of test-time augmentation."""
+    pixels = batch["image"].float() / scale
+    x = geometry.warp(pixels, turn @ batch["matrix"].cpu().numpy(), (imgsz, imgsz))
+    line = torch.arange(imgsz, device=x.device) + 0.5
+    x1, y1, x2, y2 = batch["hole"].to(x.device).T[..., None]
+    inside = ((line > y1) & (line < y2))[:, None, :, None] & ((line > x1) & (line < x2))[:, None, None, :]
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (x.masked_fill_(inside, 0) - mean) / std

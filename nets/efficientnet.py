@@ -1,0 +1,196 @@
+"""EfficientNetV2 (Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training", arXiv 2104.00298).
+
+Tensor names are timm's. Published weights differ in how a convolution of stride 2 lies on its input, and an even side
+is the usual case:
+  padding="same"       TensorFlow's: one row and one column, below and right. timm's tf_efficientnetv2_*
+  padding="symmetric"  PyTorch's: on all four sides. torchvision's efficientnet_v2_*
+nets.pretrained.EXPECTS tells which one, and the mean and standard deviation of the images.
+"""
+import torch.nn.functional as F
+from torch import nn
+
+from nets.blocks import fuse_pair, init_fan_out, recompute, silu
+
+EPS = 1e-3  # of batch norm, as in TensorFlow's
+
+
+class SameConv(nn.Conv2d):
+    """3x3, stride 2, with TensorFlow's padding: an odd side gets 1 at both ends, an even side 1 at its end."""
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        if height % 2 and width % 2:
+            return super().forward(x)
+        x = F.pad(x, (width % 2, 1, height % 2, 1))
+        return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+
+def conv3x3(cin, cout, stride=1, *, groups=1, same=True):
+    kind = SameConv if same and stride == 2 else nn.Conv2d  # with stride 1 both paddings are one
+    return kind(cin, cout, 3, stride, padding=1, groups=groups, bias=False)
+
+
+def conv1x1(cin, cout):
+    return nn.Conv2d(cin, cout, 1, bias=False)
+
+
+def drop_path(x, rate):
+    """Stochastic depth (Huang et al. 2016): zeroes samples of (B, C, H, W), scales the others by 1 / (1 - rate)."""
+    keep = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - rate)
+    return x * keep.div_(1 - rate)
+
+
+class Block(nn.Module):
+    """A residual around `body` wherever the shape stays. `pairs`: (convolution, norm after it), by name."""
+
+    pairs = ()
+
+    def __init__(self, cin, cout, stride, drop):
+        super().__init__()
+        self.residual = stride == 1 and cin == cout
+        self.drop = drop
+
+    def forward(self, x):
+        y = self.body(x)
+        if not self.residual:
+            return y
+        return x + (drop_path(y, self.drop) if self.drop and self.training else y)
+
+    def fuse_(self):
+        fuse_pair(self, *self.pairs)
+
+
+class Plain(Block):
+    """3x3 alone (expansion 1), the only block with an activation before the sum."""
+
+    pairs = (("conv", "bn1"),)
+
+    def __init__(self, cin, cout, expansion, stride, drop, same):
+        super().__init__(cin, cout, stride, drop)
+        self.conv = conv3x3(cin, cout, stride, same=same)
+        self.bn1 = nn.BatchNorm2d(cout, EPS)
+
+    def body(self, x):
+        return silu(self.bn1(self.conv(x)))
+
+
+class Fused(Block):
+    """3x3 that expands -> 1x1: faster than Inverted where maps are large and channels few (section 3.2)."""
+
+    pairs = (("conv_exp", "bn1"), ("conv_pwl", "bn2"))
+
+    def __init__(self, cin, cout, expansion, stride, drop, same):
+        super().__init__(cin, cout, stride, drop)
+        self.conv_exp = conv3x3(cin, cin * expansion, stride, same=same)
+        self.bn1 = nn.BatchNorm2d(cin * expansion, EPS)
+        self.conv_pwl = conv1x1(cin * expansion, cout)
+        self.bn2 = nn.BatchNorm2d(cout, EPS)
+
+    def body(self, x):
+        return self.bn2(self.conv_pwl(silu(self.bn1(self.conv_exp(x)))))
+
+
+class SqueezeExcite(nn.Module):
+    """Every channel times a gate in (0, 1) that depends on the means of all channels (Hu et al. 2018)."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, width, 1)
+        self.conv_expand = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x):
+        return x * self.conv_expand(silu(self.conv_reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class Inverted(Block):
+    """1x1 that expands -> depthwise 3x3 -> squeeze and excite -> 1x1 (MobileNetV2's block, as MnasNet has it)."""
+
+    pairs = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+
+    def __init__(self, cin, cout, expansion, stride, drop, same):
+        super().__init__(cin, cout, stride, drop)
+        inner = cin * expansion
+        self.conv_pw = conv1x1(cin, inner)
+        self.bn1 = nn.BatchNorm2d(inner, EPS)
+        self.conv_dw = conv3x3(inner, inner, stride, groups=inner, same=same)
+        self.bn2 = nn.BatchNorm2d(inner, EPS)
+        self.se = SqueezeExcite(inner, cin // 4)
+        self.conv_pwl = conv1x1(inner, cout)
+        self.bn3 = nn.BatchNorm2d(cout, EPS)
+
+    def body(self, x):
+        x = silu(self.bn1(self.conv_pw(x)))
+        x = self.se(silu(self.bn2(self.conv_dw(x))))
+        return self.bn3(self.conv_pwl(x))
+
+
+# of every variant, stage by stage: block, expansion, stride (only M and L have the seventh)
+STAGES = ((Plain, 1, 1), (Fused, 4, 2), (Fused, 4, 2), (Inverted, 4, 2), (Inverted, 6, 1), (Inverted, 6, 2),
+          (Inverted, 6, 1))
+VARIANTS = {  # width of the stem, of the last 1x1, then (blocks, width) of the stages
+    "s": (24, 1280, (2, 24), (4, 48), (4, 64), (6, 128), (9, 160), (15, 256)),
+    "m": (24, 1280, (3, 24), (5, 48), (5, 80), (7, 160), (14, 176), (18, 304), (5, 512)),
+    "l": (32, 1280, (4, 32), (7, 64), (7, 96), (10, 192), (19, 224), (25, 384), (7, 640)),
+    "b0": (32, 1280, (1, 16), (2, 32), (2, 48), (3, 96), (5, 112), (8, 192)),
+    "b1": (32, 1280, (2, 16), (3, 32), (3, 48), (4, 96), (6, 112), (9, 192)),
+    "b2": (32, 1408, (2, 16), (3, 32), (3, 56), (4, 104), (6, 120), (10, 208)),
+    "b3": (40, 1536, (2, 16), (3, 40), (3, 56), (5, 112), (7, 136), (12, 232)),
+}
+
+
+class EfficientNetV2(nn.Module):
+    """`forward(x)`: (B, in_chans, H, W), any H and W -> (B, num_classes); num_classes=0: the pooled features.
+
+    `features(x)` -> five maps with `channels` (24, 48, 64, 160, 256 for S) at `strides` 2, 4, 8, 16, 32.
+    `num_classes=None` leaves out what `features` does not need, the last 1x1 convolution too: an encoder.
+    drop_rate: dropout before the classifier (the paper: S .2, M .3, L .4 on ImageNet). drop_path_rate: stochastic
+    depth, from 0 at the first block up to nearly this (.2). Raises KeyError for another variant, ValueError for another
+    padding.
+    """
+
+    def __init__(self, variant="s", in_chans=3, num_classes=1000, *, drop_rate=0.0, drop_path_rate=0.0,
+                 padding="same", grad_checkpoint=False):
+        super().__init__()
+        if padding not in ("same", "symmetric"):
+            raise ValueError(f"unknown padding {padding!r}; there are same, symmetric")
+        stem, head, *stages = VARIANTS[variant]
+        self.padding, self.drop_rate, self.grad_checkpoint = padding, drop_rate, grad_checkpoint
+        same, total = padding == "same", sum(blocks for blocks, _ in stages)
+        self.conv_stem = conv3x3(in_chans, stem, 2, same=same)
+        self.bn1 = nn.BatchNorm2d(stem, EPS)
+        self.blocks, cin, index = nn.Sequential(), stem, 0
+        self.channels, self.strides = [], [2]
+        for (kind, expansion, stride), (blocks, width) in zip(STAGES, stages):
+            if stride == 2:  # what came before is the last map of its resolution
+                self.channels.append(cin)
+                self.strides.append(2 * self.strides[-1])
+            stage = nn.Sequential()
+            for first in [True] + [False] * (blocks - 1):
+                stage.append(kind(cin, width, expansion, stride if first else 1, drop_path_rate * index / total, same))
+                cin, index = width, index + 1
+            self.blocks.append(stage)
+        self.channels.append(cin)
+        if num_classes is not None:
+            self.conv_head = conv1x1(cin, head)
+            self.bn2 = nn.BatchNorm2d(head, EPS)
+            self.classifier = nn.Linear(head, num_classes) if num_classes else nn.Identity()
+        init_fan_out(self)
+        if num_classes:
+            nn.init.uniform_(self.classifier.weight, -num_classes ** -0.5, num_classes ** -0.5)
+            nn.init.zeros_(self.classifier.bias)
+
+    def features(self, x):
+        x, maps = silu(self.bn1(self.conv_stem(x))), []
+        for stage, (_, _, stride) in zip(self.blocks, STAGES):
+            if stride == 2:
+                maps.append(x)
+            for block in stage:  # block by block: between them maps are narrow, inside up to six times as wide
+                x = recompute(block, x) if self.grad_checkpoint and self.training else block(x)
+        return maps + [x]
+
+    def forward(self, x):
+        x = silu(self.bn2(self.conv_head(self.features(x)[-1]))).mean((2, 3))
+        return self.classifier(F.dropout(x, self.drop_rate, self.training))
+
+    def fuse_(self):
+        fuse_pair(self, ("conv_stem", "bn1"), ("conv_head", "bn2"))

@@ -1,0 +1,104 @@
+"""RepVGG (Ding et al. 2021, "RepVGG: Making VGG-style ConvNets Great Again", arXiv 2101.03697).
+
+Three branches per block to train, one 3x3 convolution per block to predict: nets.blocks.fuse adds the branches up.
+Tensor names are timm's, so that its weights (repvgg_a0 ... repvgg_b3g4) load by name.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from nets.blocks import ConvNorm, init_fan_out, recompute, relu
+from nets.regnet import Head
+
+# blocks of the four stages after the stem's one (table 2 of the paper)
+A, B = (2, 4, 14, 1), (4, 6, 16, 1)
+VARIANTS = {  # blocks, widths of the stages, groups of every second convolution
+    "a0": (A, (48, 96, 192, 1280), 1),
+    "a1": (A, (64, 128, 256, 1280), 1),
+    "a2": (A, (96, 192, 384, 1408), 1),
+    "b0": (B, (64, 128, 256, 1280), 1),
+    "b1": (B, (128, 256, 512, 2048), 1),
+    "b1g4": (B, (128, 256, 512, 2048), 4),
+    "b2": (B, (160, 320, 640, 2560), 1),
+    "b2g4": (B, (160, 320, 640, 2560), 4),
+    "b3": (B, (192, 384, 768, 2560), 1),
+    "b3g4": (B, (192, 384, 768, 2560), 4),
+}
+
+
+class Block(nn.Module):
+    """3x3, 1x1 and, where the shape stays, identity, each with a norm of its own, summed -> ReLU."""
+
+    def __init__(self, cin, cout, stride=1, groups=1):
+        super().__init__()
+        self.identity = nn.BatchNorm2d(cout) if stride == 1 and cin == cout else None
+        self.conv_kxk = ConvNorm(cin, cout, 3, stride, groups, act=None)
+        self.conv_1x1 = ConvNorm(cin, cout, 1, stride, groups, act=None)
+        self.reparam_conv = None
+
+    def forward(self, x):
+        if self.reparam_conv is not None:
+            return relu(self.reparam_conv(x))
+        y = self.conv_kxk(x) + self.conv_1x1(x)
+        return relu(y if self.identity is None else y + self.identity(x))
+
+    def fuse_(self):
+        """The branches as one convolution: all are linear, and the smaller kernels are 3x3 kernels with zeros around.
+
+        The sum is taken in float64: branches may nearly cancel.
+        """
+        if self.reparam_conv is not None:
+            return
+        conv = self.conv_kxk.conv
+        branches = [(conv.weight, self.conv_kxk.bn), (F.pad(self.conv_1x1.conv.weight, (1, 1, 1, 1)), self.conv_1x1.bn)]
+        if self.identity is not None:
+            kernel = nn.init.dirac_(torch.empty_like(conv.weight), conv.groups)
+            branches.append((kernel, self.identity))
+        weight = bias = 0
+        for kernel, bn in branches:
+            w, b = fuse_conv_bn_weights(kernel.double(), None, bn.running_mean.double(), bn.running_var.double(),
+                                        bn.eps, bn.weight.double(), bn.bias.double())
+            weight, bias = weight + w, bias + b
+        fused = nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, padding=1, groups=conv.groups)
+        fused.weight, fused.bias = nn.Parameter(weight.to(conv.weight)), nn.Parameter(bias.to(conv.weight))
+        self.reparam_conv = fused
+        del self.identity, self.conv_kxk, self.conv_1x1
+
+
+class RepVGG(nn.Module):
+    """`forward(x)`: (B, in_chans, H, W), any H and W -> (B, num_classes); num_classes=0: the pooled last map.
+
+    `features(x)` -> five maps with `channels` (64, 96, 192, 384, 1408 for A2) at `strides` 2, 4, 8, 16, 32.
+    Raises KeyError for another variant.
+    """
+
+    def __init__(self, variant="a2", in_chans=3, num_classes=1000, *, grad_checkpoint=False):
+        super().__init__()
+        depths, widths, groups = VARIANTS[variant]
+        self.channels, self.strides = [min(64, widths[0])], [2]
+        self.grad_checkpoint = grad_checkpoint
+        self.stem = Block(in_chans, self.channels[0], 2)
+        self.stages = nn.Sequential()
+        for depth, width in zip(depths, widths):
+            stage = nn.Sequential(Block(self.channels[-1], width, 2))
+            for i in range(1, depth):
+                stage.append(Block(width, width, groups=groups if i % 2 else 1))
+            self.stages.append(stage)
+            self.channels.append(width)
+            self.strides.append(self.strides[-1] * 2)
+        init_fan_out(self)
+        self.head = Head(width, num_classes) if num_classes else None
+
+    def features(self, x):
+        maps = [self.stem(x)]
+        for stage in self.stages:
+            x = maps[-1]
+            for block in stage:
+                x = recompute(block, x) if self.grad_checkpoint and self.training else block(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x):
+        x = self.features(x)[-1]
+        return self.head(x) if self.head else x.mean((2, 3))

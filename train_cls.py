@@ -1,0 +1,190 @@
+"""Image classification, several classes an image or one: the EfficientNetV2 that won Dirty-MNIST, and beyond it.
+
+    python train_cls.py                                        # ./resources/dirty_mnist_2nd{_answer.csv,/*.png}
+    python train_cls.py --net efficientnetv2_m --weights timm:tf_efficientnetv2_m_in21k --bs 32 --accumulate 16
+    python train_cls.py --synthesize resources/mnist_data/train.csv     # images made on the fly, never the same twice
+    torchrun --nproc_per_node 4 train_cls.py --data photos --bands 1-3 --loss ce       # photos/train/CLASS/*.jpg
+"""
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import cls, dirty_mnist, folds, images
+from data.loader import eval_loader, train_loader
+from nets import backbones, pretrained
+from utils import dist, engine, losses, metrics, optim, pictures, report, runs
+from utils.args import band_list, loss_term, real, start, train_parser, whole
+from utils.errors import UserError, cli
+
+LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
+    "bce": lambda z, y, s: losses.bce(z, y, smoothing=s),
+    "focal": lambda z, y, s: losses.focal(z, y, smoothing=s),
+    "ce": lambda z, y, s: losses.cross_entropy(z, y.argmax(1), smoothing=s),
+}
+
+
+def parse_args():
+    parser = train_parser(__doc__.splitlines()[0], "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
+                          optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01)
+    add = parser.add_argument_group("classification").add_argument
+    add("--net", choices=backbones.NAMES, default="efficientnetv2_s")
+    add("--bands", type=band_list, help="such as 1 or 1-3; without: all of the first image")
+    add("--scale", type=real(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
+    add("--labels", metavar="CSV", help="table of answers; without: see data/cls.py")
+    add("--images", metavar="DIR", help="its images")
+    add("--synthesize", metavar="CSV", help="train on Dirty-MNIST images made on the fly from these letters")
+    add("--synthesize-count", type=whole(1, 10**9), default=50000, help="images of an epoch of --synthesize")
+    add("--subset", type=whole(2, 10**9), help="train on about so many samples, with the same share of every class")
+    add("--val-interval", type=real(1e-4, 1), default=1.0, help="validate every so many passes, each then shown as an "
+        "epoch")
+    add("--loss", type=loss_term(LOSSES), nargs="+", default=[("bce", 1.0)], metavar="NAME[=WEIGHT]",
+        help=f"sum of {', '.join(LOSSES)}")
+    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="pulls labels towards the middle")
+    add("--drop", type=real(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
+    add("--drop-path", type=real(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
+    add("--rot90", action=BooleanOptionalAction, default=True, help="random quarter turns")
+    add("--flip", type=real(0, 1), default=0.0, help="probability of each flip")
+    add("--degrees", type=real(0, 180), default=15.0, help="largest rotation")
+    add("--p-affine", type=real(0, 1), default=0.5, help="probability of a small shift, scale and rotation")
+    add("--cutout", type=real(0, 0.99), default=0.3, help="side of a blank square, share of the image; 0: none")
+    return start(parser)
+
+
+def main():
+    args, device, folder, resume = parse_args()
+    engine.seed_everything(args.seed, args.deterministic)
+
+    # ---- data ----
+    table = cls.read(args.data, table=args.labels, folder=args.images)
+    bands = args.bands or list(range(1, images.size(table.files[0])[0] + 1))
+    cls.check_bands(table.files, bands)
+    scale = args.scale or images.default_scale(images.read(table.files[0]).dtype)
+    train, val = split(args, folder, table)
+    options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
+    if args.synthesize:
+        source = dirty_mnist.Synthetic(args.synthesize, args.synthesize_count, seed=args.seed,
+                                       size=images.size(table.files[0])[1])
+    else:
+        source = cls.Images([table.files[i] for i in train], table.labels[train], **options)
+    train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
+                           cutout=args.cutout, p_affine=args.p_affine, p_cutout=0.5 if args.cutout else 0.0)
+    loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
+                          parts=round(1 / args.val_interval), collate=cls.collate)
+
+    # ---- net ----
+    arch = dict(name=args.net, in_chans=len(bands), num_classes=len(table.names))
+    drop = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    if args.net.startswith("efficientnetv2"):
+        drop = {name: default if drop[name] is None else drop[name]
+                for name, default in (("drop_rate", 0.5), ("drop_path_rate", 0.2))}
+    elif args.drop is not None or args.drop_path is not None:
+        raise UserError(f"--drop, --drop-path: {args.net} has neither; leave them out, or take an EfficientNetV2")
+    else:
+        drop = {}
+    model = backbones.make(**arch, **drop, grad_checkpoint=args.grad_checkpoint)
+    if args.weights and not resume:
+        load_weights(model, args.weights)
+    model = model.to(device, memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = dist.sync_batch_norm(model, device)
+
+    # ---- loss ----
+    norm = pretrained.normalisation(args.weights, len(bands))
+
+    def inputs(batch):
+        return cls.see(batch, args.imgsz, scale, *norm)
+
+    def compute_loss(model, batch):
+        logits = model(inputs(batch))
+        parts = {name: LOSSES[name](logits, batch["label"], args.label_smoothing) for name, _ in args.loss}
+        return sum(weight * parts[name] for name, weight in args.loss), parts if len(parts) > 1 else {}
+
+    # ---- validation ----
+    if val:
+        val_data = cls.Views(cls.Images([table.files[i] for i in val], table.labels[val], **options), args.imgsz)
+        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), workers=args.workers, device=device,
+                                 collate=cls.collate)
+
+    def judge(model):
+        metric = metrics.Labels(len(table.names), exclusive=table.exclusive)
+        for batch in val_loader:
+            batch = engine.to_device(batch, device)
+            logits = model(inputs(batch)).float()
+            metric.update(logits.softmax(1) if table.exclusive else logits.sigmoid(), batch["label"])
+        return metric.reduce()
+
+    # ---- training ----
+    if dist.rank() == 0:
+        params = sum(p.numel() for p in model.parameters())
+        print(f"{len(train_data)} images to train, {len(val)} to validate; {len(table.names)} classes; {params:,} "
+              f"parameters; {device}")
+        batch = cls.collate([train_data[0, i] for i in range(16)])
+        shown = [pictures.to_rgb(image) for image in cls.see(batch, args.imgsz, scale)]
+        pictures.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
+    steps = -(-len(loader) // args.accumulate)
+    epochs = round(args.epochs / args.val_interval)
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay), lr=args.lr,
+                                     momentum=args.momentum, eps=1e-6)
+    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, period=args.period,
+                                   warmup_epochs=args.warmup_epochs / args.val_interval, floor=args.lr_floor)
+    ema = optim.make_ema(model, steps * epochs) if args.ema else None
+    header = {"task": "cls", "arch": {"name": "backbones.make", "kwargs": arch}, "classes": table.names,
+              "exclusive": table.exclusive, "bands": bands, "scale": scale, "norm": norm, "imgsz": args.imgsz,
+              "args": vars(args)}
+    boards = report.make_boards(folder, tensorboard=args.tensorboard and dist.rank() == 0,
+                                wandb=args.wandb and dist.rank() == 0, config=vars(args))
+    state = engine.fit(model, loader, optimizer, schedule, compute_loss,
+                       (lambda model: judge(model).compute()) if val else None, folder=folder, header=header,
+                       epochs=epochs, device=device, resume=resume, accumulate=args.accumulate, clip=args.clip,
+                       amp=args.amp, ema=ema, compile=args.compile, seed=args.seed, patience=args.patience,
+                       save_period=args.save_period, boards=boards)
+    boards.close()
+    if val:
+        final(state, judge, table.names, folder, device, args.amp)
+
+
+def split(args, folder, table):
+    """Indices to train and to validate on; writes the run's folds.json, from which a resumed run reads it."""
+    names, written = [str(path) for path in table.files], folder / "folds.json"
+    sizes = written if written.exists() else folds.parse(args.folds)
+    if sizes is None:
+        train, val = list(range(len(names))), []
+    else:
+        fold_of = folds.read(sizes, names) if isinstance(sizes, Path) else \
+            folds.assign(names, sizes, strata=cls.strata(table.labels))
+        if dist.rank() == 0:
+            runs.write_json(written, fold_of)
+        held_out = set(folds.split(fold_of, args.fold)[1])
+        train, val = ([i for i, name in enumerate(names) if (name in held_out) == out] for out in (False, True))
+    if args.subset and args.subset < len(train):
+        chosen = cls.subset(table.labels[train], args.subset, seed=args.seed)
+        smaller = [train[i] for i in chosen]
+        change = table.labels[smaller].mean(0) - table.labels[train].mean(0)
+        if dist.rank() == 0:
+            print(f"subset of {len(smaller)}: the classes' shares change by at most {np.abs(change).max():.4f}")
+        train = smaller
+    return train, val
+
+
+def load_weights(model, path_or_name):
+    try:
+        print(pretrained.describe(pretrained.load(model, path_or_name)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--weights {error}") from None
+
+
+def final(state, judge, names, folder, device, amp):
+    """The run's last weights, class by class: results.json."""
+    model = state.ema.module if state.ema else state.model
+    with torch.inference_mode(), engine.autocast(device, engine.precision(amp, device)):
+        metric = judge(model.eval())
+    if dist.rank() == 0:
+        scores, classes = metric.compute(), metric.per_class()
+        runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
+        print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+
+
+if __name__ == "__main__":
+    cli(main)
