@@ -20,11 +20,11 @@ from data import augment, det, folds, images, labels
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import anchors, boxes, checkpoint, dist, engine, losses_det, metrics, optim, pictures_det, report, runs
+from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures_det, report, runs
 from utils.args import band_list, real, start, train_parser, whole
 from utils.errors import UserError, cli
 
-GAINS = {  # weights of the loss's parts
+GAINS = {  # per head: weights of the loss's parts
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
     "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
 }
@@ -37,9 +37,9 @@ PRESETS = {
         head="anchor", optimizer="sgd", lr=0.01, lr_floor=0.01, schedule="linear", momentum=0.937, weight_decay=5e-4,
         warmup_epochs=3.0, warmup_bias_lr=0.1, warmup_momentum=0.8),
     "finetune": COMMON | dict(
-        head="anchor", optimizer="sgd", lr=0.0032, lr_floor=0.12, schedule="linear", momentum=0.843, weight_decay=3.6e-4,
-        warmup_epochs=2.0, warmup_bias_lr=0.05, warmup_momentum=0.5, box=0.0296, dfl=1.5, obj=0.301, obj_pw=0.911,
-        cls=0.243, cls_pw=0.631, anchor_threshold=2.91, hsv=[0.0, 0.0, 0.4], scale=0.9),
+        head="anchor", optimizer="sgd", lr=0.0032, lr_floor=0.12, schedule="linear", momentum=0.843,
+        weight_decay=3.6e-4, warmup_epochs=2.0, warmup_bias_lr=0.05, warmup_momentum=0.5, box=0.0296, obj=0.301,
+        obj_pw=0.911, cls=0.243, cls_pw=0.631, anchor_threshold=2.91, hsv=[0.0, 0.0, 0.4], scale=0.9),
 }
 
 
@@ -47,8 +47,8 @@ def parse_args():
     parser = train_parser(__doc__.splitlines()[0], "det", data="DATA", epochs=50, bs=16, imgsz=640, folds=None)
     add = parser.add_argument_group("detection").add_argument
     add("--preset", choices=PRESETS, default="default", help="recipe: ours, or a stage of the competition's")
-    add("--stages", type=stage_list, metavar="N,N", help="epochs of scratch-low, then of finetune from its last weights, "
-        "as two runs")
+    add("--stages", type=stage_list, metavar="N,N",
+        help="epochs of scratch-low, then of finetune from its last weights, as two runs")
     add("--variant", choices=VARIANTS, default="s", help="of the net; those with a 6 are for --imgsz 1280")
     add("--head", choices=("free", "anchor"), help="free: anchor-free, decoupled; anchor: YOLOv5's own")
     add("--bands", type=band_list, help="such as 1-3 or 5,3,2; without: all")
@@ -57,7 +57,8 @@ def parse_args():
     add("--epoch-parts", type=whole(1, 10**6), default=1, help="an epoch is one of so many parts of the data")
     add("--image-weights", action="store_true", help="images with rare classes come more often")
     add("--multi-scale", type=real(0, 0.9), default=0.0, help="batches at 1 - F to 1 + F times --imgsz")
-    add("--autoanchor", action=BooleanOptionalAction, default=True, help="new anchors where the net's do not fit the data")
+    add("--autoanchor", action=BooleanOptionalAction, default=True,
+        help="new anchors where the net's do not fit the data")
     add = parser.add_argument_group("augmentation").add_argument
     add("--mosaic", type=real(0, 1), default=1.0, help="probability")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
@@ -82,13 +83,20 @@ def parse_args():
     add("--warmup-bias-lr", type=real(0, 10), help="learning rate of the biases at the start")
     add("--warmup-momentum", type=real(0, 0.9999), help="momentum at the start")
     known, _ = parser.parse_known_args()
-    preset = PRESETS["scratch-low" if known.stages else known.preset]
-    free = (known.head or preset["head"]) == "free"  # the competition's gains are the anchor head's
-    parser.set_defaults(**GAINS["anchor"] | preset | (GAINS["free"] if free else {}))
+    parser.set_defaults(**recipe("scratch-low" if known.stages else known.preset, known.head))
     return start(parser)
 
 
+def recipe(preset, head=None):
+    """The values of a preset, for its own head or for another one: {flag: value}."""
+    values = PRESETS[preset] | ({"head": head} if head else {})
+    if values["head"] == "free":
+        return values | GAINS["free"]  # the competition's own gains are the anchor head's
+    return GAINS["anchor"] | values
+
+
 def stage_list(text):
+    """argparse type: "50,15" -> [50, 15]."""
     try:
         first, second = map(whole(1, 10**6), text.split(","))
     except ValueError:
@@ -98,37 +106,39 @@ def stage_list(text):
 
 def main():
     args, device, folder, resume = parse_args()
-    both = args.stages and not (resume and args.preset == "finetune")  # else the second one goes on
+    both = args.stages and not (resume and args.preset == "finetune")  # else it is the second stage that goes on
     if both:
         args.preset, args.epochs = "scratch-low", args.stages[0]
-    train(args, device, folder, resume)
+    experiment(args, device, folder, resume)
     if both:
-        first = GAINS["anchor"] | PRESETS["scratch-low"]  # what differs from it was asked for, and stays
-        changed = {k: v for k, v in PRESETS["finetune"].items() if vars(args)[k] == first[k]}
+        first, second = recipe("scratch-low", args.head), recipe("finetune", args.head)
+        # a flag that differs from the first stage's recipe was asked for, and stays
+        changed = {k: v for k, v in second.items() if vars(args)[k] == first[k]}
         changed |= {"preset": "finetune", "epochs": args.stages[1], "image_weights": False,
                     "weights": str(folder / "last.pt")}
         folder = Path(dist.broadcast(str(dist.rank() == 0 and runs.create(folder.parent, f"{folder.name}-finetune"))))
-        train(argparse.Namespace(**vars(args) | changed), device, folder, None)
+        experiment(argparse.Namespace(**vars(args) | changed), device, folder, None)
 
 
-def train(args, device, folder, resume):
+def experiment(args, device, folder, resume):
+    """One run, from the labels to the last epoch's results; the competition's two stages are two of them."""
     engine.seed_everything(args.seed, args.deterministic)
     if dist.rank() == 0:
-        runs.write_json(folder / "args.json", vars(args))  # a stage's own
+        runs.write_json(folder / "args.json", vars(args))  # of a second stage, what has changed too
 
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
     train, val = split(args, folder, data)
-    bands = args.bands or list(range(1, images.size(data.files[0])[0] + 1))
+    bands = args.bands or all_bands(data.files[0])
     scale = args.band_scale or images.default_scale(images.read(data.files[train[0]]).dtype)
-    names, kwargs = data.names, dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
+    names, reading = data.names, dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
     train_data = det.DetData(*pick(data, train), seed=args.seed, mosaic=args.mosaic, grid=args.grid, mixup=args.mixup,
                              close_mosaic=args.epochs - args.close_mosaic, hsv=args.hsv, degrees=args.degrees,
                              translate=args.translate, scale=args.scale, shear=args.shear, flip_ud=args.flip_ud,
-                             flip_lr=args.flip_lr, **kwargs)
-    weights = class_balance([data.classes[i] for i in train], len(names)) if args.image_weights else None
+                             flip_lr=args.flip_lr, **reading)
+    image_weights = class_balance([data.classes[i] for i in train], len(names)) if args.image_weights else None
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=args.epoch_parts, weights=weights, collate=det.collate)
+                          parts=args.epoch_parts, weights=image_weights, collate=det.collate)
 
     # ---- net ----
     arch = dict(variant=args.variant, num_classes=len(names), in_chans=len(bands), head=args.head)
@@ -148,7 +158,7 @@ def train(args, device, folder, resume):
     head = model.head
 
     # ---- loss ----
-    def inputs(batch):
+    def inputs(batch):  # -> (B, C, H, W) float32, 0..1
         if "colour" in batch:
             return augment.recolour(batch["image"], batch["colour"], scale)
         return batch["image"].float() / scale
@@ -162,32 +172,34 @@ def train(args, device, folder, resume):
             targets = torch.cat((targets[:, :2], targets[:, 2:] * (side / args.imgsz)), 1)
         maps = model(x)
         if args.head == "free":
-            loss, parts = losses_det.free_loss(maps, targets, head.strides, BINS, box=args.box, dfl=args.dfl, cls=args.cls)
+            loss, parts = losses_det.free_loss(maps, targets, head.strides, BINS,
+                                               box=args.box, dfl=args.dfl, cls=args.cls)
         else:
-            levels = 3 / len(maps)  # the weights are for 3 levels, 80 classes and 640 pixels
+            levels = 3 / len(maps)  # the gains are for 3 levels, 80 classes and 640 pixels
             loss, parts = losses_det.anchor_loss(
                 maps, targets, head.anchors, head.strides, threshold=args.anchor_threshold, box=args.box * levels,
                 obj=args.obj * (args.imgsz / 640) ** 2 * levels, cls=args.cls * len(names) / 80 * levels,
                 obj_pw=args.obj_pw, cls_pw=args.cls_pw, smoothing=args.label_smoothing, gamma=args.focal_gamma)
-        return loss * args.bs * args.accumulate, parts  # a sum over images: learning rates are for that
+        # the loss of a step is a sum over its images: the learning rates are for that
+        return loss * args.bs * args.accumulate, parts
 
     # ---- validation ----
     if val:
         shapes = [det.rect(data.sizes[i], args.imgsz, model.stride) for i in val]
-        val_data = det.DetData(*pick(data, val), shapes=shapes, **kwargs)
+        val_data = det.DetData(*pick(data, val), shapes=shapes, **reading)
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=shapes, workers=args.workers,
                                  device=device, collate=det.collate)
 
-    def judge(model):
+    def judge(model):  # boxes are compared in pixels of the files
         metric = metrics.DetectionAP(len(names))
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
             x = inputs(batch)
             found = boxes.nms(model(x), conf=0.001, iou=0.65, max_det=300)
-            truths = [batch["boxes"][batch["boxes"][:, 0] == k, 1:].roll(-1, 1) for k in range(len(x))]
+            truths = det.truths(batch)
             metric.update([det.restore(rows, m) for rows, m in zip(found, batch["matrix"])], truths)
             if i == 0 and dist.rank() == 0:
-                seen = [det.move(t, m) for t, m in zip(truths, batch["matrix"])]
+                seen = [det.move(rows, m) for rows, m in zip(truths, batch["matrix"])]
                 pictures_det.detection_sheet(folder / "val.png", x, seen, found, names=names)
         return metric.reduce()
 
@@ -198,22 +210,25 @@ def train(args, device, folder, resume):
     # ---- training ----
     if dist.rank() == 0:
         params = sum(p.numel() for p in model.parameters())
-        print(f"{len(train)} images with {sum(len(data.boxes[i]) for i in train)} boxes to train, {len(val)} to validate; "
-              f"{len(names)} classes; {params:,} parameters; {device}")
+        print(f"{len(train)} images with {sum(len(data.boxes[i]) for i in train)} boxes to train, "
+              f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
-        truths = [batch["boxes"][batch["boxes"][:, 0] == k, 1:].roll(-1, 1) for k in range(len(batch["image"]))]
-        pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), truths, names=names)
+        pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.truths(batch), names=names)
         pictures_det.label_statistics(folder / "labels.png", [data.boxes[i] for i in train],
                                       [data.classes[i] for i in train], [data.sizes[i] for i in train], names)
-    steps = -(-len(loader) // args.accumulate)
+    steps = -(-len(loader) // args.accumulate)  # of the optimizer, per epoch
+    # sgd follows a sum over images, and its decay is for 64 of them; adamw's does not depend on their number
     decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay), lr=args.lr, momentum=args.momentum)
-    optim.warm_up(optimizer, round(args.warmup_epochs * steps), bias_lr=args.warmup_bias_lr, momentum=args.warmup_momentum)
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay), lr=args.lr,
+                                     momentum=args.momentum)
+    optim.warm_up(optimizer, round(args.warmup_epochs * steps), bias_lr=args.warmup_bias_lr,
+                  momentum=args.warmup_momentum)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=args.epochs, period=args.period,
                                    warmup_epochs=args.warmup_epochs, floor=args.lr_floor)
     ema = optim.make_ema(model, steps * args.epochs) if args.ema else None
     header = {"task": "det", "arch": {"name": "YOLOv5", "kwargs": arch}, "classes": names,
-              "category_ids": data.category_ids, "bands": bands, "scale": scale, "imgsz": args.imgsz, "args": vars(args)}
+              "category_ids": data.category_ids, "bands": bands, "scale": scale, "imgsz": args.imgsz,
+              "args": vars(args)}
     boards = report.make_boards(folder, tensorboard=args.tensorboard and dist.rank() == 0,
                                 wandb=args.wandb and dist.rank() == 0, config=vars(args))
     state = engine.fit(model, loader, optimizer, schedule, compute_loss, evaluate if val else None, folder=folder,
@@ -226,8 +241,8 @@ def train(args, device, folder, resume):
 
 
 def split(args, folder, data):
-    """Indices to train and to validate on; the split is written to the run's folds.json and read from there by a resumed
-    run. Without --folds: the data's own validation images, else a fifth."""
+    """Indices of the images to train and to validate on. Without --folds: the data's own validation images, else a
+    fifth. The split is written to the run's folds.json, from which a resumed run reads it."""
     written = folder / "folds.json"
     root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
     names = [os.path.relpath(path, root) for path in data.files]
@@ -250,12 +265,19 @@ def split(args, folder, data):
             [i for i, name in enumerate(names) if name in held_out])
 
 
+def all_bands(file):
+    """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK (see det.read)."""
+    return [1, 2, 3] if images.kind(file) == "JPEG" else list(range(1, images.size(file)[0] + 1))
+
+
 def pick(data, indices):
+    """-> the files, boxes, classes and sizes of some images, as DetData takes them."""
     return [[column[i] for i in indices] for column in (data.files, data.boxes, data.classes, data.sizes)]
 
 
 def class_balance(classes, count):
-    """A weight per image: the sum over its boxes of 1 / (number of boxes of that class). Every class is seen as often."""
+    """How often each image is to come: classes, an (n,) array per image -> (images,), the sum over an image's boxes
+    of 1 / (number of boxes of that class in all images). So all classes weigh the same in total."""
     frequency = np.bincount(np.concatenate(classes), minlength=count)
     weights = np.array([(1 / frequency[c]).sum() for c in classes])
     return weights + min(weights[weights > 0], default=1) / 10  # images without boxes come too
@@ -266,7 +288,8 @@ def fit_anchors(head, args, data, train):
     strides = torch.tensor(head.strides)[:, None, None]
     pixels = (head.anchors * strides).numpy()
     if args.autoanchor:
-        wh = np.concatenate([(data.boxes[i][:, 2:] - data.boxes[i][:, :2]) * args.imgsz / max(data.sizes[i]) for i in train])
+        wh = np.concatenate([(data.boxes[i][:, 2:] - data.boxes[i][:, :2]) * args.imgsz / max(data.sizes[i])
+                             for i in train])
         pixels, line = anchors.auto(wh, pixels, threshold=args.anchor_threshold, seed=args.seed)
         head.anchors.copy_(torch.as_tensor(pixels) / strides)
         if dist.rank() == 0:
@@ -291,10 +314,9 @@ def final(state, judge, names, folder, device, amp):
     if dist.rank() > 0:
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
-    known = [{k: None if v != v else v for k, v in values.items()}  # JSON has no NaN
-             for values in (scores, {"score threshold": threshold, "f1": f1}, *classes)]
-    runs.write_json(folder / "results.json", {"last": known[0], "best F1": known[1],
-                                              "classes": dict(zip(names, known[2:]))})
+    last, best, *per_class = [{k: None if v != v else v for k, v in values.items()}  # JSON has no NaN
+                              for values in (scores, {"score threshold": threshold, "f1": f1}, *classes)]
+    runs.write_json(folder / "results.json", {"last": last, "best F1": best, "classes": dict(zip(names, per_class))})
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

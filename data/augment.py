@@ -32,10 +32,11 @@ def gain(rng, bands, spread):
 # ---- detection ----
 
 def affine(rng, canvas, size, *, degrees=0.0, translate=0.1, scale=0.5, shear=0.0, flip_ud=0.0, flip_lr=0.5):
-    """A random view of a canvas x canvas picture, size x size, centred but for `translate` of the size.
+    """A random view of a canvas x canvas picture -> the matrix from it to size x size pixels.
 
-    degrees, shear: largest angle either way. scale: of the picture, 1 - scale to 1 + scale. flip_ud, flip_lr:
-    probabilities. -> matrix
+    degrees, shear: largest angle either way, in degrees, about the picture's middle. scale: it is zoomed by 1 - scale
+    to 1 + scale. translate: its middle is at most so far, as a share of size, from the view's. flip_ud, flip_lr:
+    probabilities.
     """
     matrix = geometry.translate(-canvas / 2, -canvas / 2)
     zoom, angle = 1 + rng.uniform(-scale, scale), rng.uniform(-degrees, degrees)
@@ -50,26 +51,29 @@ def affine(rng, canvas, size, *, degrees=0.0, translate=0.1, scale=0.5, shear=0.
 
 
 def layout(rng, sizes, imgsz):
-    """Where 1, 4 or 9 pictures go on one canvas, each with its long side scaled to imgsz: mosaics.
+    """Where 1, 4 or 9 pictures go on one square canvas, each with its long side scaled to imgsz: mosaics.
 
-    sizes: [(height, width)]. -> side of the canvas, [(matrix, cell x1, y1, x2, y2)]. One picture fills the canvas. Four
-    meet in a point (Bochkovskiy et al. 2020) that lies in the canvas's middle half. Nine surround the first of them.
+    sizes: [(height, width)], pixels. -> side of the canvas (imgsz times 1, 2 or 3), and per picture (matrix onto the
+    canvas, cell (x1, y1, x2, y2) beyond which it must not be drawn). One picture lies in the middle. Four meet in a
+    point (Bochkovskiy et al. 2020) within the canvas's middle half. Of nine, eight surround the first, which keeps its
+    whole size.
     """
     scaled = [(w * imgsz / max(h, w), h * imgsz / max(h, w)) for h, w in sizes]
     side = {1: 1, 4: 2, 9: 3}[len(sizes)] * imgsz
     if len(sizes) == 1:
-        cuts = [[0, side]] * 2
+        cuts = [[0, side]] * 2  # across, down: where the cells' borders are
     elif len(sizes) == 4:
         cuts = [[0, cut, side] for cut in rng.uniform(side / 4, side * 3 / 4, 2)]
     else:
         cuts = [[0, middle - own / 2, middle + own / 2, side]
                 for middle, own in zip(side / 2 + rng.uniform(-imgsz / 2, imgsz / 2, 2), scaled[0])]
-    order = [4, 0, 1, 2, 3, 5, 6, 7, 8] if len(sizes) == 9 else range(len(sizes))
+    order = [4, 0, 1, 2, 3, 5, 6, 7, 8] if len(sizes) == 9 else range(len(sizes))  # cells, row by row
     placed = []
     for (h, w), own, place in zip(sizes, scaled, order):
         across = len(cuts[0]) - 1
         cell = [(axis[k], axis[k + 1]) for axis, k in zip(cuts, (place % across, place // across))]
-        start = [first if first > 0 and last == side else  # towards the middle, or in the middle
+        # the outer cells' pictures lie towards the middle, as far as they go; those between two cuts are centred
+        start = [first if first > 0 and last == side else
                  last - length if first == 0 and last < side else (first + last - length) / 2
                  for (first, last), length in zip(cell, own)]
         matrix = geometry.translate(*start) @ geometry.scale(own[0] / w, own[1] / h)
@@ -78,7 +82,8 @@ def layout(rng, sizes, imgsz):
 
 
 def letterbox(height, width, imgsz, shape):
-    """The matrix that scales the long side to imgsz, in whole pixels, and centres the picture on a canvas `shape`."""
+    """The matrix that scales a height x width picture's long side to imgsz, both sides to whole pixels, and centres it
+    on a canvas of `shape` (height, width)."""
     factor = imgsz / max(height, width)
     h, w = max(1, round(height * factor)), max(1, round(width * factor))
     return geometry.translate((shape[1] - w) // 2, (shape[0] - h) // 2) @ geometry.scale(w / width, h / height)
@@ -87,15 +92,16 @@ def letterbox(height, width, imgsz, shape):
 def visible(before, after):
     """Which boxes are still worth learning: before (n, 4) as moved, after (n, 4) clipped to what is seen.
 
-    Sides above 2 pixels, a tenth of the area still there, no side a hundred times the other.
+    Sides above 2 pixels, a tenth of the area still there, no side a hundred times the other. -> bool (n,)
     """
     size, whole = after[:, 2:] - after[:, :2], before[:, 2:] - before[:, :2]
-    return ((size > 2).all(1) & (size.prod(1) > 0.1 * whole.prod(1)) & (size.max(1) < 100 * size.min(1)))
+    return (size > 2).all(1) & (size.prod(1) > 0.1 * whole.prod(1)) & (size.max(1) < 100 * size.min(1))
 
 
 def colour(rng, bands, hue, saturation, value):
-    """A random matrix (bands, bands) on the bands of a picture, float32: brighter or darker by up to `value`; for RGB
-    also more or less saturated, and its hues turned by up to `hue` of the circle."""
+    """A random float32 matrix (bands, bands) on the bands of a picture: brighter or darker by a factor 1 - value to
+    1 + value; three bands are taken for RGB and also get a saturation times 1 - saturation to 1 + saturation, and hues
+    turned by up to `hue` of the circle."""
     turn, saturate, gain = rng.uniform(-1, 1, 3) * (hue, saturation, value) + (0, 1, 1)
     if bands != 3:
         return np.eye(bands, dtype=np.float32) * np.float32(gain)
@@ -107,11 +113,12 @@ def colour(rng, bands, hue, saturation, value):
 
 
 def recolour(images, matrices, scale=1.0):
-    """images (B, C, H, W), which divided by `scale` are 0..1, and matrices (B, C, C) of `colour` -> the same, clipped,
-    float32 0..1."""
+    """images (B, C, H, W), any dtype, 0..scale; matrices (B, C, C) of `colour` -> the recoloured images, float32,
+    clipped to 0..1."""
     mixed = torch.empty(images.shape, device=images.device)
     matrices = matrices.to(mixed) / scale
-    for image, matrix, out in zip(images, matrices, mixed.flatten(2)):  # new memory costs CPUs more than the sums
+    # image by image, into memory that is there: new memory costs CPUs more than the sums
+    for image, matrix, out in zip(images, matrices, mixed.flatten(2)):
         torch.mm(matrix, image.contiguous().float().flatten(1), out=out)
     return mixed.clamp_(0, 1)
 

@@ -3,7 +3,8 @@ import math
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+import torch.nn.functional as F
+from torch.utils.data import Dataset, default_collate
 
 from data import augment, images
 from data.cache import Cache
@@ -13,9 +14,10 @@ GREY = 114  # of 255, around the images
 
 
 def rect(size, imgsz, stride, pad=0.5):
-    """(height, width) of an image -> the smallest canvas, in multiples of the stride, for its long side at imgsz.
+    """size (height, width) of an image -> (height, width) of the smallest canvas for its long side at imgsz pixels, in
+    multiples of the stride.
 
-    pad: strides of border that it has at least, both sides together: objects at the edge get some surroundings.
+    pad: least border, in strides, both sides together: objects at the edge get some surroundings.
     """
     return tuple(int(np.ceil(side * imgsz / max(size) / stride + pad)) * stride for side in size)
 
@@ -27,7 +29,7 @@ def read(path, bands=None, **options):
     if images.kind(path) == "JPEG":
         image = images.read(path, **options)  # whole: to pick bands would be to copy them
         if len(image) == 4:
-            ink = image.int()
+            ink = image.int()  # 255 is none
             image = (ink[:3] * ink[3] // 255).to(torch.uint8)
     else:
         image = images.read(path, [1] if images.size(path)[0] == 1 else bands, **options)
@@ -35,48 +37,53 @@ def read(path, bands=None, **options):
 
 
 def reduced(size, limit):
-    """(height, width), with the long side at most `limit`."""
+    """size (height, width) -> the same shape with the long side at most `limit`."""
     factor = min(1, limit / max(size))
     return tuple(max(1, round(side * factor)) for side in size)
 
 
 def read_small(path, bands, size):
-    """`read`, then resized (size None: as it is) -> (H, W, C), bands last: fast to resize once more."""
+    """`read`, then resized to `size` (None: not) -> (H, W, C) in memory, from which it is fast to resize once more."""
     image = read(path, bands).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return (images.resize(image, size) if size else image).permute(1, 2, 0).contiguous()
 
 
 class DetData(Dataset):
     """`data[(epoch, index)]` -> an augmented picture imgsz x imgsz, which depends on (seed, epoch, index) only:
-        {"image": (H, W, C) in the file's dtype, "boxes": float32 (n, 5) of class, x1, y1, x2, y2 in its pixels,
-        "colour": (C, C) matrix still to be applied, "index": int}
+        {"image": (H, W, C) in the file's numbers, uint8 or float32,
+         "boxes": float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the picture,
+         "colour": float32 (C, C), still to be applied by augment.recolour, "index": int}
     `data[index]` -> the whole image, letterboxed:
-        the same with "matrix": float64 (3, 3), from pixels of the file to these; boxes stay in pixels of the file.
+        {"image", "index": as above, "boxes": float32 (n, 5) in pixels of the file,
+         "matrix": float64 (3, 3), from pixels of the file to pixels of the picture}
 
-    files, boxes, classes, sizes: of data.labels; larger images are reduced to what is needed as they are read (and kept, by
-    `cache`); without sizes they are not. shapes: canvas (height, width) of each letterboxed image, see `rect`; without:
-    imgsz x imgsz. mosaic, mixup: probabilities; grid: 4 or 9 images in a mosaic; close_mosaic: epoch from which on there
-    are neither. hsv: see augment.colour. The rest: see augment.affine.
+    files, boxes, classes, sizes: lists of data.labels.Labels. With sizes, larger images are reduced to what can be
+    seen of them as they are read, and kept so by `cache` ("ram" or "disk"). bands: from 1; None: all. shapes: canvas
+    (height, width) of each letterboxed image, see `rect`; None: imgsz x imgsz. mosaic, mixup: probabilities, mixup of
+    a mosaic with a second one; grid: 4 or 9 images in a mosaic; close_mosaic: epoch, from 0, from which on there are
+    neither. hsv: see augment.colour. The rest: see augment.affine.
     """
 
     def __init__(self, files, boxes, classes, sizes=None, *, bands=None, imgsz=640, shapes=None, seed=0, cache=None,
                  mosaic=1.0, grid=4, mixup=0.0, close_mosaic=None, hsv=(0.015, 0.7, 0.4), **affine):
         self.files, self.imgsz, self.shapes, self.seed = files, imgsz, shapes, seed
         self.labels = [np.concatenate((c[:, None], b), 1).astype(np.float32) for b, c in zip(boxes, classes)]
-        limit = imgsz if shapes else math.ceil(imgsz * (1 + affine.get("scale", 0.5)))  # no view shows more
-        small = {file: reduced(size, limit) for file, size in zip(files, sizes or ())}
-        self.shrink = [(small[file][1] / w, small[file][0] / h) for file, (h, w) in zip(files, sizes or ())] or \
-            [(1.0, 1.0)] * len(files)
         self.mosaic, self.grid, self.mixup, self.hsv, self.affine = mosaic, grid, mixup, hsv, affine
         self.close_mosaic = np.inf if close_mosaic is None else close_mosaic
+        limit = imgsz if shapes else math.ceil(imgsz * (1 + affine.get("scale", 0.5)))  # no view shows more
+        small, self.shrink = {}, [np.eye(3)] * len(files)  # matrices from pixels of the file to those of what is read
+        if sizes:
+            small = {file: reduced(size, limit) for file, size in zip(files, sizes)}
+            self.shrink = [scale(small[file][1] / w, small[file][0] / h) for file, (h, w) in zip(files, sizes)]
         self.read = lambda path: read_small(path, bands, small.get(path))
-        self.cache = Cache(files, self.read, cache, variant=("bands last", bands, limit, bool(sizes))) if cache else None
+        variant = ("bands last", bands, limit, bool(sizes))
+        self.cache = Cache(files, self.read, cache, variant=variant) if cache else None
 
     def __len__(self):
         return len(self.files)
 
     def load(self, i):
-        """-> (C, H, W), bands last in memory."""
+        """-> (C, H, W), uint8 or float32, bands last in memory."""
         pixels = self.cache[i] if self.cache else self.read(self.files[i])
         return (pixels if pixels.dtype == torch.uint8 else pixels.float()).permute(2, 0, 1)
 
@@ -91,28 +98,32 @@ class DetData(Dataset):
             other, more = self.scene(rng, rng.integers(len(self)), mosaic)
             share = rng.beta(32, 32)
             mixed = image.float() * share + other.float() * (1 - share)
-            image, boxes = (mixed.round() if image.dtype == torch.uint8 else mixed).to(image.dtype), np.concatenate((boxes, more))
+            image = mixed.round().to(torch.uint8) if image.dtype == torch.uint8 else mixed
+            boxes = np.concatenate((boxes, more))
         colour = torch.from_numpy(augment.colour(rng, len(image), *self.hsv))
         return {"image": image.permute(1, 2, 0), "boxes": torch.from_numpy(boxes), "colour": colour,
                 "index": index % len(self)}
 
     def scene(self, rng, i, mosaic):
-        """One image, or a mosaic of it with others, under one random affine matrix -> picture (C, H, W), boxes (n, 5)."""
+        """Image i, or a mosaic of it with others, under one random affine matrix -> picture (C, H, W), boxes (n, 5)."""
         chosen = [i, *rng.integers(len(self), size=self.grid - 1)] if mosaic else [i]
         sources = [self.load(k) for k in chosen]
         side, placed = augment.layout(rng, [source.shape[1:] for source in sources], self.imgsz)
         view = augment.affine(rng, side, self.imgsz, **self.affine)
         cells = warp_boxes([cell for _, cell in placed], view).tolist()
-        if self.affine.get("degrees") or self.affine.get("shear"):  # cells are rectangles no more
+        if self.affine.get("degrees") or self.affine.get("shear"):
+            # turned cells are no rectangles: each picture is drawn whole, over those before it
             cells = [(0, 0, self.imgsz, self.imgsz)] * len(placed)
         return self.compose(sources, chosen, [view @ matrix for matrix, _ in placed], cells)
 
     def compose(self, sources, chosen, matrices, cells):
+        """Draws sources (C, H, W), of the images `chosen`, by their matrices, each into its cell (x1, y1, x2, y2) of the
+        canvas -> picture (C, imgsz, imgsz), boxes float32 (n, 5), clipped to what is seen of their image."""
         canvas = new_canvas(sources[0], (self.imgsz, self.imgsz))
         before, drawn = [], []
         for source, k, matrix, cell in zip(sources, chosen, matrices, cells):
             matrix, part = paste(source, matrix, canvas, cell)
-            before.append(warp_boxes(self.labels[k][:, 1:], matrix @ scale(*self.shrink[k])))
+            before.append(warp_boxes(self.labels[k][:, 1:], matrix @ self.shrink[k]))
             drawn.append(np.broadcast_to(part, before[-1].shape))
         before, drawn = np.concatenate(before), np.concatenate(drawn)
         after = np.minimum(np.maximum(before, drawn[:, [0, 1, 0, 1]]), drawn[:, [2, 3, 2, 3]])
@@ -124,34 +135,43 @@ class DetData(Dataset):
         source = self.load(i)
         shape = self.shapes[i] if self.shapes else (self.imgsz, self.imgsz)
         canvas = new_canvas(source, shape)
-        matrix, _ = paste(source, augment.letterbox(*source.shape[1:], self.imgsz, shape), canvas, (0, 0, *shape[::-1]))
+        matrix = augment.letterbox(*source.shape[1:], self.imgsz, shape)
+        matrix, _ = paste(source, matrix, canvas, (0, 0, *shape[::-1]))
         return {"image": canvas.permute(1, 2, 0), "boxes": torch.from_numpy(self.labels[i]),
-                "matrix": torch.from_numpy(matrix @ scale(*self.shrink[i])), "index": i}
+                "matrix": torch.from_numpy(matrix @ self.shrink[i]), "index": i}
 
 
 def new_canvas(like, shape):
-    """(C, H, W) of the dtype of `like`, bands last in memory, grey (0 for bands that are not bytes)."""
+    """shape (height, width) -> (C, height, width), bands and dtype those of `like`, bands last in memory; grey, or 0
+    where pixels are not bytes."""
     fill = GREY if like.dtype == torch.uint8 else 0
     return torch.full((*shape, len(like)), fill, dtype=like.dtype).permute(2, 0, 1)
 
 
 def collate(samples):
-    """Samples -> {"image": (B, C, H, W) channels-last, "boxes": (n, 6) of position in the batch, class, x1, y1, x2, y2,
-    and the rest stacked}."""
+    """Samples of DetData -> a batch: {"image": (B, C, H, W) channels-last, "boxes": float32 (n, 6) of position in the
+    batch, class, x1, y1, x2, y2, and the rest stacked}."""
     if len({s["image"].dtype for s in samples}) > 1:  # bytes and others: stacking in a worker would not convert them
         samples = [s | {"image": s["image"].float()} for s in samples]
-    batch = {name: torch.utils.data.default_collate([s[name] for s in samples]) for name in samples[0] if name != "boxes"}
+    batch = {name: default_collate([s[name] for s in samples]) for name in samples[0] if name != "boxes"}
     batch["image"] = batch["image"].permute(0, 3, 1, 2)
-    batch["boxes"] = torch.cat([torch.nn.functional.pad(s["boxes"], (1, 0), value=i) for i, s in enumerate(samples)])
+    batch["boxes"] = torch.cat([F.pad(s["boxes"], (1, 0), value=i) for i, s in enumerate(samples)])
     return batch
 
 
+def truths(batch):
+    """The boxes of a collated batch, image by image: B tensors (n, 5) of x1, y1, x2, y2, class."""
+    image, rows = batch["boxes"][:, 0], batch["boxes"][:, 1:].roll(-1, 1)
+    return [rows[image == i] for i in range(len(batch["image"]))]
+
+
 def move(rows, matrix):
-    """Detections or boxes (n, 4 or more: x1, y1, x2, y2, ...), moved by a matrix that scales and shifts."""
+    """Boxes or detections (n, 4 or more) of x1, y1, x2, y2, ..., moved by a tensor (3, 3) that only scales and shifts.
+    """
     step = rows.new_tensor([matrix[0, 0], matrix[1, 1]] * 2)
     return torch.cat((rows[:, :4] * step + rows.new_tensor([matrix[0, 2], matrix[1, 2]] * 2), rows[:, 4:]), 1)
 
 
 def restore(rows, matrix):
-    """The same, back to pixels of the file."""
+    """`move` by the inverse: with a letterboxed sample's "matrix", back to pixels of the file."""
     return move(rows, torch.linalg.inv(matrix.cpu().double()))
