@@ -51,6 +51,9 @@ def parse_args():
     add("--max-mb", type=real(0.001), default=20.0, help="largest submission.json, 10^6 bytes; the best scores stay")
     add = parser.add_argument_group("classification").add_argument
     add("--probs", nargs="+", metavar="CSV", help="probabilities.csv of earlier predictions, to be averaged in")
+    add("--fit-weights", action="store_true", help="find the checkpoints' weights and a threshold per class on the "
+        "images that all their runs held out; both are used, and kept in ensemble.json")
+    add("--ensemble", metavar="JSON", help="the ensemble.json of an earlier --fit-weights, for the same checkpoints")
     return parser.parse_args()
 
 

@@ -29,8 +29,8 @@ def predict_seg(args, device, paths, states):
     for file in files:
         sizes[file] = images.size(file)
         if sizes[file][0] < bands[-1]:
-            raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose another "
-                            f"--source")
+            raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
+                            f"another --source")
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
     for folder in ("masks",) + ("overlays",) * args.overlays + ("polygons",) * args.polygons:
         (out / folder).mkdir(exist_ok=True)

@@ -5,6 +5,7 @@
     python train_cls.py --synthesize resources/mnist_data/train.csv     # images made on the fly, never the same twice
     torchrun --nproc_per_node 4 train_cls.py --data photos --bands 1-3 --loss ce       # photos/train/CLASS/*.jpg
 """
+import os
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def parse_args():
     add("--labels", metavar="CSV", help="table of answers; without: see data/cls.py")
     add("--images", metavar="DIR", help="its images")
     add("--synthesize", metavar="CSV", help="train on Dirty-MNIST images made on the fly from these letters")
+    add("--letters-per-image", type=whole(1, 26), nargs=2, default=[10, 14], metavar="N", help="of --synthesize")
+    add("--noise", type=whole(0, 255), default=254, help="largest value of the background of --synthesize")
     add("--synthesize-count", type=whole(1, 10**9), default=50000, help="images of an epoch of --synthesize")
     add("--subset", type=whole(2, 10**9), help="train on about so many samples, with the same share of every class")
     add("--val-interval", type=real(1e-4, 1), default=1.0, help="validate every so many passes, each then shown as an "
@@ -58,14 +61,20 @@ def main():
 
     # ---- data ----
     table = cls.read(args.data, table=args.labels, folder=args.images)
+    if not table.exclusive and "ce" in dict(args.loss):
+        raise UserError("--loss ce: is for one class an image, this data has several; take bce or focal")
     bands = args.bands or list(range(1, images.size(table.files[0])[0] + 1))
     cls.check_bands(table.files, bands)
     scale = args.scale or images.default_scale(images.read(table.files[0]).dtype)
     train, val = split(args, folder, table)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     if args.synthesize:
+        if table.names != dirty_mnist.HEADER[1:] or bands != [1]:
+            raise UserError(f"--synthesize {args.synthesize}: makes grey images of the classes a to z, the data's are "
+                            f"others; leave it out, or see --data and --bands")
         source = dirty_mnist.Synthetic(args.synthesize, args.synthesize_count, seed=args.seed,
-                                       size=images.size(table.files[0])[1])
+                                       size=images.size(table.files[0])[1], counts=tuple(args.letters_per_image),
+                                       noise=args.noise)
     else:
         source = cls.Images([table.files[i] for i in train], table.labels[train], **options)
     train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
@@ -147,7 +156,7 @@ def main():
 
 def split(args, folder, table):
     """Indices to train and to validate on; writes the run's folds.json, from which a resumed run reads it."""
-    names, written = [str(path) for path in table.files], folder / "folds.json"
+    names, written = [os.path.relpath(path, args.data) for path in table.files], folder / "folds.json"
     sizes = written if written.exists() else folds.parse(args.folds)
     if sizes is None:
         train, val = list(range(len(names))), []

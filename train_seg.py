@@ -150,7 +150,8 @@ def check_flags(args):
 
 
 def split(args, folder, facts):
-    """Names to train and to validate on; writes the split to the run's folds.json, from which a resumed run reads it."""
+    """Names to train and to validate on; the split is written to the run's folds.json, from which a resumed run reads
+    it."""
     names, written = list(facts), folder / "folds.json"
     sizes = written if written.exists() else folds.parse(args.folds)
     if sizes is None:

@@ -47,15 +47,17 @@ def read(root, *, table=None, folder=None):
     folder = Path(folder) if folder else root / table.stem.removesuffix(ANSWER)
     keys, labels, names, exclusive = read_table(table)
     file_of = find_files(folder)
-    files = []
+    files = {}
     for key in keys:
-        files.append(file_of.pop(key, None) or (file_of.pop(int(key), None) if key.isdecimal() else None))
-        if files[-1] is None:
-            raise UserError(f"{table}: {key} has no image in {folder}; add it, or remove the row")
+        file = file_of.get(key) or (file_of.get(int(key)) if key.isdecimal() and len(key) < 20 else None)
+        if file is None:
+            raise UserError(f"{table}: {key[:80]} has no image in {folder}; add it, or remove the row")
+        if files.setdefault(file, key) != key:
+            raise UserError(f"{table}: {files[file]} and {key} are one image, {file}; remove one")
     spare = set(file_of.values()) - set(files)
     if spare:
         raise UserError(f"{min(spare)}: has no row in {table} ({len(spare)} such); add it, or remove the image")
-    return Table(files, labels, names, exclusive)
+    return Table(list(files), labels, names, exclusive)
 
 
 def find_files(folder):
@@ -96,6 +98,10 @@ def read_table(path):
     if len(header) == 2:
         values = [row[1].strip() for _, row in rows]
         names = sorted(set(values), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+        if "" in names:
+            raise UserError(f"{path}: line {rows[values.index('')][0]} has no class; add it, or remove the row")
+        if len(names) < 2:
+            raise UserError(f"{path}: all rows have the class {names[0][:80]}; there must be two or more")
         index = {name: i for i, name in enumerate(names)}
         return keys, np.eye(len(names), dtype=np.float32)[[index[value] for value in values]], names, True
     names = [name.strip() for name in header[1:]]
@@ -209,7 +215,9 @@ def reduce(image, limit):
 def collate(samples):
     """Stacks; images of several sizes are filled up with zeros at the right and at the bottom, which no view shows."""
     height, width = (max(s["image"].shape[i] for s in samples) for i in (1, 2))
+    mixed = len({s["image"].dtype for s in samples}) > 1  # 8 and 16 bits do not stack
     for s in samples:
+        s["image"] = s["image"].float() if mixed else s["image"]
         _, h, w = s["image"].shape
         if (h, w) != (height, width):
             s["image"] = F.pad(s["image"], (0, width - w, 0, height - h))

@@ -117,8 +117,8 @@ class DetData(Dataset):
         return self.compose(sources, chosen, [view @ matrix for matrix, _ in placed], cells)
 
     def compose(self, sources, chosen, matrices, cells):
-        """Draws sources (C, H, W), of the images `chosen`, by their matrices, each into its cell (x1, y1, x2, y2) of the
-        canvas -> picture (C, imgsz, imgsz), boxes float32 (n, 5), clipped to what is seen of their image."""
+        """Draws sources (C, H, W), which are the images `chosen`, by their matrices, each into its cell (x1, y1, x2,
+        y2) of the canvas -> picture (C, imgsz, imgsz), boxes float32 (n, 5), clipped to what is seen of their image."""
         canvas = new_canvas(sources[0], (self.imgsz, self.imgsz))
         before, drawn = [], []
         for source, k, matrix, cell in zip(sources, chosen, matrices, cells):

@@ -48,8 +48,8 @@ def find(folder):
     try:
         files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
     except OSError:
-        raise UserError(f"{folder}: no such folder, or not readable; put the data there, or point --data or --source to "
-                        f"it (python -m data.sample makes sample data)") from None
+        raise UserError(f"{folder}: no such folder, or not readable; put the data there, or point --data or --source "
+                        f"to it (python -m data.sample makes sample data)") from None
     if not files:
         raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)}); check the path")
     return files

@@ -1,4 +1,4 @@
-"""Synthetic wildfires, as a satellite's seven useful bands see them, in the layout of AI SPARK 2024; see data/sample.py."""
+"""Synthetic wildfires in a satellite's seven useful bands, in the layout of AI SPARK 2024; see data/sample.py."""
 import functools
 import os
 

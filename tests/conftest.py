@@ -24,6 +24,8 @@ from utils import errors
 TINY = "--conv0 8 --decoder 8 8 8 8 --imgsz 32 --bs 4 --epochs 1 --repeat 1 --workers 0 --device cpu".split()
 # the smallest detector
 TINY_DET = "--variant n --imgsz 64 --bs 4 --epochs 1 --workers 0 --device cpu --amp off".split()
+# the smallest classifier; it has batch norms, but nothing to drop
+TINY_CLS = "--net regnetx_002 --imgsz 32 --bs 4 --epochs 1 --workers 0 --device cpu --amp off".split()
 
 
 def write_tif(path, array, *, crs="EPSG:32652", transform=from_origin(300_000, 4_000_000, 30, 30), **options):
@@ -104,6 +106,22 @@ def write_parking(root, *, train=10, test=3, size=(64, 96), most=4):
     return root
 
 
+def write_dirty(root, *, train=12, test=5, side=40, classes=4):
+    """Dirty-MNIST's layout with `classes` letters: letter k is there when the k-th strip of a grey PNG is bright."""
+    root, names = Path(root), "abcdefghijklmnopqrstuvwxyz"[:classes]
+    for folder, first, count in (("dirty_mnist_2nd", 0, train), ("test_dirty_mnist_2nd", 50000, test)):
+        (root / folder).mkdir(parents=True)
+        rng, rows = np.random.default_rng(first), [["index", *names]]
+        for i in range(first, first + count):
+            labels = rng.integers(0, 2, classes)
+            image = rng.integers(0, 60, (side, side)) + 180 * labels.repeat(-(-side // classes))[:side]
+            Image.fromarray(image.astype(np.uint8)).save(root / folder / f"{i:05}.png")
+            rows.append([i, *labels])
+        text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        (root / f"{folder}_answer.csv").write_text(text)
+    return root
+
+
 def digest(root):
     """{file below root: (bytes, modification time)}, to see that nothing was changed, added or removed."""
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(Path(root).rglob("*")) if p.is_file()}
@@ -122,6 +140,15 @@ def wildfire(tmp_path_factory):
 def parking(tmp_path_factory):
     """A shared data set of 10 + 3 lots; nobody may write into it, which is checked at the end."""
     root = write_parking(tmp_path_factory.mktemp("shared") / "DATA")
+    before = digest(root)
+    yield root
+    assert digest(root) == before
+
+
+@pytest.fixture(scope="session")
+def dirty(tmp_path_factory):
+    """A shared data set of 12 + 5 images with four classes; nobody may write into it, which is checked at the end."""
+    root = write_dirty(tmp_path_factory.mktemp("shared") / "resources")
     before = digest(root)
     yield root
     assert digest(root) == before
@@ -160,7 +187,8 @@ def command(tmp_path):
                 pytest.fail(f"{module.__name__} {flags}: still running after {seconds} s")
             time.sleep(0.002)
         out, err = map(_drain, pipes)
-        lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", err) if line.strip() and not re.search(r"%\||it/s|img/s", line)]
+        lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", err)
+                 if line.strip() and not re.search(r"%\||it/s|img/s", line)]
         return SimpleNamespace(code=os.waitstatus_to_exitcode(status[1]), out=out, err=err, lines=lines)
     return call
 

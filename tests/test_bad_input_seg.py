@@ -145,10 +145,10 @@ def test_numbers_out_of_range(flag, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--bands", "0-3"], ["--bands", "x"], ["--bands", ""], ["--loss", "dice"], ["--loss", "bce=x"], ["--loss", "bce=-1"],
-    ["--loss", "bce=nan"], ["--loss"], ["--optimizer", "lion"], ["--schedule", "x"], ["--cache", "tape"], ["--amp", "int8"],
-    ["--encoder", "resnet18"], ["--encoder", ""], ["--conv0", "0"], ["--decoder"], ["--decoder", "8", "-1"], ["--no-such"],
-    ["--device"], ["extra"]])
+    ["--bands", "0-3"], ["--bands", "x"], ["--bands", ""], ["--loss", "dice"], ["--loss", "bce=x"],
+    ["--loss", "bce=-1"], ["--loss", "bce=nan"], ["--loss"], ["--optimizer", "lion"], ["--schedule", "x"],
+    ["--cache", "tape"], ["--amp", "int8"], ["--encoder", "resnet18"], ["--encoder", ""], ["--conv0", "0"],
+    ["--decoder"], ["--decoder", "8", "-1"], ["--no-such"], ["--device"], ["extra"]])
 def test_words_that_are_not_known(refused, tmp_path, flags):
     train(refused, "--data", "nowhere", *flags, says=flags[0])
     assert not (tmp_path / "runs").exists()
@@ -156,13 +156,15 @@ def test_words_that_are_not_known(refused, tmp_path, flags):
 
 @pytest.mark.parametrize("flags, says", [
     (["--device", "cuda:99"], ["--device cuda:99", "--device cpu"]), (["--device", "toaster"], ["--device toaster"]),
-    (["--imgsz", "16", "--bs", "1"], ["--imgsz 16 --bs 1"]), (["--ignore", "1"], ["--ignore 1", "--classes"]), (["--ignore", "0"], ["--ignore 0", "--classes"]),
+    (["--imgsz", "16", "--bs", "1"], ["--imgsz 16 --bs 1"]),
+    (["--ignore", "1"], ["--ignore 1", "--classes"]), (["--ignore", "0"], ["--ignore 0", "--classes"]),
     (["--classes", "3", "--loss", "lovasz_elu"], ["--loss lovasz_elu", "lovasz, ce"]),
     (["--classes", "3", "--loss", "ce", "bce=0.5"], ["--loss bce", "lovasz, ce"]),
     (["--loss", "ce"], ["--loss ce", "lovasz_elu", "bce"]),
     (["--folds", "1"], ["--folds 1"]), (["--folds", "nan"], ["--folds nan"]), (["--folds", "inf"], ["--folds inf"]),
     (["--folds", "-3"], ["--folds -3"]), (["--folds", "1.5"], ["--folds 1.5"]), (["--folds", "no.json"], ["no.json"]),
-    (["--folds", "5", "--fold", "5"], ["--fold 5", "0, 1, 2, 3"]), (["--folds", "0.5", "--fold", "2"], ["--fold 2", "0, 1"]),
+    (["--folds", "5", "--fold", "5"], ["--fold 5", "0, 1, 2, 3"]),
+    (["--folds", "0.5", "--fold", "2"], ["--fold 2", "0, 1"]),
     (["--groups", "no.csv"], ["no.csv"]), (["--weights", "no.pt"], ["no.pt"]), (["--weights", "."], ["--weights ."]),
     (["--resume", "nowhere"], ["nowhere"]), (["--resume"], ["runs/seg", "train one first"])])
 def test_flags_that_do_not_fit(refused, root, flags, says):
@@ -232,7 +234,8 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path, model):
     whole, source = model.read_bytes(), ["--source", root / "test_img", "--workers", 0, "--device", "cpu"]
 
     def fails(name, says):
-        refused(predict, "--task", "seg", "--weights", name, *source, says=[name, *([says] if isinstance(says, str) else says)])
+        says = [says] if isinstance(says, str) else says
+        refused(predict, "--task", "seg", "--weights", name, *source, says=[name, *says])
 
     def saved(name, **changes):
         state = torch.load(model, weights_only=True)

@@ -263,7 +263,8 @@ def test_recolour_takes_the_files_numbers():
     torch.testing.assert_close(augment.recolour(images, matrices, 255.0), augment.recolour(images / 255, matrices))
 
 
-@pytest.mark.parametrize("mode,value,rgb", [("L", 80, (80, 80, 80)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("RGB", (9, 80, 200), (9, 80, 200))])
+@pytest.mark.parametrize("mode,value,rgb", [
+    ("L", 80, (80, 80, 80)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("RGB", (9, 80, 200), (9, 80, 200))])
 def test_grey_and_cmyk_become_rgb(tmp_path, mode, value, rgb):
     Image.new(mode, (32, 32), value).save(tmp_path / "a.jpg", quality=100)
     image = det.read(tmp_path / "a.jpg", [1, 2, 3])

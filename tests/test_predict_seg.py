@@ -122,9 +122,10 @@ def test_polygons_of_several_classes_in_a_turned_system(tmp_path):
     place = from_origin(500_000, 5_000_000, 10, 20) @ Affine.rotation(30)
     for folder in ("masks", "polygons"):
         (tmp_path / folder).mkdir()
-    for crs in ("EPSG:32633", 'PROJCS["a plane of ours",GEOGCS["WGS 84",DATUM["WGS_1984",SPHEROID["WGS 84",6378137,298.257'
-                '223563]],PRIMEM["Greenwich",0],UNIT["degree",0.0174532925199433]],PROJECTION["Transverse_Mercator"],'
-                'PARAMETER["central_meridian",7],PARAMETER["scale_factor",0.9],UNIT["metre",1]]', None):
+    ours = ('PROJCS["a plane of ours",GEOGCS["WGS 84",DATUM["WGS_1984",SPHEROID["WGS 84",6378137,298.257223563]],'
+            'PRIMEM["Greenwich",0],UNIT["degree",0.0174532925199433]],PROJECTION["Transverse_Mercator"],'
+            'PARAMETER["central_meridian",7],PARAMETER["scale_factor",0.9],UNIT["metre",1]]')
+    for crs in ("EPSG:32633", ours, None):
         source = write_tif(tmp_path / "a.tif", mask, crs=crs, transform=place)
         with predict_seg.new_mask(source, tmp_path) as target:
             target.write(mask, 1)
@@ -189,7 +190,8 @@ def test_the_memory_does_not_grow_with_the_scene(tmp_path):
             for side in (1200, 3600):
                 args = Namespace(threshold=0.5, overlap=0.25, bs=4, workers=0, overlays=True, polygons=True)
                 file, out = tmp_path / f"{side}.tif", tmp_path / "out"
-                predict_seg.predict_scene(file, (side, side), lambda raw: (raw[:, :1].float() > 8995).float(), 256, args, out, "cpu")
+                predict_seg.predict_scene(file, (side, side), lambda raw: (raw[:, :1].float() > 8995).float(), 256,
+                                          args, out, "cpu")
                 predict_seg.finish(file, out, args, [1, 2, 3, 4])
                 predict_seg.write_submission([file], {file: (4, side, side)}, out)
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -210,7 +212,8 @@ def test_two_processes_predict_what_one_does(script, tmp_path, colour_model):
     script(predict, *flags, "--out", "one")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", predict.__file__,
-         *map(str, flags), "--out", "two"], capture_output=True, text=True, timeout=100, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
+         *map(str, flags), "--out", "two"], capture_output=True, text=True, timeout=100,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     one, two = masks_of("one"), masks_of("two")
     assert list(one) == list(two) and all((one[name] == two[name]).all() for name in one)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train_det
 from data.loader import EpochBatches
@@ -216,6 +217,20 @@ def test_two_stages(script, parking, capsys):
     assert second["weights"] == "runs/det/exp/last.pt"
     assert "0 adapted to the input bands, not used: 0, left as initialised: 0" in capsys.readouterr().out
     assert last("exp-finetune")["args"] == second and len(last("exp-finetune")["history"]) == 1
+
+
+def test_the_second_stage_keeps_the_loss_weights_of_the_free_head(script, parking):
+    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", "--head", "free")
+    second = settings("exp-finetune")
+    assert (second["head"], second["lr"]) == ("free", 0.0032)
+    assert [second[k] for k in ("box", "dfl", "cls")] == [7.5, 1.5, 0.5]  # 0.243 is for the anchor head
+
+
+def test_a_grey_first_jpeg_does_not_make_all_images_grey(tmp_path):
+    for name, mode in (("a.jpg", "L"), ("b.jpg", "CMYK"), ("c.png", "L"), ("d.png", "RGBA")):
+        Image.new(mode, (8, 8)).save(tmp_path / name)
+    assert [train_det.all_bands(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.png", "d.png")] == \
+        [[1, 2, 3], [1, 2, 3], [1], [1, 2, 3, 4]]
 
 
 def test_the_second_stage_is_resumed_as_such(script, parking):

@@ -53,8 +53,9 @@ def test_a_run_learns_and_leaves_its_records(trained):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--folds", "0"], ["--loss", "lovasz_elu", "bce=0.5", "--accumulate", "2"], ["--no-ema", "--clip", "1", "--gain", "1"],
-    ["--cache", "disk", "--grad-checkpoint"], ["--cache", "ram", "--schedule", "plateau", "--bands", "all", "--no-mean-planes"],
+    ["--folds", "0"], ["--loss", "lovasz_elu", "bce=0.5", "--accumulate", "2"],
+    ["--no-ema", "--clip", "1", "--gain", "1"], ["--cache", "disk", "--grad-checkpoint"],
+    ["--cache", "ram", "--schedule", "plateau", "--bands", "all", "--no-mean-planes"],
     ["--optimizer", "sgd", "--schedule", "poly", "--warmup-epochs", "0.5", "--amp", "off"], ["--workers", "2"],
     ["--schedule", "step", "--epochs", "2", "--patience", "1", "--optimizer", "adam", "--conv0"]])
 def test_flags(script, wildfire, flags):
@@ -88,7 +89,8 @@ def test_resume_is_the_straight_run(script, wildfire):
 
 
 def test_prediction_writes_the_submission_and_georeferenced_masks(script, wildfire, trained):
-    script(predict, "--task", "seg", "--tta", "--polygons", "--workers", 0, "--weights", trained / "best.pt", "--out", "out")
+    script(predict, "--task", "seg", "--tta", "--polygons", "--workers", 0, "--weights", trained / "best.pt",
+           "--out", "out")
     masks = masks_of("out")
     assert sorted(masks) == sorted(p.name for p in (wildfire / "test_img").iterdir())
     for name, mask in masks.items():
@@ -139,7 +141,8 @@ def test_an_ensemble_is_the_mean_of_its_members(trained, wildfire):
 def test_any_size_through_windows_or_whole(script, tmp_path, trained, height, width):
     image, _ = tile(5, max(height, 3), max(width, 3))
     write_tif(tmp_path / "scene.tif", image[:, :height, :width])
-    flags = ["--task", "seg", "--weights", trained / "best.pt", "--source", tmp_path / "scene.tif", "--workers", 0, "--amp", "off"]
+    flags = ["--task", "seg", "--weights", trained / "best.pt", "--source", tmp_path / "scene.tif",
+             "--workers", 0, "--amp", "off"]
     script(predict, *flags, "--tile", 512, "--out", "whole")
     script(predict, *flags, "--tile", 64, "--overlap", 0.5, "--out", "windows")
     whole, windows = masks_of("whole")["scene.tif"], masks_of("windows")["scene.tif"]
@@ -175,5 +178,5 @@ def test_the_newest_run_and_a_fresh_folder_are_found(script, wildfire):
 
 
 def test_the_smallest_epoch_still_trains_on_every_tile(wildfire):
-    data = seg.SegData([(a, b) for a, b in seg.pairs(wildfire / "train_img", wildfire / "train_mask").values()], repeat=3)
+    data = seg.SegData(list(seg.pairs(wildfire / "train_img", wildfire / "train_mask").values()), repeat=3)
     assert len(data) == 24 and data[0, 9]["index"] == 1

@@ -1,42 +1,44 @@
 """Detection losses: which cells answer for which boxes, and what their outputs should have been.
 
-Boxes come as rows (n, 6): image in the batch, class, x1, y1, x2, y2 in pixels. Nothing loops over images. All sums are
-divided by counts over all ranks, so that several processes compute the gradient that one would.
+`boxes` are rows (n, 6): position of the image in the batch, class, x1, y1, x2, y2 in pixels. Nothing loops over images.
+Sums over boxes are divided by counts over all ranks, so that several processes compute the gradient that one would.
 """
 import torch
 import torch.nn.functional as F
 
 from utils import dist
-from utils.boxes import iou, to_xyxy
+from utils.boxes import iou, to_xywh, to_xyxy
 
-BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # of the levels' objectness
+BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # by the number of levels: weights of their objectness
 
 
 def anchor_loss(maps, boxes, anchors, strides, *, threshold=4.0, box=0.05, obj=1.0, cls=0.5, obj_pw=1.0, cls_pw=1.0,
                 smoothing=0.0, gamma=0.0):
     """YOLOv5's loss: anchors that fit within a factor `threshold`, in the box's cell and the two nearest ones.
 
-    maps: per level (B, anchors, rows, columns, 5 + classes), raw; anchors: (levels, anchors, 2) in strides. box, obj,
-    cls: the parts' weights; obj_pw, cls_pw: weights of positives in the cross-entropies; smoothing: of the class
-    labels; gamma: of the focal loss (Lin et al. 2017; 0: none).
-    -> (loss, {"box", "obj", "cls"}): CIoU, objectness (whose target is the IoU reached), classes.
+    maps: per level (B, anchors, rows, columns, 5 + classes), raw, fine to coarse; anchors: (levels, anchors, 2) in
+    strides; strides: pixels per cell. box, obj, cls: the parts' weights; obj_pw, cls_pw: weights of positives in the
+    cross-entropies; smoothing: of the class labels, eps / 2 and 1 - eps / 2; gamma: of the focal loss (Lin et al. 2017,
+    without its alpha; 0: none).
+    -> (loss, {"box", "obj", "cls"}): 1 - CIoU, objectness (whose target is the CIoU reached), classes; each weighted,
+    per level a mean over matches or cells, summed over levels. "cls" is 0 where there is a single class.
     """
     maps = [raw.float() for raw in maps]
     matches = [match_anchors(raw.shape, boxes, a, s, threshold) for raw, a, s in zip(maps, anchors, strides)]
     counts = torch.tensor([float(len(classes)) for _, _, classes in matches], device=boxes.device)
-    counts = dist.mean(counts).clamp(min=1e-9)
-    lbox = lobj = lcls = 0 * sum(raw.sum() for raw in maps)  # a gradient even without boxes
+    counts = dist.mean(counts).clamp(min=1e-9)  # matches per level
+    lbox = lobj = lcls = maps[0].new_zeros(())
     for raw, match, a, stride, count, balance in zip(maps, matches, anchors, strides, counts, BALANCE[len(maps)]):
         index, target, classes = match
         y = raw[index]
         xy, wh = 2 * y[:, :2].sigmoid() - 0.5, (2 * y[:, 2:4].sigmoid()) ** 2 * a[index[1]]
-        overlap = iou(to_xyxy(torch.cat((xy, wh), 1)), to_xyxy(target), kind="ciou")
+        overlap = iou(to_xyxy(torch.cat((xy, wh), 1)), to_xyxy(target), kind="ciou")  # in strides
         lbox = lbox + (1 - overlap).sum() / count
         reached = raw.new_zeros(raw.shape[:-1])
-        # the best where several boxes share a cell: independent of their order
+        # where several boxes share a cell and an anchor, the best counts, whatever their order
         reached.view(-1).scatter_reduce_(0, _flat(index, reached.shape), overlap.detach().clamp(0), "amax")
         lobj = lobj + balance * _bce(raw[..., 4], reached, obj_pw, gamma).mean()
-        if raw.shape[-1] > 6:
+        if raw.shape[-1] > 6:  # more than one class
             labels = torch.full_like(y[:, 5:], smoothing / 2)
             labels.scatter_(1, classes[:, None], 1 - smoothing / 2)
             lcls = lcls + _bce(y[:, 5:], labels, cls_pw, gamma).mean(1).sum() / count
@@ -45,13 +47,15 @@ def anchor_loss(maps, boxes, anchors, strides, *, threshold=4.0, box=0.05, obj=1
 
 
 def match_anchors(shape, boxes, anchors, stride, threshold):
-    """-> (index (image, anchor, row, column), boxes relative to their cells (m, 4) xywh in strides, classes (m,)).
+    """The m places of one level's map that answer for a box -> (index: image, anchor, row, column, each (m,);
+    their boxes (m, 4): x, y of the centre from the cell's corner, width, height, in strides; their classes (m,)).
 
-    shape: of the level's map; anchors (na, 2) in strides. A box is matched to all anchors that fit, each in its own
-    cell and, unless that is outside, in the nearer horizontal and the nearer vertical neighbour.
+    shape: of the map, (B, anchors, rows, columns, ...); boxes (n, 6), pixels; anchors (anchors, 2) in strides. A box
+    is matched to every anchor that fits, in the cell of its centre and, unless that is outside, in the nearer
+    horizontal and the nearer vertical neighbour.
     """
     rows, columns = shape[2:4]
-    xywh = torch.cat(((boxes[:, 2:4] + boxes[:, 4:]) / 2, boxes[:, 4:] - boxes[:, 2:4]), 1) / stride
+    xywh = to_xywh(boxes[:, 2:]) / stride
     ratio = xywh[:, None, 2:] / anchors
     target, anchor = (torch.maximum(ratio, 1 / ratio).amax(-1) < threshold).nonzero(as_tuple=True)
     xy = xywh[target, :2]
@@ -69,12 +73,13 @@ def match_anchors(shape, boxes, anchors, stride, threshold):
 def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10, alpha=0.5, beta=6.0):
     """Task-aligned loss of the anchor-free head (TOOD, Feng et al. 2021; the distances' of GFL, Li et al. 2020).
 
-    maps: per level (B, rows, columns, 4 * bins + classes), raw. box, dfl, cls: the parts' weights; topk, alpha, beta:
-    see `assign`. -> (loss, {"box", "dfl", "cls"}): CIoU, distances as distributions, classes (whose target is how
-    well the cell does by its box).
+    maps: per level (B, rows, columns, 4 * bins + classes), raw: distributions of the distances left, top, right and
+    bottom over 0 .. bins - 1 strides, then classes; strides: pixels per cell. box, dfl, cls: the parts' weights; topk,
+    alpha, beta: see `assign`. -> (loss, {"box", "dfl", "cls"}): 1 - CIoU, distances as distributions, classes (whose
+    target is how well the cell does by its box); each weighted, a sum divided by that of the targets.
     """
     centres = torch.cat([_centres(raw, stride) for raw, stride in zip(maps, strides)])  # (N, 2) pixels
-    scale = torch.cat([centres.new_full((raw[0, ..., 0].numel(), 1), s) for raw, s in zip(maps, strides)])
+    scale = torch.cat([centres.new_full((raw[0, ..., 0].numel(), 1), s) for raw, s in zip(maps, strides)])  # (N, 1)
     raw = torch.cat([raw.flatten(1, 2) for raw in maps], 1).float()
     logits = raw[..., :4 * bins].unflatten(-1, (4, bins))
     distances = logits.softmax(-1) @ torch.arange(bins, device=raw.device, dtype=raw.dtype) * scale
@@ -83,7 +88,7 @@ def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10,
     with torch.no_grad():
         owner, goal = assign(raw[..., 4 * bins:].sigmoid(), found, centres, scale, truths, classes, there,
                              topk=topk, alpha=alpha, beta=beta)
-    total = dist.mean(goal.sum()).clamp(min=1 / dist.world_size())
+    total = dist.mean(goal.sum()).clamp(min=1 / dist.world_size())  # at least 1 over all ranks
 
     labels = torch.zeros_like(raw[..., 4 * bins:])
     labels.scatter_(2, classes.gather(1, owner)[..., None], goal[..., None])
@@ -100,12 +105,13 @@ def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10,
 def assign(scores, found, centres, scale, truths, classes, there, *, topk, alpha, beta):
     """Task-aligned assignment: each box gets the `topk` cells within it that do best by score^alpha * IoU^beta.
 
-    scores (B, N, C), found (B, N, 4): what the net says; centres (N, 2) and scale (N, 1): of the cells, pixels;
-    truths (B, M, 4), classes (B, M), there (B, M): the boxes, padded.
-    -> owner (B, N): the cell's box (of several claimants the one with the highest IoU); goal (B, N): its score to
-    be, 0 where it has no box: the alignment, scaled so that a box's best cell gets the box's best IoU.
+    scores (B, N, C), 0..1, and found (B, N, 4): what the net says; centres (N, 2) and scale (N, 1): the cells'
+    centres and strides, pixels; truths (B, M, 4), classes (B, M), there (B, M): the boxes, see `pad`.
+    -> owner (B, N): the cell's box, 0..M-1 (of several claimants the one with the highest IoU); goal (B, N): the score
+    that the cell should give, 0 where it has no box: the alignment, scaled so that a box's best cell gets the box's
+    best IoU.
     """
-    # a box narrower than two strides could have no cell's centre in it
+    # a box narrower than a stride may have no cell's centre in it: all count as at least two strides wide
     middle, half = (truths[..., :2] + truths[..., 2:]) / 2, (truths[..., 2:] - truths[..., :2]) / 2
     reach = torch.maximum(half[:, :, None], scale)  # (B, M, N, 2)
     inside = ((centres - middle[:, :, None]).abs() < reach).all(-1) & there[..., None]
@@ -124,9 +130,10 @@ def assign(scores, found, centres, scale, truths, classes, there, *, topk, alpha
 
 
 def distribution_focal(logits, target):
-    """logits (..., bins), target (...): cross-entropy with the two bins around `target`, weighted by nearness."""
+    """logits (..., bins), target (...) in bins -> (...): cross-entropy with the two bins around the target, each
+    weighted by its nearness (GFL, Li et al. 2020). Targets beyond the bins are moved to the nearest end."""
     bins = logits.shape[-1]
-    target = target.clamp(0, bins - 1 - 0.01)
+    target = target.clamp(0, bins - 1 - 0.01)  # the upper one of the two bins must exist
     low = target.long()
     logp = logits.log_softmax(-1)
     left, right = (logp.gather(-1, (low + i)[..., None])[..., 0] for i in (0, 1))
@@ -134,19 +141,20 @@ def distribution_focal(logits, target):
 
 
 def pad(boxes, batch):
-    """Rows (n, 6) -> boxes (batch, M, 4), classes (batch, M), which are there (batch, M); M >= 1."""
+    """Rows (n, 6) of `batch` images, padded with zeros to M >= 1 an image -> boxes (batch, M, 4), classes (batch, M),
+    there (batch, M): False where it is padding."""
+    boxes = boxes[boxes[:, 0].argsort(stable=True)]
     image = boxes[:, 0].long()
     count = image.bincount(minlength=batch)
-    slot = torch.arange(len(image), device=boxes.device)
-    order = image.argsort(stable=True)
-    slot = slot - (count.cumsum(0) - count)[image[order]]
+    slot = torch.arange(len(image), device=boxes.device) - (count.cumsum(0) - count)[image]
     padded = boxes.new_zeros(batch, max(1, int(count.max())), 6)
-    padded[image[order], slot] = boxes[order]
-    padded[image[order], slot, 0] = 1
+    padded[image, slot] = boxes
+    padded[image, slot, 0] = 1
     return padded[..., 2:], padded[..., 1].long(), padded[..., 0] > 0
 
 
 def _centres(raw, stride):
+    """A map (B, rows, columns, ...) -> its cells' centres x, y (rows * columns, 2), pixels."""
     rows, columns = raw.shape[1:3]
     y, x = torch.arange(rows, device=raw.device), torch.arange(columns, device=raw.device)
     return (torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1) + 0.5) * stride
@@ -155,12 +163,13 @@ def _centres(raw, stride):
 def _bce(logits, target, pos_weight, gamma):
     weight = logits.new_tensor(pos_weight) if pos_weight != 1 else None
     loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
-    if gamma:
+    if gamma:  # right for soft targets too, where |target - p| is how far off it is
         loss = loss * (target - logits.sigmoid()).abs() ** gamma
     return loss
 
 
 def _flat(index, shape):
+    """Indices per dimension -> indices into the flattened tensor."""
     flat = index[0]
     for i, side in zip(index[1:], shape[1:]):
         flat = flat * side + i

@@ -2,9 +2,9 @@
 
     python -m tests.bench.peer_smp --data water --groups water/groups.csv --scale 10000 --seed 0
 
-Same tiles, crops, flips, batches, loss (Lovasz hinge, elu), AdamW 1e-3, cosine, epochs; smp's net as its users
-set it up: the seven bands, nothing before the encoder. --ema, --bce and --gain give it our recipe as well. Prints validation
-IoU of the last epoch, plain and with flip-TTA; train_seg.py's results.json has the same numbers of our net.
+Same tiles, crops, flips, batches, loss (Lovasz hinge, elu), AdamW 1e-3, cosine, epochs; smp's net as its users set it
+up: the seven bands, nothing before the encoder. --ema, --bce and --gain give it our recipe as well. Prints the
+validation IoU of the last epoch, plain and with flip-TTA; train_seg.py's results.json has the same numbers of our net.
 """
 import argparse
 import tempfile
@@ -62,17 +62,19 @@ def main():
         for batch in val_loader:
             batch = engine.to_device(batch, device)
             x = batch["image"]
-            metric.update(tta.mean_map(lambda x: model(x).float().sigmoid(), x, tta.flips(*x.shape[2:])[:4 if flips else 1]),
-                          batch["mask"])
+            passes = tta.flips(*x.shape[2:])[:4 if flips else 1]
+            metric.update(tta.mean_map(lambda x: model(x).float().sigmoid(), x, passes), batch["mask"])
         return metric.compute()
 
     with tempfile.TemporaryDirectory() as folder:
-        state = engine.fit(model, loader, optimizer, schedule, compute_loss, evaluate, folder=Path(folder), seed=args.seed,
-                           header={"task": "seg", "arch": {}}, epochs=args.epochs, device=device, ema=ema, save_period=0)
+        state = engine.fit(model, loader, optimizer, schedule, compute_loss, evaluate, folder=Path(folder),
+                           header={"task": "seg", "arch": {}}, epochs=args.epochs, device=device, ema=ema,
+                           seed=args.seed, save_period=0)
     judged = ema.module if ema else model
     with torch.inference_mode(), engine.autocast(device, engine.precision("auto", device)):
         scores = evaluate(judged.eval(), flips=True)
-    print(f"smp, seed {args.seed}, ema {args.ema}, bce {args.bce}, gain {args.gain}: last epoch iou {state.scores[-1]:.4f}, with flip-TTA {scores['iou']:.4f}")
+    print(f"smp, seed {args.seed}, ema {args.ema}, bce {args.bce}, gain {args.gain}: "
+          f"last epoch iou {state.scores[-1]:.4f}, with flip-TTA {scores['iou']:.4f}")
 
 
 if __name__ == "__main__":

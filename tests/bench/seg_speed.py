@@ -83,12 +83,14 @@ def predictors(raw, device, compiled, bs):
     state = {"arch": {"kwargs": {}}, "bands": list(range(1, 8)), "scale": 65535.0, "mean_planes": True, "classes": 1,
              "model": net.state_dict()}
     before = net.eval().to(device)
-    made = {"as in 2024": timed(lambda: before(seg.add_mean_planes(raw[:, :7].to(device).float() / 65535)).sigmoid().cpu())}
+    made = {"as in 2024": timed(
+        lambda: before(seg.add_mean_planes(raw[:, :7].to(device).float() / 65535)).sigmoid().cpu())}
     for name, compile in {"ours": False, "ours, --compile": True}.items():
         if compile <= compiled:
             args = Namespace(amp="auto", compile=compile, tta=False, bs=bs)
             ensemble = predict_seg.seg_ensemble(args, device, ["net"], [state])
-            made[name] = timed(lambda ensemble=ensemble: [ensemble(raw[i:i + bs]).cpu() for i in range(0, len(raw), bs)])
+            made[name] = timed(
+                lambda ensemble=ensemble: [ensemble(raw[i:i + bs]).cpu() for i in range(0, len(raw), bs)])
     return made
 
 
@@ -104,7 +106,8 @@ def main():
     parser.add_argument("--bs", type=int, default=8)
     parser.add_argument("--predict-bs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="also prediction with --compile (minutes to build on CPUs)")
+    parser.add_argument("--compile", action="store_true",
+                        help="also prediction with --compile (minutes to build on CPUs)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = dist.setup(args.device)

@@ -1,0 +1,124 @@
+"""Classification: our training step and prediction against timm's net of the same name.
+
+    python -m tests.bench.cls_speed [--net efficientnetv2_s] [--size 256] [--bs 8] [--rounds 5] [--compile]
+
+"timm as it comes": fp32, NCHW, Adam with its default kernels, no averaged weights; prediction with batch norms.
+"timm, same numerics": timm's net in our loop: our precision, channels-last, fused Adam, EMA; prediction in our
+precision and memory format, but with its batch norms. Ours: the step as train_cls.py does it, prediction as
+predict_cls.py does it (batch norms fused). All in turn, `rounds` times. The fastest round counts: noise only adds.
+"""
+import argparse
+
+import timm
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+import predict_cls
+from nets import backbones
+from tests.bench.det_speed import clock, in_turn
+from utils import dist, engine, losses, optim
+
+CLASSES, PLAIN, SAME = 26, "timm as it comes", "timm, same numerics"
+
+
+def make(name, ours):
+    """The net with the recipe's dropout; timm calls EfficientNetV2 with TensorFlow's padding tf_..."""
+    drop = {"drop_rate": 0.5, "drop_path_rate": 0.2} if name.startswith("efficientnetv2") else {}
+    torch.manual_seed(0)
+    if ours:
+        return backbones.make(name, 1, CLASSES, **drop)
+    name = f"tf_{name}" if name.startswith("efficientnetv2") else name
+    return timm.create_model(name, in_chans=1, num_classes=CLASSES, **drop)
+
+
+def trainer(model, our_way, x, y, device):
+    """-> a function that does one step and returns the seconds of (forward and loss, backward, optimizer)."""
+    layout = torch.channels_last if our_way else torch.contiguous_format
+    model.train().to(device, memory_format=layout)
+    x, y = x.to(device, memory_format=layout), y.to(device)
+    if our_way:
+        optimizer = optim.make_optimizer("adam", optim.param_groups(model, 1e-5), lr=1e-3, eps=1e-6)
+        ema = optim.make_ema(model, 1000)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
+    dtype = engine.precision("auto", device) if our_way else None
+
+    def step():
+        times = [clock(device)]
+        with engine.autocast(device, dtype):
+            logits = model(x)
+            loss = losses.bce(logits, y) if our_way else binary_cross_entropy_with_logits(logits, y)
+        times.append(clock(device))
+        loss.backward()
+        times.append(clock(device))
+        if our_way:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        if our_way:
+            ema.update_parameters(model)
+        times.append(clock(device))
+        return [b - a for a, b in zip(times, times[1:])]
+    return step
+
+
+def predictors(name, x, device, compiled):
+    """-> {name: function that predicts the batch and returns seconds per image}."""
+    def timed(net, dtype, layout, compile=False):
+        net.eval().to(device, dtype, memory_format=layout)
+        if compile:
+            net.compile()
+
+        def run():
+            began = clock(device)
+            with torch.inference_mode():
+                net(x.to(device, dtype, memory_format=layout)).float().sigmoid().cpu()
+            return (clock(device) - began) / len(x)
+        return run
+
+    arch = dict(name=name, in_chans=1, num_classes=CLASSES)
+    state = {"arch": {"kwargs": arch}, "bands": [1], "model": make(name, True).state_dict()}
+    ours = engine.precision("auto", device) or torch.float32, torch.channels_last
+    made = {PLAIN: timed(make(name, False), torch.float32, torch.contiguous_format)}
+    for compile in (False, True)[:1 + compiled]:
+        made[SAME + ", --compile" * compile] = timed(make(name, False), *ours, compile)
+        made["ours" + ", --compile" * compile] = timed(predict_cls.load_net("net", state, []), *ours, compile)
+    return made
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", choices=[n for n in backbones.NAMES if not n.endswith("_tv")],
+                        default="efficientnetv2_s")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--bs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="prediction with --compile too (minutes to build)")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = dist.setup(args.device)
+    torch.backends.cudnn.benchmark = True  # as engine.seed_everything
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, precision "
+          f"{engine.precision('auto', device)}, {args.net}, {args.size} x {args.size}, batch {args.bs}")
+    torch.manual_seed(0)
+    x, y = torch.randn(args.bs, 1, args.size, args.size), torch.randint(0, 2, (args.bs, CLASSES)).float()
+
+    steps = {PLAIN: trainer(make(args.net, False), False, x, y, device),
+             SAME: trainer(make(args.net, False), True, x, y, device),
+             "ours": trainer(make(args.net, True), True, x, y, device)}
+    best = {name: min(taken, key=sum) for name, taken in in_turn(steps, args.rounds).items()}
+    for name, (forward, backward, update) in best.items():
+        total = forward + backward + update
+        print(f"training {name}: {args.bs / total:.2f} img/s, ratio {sum(best[PLAIN]) / total:.2f} (forward and loss "
+              f"{forward:.3f} s, backward {backward:.3f} s, optimizer {update:.3f} s)", flush=True)
+    print(f"training ratio of ours to {SAME}: {sum(best[SAME]) / sum(best['ours']):.2f}")
+
+    best = {name: min(taken) for name, taken in
+            in_turn(predictors(args.net, x, device, args.compile), args.rounds).items()}
+    for name, taken in best.items():
+        print(f"prediction {name}: {1 / taken:.2f} img/s, ratio {best[PLAIN] / taken:.2f}", flush=True)
+    print(f"prediction ratio of ours to {SAME}: {best[SAME] / best['ours']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
