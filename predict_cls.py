@@ -14,7 +14,6 @@ from nets.blocks import fuse
 from utils import checkpoint, dist, engine, ensemble, geometry, runs
 from utils.errors import UserError
 
-
 OTHER_VERSION = "{}: made by another version of this project; use that, or train again"
 
 

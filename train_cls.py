@@ -1,7 +1,7 @@
 """Image classification, several classes an image or one: the EfficientNetV2 that won Dirty-MNIST, and beyond it.
 
     python train_cls.py                                        # ./resources/dirty_mnist_2nd{_answer.csv,/*.png}
-    python train_cls.py --net efficientnetv2_m --weights timm:tf_efficientnetv2_m_in21k --bs 32 --accumulate 16
+    python train_cls.py --net efficientnetv2_m --weights timm:tf_efficientnetv2_m.in21k --bs 32 --accumulate 16
     python train_cls.py --synthesize resources/mnist_data/train.csv     # images made on the fly, never the same twice
     torchrun --nproc_per_node 4 train_cls.py --data photos --bands 1-3 --loss ce       # photos/train/CLASS/*.jpg
 """

@@ -126,6 +126,9 @@ def experiment(args, device, folder, resume):
     if dist.rank() == 0:
         runs.write_json(folder / "args.json", vars(args))  # of a second stage, what has changed too
 
+    if args.grid == 9 and (args.degrees or args.shear):  # pictures at its sides would cover others' objects
+        raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
+
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
     train, val = split(args, folder, data)

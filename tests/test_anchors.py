@@ -2,7 +2,10 @@
 import numpy as np
 import pytest
 
-from utils.anchors import ANCHORS_P5, ANCHORS_P6, auto, evolve, fitness, kmeans, recall
+from nets.yolo import ANCHORS
+from utils.anchors import auto, evolve, fitness, kmeans, recall
+
+ANCHORS_P5, ANCHORS_P6 = (np.array(ANCHORS[kind], np.float32) for kind in "56")
 
 
 def sizes(n=500, middle=3., spread=0.8, seed=0):

@@ -239,3 +239,7 @@ def test_prediction_values_out_of_range(flag, values, monkeypatch, capsys):
             predict.main()
         out, err = capsys.readouterr()
         assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and f"--{flag}" in err
+
+
+def test_nine_pictures_are_not_turned(refused, parking):
+    refused(train_det, "--data", parking, *TINY_DET, "--grid", 9, "--degrees", 5, says=("--grid 9", "--grid 4"))

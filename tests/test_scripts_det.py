@@ -94,7 +94,7 @@ def test_the_checkpoint_says_what_prediction_needs(script, parking, head, capsys
         torch.testing.assert_close(pixels, torch.tensor(kwargs["anchors"]))
 
 
-FLAGS = [["--folds", "0"], ["--grid", "9", "--mixup", "1", "--degrees", "20"],
+FLAGS = [["--folds", "0"], ["--grid", "9", "--mixup", "1"], ["--degrees", "20", "--shear", "5"],
          ["--close-mosaic", "1", "--cache", "ram"],
          ["--image-weights", "--epoch-parts", "2"], ["--amp", "bf16", "--grad-checkpoint", "--workers", "1"],
          ["--head", "anchor", "--label-smoothing", "0.1", "--focal-gamma", "1.5", "--no-autoanchor",

@@ -4,15 +4,6 @@ Sizes are width, height in pixels as the net sees them (k-means anchors: Redmon 
 """
 import numpy as np
 
-# Three per level, the finest first. P5: strides 8, 16, 32 at 640 px; P6: strides 8, 16, 32, 64 at 1280 px.
-ANCHORS_P5 = np.array([[[10, 13], [16, 30], [33, 23]],
-                       [[30, 61], [62, 45], [59, 119]],
-                       [[116, 90], [156, 198], [373, 326]]], np.float32)
-ANCHORS_P6 = np.array([[[19, 27], [44, 40], [38, 94]],
-                       [[96, 68], [86, 152], [180, 137]],
-                       [[140, 301], [303, 264], [238, 542]],
-                       [[436, 615], [739, 380], [925, 792]]], np.float32)
-
 
 def recall(anchors, wh, threshold=4.0):
     """How well anchors (..., 2) suit boxes wh (N, 2): what a loss that matches by side ratios can learn from.

@@ -29,9 +29,9 @@ def hits(probs, labels, exclusive=False, thresholds=0.5):
 def fit_weights(probs, labels, exclusive):
     """probs (M, N, C) of M members, labels (N, C) of 0 and 1 -> weights (M,) float64, each one of FACTORS.
 
-    From equal weights on, one weight at a time: of all such changes the one with the most `hits` at threshold 0.5, as
-    long as it has more than before. Of equally good ones the more equal weights are taken (least sum of squares of
-    the shares), then the earlier member. Never worse than equal weights on these images. ValueError for other shapes.
+    From equal weights on, one weight at a time: of all such changes the best is made, until none is better. Better is
+    more `hits` at threshold 0.5, or as many with more equal weights (a lower sum of squares of the shares); where two
+    changes are alike the earlier member's. Never worse than equal weights on these images. ValueError for other shapes.
     """
     probs, labels = np.asarray(probs, np.float64), np.asarray(labels)
     if probs.ndim != 3 or not len(probs) or probs.shape[1:] != labels.shape:
@@ -77,7 +77,7 @@ def fit_thresholds(probs, labels):
     return np.where(half >= right.max(0), 0.5, found)
 
 
-# ---- ensemble.json: {"weights": {checkpoint: number}, "thresholds": {class: 0..1}, empty for exclusive classes} --------
+# ---- ensemble.json: {"weights": {checkpoint: number}, "thresholds": {class: 0..1}, empty for exclusive classes} ------
 def write(path, checkpoints, weights, names, thresholds=()):
     """checkpoints: their paths; thresholds: one per name, or none. Raises UserError when it cannot be written."""
     runs.write_json(path, {"weights": dict(zip(map(str, checkpoints), map(float, weights))),
