@@ -27,7 +27,7 @@ def refused(capsys, parse, *argv):
 
 def test_the_flags_that_have_numbers():
     assert set(NUMBERS) == POSITIVE | {"--lr", "--warmup-epochs", "--weight-decay", "--clip", "--patience", "--seed",
-                                       "--workers", "--fold", "--save-period"}
+                                       "--lr-floor", "--momentum", "--workers", "--fold", "--save-period"}
 
 
 @pytest.mark.parametrize("flag", sorted(NUMBERS))

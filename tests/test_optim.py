@@ -35,13 +35,14 @@ def test_schedules_by_hand():
     for name, points in {
         "restarts": {0: 1, 5: 0.55, 9: 0.1 + 0.9 * (1 + math.cos(math.pi * 0.9)) / 2, 10: 1, 15: 0.55, 30: 1},
         "cosine": {0: 1, 10: 0.1 + 0.9 * (1 + 0.5 ** 0.5) / 2, 20: 0.55, 40: 0.1, 50: 0.1},
+        "linear": {0: 1, 10: 0.775, 20: 0.55, 40: 0.1, 50: 0.1},
         "step": {0: 1, 9: 1, 10: 0.75, 19: 0.75, 20: 0.5625, 80: 0.75 ** 8, 81: 0.75 ** 8, 90: 0.1, 1000: 0.1},
         "poly": {0: 1, 20: 0.5 ** 0.9, 30: 0.25 ** 0.9, 39: 0.1, 40: 0.1, 50: 0.1},
         "plateau": {0: 1, 39: 1}, "constant": {0: 1, 39: 1},
     }.items():
         schedule = make_schedule(name, **options)
         assert {step: schedule(step) for step in points} == pytest.approx(points, rel=1e-12), name
-    assert set(SCHEDULES) == {"restarts", "cosine", "step", "poly", "plateau", "constant"}
+    assert set(SCHEDULES) == {"restarts", "cosine", "linear", "step", "poly", "plateau", "constant"}
 
 
 def test_the_wildfire_systems_schedule():
@@ -98,7 +99,7 @@ def test_warmup(name, epochs):
     warm = round(epochs * 5)
     assert seen[:warm] == pytest.approx([(i + 1) / warm for i in range(warm)])
     assert max(seen) == 1 == seen[warm] and min(seen) > 0
-    if name in ("cosine", "poly"):  # these end with the run
+    if name in ("cosine", "linear", "poly"):  # these end with the run
         rest = make_schedule(name, steps_per_epoch=1, epochs=100 - warm, floor=0.01)
         assert seen[warm:] == pytest.approx([rest(i) for i in range(100 - warm)])
     else:
@@ -131,11 +132,12 @@ def test_param_groups():
     net = RegNetX(num_classes=3)
     net.stem.conv.weight.requires_grad_(False)
     net.scalar = nn.Parameter(torch.ones(()))
-    weights, rest = param_groups(net, 0.05)
-    assert weights["weight_decay"] == 0.05 and rest["weight_decay"] == 0
+    weights, scales, biases = param_groups(net, 0.05)
+    assert weights["weight_decay"] == 0.05 and scales["weight_decay"] == biases["weight_decay"] == 0
+    assert {id(p) for p in biases["params"]} == {id(p) for n, p in net.named_parameters() if n.endswith("bias")}
     decay = {id(m.weight) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))} - {id(net.stem.conv.weight)}
     assert {id(p) for p in weights["params"]} == decay
-    both = [id(p) for p in weights["params"] + rest["params"]]
+    both = [id(p) for p in weights["params"] + scales["params"] + biases["params"]]
     assert sorted(both) == sorted(id(p) for p in net.parameters() if p.requires_grad)
     assert id(net.head.fc.bias) in both and id(net.scalar) in both and id(net.stem.conv.weight) not in both
     tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
