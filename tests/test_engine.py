@@ -333,7 +333,7 @@ def test_new_settings_count_in_a_resumed_run(tmp_path):
     options = dict(schedule="constant", ema=False)
     train(tmp_path, **options)
     groups = train(tmp_path, resume=True, epochs=3, lr=0.5, weight_decay=0.7, **options).optimizer.param_groups
-    assert [g["lr"] for g in groups] == [0.5, 0.5] and [g["weight_decay"] for g in groups] == [0.7, 0]
+    assert [g["lr"] for g in groups] == [0.5] * 3 and [g["weight_decay"] for g in groups] == [0.7, 0, 0]
 
 
 @pytest.mark.parametrize("before, after", [("adamw", "sgd"), ("sgd", "adamw"), ("adamw", "adam"), ("adam", "adamw")])
