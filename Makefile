@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(PYTHON) predict.py --task seg --tta --polygons
 
 test: $(VENV)/installed-dev
-	ls tests/test_*.py | OMP_NUM_THREADS=1 xargs -P 2 -n 5 $(PYTHON) -m pytest -m "not slow"
+	ls -r tests/test_*.py | OMP_NUM_THREADS=1 xargs -P 2 -n 5 $(PYTHON) -m pytest -m "not slow"
 
 test-slow: $(VENV)/installed-dev
 	$(PYTHON) -m pytest -m slow
