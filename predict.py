@@ -2,26 +2,43 @@
 
     python predict.py --task seg --tta                        # newest run, its data's test_img folder
     python predict.py --task seg --weights runs/seg/exp*/best.pt --source scene.tif --tile 512 --polygons
+    python predict.py --task det --weights runs/det/exp/best.pt --tta --imgsz 1536 --source photos --tile 1024
+    python predict.py --task cls --tta --weights runs/cls/*/best.pt --fit-weights
     torchrun --nproc_per_node 4 predict.py --task seg --tta   # the inputs shared out among four GPUs
 
 Several checkpoints are averaged: folds, seeds and epochs make an ensemble.
 """
 import argparse
+import json
+import os
+from pathlib import Path
 
-from predict_cls import predict_cls
-from predict_det import predict_det
-from predict_seg import predict_seg
-from utils import checkpoint, dist, runs
+import numpy as np
+import rasterio
+import torch
+from PIL import Image
+from rasterio.windows import Window
+from tqdm import tqdm
+
+from data import cls, det, folds, images, seg, submissions
+from data.loader import eval_loader
+from nets import backbones
+from nets.blocks import fuse
+from nets.unet import UNet, probabilities
+from nets.yolo import YOLOv5
+from utils import boxes, checkpoint, dist, engine, ensemble, geometry, pictures, pictures_det, runs, tiles, tta
 from utils.args import Parser, real, whole
 from utils.errors import UserError, cli
 
-TASKS = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}
+NETS = {"seg": UNet, "det": YOLOv5, "cls": backbones.make}
+NEEDED = {"seg": {"mean_planes"}, "det": {"category_ids"}, "cls": {"exclusive", "norm"}}  # of a checkpoint, and:
+COMMON = {"classes", "bands", "scale", "imgsz", "args"}
 
 
 def parse_args():
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--task", choices=TASKS, required=True)
+    add("--task", choices=NETS, required=True)
     add("--weights", nargs="+", metavar="PATH", help="checkpoints; without: the newest run's best.pt or last.pt")
     add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images of the "
         "training's data")
@@ -65,8 +82,9 @@ def main():
     for path, state in zip(paths, states):
         if state["task"] != args.task:
             raise UserError(f"{path}: trained for --task {state['task']}; choose that, or other --weights")
+    nets = load_nets(args, device, paths, states)
     try:
-        TASKS[args.task](args, device, paths, states)
+        {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, paths, states, nets)
     except ConnectionError:  # to a loader worker or to another rank
         raise
     except OSError as error:  # what cannot be read has been answered before
@@ -74,6 +92,344 @@ def main():
         raise UserError(f"{what}: cannot be written ({error.strerror or error}); make room, or choose another --out"
                         ) from None
     dist.barrier()
+
+
+def load_nets(args, device, paths, states):
+    """The checkpoints' nets on the device, batch norms folded away, in half precision where the hardware has it: the
+    same results, several times faster. UserError for checkpoints that cannot be used, or not together."""
+    dtype, nets = engine.precision(args.amp, device) or torch.float32, []
+    for path, state in zip(paths, states):
+        try:
+            net = NETS[state["task"]](**state["arch"]["kwargs"])
+            known = COMMON | NEEDED[state["task"]] <= state.keys()
+        except (TypeError, ValueError, KeyError):
+            known = False
+        if not known:
+            raise UserError(f"{path}: made by another version of this project; use that, or train again")
+        if state["classes"] != states[0]["classes"]:
+            raise UserError(f"{path}: has the classes {state['classes']}, {paths[0]} others; an ensemble needs the "
+                            f"same")
+        checkpoint.load_weights(net, state, path)
+        nets.append(fuse(net).to(device, dtype, memory_format=torch.channels_last))
+        if args.compile:
+            nets[-1].compile(dynamic=False if state["task"] == "seg" else None)
+    return nets
+
+
+def run(net, x):
+    """The net's output for x, in the net's precision and memory format."""
+    return net(x.to(next(net.parameters()).dtype, memory_format=torch.channels_last))
+
+
+# ---- segmentation ----
+def predict_seg(args, device, paths, states, nets):
+    """Masks as GeoTIFF, overlays, polygons, and the wildfire competition's y_pred.pkl."""
+    predict = seg_ensemble(args, device, states, nets)
+    files = images.find_sources(args.source, Path(states[0]["args"]["data"]) / "test_img")
+    tile = args.tile or 2 * states[0]["imgsz"]
+    bands = all_bands(states)
+    sizes = {}
+    for file in files:
+        sizes[file] = images.size(file)
+        if sizes[file][0] < bands[-1]:
+            raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
+                            f"another --source")
+    out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
+    for folder in ("masks",) + ("overlays",) * args.overlays + ("polygons",) * args.polygons:
+        (out / folder).mkdir(exist_ok=True)
+
+    small = [file for file in files if max(sizes[file][1:]) <= tile]
+    large = [file for file in files if max(sizes[file][1:]) > tile]
+    loader = eval_loader(seg.Tiles(small), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
+                         device=device)
+    progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
+    with torch.inference_mode(), progress as bar:
+        for batch in loader:
+            masks = decide(predict(batch["image"]), args.threshold)
+            for i, mask in zip(batch["index"].tolist(), masks):
+                with submissions.new_mask(small[i], out) as target:
+                    target.write(mask.numpy(), 1)
+                finish(small[i], out, args, states[0]["bands"])
+            bar.update(len(masks) * dist.world_size())
+        for file in large[dist.rank()::dist.world_size()]:
+            predict_scene(file, sizes[file][1:], predict, tile, args, out, device)
+            finish(file, out, args, states[0]["bands"])
+            bar.update(dist.world_size())
+    dist.barrier()
+    if dist.rank() == 0:
+        submissions.write_masks(files, sizes, out)
+        print(f"{len(files)} images: {out}")
+
+
+def seg_ensemble(args, device, states, nets):
+    """-> predict(raw images (B, all bands, H, W)) -> mean probabilities (B, K, H, W) fp32, for any H and W."""
+    def predict(raw):
+        count, total = len(raw), 0
+        if args.compile:  # one shape, one compilation: a last, smaller batch is filled up
+            raw = raw[torch.arange(args.bs) % count]
+        for net, state in zip(nets, states):
+            x = raw[:, [band - 1 for band in state["bands"]]].to(device, non_blocking=True).float() / state["scale"]
+            x = seg.add_mean_planes(x) if state["mean_planes"] else x
+            height, width = x.shape[2:]
+            padded = [-(-side // net.stride) * net.stride for side in (height, width)]
+            if padded != [height, width]:
+                x = geometry.warp(x, geometry.translate(0, 0), padded, border="reflect")
+            maps = tta.mean_map(lambda x: probabilities(run(net, x)), x, tta.flips(*padded)[:4 if args.tta else 1])
+            total = total + maps[..., :height, :width]
+        return (total / len(nets))[:count]
+    return predict
+
+
+def decide(probs, threshold):
+    """Probabilities (B, K, H, W) -> uint8 class maps (B, H, W) on the CPU."""
+    return (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
+
+
+def predict_scene(file, size, predict, tile, args, out, device):
+    """An image larger than a tile, window by window, read and written in pieces."""
+    height, width = size
+    swaths = tiles.plan(height, width, tile, args.overlap)
+    places = [(y, x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
+    loader = torch.utils.data.DataLoader(seg.Tiles([file], places), args.bs, num_workers=args.workers)
+    maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0)
+            for probs in predict(batch["image"]))
+    with submissions.new_mask(file, out) as target:
+        for y, x, block in tiles.merge(swaths, maps, height):
+            mask = decide(block[None], args.threshold)[0]
+            target.write(mask.numpy(), 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
+
+
+def finish(file, out, args, bands):
+    """Overlay picture and polygons from a written mask."""
+    with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
+        if args.overlays:
+            reduced = tuple(max(1, round(side * min(1, 1024 / max(mask.shape)))) for side in mask.shape)
+            rgb = pictures.to_rgb(images.read(file, bands, shape=reduced))
+            picture = pictures.overlay(rgb, mask.read(1, out_shape=reduced))
+            Image.fromarray(picture).save(out / "overlays" / f"{file.stem}.png")
+        if args.polygons:
+            (out / "polygons" / f"{file.stem}.geojson").write_text(json.dumps(submissions.polygons(mask, file.stem)))
+
+
+# ---- detection ----
+def predict_det(args, device, paths, states, nets):
+    """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
+    if args.ensemble_weights and len(args.ensemble_weights) != len(paths):
+        raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {len(paths)} checkpoints; give one each")
+    imgsz, stride = args.imgsz or max(state["imgsz"] for state in states), max(net.stride for net in nets)
+    predict = det_ensemble(args, device, states, nets)
+    data = Path(states[0]["args"]["data"])
+    root = data.parent if data.is_file() else data
+    files = images.find_sources(args.source, root / "test" / "images")
+    bands = all_bands(states)
+    views = det.Views(files, bands=bands, imgsz=imgsz, stride=stride, tile=args.tile, overlap=args.overlap)
+    near = root if args.source is None else files[0].parent
+    ids = submissions.image_ids(files, near, others=args.source is not None)
+    out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
+
+    loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
+    found = {}  # view -> detections of each checkpoint
+    progress = tqdm(total=len(views), desc="predict", unit="view" if args.tile else "img", disable=dist.rank() > 0)
+    with torch.inference_mode(), progress as bar:
+        for batch in loader:
+            per_member = [[det.restore(rows.cpu(), matrix) for rows, matrix in zip(detections, batch["matrix"])]
+                          for detections in predict(batch["image"])]
+            found |= zip(batch["index"].tolist(), zip(*per_member))
+            bar.update(len(batch["image"]) * dist.world_size())
+    found = {view: rows for part in dist.gather(found) for view, rows in part.items()}
+    results = [merge(views, i, found, args) for i in range(len(files))]
+
+    names = states[0]["classes"]
+    for folder in ("labels", "overlays") if args.overlays else ("labels",):
+        (out / folder).mkdir(exist_ok=True)
+    for file, size, rows in list(zip(files, views.sizes, results))[dist.rank()::dist.world_size()]:
+        (out / "labels" / f"{file.stem}.txt").write_text(submissions.yolo_lines(rows, *size))
+        if args.overlays:
+            draw(out / "overlays" / f"{file.stem}.jpg", file, size, rows, names, states[0]["bands"])
+    if dist.rank() == 0:
+        items = submissions.coco_items(results, ids, states[0]["category_ids"])
+        (out / "coco.json").write_text(json.dumps(items))
+        submission, dropped = submissions.cut(submissions.parking_items(items), args.max_mb * 1e6)
+        (out / "submission.json").write_text(submission)
+        note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
+        print(f"{len(files)} images, {sum(map(len, results))} detections{note}: {out}")
+
+
+def all_bands(states):
+    """What to read of an image: the bands (from 1, sorted) that any of the checkpoints needs."""
+    return sorted({band for state in states for band in state["bands"]})
+
+
+def det_ensemble(args, device, states, nets):
+    """-> predict(images (B, len(all_bands), H, W) in the files' numbers) -> per checkpoint a list with the detections
+    (n, 6) of each image, in pixels of the batch."""
+    bands, largest = all_bands(states), max(state["imgsz"] for state in states)
+
+    def predict(raw):
+        results = []
+        for net, state in zip(nets, states):
+            chosen = [bands.index(band) for band in state["bands"]]
+            x = raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]
+            factor = 1.0 if args.imgsz else state["imgsz"] / largest  # each at the size that it was trained for
+            passes = tta.scaled(*x.shape[2:], net.stride, tta.DETECTION if args.tta else ((1.0, False),), factor)
+            rows = tta.cat_rows(lambda view: run(net, view), x, passes)  # resized in fp32: CPUs cannot in bf16
+            results.append(boxes.nms(rows, conf=args.conf, iou=args.iou, max_det=args.max_det))
+        return results
+    return predict
+
+
+def merge(views, i, found, args):
+    """All that was found in image i -> its detections (n, 6), within the image, in its pixels.
+
+    found: {view: detections of each checkpoint}. A checkpoint's views are joined by suppression, the checkpoints by
+    fusion.
+    """
+    height, width = views.sizes[i]
+    mine = range(views.first[i], views.first[i + 1])
+    per_member = []
+    for by_view in zip(*[found[k] for k in mine]):
+        rows = by_view[0]
+        if len(mine) > 1:
+            kept = [some if window is None else boxes.uncut(some, window, height, width)
+                    for some, (_, window) in zip(by_view, (views.items[k] for k in mine))]
+            rows = boxes.suppress(torch.cat(kept), iou=args.iou, max_det=args.max_det)
+        per_member.append(rows)
+    rows = per_member[0]
+    if len(per_member) > 1:
+        rows = boxes.wbf(per_member, weights=args.ensemble_weights)[:args.max_det]
+    rows = boxes.clip(rows, height, width)
+    return rows[(rows[:, 2:4] > rows[:, :2]).all(1)]
+
+
+def draw(path, file, size, rows, names, bands, limit=1920, score=0.25):
+    """A JPEG of the image, at most `limit` pixels a side, with the detections of at least this score."""
+    shape = det.reduced(size, limit)
+    rgb = pictures.to_rgb(det.read(file, bands, shape=shape))
+    rows = rows[rows[:, 4] >= score]
+    rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * (max(shape) / max(size)), rows[:, 5].long(), names, rows[:, 4])
+    Image.fromarray(rgb).save(path, quality=90)
+
+
+# ---- classification ----
+def predict_cls(args, device, paths, states, nets):
+    """The competition's submission, probabilities, weighted ensembles of checkpoints and tables."""
+    check_ensemble(args, paths)
+    names, exclusive = states[0]["classes"], states[0]["exclusive"]
+    tables = [submissions.read_probabilities(path, names) for path in args.probs or ()]
+    shares, thresholds = args.ensemble_weights or [1.0] * (len(paths) + len(tables)), args.threshold
+    if args.ensemble:
+        shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive)
+        paths, states, nets, shares = zip(*(m for m in zip(paths, states, nets, shares) if m[-1] > 0))
+    data = Path(states[0]["args"]["data"])
+    competition = data / "test_dirty_mnist_2nd"
+    files = images.find_sources(args.source, competition if competition.is_dir() else data / "test")
+    keys = [str(int(file.stem)) if file.stem.isdecimal() else file.stem for file in files]
+    file_of = dict(zip(keys, files))  # of several with one number the last
+    twice = next((file for key, file in zip(keys, files) if file_of[key] != file), None)
+    if twice:
+        raise UserError(f"{twice}: another image has the number {int(twice.stem)} too; predict them in two runs")
+    for path, table in zip(args.probs or (), tables):
+        missing = next((key for key in keys if key not in table), None)
+        if missing:
+            raise UserError(f"{path}: has no row for {missing}; predict the same images")
+    known, labels = held_out(paths, states) if args.fit_weights else ([], None)
+    for state in states:
+        cls.check_bands(known + files, state["bands"])
+    out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
+
+    members = [class_probabilities(args, device, net, state, known + files, Path(path).parent.name)
+               for net, path, state in zip(nets, paths, states)]
+    if args.fit_weights:
+        shares, thresholds = fit([member[:len(known)] for member in members], labels, exclusive)
+        if dist.rank() == 0:
+            ensemble.write(out / "ensemble.json", paths, shares, names, () if exclusive else thresholds)
+    members = [member[len(known):] for member in members]
+    members += [np.array([table[key] for key in keys]) for table in tables]
+    probs = ensemble.average(members, shares)
+    if dist.rank() == 0:
+        decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if exclusive else (probs > thresholds).astype(int)
+        header = ["index", *names]
+        for name, rows in {"submission.csv": decided.tolist(),
+                           "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
+            submissions.write_rows(out / name, header, [[key, *row] for key, row in zip(keys, rows)])
+        print(f"{len(files)} images: {out}")
+
+
+def check_ensemble(args, paths):
+    """Whether the flags of an ensemble go together."""
+    given = [f"--{flag.replace('_', '-')}" for flag in ("fit_weights", "ensemble", "ensemble_weights")
+             if getattr(args, flag)]
+    if len(given) > 1:
+        raise UserError(f"{given[0]}, {given[1]}: both say how the checkpoints are weighted; leave one out")
+    tables = len(args.probs or ())
+    if tables and given and not args.ensemble_weights:
+        raise UserError(f"{given[0]}: is for checkpoints, --probs come without their held-out images; give "
+                        f"--ensemble-weights instead")
+    if args.ensemble_weights and len(args.ensemble_weights) != len(paths) + tables:
+        raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {len(paths)} checkpoints and {tables} "
+                        f"tables; give one each")
+
+
+def held_out(paths, states):
+    """-> the images that the runs of all checkpoints validated on (files), their labels (N, classes).
+
+    Only images that no member was trained on are fair to all: UserError where the runs held out different ones.
+    """
+    found = []
+    for path, state in zip(paths, states):
+        settings, split = state["args"], Path(path).parent / "folds.json"
+        if not {"data", "labels", "images", "fold"} <= settings.keys():
+            raise UserError(f"{path}: made by another version of this project; use that, or train again")
+        if not split.exists():
+            raise UserError(f"{split}: missing, so no images are known that {path} was not trained on; give "
+                            f"--ensemble-weights instead of --fit-weights")
+        table = cls.read(settings["data"], table=settings["labels"], folder=settings["images"])
+        if table.names != state["classes"]:
+            raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
+        names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split
+        out = set(folds.split(folds.read(split, names), settings["fold"])[1])
+        found.append({file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
+                      if name in out})
+        if found[-1].keys() != found[0].keys():
+            raise UserError(f"{path}: its run held out other images than that of {paths[0]}; give --ensemble-weights "
+                            f"instead of --fit-weights (equal ones for the folds of one split)")
+    files, labels = zip(*found[0].values())
+    return list(files), np.stack(labels)
+
+
+def fit(members, labels, exclusive):
+    """Held-out probabilities -> weights (members,), thresholds (classes,), or 0.5 where classes are exclusive."""
+    shares = ensemble.fit_weights(members, labels, exclusive)
+    probs = ensemble.average(members, shares)
+    thresholds = 0.5 if exclusive else ensemble.fit_thresholds(probs, labels)
+    count = len(labels) if exclusive else labels.size
+    before = ensemble.hits(ensemble.average(members, np.ones(len(members))), labels, exclusive) / count
+    after = ensemble.hits(probs, labels, exclusive, thresholds) / count
+    if dist.rank() == 0:
+        print(f"fitted to {len(labels)} held-out images: weights {' '.join(f'{share:g}' for share in shares)}, "
+              f"accuracy {before:.4f} -> {after:.4f} (of these very images: optimistic)")
+    return shares, thresholds
+
+
+def class_probabilities(args, device, net, state, files, name):
+    """One net's probabilities (N, classes) of all files, the same on every rank."""
+    imgsz = args.imgsz or state["imgsz"]
+    blank = np.zeros((len(files), len(state["classes"])), np.float32)
+    data = cls.Views(cls.Images(files, blank, bands=state["bands"], limit=2 * imgsz), imgsz)
+    loader = eval_loader(data, args.bs, workers=args.workers, device=device, collate=cls.collate)
+    turns = [geometry.rot90(k, imgsz, imgsz) for k in range(4 if args.tta else 1)]
+    probs = np.zeros((len(files), len(state["classes"])))
+    progress = tqdm(total=len(files), desc=name, unit="img", disable=dist.rank() > 0)
+    with torch.inference_mode(), progress as bar:
+        for batch in loader:
+            batch = engine.to_device(batch, device)
+            for turn in turns:
+                x = cls.see(batch, imgsz, state["scale"], *state["norm"], turn=turn)
+                logits = run(net, x).float()
+                found = logits.softmax(1) if state["exclusive"] else logits.sigmoid()
+                probs[batch["index"].cpu().numpy()] += found.double().cpu().numpy() / len(turns)
+            bar.update(len(batch["index"]) * dist.world_size())
+    return sum(dist.gather(probs))  # every rank has filled its own rows
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 """
 import os
 from argparse import BooleanOptionalAction
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
 from utils import dist, engine, losses, metrics, optim, pictures, report, runs
 from utils.args import band_list, loss_term, real, start, train_parser, whole
-from utils.errors import UserError, cli
+from utils.errors import UserError, answers_for, cli
 
 LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
     "bce": lambda z, y, s: losses.bce(z, y, smoothing=s),
@@ -85,16 +84,15 @@ def main():
     # ---- net ----
     arch = dict(name=args.net, in_chans=len(bands), num_classes=len(table.names))
     drop = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    drop = {name: value for name, value in drop.items() if value is not None}
     if args.net.startswith("efficientnetv2"):
-        drop = {name: default if drop[name] is None else drop[name]
-                for name, default in (("drop_rate", 0.5), ("drop_path_rate", 0.2))}
-    elif args.drop is not None or args.drop_path is not None:
+        drop = {"drop_rate": 0.5, "drop_path_rate": 0.2} | drop
+    elif drop:
         raise UserError(f"--drop, --drop-path: {args.net} has neither; leave them out, or take an EfficientNetV2")
-    else:
-        drop = {}
     model = backbones.make(**arch, **drop, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:
-        load_weights(model, args.weights)
+        with answers_for("--weights"):
+            dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
@@ -117,7 +115,7 @@ def main():
                                  collate=cls.collate)
 
     def judge(model):
-        metric = metrics.Labels(len(table.names), exclusive=table.exclusive)
+        metric = metrics.Accuracy(len(table.names), exclusive=table.exclusive)
         for batch in val_loader:
             batch = engine.to_device(batch, device)
             logits = model(inputs(batch)).float()
@@ -155,40 +153,21 @@ def main():
 
 
 def split(args, folder, table):
-    """Indices to train and to validate on; writes the run's folds.json, from which a resumed run reads it."""
-    names, written = [os.path.relpath(path, args.data) for path in table.files], folder / "folds.json"
-    sizes = written if written.exists() else folds.parse(args.folds)
-    if sizes is None:
-        train, val = list(range(len(names))), []
-    else:
-        fold_of = folds.read(sizes, names) if isinstance(sizes, Path) else \
-            folds.assign(names, sizes, strata=cls.strata(table.labels))
-        if dist.rank() == 0:
-            runs.write_json(written, fold_of)
-        held_out = set(folds.split(fold_of, args.fold)[1])
-        train, val = ([i for i, name in enumerate(names) if (name in held_out) == out] for out in (False, True))
+    """Indices to train and to validate on; of the former those of --subset."""
+    names = [os.path.relpath(path, args.data) for path in table.files]
+    train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, strata=cls.strata(table.labels))
     if args.subset and args.subset < len(train):
         chosen = cls.subset(table.labels[train], args.subset, seed=args.seed)
         smaller = [train[i] for i in chosen]
         change = table.labels[smaller].mean(0) - table.labels[train].mean(0)
-        if dist.rank() == 0:
-            print(f"subset of {len(smaller)}: the classes' shares change by at most {np.abs(change).max():.4f}")
+        dist.print0(f"subset of {len(smaller)}: the classes' shares change by at most {np.abs(change).max():.4f}")
         train = smaller
     return train, val
 
 
-def load_weights(model, path_or_name):
-    try:
-        print(pretrained.describe(pretrained.load(model, path_or_name)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--weights {error}") from None
-
-
 def final(state, judge, names, folder, device, amp):
     """The run's last weights, class by class: results.json."""
-    model = state.ema.module if state.ema else state.model
-    with torch.inference_mode(), engine.autocast(device, engine.precision(amp, device)):
-        metric = judge(model.eval())
+    metric = engine.judge(state, judge, device, amp)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})

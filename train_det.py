@@ -22,7 +22,7 @@ from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
 from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures_det, report, runs
 from utils.args import band_list, real, start, train_parser, whole
-from utils.errors import UserError, cli
+from utils.errors import UserError, answers_for, cli
 
 GAINS = {  # per head: weights of the loss's parts
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
@@ -132,7 +132,7 @@ def experiment(args, device, folder, resume):
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
     train, val = split(args, folder, data)
-    bands = args.bands or all_bands(data.files[0])
+    bands = args.bands or default_bands(data.files[0])
     scale = args.band_scale or images.default_scale(images.read(data.files[train[0]]).dtype)
     names, reading = data.names, dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
     train_data = det.DetData(*pick(data, train), seed=args.seed, mosaic=args.mosaic, grid=args.grid, mixup=args.mixup,
@@ -152,7 +152,8 @@ def experiment(args, device, folder, resume):
         raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {model.stride}; take "
                         f"{-(-args.imgsz // model.stride) * model.stride}")
     if args.weights and not resume:
-        load_weights(model, args.weights)
+        with answers_for("--weights"):
+            dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
     if args.head == "anchor" and not resume:
         arch["anchors"] = fit_anchors(model.head, args, data, train)
     model = model.to(device, memory_format=torch.channels_last)
@@ -245,30 +246,17 @@ def experiment(args, device, folder, resume):
 
 def split(args, folder, data):
     """Indices of the images to train and to validate on. Without --folds: the data's own validation images, else a
-    fifth. The split is written to the run's folds.json, from which a resumed run reads it."""
-    written = folder / "folds.json"
+    fifth. Strata: an image's rarest class."""
     root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
     names = [os.path.relpath(path, root) for path in data.files]
-    if written.exists() or args.folds is not None or not any(data.held_out):
-        sizes = written if written.exists() else folds.parse(args.folds or "5")
-        if sizes is None:
-            return list(range(len(names))), []
-        if isinstance(sizes, Path):
-            fold_of = folds.read(sizes, names)
-        else:  # strata: an image's rarest class
-            count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
-            rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
-            fold_of = folds.assign(names, sizes, strata=rarest)
-    else:
-        fold_of = {name: int(not out) for name, out in zip(names, data.held_out)}
-    if dist.rank() == 0:
-        runs.write_json(written, fold_of)
-    held_out = set(folds.split(fold_of, args.fold)[1])
-    return ([i for i, name in enumerate(names) if name not in held_out],
-            [i for i, name in enumerate(names) if name in held_out])
+    count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
+    rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
+    own = {name: int(not out) for name, out in zip(names, data.held_out)}
+    spec = own if args.folds is None and any(data.held_out) else folds.parse(args.folds or "5")
+    return folds.of_run(folder, names, spec, args.fold, strata=rarest)
 
 
-def all_bands(file):
+def default_bands(file):
     """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK (see det.read)."""
     return [1, 2, 3] if images.kind(file) == "JPEG" else list(range(1, images.size(file)[0] + 1))
 
@@ -295,25 +283,13 @@ def fit_anchors(head, args, data, train):
                              for i in train])
         pixels, line = anchors.auto(wh, pixels, threshold=args.anchor_threshold, seed=args.seed)
         head.anchors.copy_(torch.as_tensor(pixels) / strides)
-        if dist.rank() == 0:
-            print(line)
+        dist.print0(line)
     return pixels.tolist()
-
-
-def load_weights(model, path_or_name):
-    try:
-        found = pretrained.load(model, path_or_name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--weights {error}") from None
-    if dist.rank() == 0:
-        print(pretrained.describe(found))
 
 
 def final(state, judge, names, folder, device, amp):
     """The run's last weights judged per class: results.json, precision-recall curves, confusion matrix."""
-    model = state.ema.module if state.ema else state.model
-    with torch.inference_mode(), engine.autocast(device, engine.precision(amp, device)):
-        metric = judge(model.eval())
+    metric = engine.judge(state, judge, device, amp)
     if dist.rank() > 0:
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()

@@ -5,6 +5,7 @@
     python train_seg.py --data water --scale 10000 --imgsz 128 --groups water/groups.csv
     torchrun --nproc_per_node 4 train_seg.py                          # the same on four GPUs
 """
+import functools
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from nets import backbones, pretrained
 from nets.unet import UNet, probabilities
 from utils import dist, engine, losses, metrics, optim, pictures, report, runs, tta
 from utils.args import band_list, loss_term, real, start, train_parser, whole
-from utils.errors import UserError, cli
+from utils.errors import UserError, answers_for, cli
 
 BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore) -> mean over the batch
     "lovasz_elu": lambda z, y, ignore: losses.lovasz_hinge(z, y, elu=True, ignore=ignore),
@@ -59,13 +60,15 @@ def main():
 
     # ---- data ----
     root = Path(args.data)
-    paired = seg.pairs(root / "train_img", root / "train_mask")
-    bands = args.bands or list(range(1, images.size(next(iter(paired.values()))[0])[0] + 1))
-    facts = dict(zip(paired, seg.scan(list(paired.values()), bands=bands, classes=args.classes, ignore=args.ignore)))
-    train, val = split(args, folder, facts)
+    names, paired = zip(*seg.pairs(root / "train_img", root / "train_mask").items())
+    bands = args.bands or list(range(1, images.size(paired[0][0])[0] + 1))
+    facts = seg.scan(paired, bands=bands, classes=args.classes, ignore=args.ignore)
+    groups = folds.read_groups(args.groups, names) if args.groups else None
+    train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=groups,
+                              strata=folds.area_strata([fact["area"] for fact in facts]))
     scale = args.scale or images.default_scale(images.read(paired[train[0]][0]).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
-    train_data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
+    train_data = seg.SegData([paired[i] for i in train], imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
                              gain=args.gain, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device)
 
@@ -74,7 +77,8 @@ def main():
                 conv0=args.conv0, decoder=args.decoder)
     model = UNet(**arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:
-        load_weights(model, args.weights)
+        with answers_for("--weights"):
+            dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
@@ -93,8 +97,8 @@ def main():
 
     # ---- validation ----
     if val:
-        val_data = seg.SegData([paired[n] for n in val], **options)
-        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=[facts[n]["size"] for n in val],
+        val_data = seg.SegData([paired[i] for i in val], **options)
+        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=[facts[i]["size"] for i in val],
                                  workers=args.workers, device=device)
 
     def evaluate(model, flips=False):
@@ -149,35 +153,9 @@ def check_flags(args):
         raise UserError(f"--imgsz 16 --bs {args.bs}: batch norm would see a single pixel; raise one of them")
 
 
-def split(args, folder, facts):
-    """Names to train and to validate on; the split is written to the run's folds.json, from which a resumed run reads
-    it."""
-    names, written = list(facts), folder / "folds.json"
-    sizes = written if written.exists() else folds.parse(args.folds)
-    if sizes is None:
-        return names, []
-    if isinstance(sizes, Path):
-        fold_of = folds.read(sizes, names)
-    else:
-        groups = folds.read_groups(args.groups, names) if args.groups else None
-        fold_of = folds.assign(names, sizes, strata=folds.area_strata([facts[n]["area"] for n in names]), groups=groups)
-    if dist.rank() == 0:
-        runs.write_json(written, fold_of)
-    return folds.split(fold_of, args.fold)
-
-
-def load_weights(model, path_or_name):
-    try:
-        print(pretrained.describe(pretrained.load(model, path_or_name)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--weights {error}") from None
-
-
 def final(state, evaluate, folder, device, amp):
     """The run's last weights judged with flips, as they will predict. Into results.json."""
-    model = state.ema.module if state.ema else state.model
-    with torch.inference_mode(), engine.autocast(device, engine.precision(amp, device)):
-        scores = evaluate(model.eval(), flips=True)
+    scores = engine.judge(state, functools.partial(evaluate, flips=True), device, amp)
     if dist.rank() == 0:
         runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores})
         print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

@@ -8,7 +8,9 @@ from torch.utils.data import Dataset, default_collate
 
 from data import augment, images
 from data.cache import Cache
-from utils.geometry import paste, scale, warp_boxes
+from utils import tiles
+from utils.errors import UserError
+from utils.geometry import paste, scale, translate, warp_boxes
 
 GREY = 114  # of 255, around the images
 
@@ -132,13 +134,9 @@ class DetData(Dataset):
         return canvas, np.concatenate((classes[keep], after[keep]), 1).astype(np.float32)
 
     def letterboxed(self, i):
-        source = self.load(i)
         shape = self.shapes[i] if self.shapes else (self.imgsz, self.imgsz)
-        canvas = new_canvas(source, shape)
-        matrix = augment.letterbox(*source.shape[1:], self.imgsz, shape)
-        matrix, _ = paste(source, matrix, canvas, (0, 0, *shape[::-1]))
-        return {"image": canvas.permute(1, 2, 0), "boxes": torch.from_numpy(self.labels[i]),
-                "matrix": torch.from_numpy(matrix @ self.shrink[i]), "index": i}
+        sample = letterboxed(self.load(i), self.imgsz, shape, self.shrink[i])
+        return sample | {"boxes": torch.from_numpy(self.labels[i]), "index": i}
 
 
 def new_canvas(like, shape):
@@ -146,6 +144,16 @@ def new_canvas(like, shape):
     where pixels are not bytes."""
     fill = GREY if like.dtype == torch.uint8 else 0
     return torch.full((*shape, len(like)), fill, dtype=like.dtype).permute(2, 0, 1)
+
+
+def letterboxed(image, imgsz, shape, before):
+    """An image (C, H, W) in the middle of a canvas `shape` (height, width), its long side at imgsz pixels -> {"image":
+    (height, width, C), "matrix": float64 (3, 3) from pixels of the file to those of the canvas}. before: matrix from
+    pixels of the file to those of the image."""
+    canvas = new_canvas(image, shape)
+    matrix = augment.letterbox(*image.shape[1:], imgsz, shape)
+    matrix, _ = paste(image, matrix, canvas, (0, 0, *shape[::-1]))
+    return {"image": canvas.permute(1, 2, 0), "matrix": torch.from_numpy(matrix @ before)}
 
 
 def collate(samples):
@@ -175,3 +183,48 @@ def move(rows, matrix):
 def restore(rows, matrix):
     """`move` by the inverse: with a letterboxed sample's "matrix", back to pixels of the file."""
     return move(rows, torch.linalg.inv(matrix.cpu().double()))
+
+
+class Views(Dataset):
+    """What the nets look at: every image as a whole and, if it is larger than `tile`, also its windows.
+
+    `views[k]` -> as a letterboxed sample of DetData, without boxes. UserError for a file without the bands.
+    """
+
+    def __init__(self, files, *, bands, imgsz, stride, tile=None, overlap=0.25):
+        self.files, self.bands, self.imgsz = files, bands, imgsz
+        self.sizes = []  # (height, width) per file
+        self.items = []  # (file's index, window (y, x, height, width) or None) per view
+        self.first = []  # each file's first view; at the end the number of views
+        for i, file in enumerate(files):
+            count, *size = images.size(file)
+            if count < bands[-1] and not (count == 1 and bands == [1, 2, 3]):
+                raise UserError(f"{file}: has {count} bands, the checkpoint needs band {bands[-1]}; choose another "
+                                f"--source")
+            self.sizes.append(tuple(size))
+            self.first.append(len(self.items))
+            self.items.append((i, None))
+            if tile and max(size) > tile:
+                sides = [min(tile, side) for side in size]
+                self.items += [(i, (y, x, *sides)) for y in tiles.starts(size[0], tile, overlap)
+                               for x in tiles.starts(size[1], tile, overlap)]
+        self.first.append(len(self.items))
+        self.shapes = [rect(window[2:] if window else self.sizes[i], imgsz, stride) for i, window in self.items]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, k):
+        i, window = self.items[k]
+        height, width = self.sizes[i]
+        if window:
+            image = read(self.files[i], self.bands, window=window)
+            to_read = translate(-window[1], -window[0])
+        else:  # of a far larger scene only every step-th pixel is read, still four for each one of the net's input
+            step = max(height, width) // (4 * self.imgsz) or 1
+            shape = (max(1, height // step), max(1, width // step))
+            image = read(self.files[i], self.bands, shape=shape if step > 1 else None)
+            to_read = scale(shape[1] / width, shape[0] / height)
+        image = image if image.dtype == torch.uint8 else image.float()
+        sample = letterboxed(image, self.imgsz, self.shapes[k], to_read)
+        return sample | {"boxes": torch.zeros(0, 5), "index": k}

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import glyphs
 from utils.args import Parser, whole
 from utils.errors import UserError, cli
-from utils.pictures import whole as whole_file
+from utils.files import whole_file
 
 SIDE, LARGEST = 28, 79  # of a glyph; of the box around one turned by 45 degrees and doubled
 STREAM = 26             # ends the seeds: augmentation, seeded with (seed, epoch, index), shall draw other numbers

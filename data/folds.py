@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import dist, runs
 from utils.errors import UserError
 
 
@@ -76,6 +77,26 @@ def read(path, names):
     if missing:
         raise UserError(f"{path}: has no fold for {missing[0]} ({len(missing)} such); make a new split with --folds 5")
     return {n: fold_of[n] for n in names}
+
+
+def of_run(folder, names, spec, fold, *, strata=None, groups=None):
+    """-> (indices of the samples to train on, to validate on), by the folds.json in the run's folder, which a resumed
+    run finds there. A new run writes it; spec: of `parse`, or the split itself {name: fold}; None: nothing to validate.
+    strata, groups: of `assign`.
+    """
+    written = folder / "folds.json"
+    spec = written if written.exists() else spec
+    if spec is None:
+        return list(range(len(names))), []
+    if isinstance(spec, Path):
+        spec = read(spec, names)
+    elif isinstance(spec, list):
+        spec = assign(names, spec, strata=strata, groups=groups)
+    if dist.rank() == 0:
+        runs.write_json(written, spec)
+    held_out = set(split(spec, fold)[1])
+    return ([i for i, name in enumerate(names) if name not in held_out],
+            [i for i, name in enumerate(names) if name in held_out])
 
 
 def read_groups(path, names):

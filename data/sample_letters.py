@@ -8,7 +8,7 @@ import numpy as np
 from data import glyphs
 from data.dirty_mnist import HEADER, Synthesizer, write
 from utils.errors import UserError
-from utils.files import new_folder
+from utils.files import whole_folder
 
 
 def _write_glyphs(path, pixels, letters, digits=None):
@@ -33,7 +33,7 @@ def letters(out, *, train=48, test=12, seed=0):
     if train < 1 or test < 0 or seed < 0:
         raise UserError(f"--train {train} --test {test} --seed {seed}: at least 1, 0 and 0, please")
     target = os.path.join(out, "resources")
-    with new_folder(target) as root:
+    with whole_folder(target) as root:
         for folder in ("mnist_data", "dirty_mnist_2nd", "test_dirty_mnist_2nd"):
             os.mkdir(os.path.join(root, folder))
         known, unknown = (glyphs.render(count, seed=2 * seed + k) for k, count in enumerate((20, 10)))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.sample_models import MODELS, lamp_post, rect, tree
 from utils.errors import UserError
-from utils.files import new_folder
+from utils.files import whole_folder
 
 # how often each is seen; category_id is the place in this table, from 1
 CLASSES = {"sedan": 30, "SUV": 20, "van": 6, "bus": 2, "school bus": 1.5, "truck": 6, "taxi": 4, "adult": 15,
@@ -384,7 +384,7 @@ def parking(out, *, train=48, test=12, size=(720, 1280), seed=0):
         raise UserError(f"--train {train} --test {test} --seed {seed}, scenes of {size[0]}x{size[1]}: "
                         "at least 1, 0 and 0, and 128 pixels a side, none four times the other, please")
     target, classes = os.path.join(out, "DATA"), list(CLASSES)
-    with new_folder(target) as root:
+    with whole_folder(target) as root:
         labels = {split: {"images": [], "annotations": []} for split in ("train", "test")}
         for split in labels:
             os.makedirs(os.path.join(root, split, "images"))

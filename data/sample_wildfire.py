@@ -9,7 +9,7 @@ from rasterio import Affine
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import new_folder
+from utils.files import whole_folder
 
 # ---- spectra ---------------------------------------------------------------------------------------------
 # Reflectance of the seven useful bands:  coastal blue  green red   NIR  SWIR1 SWIR2   (plausible, not measured)
@@ -197,7 +197,7 @@ def wildfire(out, *, train=48, test=12, size=256, seed=0):
     if train < 1 or test < 0 or size < 64 or seed < 0:
         raise UserError(f"--train {train} --test {test} --size {size} --seed {seed}: at least 1, 0, 64 and 0, please")
     target = os.path.join(out, "Wildfire")
-    with new_folder(target) as root:
+    with whole_folder(target) as root:
         for folder in ("train_img", "train_mask", "test_img", "test_mask"):
             os.mkdir(os.path.join(root, folder))
         tiles = [("train", i) for i in range(train)] + [("test", i) for i in range(test)]

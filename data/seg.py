@@ -136,3 +136,18 @@ class SegData(Dataset):
         if epoch is not None and self.gain:
             image *= torch.from_numpy(augment.gain(rng, len(image), self.gain))
         return {"image": image, "mask": mask, "index": i}
+
+
+class Tiles(Dataset):
+    """Whole images, or windows of one: {"image": (C, H, W), "index"}."""
+
+    def __init__(self, files, windows=None):
+        self.files, self.windows = files, windows
+
+    def __len__(self):
+        return len(self.windows or self.files)
+
+    def __getitem__(self, i):
+        if not self.windows:
+            return {"image": images.read(self.files[i]).float(), "index": i}  # a batch may be of several dtypes
+        return {"image": images.read(self.files[0], window=self.windows[i]), "index": i}

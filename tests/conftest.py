@@ -217,3 +217,22 @@ def _child(module, flags, cwd, outputs):
         os._exit(error.code)
     except BaseException:
         os._exit(99)
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+    """refused(module, *flags, says=words): the command ends as promised, and changes nothing but new runs; -> its line.
+    """
+    def mine():
+        return {k: v for k, v in digest(tmp_path).items() if not re.search("/runs/|/out", k)}
+
+    def call(module, *flags, says=()):
+        before = mine()
+        done = command(module, *flags)
+        text = f"{done.code}\n{done.err}"
+        assert done.code == 2 and len(done.lines) == 1 and done.lines[0].startswith("error: "), text
+        assert all(str(word) in done.lines[0] for word in ([says] if isinstance(says, str) else says)), text
+        assert ";" in done.lines[0] or "--help" in done.lines[0], text  # the remedy
+        assert mine() == before
+        return done.lines[0]
+    return call

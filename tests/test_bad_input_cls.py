@@ -13,7 +13,6 @@ from data import glyphs
 from nets import backbones
 from nets.unet import UNet
 from tests.conftest import TINY_CLS, write_dirty, write_tif
-from tests.test_bad_input_det import refused  # noqa: F401, a fixture
 
 FLAGS = ["--task", "cls", "--device", "cpu", "--workers", 0]
 

@@ -1,6 +1,5 @@
 """What users do wrong in detection: exit code 2, one line that names file or flag and the remedy, nothing changed."""
 import json
-import re
 import shutil
 from types import SimpleNamespace
 
@@ -12,30 +11,13 @@ from PIL import Image
 import predict
 import train_det
 from nets.unet import UNet
-from tests.conftest import TINY_DET, digest, write_parking, write_tif
+from tests.conftest import TINY_DET, write_parking, write_tif
 from tests.test_predict_det import weights
 
 
 @pytest.fixture
 def root(tmp_path):
     return write_parking(tmp_path / "DATA", train=5, test=2)
-
-
-@pytest.fixture
-def refused(command, tmp_path):
-    """refused(module, *flags, says=words): the command ends as promised, and changes nothing but new runs."""
-    def mine():
-        return {k: v for k, v in digest(tmp_path).items() if not re.search("/runs/|/out", k)}
-
-    def call(module, *flags, says=()):
-        before = mine()
-        done = command(module, *flags)
-        text = f"{done.code}\n{done.err}"
-        assert done.code == 2 and len(done.lines) == 1 and done.lines[0].startswith("error: "), text
-        assert all(str(word) in done.lines[0] for word in ([says] if isinstance(says, str) else says)), text
-        assert ";" in done.lines[0] or "--help" in done.lines[0], text  # the remedy
-        assert mine() == before
-    return call
 
 
 def train(refused, *flags, says):

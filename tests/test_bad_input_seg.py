@@ -1,6 +1,5 @@
 """What users do wrong in segmentation: exit code 2, one line that names the file and the remedy, nothing changed."""
 import os
-import re
 import resource
 import shutil
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from PIL import Image
 
 import predict
 import train_seg
-from tests.conftest import TINY, digest, tile, write_tif, write_wildfire
+from tests.conftest import TINY, tile, write_tif, write_wildfire
 
 
 @pytest.fixture
@@ -31,22 +30,6 @@ def model(tmp_path_factory):
         patch.setattr("sys.argv", ["train_seg.py", "--data", str(data), *TINY])
         train_seg.main()
     return folder / "runs/seg/exp/best.pt"
-
-
-@pytest.fixture
-def refused(command, tmp_path):
-    """refused(module, *flags, says=words): the command ends as promised, and changes nothing but new runs."""
-    def call(module, *flags, says=()):
-        before = {k: v for k, v in digest(tmp_path).items() if not re.search("/runs/|/out/", k)}
-        done = command(module, *flags)
-        text = f"{done.code}\n{done.err}"
-        assert done.code == 2 and len(done.lines) == 1 and done.lines[0].startswith("error: "), text
-        assert all(str(word) in done.lines[0] for word in ([says] if isinstance(says, str) else says)), text
-        assert ";" in done.lines[0] or "--help" in done.lines[0], text  # the remedy
-        after = {k: v for k, v in digest(tmp_path).items() if not re.search("/runs/|/out/", k)}
-        assert after == before
-        return done.lines[0]
-    return call
 
 
 def train(refused, *flags, says):

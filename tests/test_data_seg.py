@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from hypothesis import given, settings, strategies as st
 
 from data import augment, images, seg
 from data.cache import Cache

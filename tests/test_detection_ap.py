@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -307,6 +308,7 @@ def everything(result):
 def shard(rank, world, folder):
     """Every second image; all of them on the second rank alone; the first 15 and the rest. The ties in order."""
     torch.set_num_threads(1)  # OpenMP's threads did not come along with the fork
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     result = {}
     for name, step in (("dealt", slice(rank, None, world)), ("one has all", slice(0, None if rank else 0))):

@@ -12,10 +12,10 @@ from torch import nn
 import predict
 import train_seg
 from nets import pretrained
-from nets.blocks import fuse
-from nets.efficientnet import VARIANTS, Block, EfficientNetV2, SameConv, drop_path
 from nets.backbones import NAMES as ENCODERS
 from nets.backbones import make as make_encoder
+from nets.blocks import fuse
+from nets.efficientnet import VARIANTS, Block, EfficientNetV2, SameConv, drop_path
 from nets.unet import UNet
 from tests.conftest import TINY
 from tests.test_nets import assert_equal, count, lived_in, randn

@@ -3,6 +3,7 @@ import copy
 import csv
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -334,6 +335,20 @@ def test_new_settings_count_in_a_resumed_run(tmp_path):
     train(tmp_path, **options)
     groups = train(tmp_path, resume=True, epochs=3, lr=0.5, weight_decay=0.7, **options).optimizer.param_groups
     assert [g["lr"] for g in groups] == [0.5] * 3 and [g["weight_decay"] for g in groups] == [0.7, 0, 0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_another_momentum_counts_in_a_resumed_run(tmp_path, optimizer):
+    """As much as if the optimizer of the checkpoint had had it; the lr of the last step is the table's still."""
+    options = dict(optimizer=optimizer, ema=False, total=3)
+    train(tmp_path / "a", epochs=2, momentum=0.9, **options)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    kept = train(tmp_path / "a", resume=True, epochs=3, momentum=0.9, **options)
+    changed = train(tmp_path / "b", resume=True, epochs=3, momentum=0.5, **options)
+    for group in changed.optimizer.param_groups:
+        assert (group["momentum"] if optimizer == "sgd" else group["betas"][0]) == 0.5
+    assert differences(weights(kept), weights(changed))
+    assert [row["lr"] for row in changed.history] == [row["lr"] for row in kept.history]
 
 
 @pytest.mark.parametrize("before, after", [("adamw", "sgd"), ("sgd", "adamw"), ("adamw", "adam"), ("adam", "adamw")])

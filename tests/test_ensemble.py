@@ -10,12 +10,10 @@ import torch
 from PIL import Image
 
 import predict
-import predict_cls
 from data import folds
 from tests.conftest import write_dirty
 from tests.test_bad_input_cls import FLAGS as CPU
 from tests.test_bad_input_cls import weights as net_at
-from tests.test_bad_input_det import refused  # noqa: F401, a fixture
 from tests.test_scripts_cls import results, table_of
 from tests.test_scripts_det import ranks
 from utils import checkpoint, ensemble
@@ -380,7 +378,7 @@ def test_the_held_out_images_are_the_runs_own(root, tmp_path, monkeypatch):
     paths = [run("runs/a", root, fold=1), run("runs/b", root, fold=1)]
     states = [torch.load(path, weights_only=True) for path in paths]
     states[1]["args"]["data"] = "link"
-    files, labels = predict_cls.held_out(paths, states)
+    files, labels = predict.held_out(paths, states)
     wanted = truth(root, "runs/a", 1)
     order = np.argsort([file.stem for file in wanted[0]])
     assert sorted(files) == sorted(wanted[0])

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from hypothesis import given, settings, strategies as st
 
 from data import images
 from tests.conftest import write_tif

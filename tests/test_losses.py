@@ -2,6 +2,7 @@
 import math
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -258,7 +259,6 @@ def test_smoothed_bce_is_least_at_the_smoothed_label(smoothing):
 
 
 def test_segmentation_models_pytorch_agrees():
-    smp = pytest.importorskip("segmentation_models_pytorch")
     logits, labels = maps(3, 1, 16, 16, void=0.2)
     for per_image in (True, False):
         theirs = smp.losses.LovaszLoss("binary", per_image=per_image, ignore_index=VOID)

@@ -1,5 +1,6 @@
 """utils/metrics.py against pixel-by-pixel counting, over batch splits and over processes."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.metrics import BinaryIoU, Labels, MeanIoU, average_precisions
+from utils.metrics import Accuracy, BinaryIoU, MeanIoU, average_precisions
 
 VOID = 255
 
@@ -158,6 +159,7 @@ def test_wrong_input_is_named():
 
 def shard(rank, world, folder):
     """A rank's unpadded share of 21 samples, and everything again on rank 0 alone: the other ranks have none."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.set_num_threads(1)
     result = {}
@@ -197,16 +199,16 @@ def test_average_precisions_is_scikit_learns():
 
 
 def test_labels_by_hand():
-    metric = Labels(3)
+    metric = Accuracy(3)
     metric.update(torch.tensor([[.9, .2, .6], [.1, .8, .4]]), torch.tensor([[1., 0, 0], [0, 1, 0]]))
     metric.update(torch.tensor([[.3, .7, .5]]), torch.tensor([[1., 1, 0]]))
     scores = metric.reduce().compute()
     assert scores == pytest.approx({"acc": 7 / 9, "exact": 1 / 3, "map": 1.0})
     assert [c["images"] for c in metric.per_class()] == [2, 2, 0]
     assert metric.per_class()[0]["acc"] == pytest.approx(2 / 3)
-    one = Labels(3, exclusive=True)
+    one = Accuracy(3, exclusive=True)
     one.update(torch.tensor([[.4, .3, .3], [.2, .3, .5], [.1, .8, .1]]), torch.eye(3)[[0, 2, 2]])
     assert one.compute()["acc"] == pytest.approx(2 / 3)
-    assert np.isnan(Labels(3).compute()["acc"])
+    assert np.isnan(Accuracy(3).compute()["acc"])
     with pytest.raises(ValueError):
-        Labels(3).update(torch.zeros(2, 3), torch.zeros(2, 4))
+        Accuracy(3).update(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -19,13 +19,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import predict
-import predict_det
-from data import augment, det
+from data import augment, det, submissions
 from nets.yolo import YOLOv5
 from tests.conftest import lot
 from tests.test_scripts_det import ranks
 from utils import boxes as box_tools
 from utils import checkpoint, tta
+from utils.errors import UserError
 from utils.metrics import DetectionAP
 
 FLAGS = ["--task", "det", "--device", "cpu", "--amp", "off", "--workers", 0]
@@ -41,6 +41,7 @@ class Finder(torch.nn.Module):
     def __init__(self, num_classes=3, in_chans=3, **_):
         super().__init__()
         self.classes, self.bands = num_classes, in_chans
+        self.none = torch.nn.Parameter(torch.zeros(0))  # whose precision is the net's
 
     def forward(self, x):
         assert x.shape[1] == self.bands and all(side % self.stride == 0 for side in x.shape[2:])
@@ -58,7 +59,7 @@ class Finder(torch.nn.Module):
 
 @pytest.fixture
 def finder(monkeypatch):
-    monkeypatch.setattr(predict_det, "YOLOv5", Finder)
+    monkeypatch.setitem(predict.NETS, "det", Finder)
     monkeypatch.setattr(checkpoint, "load_weights", lambda net, state, path: net)
     return Finder
 
@@ -138,15 +139,15 @@ def test_the_submission(script, tmp_path, finder, capsys):
 
 def test_ids(tmp_path):
     names = [tmp_path / name for name in ("007.jpg", "b.c.jpg", "12", "x²3.jpg", "٣.jpg")]
-    assert predict_det.image_ids(names, tmp_path) == [7, "b.c", 12, "x²3", "٣"]
+    assert submissions.image_ids(names, tmp_path) == [7, "b.c", 12, "x²3", "٣"]
     listed = [{"id": f"id {p.name}", "file_name": p.name} for p in names]
     (tmp_path / "Test_Images_Information.json").write_text(json.dumps(listed))
     folder = tmp_path / "test/images"
     for near in (tmp_path, folder):
-        assert predict_det.image_ids(names, near) == [entry["id"] for entry in listed]
-        assert predict_det.image_ids([folder / "8.jpg"], near, others=True) == [8]  # training images, for a look
-        with pytest.raises(predict_det.UserError, match="9.jpg.*not in .*Test_Images_Information.json .1 such."):
-            predict_det.image_ids([names[0], folder / "9.jpg"], near, others=True)
+        assert submissions.image_ids(names, near) == [entry["id"] for entry in listed]
+        assert submissions.image_ids([folder / "8.jpg"], near, others=True) == [8]  # training images, for a look
+        with pytest.raises(UserError, match="9.jpg.*not in .*Test_Images_Information.json .1 such."):
+            submissions.image_ids([names[0], folder / "9.jpg"], near, others=True)
 
 
 def test_cut_is_the_largest_file_below_the_limit():
@@ -156,14 +157,14 @@ def test_cut_is_the_largest_file_below_the_limit():
                   "score": float(rng.integers(4)) / 4} for _ in range(count)]
         ranked = sorted(range(count), key=lambda i: (-items[i]["score"], i))
         for limit in {2, 3, 10, 10 ** 6, *rng.integers(2, 2000, 30).tolist()}:
-            text, dropped = predict_det.cut(items, limit)
+            text, dropped = submissions.cut(items, limit)
             kept = json.loads(text)
             fits = [k for k in range(count + 1) if len(json.dumps([items[i] for i in ranked[:k]]).encode()) < limit]
             best = max(fits, default=0)
             assert kept == [items[i] for i in sorted(ranked[:best])] and dropped == count - best
             assert text == json.dumps(kept)
     whole = len(json.dumps(items))  # to the byte
-    assert predict_det.cut(items, whole + 1)[1] == 0 and predict_det.cut(items, whole)[1] == 1
+    assert submissions.cut(items, whole + 1)[1] == 0 and submissions.cut(items, whole)[1] == 1
 
 
 def test_the_limit_of_the_submission(script, tmp_path, finder):
@@ -173,7 +174,7 @@ def test_the_limit_of_the_submission(script, tmp_path, finder):
     assert len(items_of("out")) == len(truth)
     assert 0 < Path("out/submission.json").stat().st_size < 1000
     results, ids = [torch.tensor([[1.0, 2, 3, 4, s / 100, 0]]) for s in range(1, 90)], list(range(89))
-    text, dropped = predict_det.cut(predict_det.submission_items(results, ids, [4]), 1000)
+    text, dropped = submissions.cut(submissions.parking_items(submissions.coco_items(results, ids, [4])), 1000)
     assert len(text) < 1000 and {i["score"] for i in json.loads(text)} == {(89 - k) / 100 for k in range(89 - dropped)}
 
 
@@ -187,7 +188,7 @@ def test_coco_results_give_our_ap():
         truths.append(torch.tensor(np.concatenate((boxes, labels), 1)))
         moved = boxes + rng.normal(0, 2.5, boxes.shape)
         found.append(torch.tensor(np.concatenate((moved, rng.random((6, 1)), labels), 1), dtype=torch.float32))
-    items = json.loads(json.dumps(predict_det.coco_items(found, ids, [1, 2, 7])))
+    items = json.loads(json.dumps(submissions.coco_items(found, ids, [1, 2, 7])))
     coco = COCO()
     coco.dataset = {"info": {}, "images": [{"id": i} for i in ids], "categories": [{"id": c} for c in (1, 2, 7)],
                     "annotations": [{"id": n + 1, "image_id": i, "category_id": [1, 2, 7][int(k)], "iscrowd": 0,
@@ -283,7 +284,7 @@ def test_views_read_no_more_than_they_show(tmp_path):
     """Of a long strip every 15th pixel; boxes still fit, and no side vanishes."""
     picture = np.full((9, 6000, 3), 50, np.uint8)
     picture[:, 3000:4200] = 230, 30, 30
-    views = predict_det.Views([save(tmp_path / "1.png", picture)], bands=[1, 2, 3], imgsz=96, stride=32)
+    views = det.Views([save(tmp_path / "1.png", picture)], bands=[1, 2, 3], imgsz=96, stride=32)
     view = views[0]
     rows = Finder()(view["image"].permute(2, 0, 1)[None] / 255)
     box = det.restore(box_tools.to_xyxy(rows[0, :1, :4]), view["matrix"])[0]
@@ -294,10 +295,10 @@ def test_uncut():
     rows = torch.tensor([[10.0, 10, 20, 20, 1, 0], [5, 10, 20, 20, 1, 0], [10, 10, 64, 20, 1, 0],
                          [10, 10, 20, 63, 1, 0]])
     shifted = rows + torch.tensor([100.0, 50, 100, 50, 0, 0])
-    inner = predict_det.uncut(shifted, (50, 105, 64, 59), 500, 500)
+    inner = box_tools.uncut(shifted, (50, 105, 64, 59), 500, 500)
     assert inner.tolist() == shifted[:1].tolist()
-    assert len(predict_det.uncut(rows, (0, 5, 63, 59), 63, 64)) == 3  # the image's own borders cut nothing
-    assert len(predict_det.uncut(rows, (0, 0, 63, 64), 63, 64)) == 4
+    assert len(box_tools.uncut(rows, (0, 5, 63, 59), 63, 64)) == 3  # the image's own borders cut nothing
+    assert len(box_tools.uncut(rows, (0, 0, 63, 64), 63, 64)) == 4
 
 
 # ---- ensembles -------------------------------------------------------------------------------------------------------
@@ -373,12 +374,13 @@ def test_the_true_net_on_training_images(script, tmp_path, parking):
     net.load_state_dict(state["model"])
     file = parking / "train/images/003.jpg"
     with torch.inference_mode():
-        run, imgsz, stride = predict_det.det_ensemble(args, torch.device("cpu"), [path], [state])
-        view = predict_det.Views([file], bands=[1, 2, 3], imgsz=imgsz, stride=stride)[0]
+        nets = predict.load_nets(args, torch.device("cpu"), [path], [state])
+        run = predict.det_ensemble(args, torch.device("cpu"), [state], nets)
+        view = det.Views([file], bands=[1, 2, 3], imgsz=64, stride=nets[0].stride)[0]
         want = box_tools.nms(net(view["image"].permute(2, 0, 1)[None].float() / 255), conf=0.001, iou=0.7, max_det=20)
         got = run(view["image"].permute(2, 0, 1)[None])
     matrix = augment.letterbox(64, 96, 64, det.rect((64, 96), 64, 32))
-    assert (imgsz, stride, len(got)) == (64, 32, 1) and np.allclose(view["matrix"], matrix)
+    assert (nets[0].stride, len(got)) == (32, 1) and np.allclose(view["matrix"], matrix)
     torch.testing.assert_close(got[0][0], want[0], rtol=1e-3, atol=1e-3)
     script(predict, *FLAGS, "--weights", path, "--source", parking / "train/images", "--out", "out", "--no-overlays",
            "--tta", "--conf", 0, "--max-det", 5)

@@ -19,7 +19,8 @@ from nets import pretrained
 from nets.efficientnet import EfficientNetV2
 from nets.regnet import VARIANTS, RegNetX
 from nets.unet import UNet
-from nets.yolo import VARIANTS as YOLOV5, YOLOv5
+from nets.yolo import VARIANTS as YOLOV5
+from nets.yolo import YOLOv5
 from tests.test_nets import assert_equal, lived_in, randn
 from tests.test_unpickle import foreign
 

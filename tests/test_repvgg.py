@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from nets import pretrained
-from nets.blocks import fuse
-from nets.repvgg import VARIANTS, Block, RepVGG
 from nets.backbones import NAMES as ENCODERS
 from nets.backbones import make as make_encoder
+from nets.blocks import fuse
+from nets.repvgg import VARIANTS, Block, RepVGG
 from nets.unet import UNet
 from tests.test_efficientnet import bare, filled
 from tests.test_nets import assert_equal, count, lived_in, randn

@@ -229,7 +229,7 @@ def test_the_second_stage_keeps_the_loss_weights_of_the_free_head(script, parkin
 def test_a_grey_first_jpeg_does_not_make_all_images_grey(tmp_path):
     for name, mode in (("a.jpg", "L"), ("b.jpg", "CMYK"), ("c.png", "L"), ("d.png", "RGBA")):
         Image.new(mode, (8, 8)).save(tmp_path / name)
-    assert [train_det.all_bands(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.png", "d.png")] == \
+    assert [train_det.default_bands(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.png", "d.png")] == \
         [[1, 2, 3], [1, 2, 3], [1], [1, 2, 3, 4]]
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from rasterio.features import rasterize
 
 import predict
-import predict_seg
 import train_seg
 from data import images, seg
 from nets.unet import UNet
@@ -107,13 +106,18 @@ def test_prediction_writes_the_submission_and_georeferenced_masks(script, wildfi
         assert (mask & truth).sum() / (mask | truth).sum() > 0.4
 
 
+def ensemble(args, states):
+    device = torch.device("cpu")
+    return predict.seg_ensemble(args, device, states, predict.load_nets(args, device, "xy", states))
+
+
 def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     state = checkpoint.load(trained / "best.pt")
     args = Namespace(amp="off", compile=False, tta=True, bs=4)
     path = sorted((wildfire / "test_img").iterdir())[0]
     raw = images.read(path)[None]
     with torch.inference_mode():
-        got = predict_seg.seg_ensemble(args, torch.device("cpu"), ["x"], [state])(raw)[0, 0].numpy()
+        got = ensemble(args, [state])(raw)[0, 0].numpy()
         net = checkpoint.load_weights(UNet(**state["arch"]["kwargs"]).eval(), state, "x")
         x = raw[0, :7].numpy().astype(np.float64) / 65535
         planes = [np.full((64, 64), band[band > 0].mean() if (band > 0).any() else 0) for band in x]
@@ -131,8 +135,8 @@ def test_an_ensemble_is_the_mean_of_its_members(trained, wildfire):
     args = Namespace(amp="off", compile=False, tta=False, bs=4)
     raw = images.read(sorted((wildfire / "test_img").iterdir())[1])[None]
     with torch.inference_mode():
-        one, two = (predict_seg.seg_ensemble(args, torch.device("cpu"), ["x"], [s])(raw) for s in states)
-        both = predict_seg.seg_ensemble(args, torch.device("cpu"), ["x", "y"], states)(raw)
+        one, two = (ensemble(args, [state])(raw) for state in states)
+        both = ensemble(args, states)(raw)
     assert (one - two).abs().max() > 1e-3
     torch.testing.assert_close(both, (one + two) / 2)
 

@@ -1,7 +1,8 @@
 """COCO's average precision of detected boxes, with what explains it: curves, thresholds, confusions."""
 import numpy as np
 import torch
-import torch.distributed as dist
+
+from utils import dist
 
 IOUS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
 AREAS = {"ap": (0, 1e10), "ap_small": (0, 32 ** 2), "ap_medium": (32 ** 2, 96 ** 2), "ap_large": (96 ** 2, 1e10)}
@@ -47,13 +48,13 @@ class DetectionAP:
         """Gathers the images of all ranks, if there are several: every rank calls it once, after its last update, and
         a rank without images too. Then all have the same result, which depends on who had which image only where
         scores are equal (COCO's order of those is the images'). Returns self."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            images = gather(np.full((1, 1), self.images))
+        if dist.world_size() > 1:
+            images = dist.gather(self.images)
             for kept in (self.detections, self.truths):
                 rows = np.concatenate(kept)
-                rows[:, -1] += images[:dist.get_rank()].sum()
-                kept[:] = [gather(rows)]
-            self.images = int(images.sum())
+                rows[:, -1] += sum(images[:dist.rank()])
+                kept[:] = dist.gather(rows)
+            self.images = sum(images)
         return self
 
     def compute(self):
@@ -219,17 +220,3 @@ def _greedy(groups, d, t, allowed, claimed, taken):
         claimed[d[pairs]] |= hit
         taken[t[pairs]] |= hit
     return joined
-
-
-def gather(rows):
-    """Rows (n, k) of all ranks, one after the other, as float64; n may differ. Without other ranks: the rows."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return rows
-    rank, sizes = dist.get_rank(), torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    sizes[rank] = len(rows)
-    dist.all_reduce(sizes)
-    everything = torch.zeros(int(sizes.sum()), rows.shape[1], dtype=torch.float64)
-    start = int(sizes[:rank].sum())
-    everything[start:start + len(rows)] = torch.from_numpy(rows)
-    dist.all_reduce(everything)  # a sum with zeros
-    return everything.numpy()

@@ -177,3 +177,17 @@ def _match(boxes, box, threshold):
     overlap = inter / (sizes[:, 0] * sizes[:, 1] + (box[2] - box[0]) * (box[3] - box[1]) - inter + 1e-12)
     best = overlap.argmax()
     return best if overlap[best] > threshold else None
+
+
+def uncut(rows, window, height, width, margin=2):
+    """Detections (n, 6), in pixels of the image, less those that a border of the window cuts: that end within `margin`
+    pixels of it, where the image goes on. A neighbour sees such an object whole, or the view of the whole image does.
+
+    window: (y, x, height, width) in an image of height x width.
+    """
+    y, x, h, w = window
+    limits = rows.new_tensor([x + margin if x > 0 else -torch.inf, y + margin if y > 0 else -torch.inf,
+                              x + w - margin if x + w < width else torch.inf,
+                              y + h - margin if y + h < height else torch.inf])
+    cut = torch.cat((rows[:, :2] < limits[:2], rows[:, 2:4] > limits[2:]), 1)
+    return rows[~cut.any(1)]

@@ -22,6 +22,12 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def print0(*values):
+    """print, on rank 0 only."""
+    if rank() == 0:
+        print(*values)
+
+
 def setup(device="auto"):
     """Picks this process's device and joins the group. `device`: "auto", "cpu", "cuda", "cuda:1", "mps".
 

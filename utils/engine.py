@@ -109,6 +109,11 @@ class State:
         self.sums = {}  # of the running epoch's losses
         self.finite = torch.ones((), dtype=torch.bool, device=next(model.parameters()).device)
 
+    @property
+    def judged(self):
+        """The weights that count: the averaged ones where the run keeps them."""
+        return self.ema.module if self.ema else self.model
+
     def state_dict(self):
         """Raises NumericalError rather than hand out numbers that are not finite."""
         self.check()
@@ -136,10 +141,10 @@ class State:
         if saved["optimizer"]["name"] != type(self.optimizer).__name__:
             raise UserError(f"--resume: the run had the optimizer {saved['optimizer']['name']}; keep --optimizer, or "
                             f"start a new run with --weights")
-        ours = [{k: group[k] for k in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, ours):
-            group.update(settings)  # so that --resume --lr and --weight-decay count
+            group.update(settings)  # so that --resume --lr, --momentum, --weight-decay and the warmup's flags count
         if saved["scaler"]:  # empty when the run had another --amp
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.history, self.scores = saved["step"], saved["history"], saved["scores"]
@@ -191,12 +196,11 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             row |= {k: float(dist.mean(v / len(loader))) for k, v in state.sums.items()}
 
             state.check()
-            judged = ema.module if ema else model
-            for module in (model, judged):
+            for module in (model, state.judged):
                 dist.same_buffers(module)
             try:
-                with signals.interruptible(), torch.inference_mode(), autocast(device, dtype):
-                    metrics = evaluate(judged.eval()) if evaluate else {}
+                with signals.interruptible():
+                    metrics = judge(state, evaluate, device, amp) if evaluate else {}
             except Stopped:  # the epoch is trained but not judged; a resumed run begins with that
                 save()
                 _stop_if(signals.signum, state)
@@ -216,6 +220,12 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             _record(folder, state.history, boards)
             _stop_if(dist.any_rank(signals.signum), state)
     return state
+
+
+def judge(state, evaluate, device, amp):
+    """-> evaluate(the run's weights that count), as the loop calls it."""
+    with torch.inference_mode(), autocast(device, precision(amp, device)):
+        return evaluate(state.judged.eval())
 
 
 def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, epoch, epochs, device, dtype,

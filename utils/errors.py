@@ -1,4 +1,5 @@
 """What a user can cause is answered in one line: the file, what is wrong with it, and the remedy."""
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,15 @@ class Stopped(BaseException):
 
     def __init__(self, signum):
         self.code = 128 + signum
+
+
+@contextlib.contextmanager
+def answers_for(flag):
+    """While it is entered, an OSError or ValueError is the fault of what the user gave to this flag."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {error}") from None
 
 
 def one_line(error):

@@ -1,7 +1,8 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 import contextlib
 import os
 import tempfile
+from pathlib import Path
 
 from utils.errors import UserError
 
@@ -13,7 +14,7 @@ def check_absent(target):
 
 
 @contextlib.contextmanager
-def new_folder(target):
+def whole_folder(target):
     """Yields a temporary folder that becomes `target` if the block ends without an error, else nothing is left.
 
     Raises UserError when `target` exists or cannot be written.
@@ -28,3 +29,19 @@ def new_folder(target):
             os.rename(os.path.join(scratch, name), target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error}); check folder and space") from error
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a temporary name in the same folder, which becomes `path` only if the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(f".new-{path.name}")  # same suffix: Pillow takes the format from it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); check folder and space") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -5,9 +5,9 @@ ranks. The first key of compute() is the fitness (higher is better).
 """
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from utils.average_precision import DetectionAP, gather  # noqa: F401, detection's metric is one of these
+from utils import dist
+from utils.average_precision import DetectionAP  # noqa: F401, detection's metric is one of these
 
 
 class Counts:
@@ -21,10 +21,8 @@ class Counts:
 
     def reduce(self):
         """Sums the counts over ranks, if there are several: every rank calls it once, after its last update, and
-        a rank without samples too. The sum is taken between CPUs, where compute() needs it. Returns self."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self.counts = self.counts.cpu()
-            dist.all_reduce(self.counts)
+        a rank without samples too. The sum is taken on CPUs, where compute() needs it. Returns self."""
+        self.counts = sum(dist.gather(self.counts.cpu()))
         return self
 
 
@@ -131,7 +129,7 @@ class MeanIoU(Counts):
                 "acc": _ratio(hits.sum().item(), matrix.sum().item(), 1.0), **ious}
 
 
-class Labels:
+class Accuracy:
     """Accuracy and average precision of classification, several classes an image or (exclusive) one.
 
     It keeps the probabilities: the average precision needs their order.
@@ -151,7 +149,7 @@ class Labels:
 
     def reduce(self):
         """Gathers the images of all ranks, if there are several: every rank calls it once. Returns self."""
-        self.rows = [gather(np.concatenate(self.rows))]
+        self.rows = dist.gather(np.concatenate(self.rows))
         return self
 
     def _split(self):

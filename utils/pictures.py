@@ -3,17 +3,14 @@
 A picture is a uint8 numpy array (H, W, 3); images, masks and probabilities come as torch tensors (any device) or
 numpy arrays. The sheets are image files, written whole or not at all.
 """
-import contextlib
 import functools
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.errors import UserError
+from utils.files import whole_file
 
 INK, FAINT = (38, 42, 48), (118, 124, 134)  # text: main and secondary
 # Colour of class 1, 2, ... 20 (class 0, the background, is never drawn). Cyan comes first because nothing in a
@@ -24,22 +21,6 @@ PALETTE = np.array([tuple(bytes.fromhex(colour)) for colour in (
 ERRORS = {"true positive": (0, 200, 80), "false positive": (235, 40, 40), "false negative": (50, 110, 255),
           "wrong class": (230, 60, 230)}
 HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])  # inferno, five points
-
-
-@contextlib.contextmanager
-def whole(path):
-    """Yields a temporary name in the same folder, which becomes `path` only if the block ends without an error."""
-    path = Path(path)
-    temporary = path.with_name(f".new-{path.name}")  # same suffix: Pillow takes the format from it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); check folder and space") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 font = functools.cache(lambda size: ImageFont.load_default(size=size))  # Pillow decodes it anew on every call
@@ -165,7 +146,7 @@ def contact_sheet(path, rows, *, titles=None, captions=None, legend=None, max_si
     for (text, colour), (left, below) in zip((legend or {}).items(), spots):
         draw.rectangle([left, below + 3, left + 10, below + 13], tuple(map(int, colour)))
         text_line(draw, (left + 16, below + 8), text, size=12)
-    with whole(path) as temporary:
+    with whole_file(path) as temporary:
         sheet.save(temporary)
 
 

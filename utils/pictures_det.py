@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from utils.pictures import FAINT, INK, PALETTE, contact_sheet, font, text_line, to_rgb, whole
+from utils.files import whole_file
+from utils.pictures import FAINT, INK, PALETTE, contact_sheet, font, text_line, to_rgb
 from utils.report import BEST, FINE, GRID, LINE
 
 MOST = 20  # lines in one plot, swatches in one legend
@@ -216,7 +217,7 @@ def pr_curves(path, recall, precision, names, ap50):
         draw.line([right + 22, y, right + 42, y], colour, 4 if thick == 3 else 2)
         text_line(draw, (right + 50, y), name, width=146)
         text_line(draw, (sheet.width - 16, y), "-" if math.isnan(value) else f"{value:.3f}", anchor="rm")
-    with whole(path) as temporary:
+    with whole_file(path) as temporary:
         sheet.save(temporary)
 
 
@@ -260,7 +261,7 @@ def confusion_matrix(path, matrix, names):
         text_line(draw, (bar + 26, top + (1 - share) * (high - 1)), f"{share:.0%}", size=11, fill=FAINT)
     for i, (text, colour) in enumerate((("right", LINE), ("wrong", BEST))):
         text_line(draw, (bar, top + high + 16 + 16 * i), text, size=12, fill=colour)
-    with whole(path) as temporary:
+    with whole_file(path) as temporary:
         sheet.save(temporary)
 
 
@@ -328,7 +329,7 @@ def label_statistics(path, boxes, classes, sizes, names):
     note = "median {:.2g} x {:.2g} %".format(*np.median(extent, 0)) if len(every) else ""
     _head(draw, area, "box sizes", note + (f", {empty.sum():,} empty" if empty.any() else ""))
     _images_per_count(sheet, (500, 448, 1200, sheet.height - 52), per_image)
-    with whole(path) as temporary:
+    with whole_file(path) as temporary:
         sheet.save(temporary)
 
 

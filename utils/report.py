@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from utils.errors import UserError
-from utils.pictures import FAINT, font, text_line, whole
+from utils.files import whole_file
+from utils.pictures import FAINT, font, text_line
 
 PANEL, AXES, FINE = (400, 270), (58, 44, 384, 240), 3  # panel size; axes' left, top, right, bottom; supersampling
 GRID, LINE, BEST = (232, 235, 239), (37, 99, 214), (234, 88, 12)
@@ -41,7 +42,7 @@ def write_csv(path, rows):
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [{k: _plain(v) for k, v in row.items()} for row in rows]
     cells = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in cells]
-    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(cells)
@@ -148,7 +149,7 @@ def plot_curves(path, rows, *, x="epoch"):
     for i, key in enumerate(keys):
         panel = _panel(key, xs, np.array([row.get(key, math.nan) for row in rows], float))
         sheet.paste(panel, (i % across * PANEL[0], i // across * PANEL[1]))
-    with whole(path) as temporary:
+    with whole_file(path) as temporary:
         sheet.save(temporary)
 
 
@@ -205,7 +206,7 @@ def make_boards(run_dir, *, tensorboard=False, wandb=False, name="", config=None
         except Exception as error:  # no account, no network, a deleted run: all of them are the user's to settle
             message = " ".join(str(error).split())
             raise UserError(f"--wandb: W&B did not start ({message}); `wandb login`, or WANDB_MODE=offline") from error
-        with whole(kept) as temporary:
+        with whole_file(kept) as temporary:
             temporary.write_text(run.id)
         sinks.append((lambda row, step: run.log(row, step=step), run.finish))
     return Boards(sinks)

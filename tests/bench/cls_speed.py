@@ -5,17 +5,18 @@
 "timm as it comes": fp32, NCHW, Adam with its default kernels, no averaged weights; prediction with batch norms.
 "timm, same numerics": timm's net in our loop: our precision, channels-last, fused Adam, EMA; prediction in our
 precision and memory format, but with its batch norms. Ours: the step as train_cls.py does it, prediction as
-predict_cls.py does it (batch norms fused). All in turn, `rounds` times. The fastest round counts: noise only adds.
+predict.py does it (batch norms fused). All in turn, `rounds` times. The fastest round counts: noise only adds.
 """
 import argparse
+from argparse import Namespace
 
 import timm
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import predict_cls
+import predict
 from nets import backbones
-from tests.bench.det_speed import clock, in_turn
+from tests.bench.timing import clock, in_turn, show, training_step
 from utils import dist, engine, losses, optim
 
 CLASSES, PLAIN, SAME = 26, "timm as it comes", "timm, same numerics"
@@ -40,26 +41,13 @@ def trainer(model, our_way, x, y, device):
         optimizer = optim.make_optimizer("adam", optim.param_groups(model, 1e-5), lr=1e-3, eps=1e-6)
         ema = optim.make_ema(model, 1000)
     else:
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
+        optimizer, ema = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5), None
     dtype = engine.precision("auto", device) if our_way else None
 
-    def step():
-        times = [clock(device)]
-        with engine.autocast(device, dtype):
-            logits = model(x)
-            loss = losses.bce(logits, y) if our_way else binary_cross_entropy_with_logits(logits, y)
-        times.append(clock(device))
-        loss.backward()
-        times.append(clock(device))
-        if our_way:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-        if our_way:
-            ema.update_parameters(model)
-        times.append(clock(device))
-        return [b - a for a, b in zip(times, times[1:])]
-    return step
+    def loss():
+        logits = model(x)
+        return losses.bce(logits, y) if our_way else binary_cross_entropy_with_logits(logits, y)
+    return training_step(loss, model, optimizer, device, dtype=dtype, ema=ema)
 
 
 def predictors(name, x, device, compiled):
@@ -77,12 +65,14 @@ def predictors(name, x, device, compiled):
         return run
 
     arch = dict(name=name, in_chans=1, num_classes=CLASSES)
-    state = {"arch": {"kwargs": arch}, "bands": [1], "model": make(name, True).state_dict()}
+    state = {"task": "cls", "arch": {"kwargs": arch}, "bands": [1], "scale": 255.0, "imgsz": x.shape[2], "norm": None,
+             "classes": CLASSES, "exclusive": False, "args": {}, "model": make(name, True).state_dict()}
     ours = engine.precision("auto", device) or torch.float32, torch.channels_last
     made = {PLAIN: timed(make(name, False), torch.float32, torch.contiguous_format)}
     for compile in (False, True)[:1 + compiled]:
         made[SAME + ", --compile" * compile] = timed(make(name, False), *ours, compile)
-        made["ours" + ", --compile" * compile] = timed(predict_cls.load_net("net", state, []), *ours, compile)
+        [net] = predict.load_nets(Namespace(amp="auto", compile=compile), device, ["net"], [state])
+        made["ours" + ", --compile" * compile] = timed(net, *ours)
     return made
 
 
@@ -106,12 +96,8 @@ def main():
     steps = {PLAIN: trainer(make(args.net, False), False, x, y, device),
              SAME: trainer(make(args.net, False), True, x, y, device),
              "ours": trainer(make(args.net, True), True, x, y, device)}
-    best = {name: min(taken, key=sum) for name, taken in in_turn(steps, args.rounds).items()}
-    for name, (forward, backward, update) in best.items():
-        total = forward + backward + update
-        print(f"training {name}: {args.bs / total:.2f} img/s, ratio {sum(best[PLAIN]) / total:.2f} (forward and loss "
-              f"{forward:.3f} s, backward {backward:.3f} s, optimizer {update:.3f} s)", flush=True)
-    print(f"training ratio of ours to {SAME}: {sum(best[SAME]) / sum(best['ours']):.2f}")
+    taken = show("training", in_turn(steps, args.rounds), args.bs, PLAIN)
+    print(f"training ratio of ours to {SAME}: {taken[SAME] / taken['ours']:.2f}")
 
     best = {name: min(taken) for name, taken in
             in_turn(predictors(args.net, x, device, args.compile), args.rounds).items()}

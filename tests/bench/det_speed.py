@@ -9,13 +9,13 @@ adds. Validation: what shares suppression and the metric have. Nets at their sta
 overwhelm suppression, so those here are trained for --brief steps on the very rectangles that they are to find.
 """
 import argparse
-import time
 from argparse import Namespace
 
 import torch
 
-import predict_det
+import predict
 from nets.yolo import BINS, YOLOv5
+from tests.bench.timing import clock, in_turn, show, training_step
 from train_det import GAINS
 from utils import boxes, dist, engine, losses_det, metrics, optim
 
@@ -54,27 +54,11 @@ def trainer(model, ours, raw, targets, device):
         optimizer = optim.make_optimizer("adamw", optim.param_groups(model, 0.05), lr=2e-3)
         ema = optim.make_ema(model, 1000)
     else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.937, nesterov=True, foreach=False,
-                                    fused=False)
+        optimizer, ema = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.937, nesterov=True, foreach=False,
+                                         fused=False), None
     x = (raw.to(device).float() / 255).contiguous(memory_format=layout)
     targets, dtype = targets.to(device), engine.precision("auto", device) if ours else None
-
-    def step():
-        times = [clock(device)]
-        with engine.autocast(device, dtype):
-            loss = loss_of(model, x, targets)
-        times.append(clock(device))
-        loss.backward()
-        times.append(clock(device))
-        if ours:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-        if ours:
-            ema.update_parameters(model)
-        times.append(clock(device))
-        return [b - a for a, b in zip(times, times[1:])]
-    return step
+    return training_step(lambda: loss_of(model, x, targets), model, optimizer, device, dtype=dtype, ema=ema)
 
 
 def predictors(nets, arch, raw, device, compiled, bs):
@@ -96,12 +80,13 @@ def predictors(nets, arch, raw, device, compiled, bs):
         before.to(device, memory_format=torch.contiguous_format)
         made[OLD] = timed(lambda x: boxes.nms(before(x.to(device).contiguous().float() / 255), **limits))
     for head, net in nets.items():
-        state = {"arch": {"kwargs": arch | {"head": head}}, "bands": [1, 2, 3], "scale": 255.0, "imgsz": raw.shape[2],
-                 "classes": NAMES, "category_ids": [1, 2, 3], "args": {}, "model": net.state_dict()}
+        state = {"task": "det", "arch": {"kwargs": arch | {"head": head}}, "bands": [1, 2, 3], "scale": 255.0,
+                 "imgsz": raw.shape[2], "classes": NAMES, "category_ids": [1, 2, 3], "args": {},
+                 "model": net.state_dict()}
         for compile in (False, True)[:1 + compiled]:
             args = Namespace(amp="auto", compile=compile, tta=False, imgsz=None, ensemble_weights=None, **limits)
-            predict, *_ = predict_det.det_ensemble(args, device, ["net"], [state])
-            made[f"ours, {head}{', --compile' * compile}"] = timed(predict)
+            loaded = predict.load_nets(args, device, ["net"], [state])
+            made[f"ours, {head}{', --compile' * compile}"] = timed(predict.det_ensemble(args, device, [state], loaded))
     return made
 
 
@@ -126,22 +111,6 @@ def validate(model, raw, targets, device, bs):
     return [*spent[:2], spent[2] + clock(device) - began], count / len(raw), scores
 
 
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def in_turn(runs, rounds):
-    """{name: function} -> {name: what each round gave}; the first two rounds choose kernels and do not count."""
-    given = {name: [] for name in runs}
-    for i in range(rounds + 2):
-        for name, run in runs.items():
-            taken = run()
-            given[name] += [taken] if i > 1 else []
-    return given
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", default="s")
@@ -164,11 +133,7 @@ def main():
 
     steps = {OLD: trainer(YOLOv5(**arch, head="anchor"), False, *batch, device)}
     steps |= {f"ours, {head}": trainer(YOLOv5(**arch, head=head), True, *batch, device) for head in args.head}
-    best = {name: min(taken, key=sum) for name, taken in in_turn(steps, args.rounds).items()}
-    for name, (forward, backward, update) in best.items():
-        total = forward + backward + update
-        print(f"training {name}: {args.bs / total:.2f} img/s, ratio {sum(best[OLD]) / total:.2f} (forward and loss "
-              f"{forward:.3f} s, backward {backward:.3f} s, optimizer {update:.3f} s)", flush=True)
+    show("training", in_turn(steps, args.rounds), args.bs, OLD)
 
     nets = {head: YOLOv5(**arch, head=head) for head in dict.fromkeys(("anchor", *args.head))}
     small, rows = rectangles(args.bs, args.size // 64 * 32)

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import predict_seg
+import predict
 from data import seg
 from data.loader import train_loader
 from data.sample_wildfire import wildfire
 from nets.unet import UNet
+from tests.bench.timing import clock, in_turn, show, training_step
 from utils import dist, engine, losses, optim
 
 
@@ -45,27 +46,15 @@ def trainer(ours, batch, device):
         optimizer = optim.make_optimizer("adamw", optim.param_groups(model, 0.01), lr=1e-3)
         ema = optim.make_ema(model, 1000)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False, fused=False)
+        optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False, fused=False), None
     image = seg.add_mean_planes(batch["image"]).contiguous(memory_format=layout)
     dtype = engine.precision("auto", device) if ours else None
 
-    def step():
-        times = [clock(device)]
-        with engine.autocast(device, dtype):
-            logits = model(image)
-            loss = losses.lovasz_hinge(logits, batch["mask"], elu=True) if ours else lovasz_loop(logits, batch["mask"])
-        times.append(clock(device))
-        loss.backward()
-        times.append(clock(device))
-        if ours:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-        if ours:
-            ema.update_parameters(model)
-        times.append(clock(device))
-        return [b - a for a, b in zip(times, times[1:])]
-    return step
+
+    def loss():
+        logits = model(image)
+        return losses.lovasz_hinge(logits, batch["mask"], elu=True) if ours else lovasz_loop(logits, batch["mask"])
+    return training_step(loss, model, optimizer, device, dtype=dtype, ema=ema)
 
 
 def predictors(raw, device, compiled, bs):
@@ -80,24 +69,19 @@ def predictors(raw, device, compiled, bs):
 
     torch.manual_seed(0)
     net = UNet()
-    state = {"arch": {"kwargs": {}}, "bands": list(range(1, 8)), "scale": 65535.0, "mean_planes": True, "classes": 1,
-             "model": net.state_dict()}
+    state = {"task": "seg", "arch": {"kwargs": {}}, "bands": list(range(1, 8)), "scale": 65535.0, "mean_planes": True,
+             "classes": 1, "imgsz": raw.shape[2], "args": {}, "model": net.state_dict()}
     before = net.eval().to(device)
     made = {"as in 2024": timed(
         lambda: before(seg.add_mean_planes(raw[:, :7].to(device).float() / 65535)).sigmoid().cpu())}
     for name, compile in {"ours": False, "ours, --compile": True}.items():
         if compile <= compiled:
             args = Namespace(amp="auto", compile=compile, tta=False, bs=bs)
-            ensemble = predict_seg.seg_ensemble(args, device, ["net"], [state])
+            nets = predict.load_nets(args, device, ["net"], [state])
+            ensemble = predict.seg_ensemble(args, device, [state], nets)
             made[name] = timed(
                 lambda ensemble=ensemble: [ensemble(raw[i:i + bs]).cpu() for i in range(0, len(raw), bs)])
     return made
-
-
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def main():
@@ -129,26 +113,11 @@ def main():
         raw = torch.stack([seg.images.read(image) for image, _ in paired])
 
     steps = {"as in 2024": trainer(False, batch, device), "ours": trainer(True, batch, device)}
-    times = {name: [] for name in steps}
-    for i in range(args.rounds + 2):
-        for name, step in steps.items():
-            taken = step()
-            times[name] += [taken] if i > 1 else []  # the first ones choose kernels
-    rate = {}
-    for name, taken in times.items():
-        forward, backward, update = min(taken, key=sum)
-        rate[name] = args.bs / min(map(sum, taken))
-        print(f"training {name}: {rate[name]:.2f} img/s (forward and loss {forward:.3f} s, backward {backward:.3f} s, "
-              f"optimizer {update:.3f} s)")
-    print(f"training ratio: {rate['ours'] / rate['as in 2024']:.2f}")
+    taken = show("training", in_turn(steps, args.rounds), args.bs, "as in 2024")
+    print(f"training ratio: {taken['as in 2024'] / taken['ours']:.2f}")
 
-    runs = predictors(raw, device, args.compile, args.predict_bs)
-    times = {name: [] for name in runs}
-    for i in range(args.rounds + 2):
-        for name, run in runs.items():
-            taken = run()
-            times[name] += [taken] if i > 1 else []
-    rate = {name: 1 / min(taken) for name, taken in times.items()}
+    runs = in_turn(predictors(raw, device, args.compile, args.predict_bs), args.rounds)
+    rate = {name: 1 / min(taken) for name, taken in runs.items()}
     for name, value in rate.items():
         print(f"prediction {name}: {value:.1f} img/s, ratio {value / rate['as in 2024']:.2f}")
 

@@ -1,0 +1,123 @@
+"""Files of results: what competitions and other programs want to read."""
+import csv
+import json
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+from rasterio import features
+
+from data import images, labels
+from utils import boxes
+from utils.errors import UserError
+
+
+# ---- segmentation ----
+def new_mask(file, out):
+    """The mask's GeoTIFF, open for writing, at the place on Earth of its source (if that has one)."""
+    _, height, width = images.size(file)
+    place = {}
+    if images.kind(file) == "GTiff":
+        with images.open_raster(file) as source:
+            place = {"crs": source.crs, "transform": source.transform}
+    return rasterio.open(out / "masks" / f"{file.stem}.tif", "w", driver="GTiff", dtype="uint8", count=1, height=height,
+                         width=width, compress="deflate", tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place)
+
+
+def polygons(mask, name):
+    """An open mask -> GeoJSON of its classes' outlines, in the mask's coordinates, as a dict."""
+    shapes = features.shapes(rasterio.band(mask, 1), transform=mask.transform)
+    collection = {"type": "FeatureCollection", "name": name, "features": [
+        {"type": "Feature", "geometry": shape, "properties": {"class": int(value)}}
+        for shape, value in shapes if value > 0]}
+    if mask.crs:  # GeoJSON's own default is WGS 84
+        collection["crs"] = {"type": "name", "properties": {"name": mask.crs.to_string()}}
+    return collection
+
+
+def write_masks(files, sizes, out):
+    """y_pred.pkl of the wildfire competition: {file name: uint8 mask (H, W)}, a pickle."""
+    masks = {}
+    for file in files:
+        if math.prod(sizes[file][1:]) > 2**26:
+            print(f"{file.name}: too large for y_pred.pkl; its mask is in {out / 'masks'}")
+            continue
+        with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
+            masks[file.name] = mask.read(1)
+    with open(out / "y_pred.pkl", "wb") as file:
+        pickle.dump(masks, file)
+
+
+# ---- detection ----
+def image_ids(files, near, *, others=False):
+    """The competition's image ids, from Test_Images_Information.json in `near` or at most two folders above; without
+    it the file's stem, as a number where it is one.
+
+    others: a list that knows none of the images is no error but ignored: they may be training images.
+    """
+    for folder in (near, *list(Path(near).resolve().parents)[:2]):
+        known = labels.test_ids(folder)
+        if known and not (others and known.keys().isdisjoint(file.name for file in files)):
+            missing = [file for file in files if file.name not in known]
+            if missing:
+                raise UserError(f"{missing[0]}: not in {folder / labels.TEST_INFORMATION} ({len(missing)} such); add "
+                                f"it there, or remove the image")
+            return [known[file.name] for file in files]
+    return [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]
+
+
+def coco_items(results, ids, category_ids):
+    """COCO's results format: [{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}]."""
+    return [{"image_id": image_id, "category_id": category_ids[int(label)], "bbox": [x1, y1, x2 - x1, y2 - y1],
+             "score": score}
+            for image_id, rows in zip(ids, results) for x1, y1, x2, y2, score, label in rows.tolist()]
+
+
+def parking_items(items):
+    """COCO items as the parking-lot competition took them: a tenth of a pixel, four digits of score, empty
+    segmentation."""
+    return [item | {"bbox": [round(v, 1) for v in item["bbox"]], "score": round(item["score"], 4), "segmentation": []}
+            for item in items]
+
+
+def cut(items, limit):
+    """As many of the items as stay below `limit` bytes of JSON, those of highest score -> (the JSON, with the items in
+    their old order; the number of items left out)."""
+    texts = [json.dumps(item) for item in items]
+    sizes = np.array([len(text.encode()) + 2 for text in texts])  # ", " between two of them, [ ] around all
+    order = np.argsort([-item["score"] for item in items], kind="stable")
+    kept = sorted(order[:int((sizes[order].cumsum() < limit).sum())])
+    return "[" + ", ".join(texts[i] for i in kept) + "]", len(items) - len(kept)
+
+
+def yolo_lines(rows, height, width):
+    """Detections (n, 6) as text, one a line: class from 0, centre x, centre y, width, height as shares of the image's
+    sides, score."""
+    xywh = boxes.to_xywh(rows[:, :4].double()) / torch.tensor([width, height] * 2)
+    return "".join(f"{int(label)} {x:.6f} {y:.6f} {w:.6f} {h:.6f} {score:.6f}\n"
+                   for (x, y, w, h), (score, label) in zip(xywh.tolist(), rows[:, 4:].tolist()))
+
+
+# ---- classification ----
+def read_probabilities(path, names):
+    """probabilities.csv of an earlier run -> {index: row}."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file) if row]
+        if header[1:] != names:
+            raise UserError(f"{path}: has other columns than the checkpoint's classes; give one of this task")
+        table = {row[0]: np.array([float(v) for v in row[1:]]) for row in rows}
+        wrong = next((k for k, row in table.items() if row.shape != (len(names),) or not np.isfinite(row).all()), None)
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise UserError(f"{path}: not a readable table of probabilities ({error}); give a probabilities.csv") from None
+    if wrong is not None:
+        raise UserError(f"{path}: the row {wrong} is damaged; predict again")
+    return table
+
+
+def write_rows(path, header, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -1,0 +1,54 @@
+"""What the speed benchmarks share: a clock, runs in turn, a training step in three parts."""
+import time
+
+import torch
+
+from utils import engine
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def in_turn(runs, rounds):
+    """{name: function} -> {name: what each round gave}; the first two rounds choose kernels and do not count."""
+    given = {name: [] for name in runs}
+    for i in range(rounds + 2):
+        for name, run in runs.items():
+            taken = run()
+            given[name] += [taken] if i > 1 else []
+    return given
+
+
+def training_step(loss, model, optimizer, device, *, dtype=None, ema=None):
+    """-> a function that does one step and returns the seconds of (forward and loss, backward, optimizer). loss: a
+    function without arguments. ema: if given, the gradients' norm is taken too, as in utils/engine.py."""
+    def step():
+        times = [clock(device)]
+        with engine.autocast(device, dtype):
+            value = loss()
+        times.append(clock(device))
+        value.backward()
+        times.append(clock(device))
+        if ema:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema:
+            ema.update_parameters(model)
+        times.append(clock(device))
+        return [b - a for a, b in zip(times, times[1:])]
+    return step
+
+
+def show(kind, steps, bs, base):
+    """Prints the fastest round of each training step; `base`: the name of the one that the ratios are of. -> {name:
+    its seconds}"""
+    best = {name: min(taken, key=sum) for name, taken in steps.items()}
+    for name, (forward, backward, update) in best.items():
+        total = forward + backward + update
+        print(f"{kind} {name}: {bs / total:.2f} img/s, ratio {sum(best[base]) / total:.2f} (forward and loss "
+              f"{forward:.3f} s, backward {backward:.3f} s, optimizer {update:.3f} s)", flush=True)
+    return {name: sum(taken) for name, taken in best.items()}
