@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import pictures, report
+from utils import report
 from utils.errors import UserError
 from utils.report import AXES, BEST, GRID, LINE, PANEL, make_boards, plot_curves, write_csv
 
@@ -58,7 +58,7 @@ def test_a_full_disk_is_a_user_error_and_keeps_the_old_file(tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match=r"results\.csv: cannot be written \(No space left"):
         write_csv(path, [{"epoch": 2}])
     assert path.read_text() == "epoch\n1\n"

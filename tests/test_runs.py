@@ -68,7 +68,7 @@ def test_processes_that_start_together_get_folders_of_their_own(tmp_path):
     begin = time.time() + 0.3
 
     def child():
-        time.sleep(begin - time.time())
+        time.sleep(max(begin - time.time(), 0))
         os._exit(len(runs.create(tmp_path, "exp").name))
 
     pids = []

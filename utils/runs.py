@@ -7,7 +7,6 @@ from pathlib import Path
 
 from utils import checkpoint, dist
 from utils.errors import UserError
-from utils.files import whole_file
 
 _locks = []  # open for the life of the process: closing the file would give the lock back
 
@@ -134,5 +133,9 @@ def new_folder(out, default):
 
 def write_json(path, value):
     """Writes a file whole or not at all. Raises UserError when it cannot be written."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
+    path = Path(path)
+    try:  # a run folder that is gone is not made again
+        path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or mend the folder") from None

@@ -4,7 +4,8 @@
 
 Both go from files, or from images kept in RAM, to the batch that a net gets: float RGB in 0..1, mosaics of four under
 a random zoom, shift and flip, colours changed. OpenCV's: every image resized to the long side, four on a canvas of
-twice the size, that warped to the size, hues by a table; it keeps the resized images in RAM, we keep the files' pixels.
+twice the size, that warped to the size, hues by a table; it keeps the resized images in RAM, we those that are
+at most half as large again, what the largest zoom shows.
 One thread each, in turn, `rounds` times; the fastest round counts, in seconds of the processor: others may share it.
 "bytes": from files to a batch of bytes, which loader workers do; "float": from there to the net's input, which the
 device does, here the same thread. Without --data: 640 x 480 JPEGs of noise.
@@ -25,10 +26,9 @@ CASES = [(640, None), (640, "ram"), (320, "ram")]
 
 
 class OpenCVMosaics:
-    def __init__(self, files, boxes, classes, *, imgsz, cache):
-        self.files, self.imgsz = files, imgsz
+    def __init__(self, files, boxes, classes, sizes, *, imgsz, cache):
+        self.files, self.imgsz, self.sizes = files, imgsz, sizes
         self.labels = [np.concatenate((c[:, None], b), 1).astype(np.float32) for b, c in zip(boxes, classes)]
-        self.sizes = [cv2.imread(str(file)).shape[:2] for file in files]
         self.kept = [self.resized(i) for i in range(len(files))] if cache else None
 
     def resized(self, i):
@@ -103,7 +103,7 @@ def one_round(data, collate, inputs, samples, bs):
 
 
 def noise(folder, count=64):
-    """JPEGs of smooth noise with grain, about as large as photographs -> files, boxes, classes."""
+    """JPEGs of smooth noise with grain, about as large as photographs -> files, boxes, classes, sizes."""
     rng = np.random.default_rng(0)
     files = [Path(folder) / f"{i}.jpg" for i in range(count)]
     for file in files:
@@ -113,7 +113,7 @@ def noise(folder, count=64):
         Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(file, quality=90)
     corners = [rng.uniform(0, 400, (12, 2)) for _ in files]
     boxes = [np.concatenate((c, c + rng.uniform(10, 80, c.shape)), 1) for c in corners]
-    return files, boxes, [rng.integers(3, size=12)] * count
+    return files, boxes, [rng.integers(3, size=12)] * count, [(480, 640)] * count
 
 
 def main():
@@ -129,7 +129,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.data:
             found = labels.read(args.data, cache=None)
-            made = found.files, found.boxes, found.classes
+            made = found.files, found.boxes, found.classes, found.sizes
         else:
             made = noise(folder)
         size = sum(file.stat().st_size for file in made[0]) / len(made[0])
