@@ -1,8 +1,11 @@
 """Splits, written once as JSON: {sample name: fold}. Whoever reads the file sees the same split."""
 import csv
+import hashlib
 import json
 import math
+import os
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +126,67 @@ def split(fold_of, fold):
         raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are "
                         f"the folds {there}")
     return train, val
+
+
+def leaks(train, val, *, groups=None, shown=3):
+    """Lines to print when a split does not divide what it should: [] for a clean one.
+
+    train, val: image files of the two sides. groups: {file: its group}, when there are groups. Found are files with the
+    same bytes on both sides (not the same pixels in another encoding), and groups on both. `shown` examples each.
+    Raises UserError for a file that cannot be read. For one process only: it reads files.
+    """
+    lines = []
+
+    def warn(what, examples):
+        lines.append(f"warning: {what}; the score will be too good")
+        lines.extend(f"  {example}" for example in examples[:shown])
+        if len(examples) > shown:
+            lines.append(f"  and {len(examples) - shown} more")
+
+    copies = _copies(train, val)
+    if copies:
+        warn(f"{len(copies)} of {len(val)} validation files are copies of training files (remove them, or give a file "
+             f"and its copies one group)", [f"{held} = {seen}" for held, seen in copies])
+    seen_of, held_of = ({groups[path]: path for path in reversed(side)} if groups else {} for side in (train, val))
+    both = [group for group in held_of if group in seen_of]
+    if both:
+        warn(f"{len(both)} groups are on both sides of the split (make a new one with the groups)",
+             [f"{group}: {held_of[group]}, {seen_of[group]}" for group in sorted(both, key=str)])
+    return lines
+
+
+def _copies(train, val):
+    """[(validation file, a training file with the same bytes)]. What tells files apart is looked at from cheap to dear:
+    size, a piece of the middle (of raw pixels, every size is the same), all bytes; each time, those files stay that
+    have a counterpart on the other side."""
+    def size(path):
+        return os.stat(path).st_size
+
+    def middle(path):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size // 2 - 2048))
+            return hashlib.blake2b(file.read(4096), digest_size=16).digest()
+
+    def content(path):
+        digest = hashlib.blake2b(digest_size=16)
+        with open(path, "rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+        return digest.digest()
+
+    def told(look, path):
+        try:
+            return look(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from None
+
+    suspects = {(): (list(train), list(val))}
+    with ThreadPoolExecutor(8) as pool:  # reading and hashing leave Python's lock alone
+        for look in (size, middle, content):
+            files = [(key, side, path) for key, pair in suspects.items() for side in (0, 1) for path in pair[side]]
+            suspects = defaultdict(lambda: ([], []))
+            for (key, side, path), value in zip(files, pool.map(told, [look] * len(files), [f[2] for f in files])):
+                suspects[(*key, value)][side].append(path)
+            suspects = {key: pair for key, pair in suspects.items() if all(pair)}
+    seen_of = {held: pair[0][0] for pair in suspects.values() for held in pair[1]}
+    return [(held, seen_of[held]) for held in val if held in seen_of]

@@ -10,6 +10,7 @@ from torch import nn
 
 from nets import backbones
 from nets.blocks import ConvNorm, recompute, relu
+from nets.hrnet import HRNet, enlarge
 
 
 class DecoderBlock(nn.Module):
@@ -31,6 +32,24 @@ class DecoderBlock(nn.Module):
         return self.conv2(relu(self.conv1.bn(y)))
 
 
+class Concatenation(nn.Module):
+    """HRNetV2's decoder (Sun et al. 2019, arXiv 1904.04514): all maps enlarged (bilinear) to the finest's size and
+    concatenated, a 1x1 convolution. `forward(*maps)`: fine to coarse, each twice as coarse as the one before."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = ConvNorm(sum(channels), sum(channels))
+
+    def forward(self, *maps):
+        # a 1x1 convolution may as well come before the enlargement: the same sum, in less than half the time
+        conv = self.conv1.conv
+        first, *others = conv.weight.split([x.shape[1] for x in maps], 1)
+        y = F.conv2d(maps[0], first, conv.bias)
+        for i, (x, weight) in enumerate(zip(maps[1:], others), 1):
+            y = y + enlarge(F.conv2d(x, weight), 2 ** i, y.shape[2:], "bilinear")
+        return relu(self.conv1.bn(y))
+
+
 class UNet(nn.Module):
     """(B, in_chans, H, W) -> logits (B, classes, H, W), for any H and W of at least 1.
 
@@ -39,7 +58,9 @@ class UNet(nn.Module):
     `conv0`: widths of the 1x1 convolutions before the encoder; () leaves them out.
     `decoder`: width per block, coarse to fine; blocks beyond the encoder's skips only upsample. Where the
     last block is still coarser than the input, the logits are upsampled (bilinear).
-    Raises ValueError when the blocks would go beyond the input's resolution.
+    `decoder=()`: HRNetV2 when the encoder is an HRNet: its four branches concatenated (of another encoder all maps but
+    the stem's), a 1x1 convolution as head, logits of the finest branch's resolution, upsampled.
+    Raises ValueError when the blocks would go beyond the input's resolution, or leave branches of an HRNet unused.
     """
 
     def __init__(self, encoder="regnetx_002", in_chans=14, classes=1, conv0=(32, 32), decoder=(128, 64, 48, 32),
@@ -55,11 +76,17 @@ class UNet(nn.Module):
         for width in decoder:
             self.decoder.append(DecoderBlock(cin, skips.pop() if skips else 0, width))
             cin = width
-        self.head = nn.Conv2d(cin, classes, 3, padding=1)
-        self.coarse = self.stride / 2 ** len(decoder)  # input pixels per logit, along each side
+        kernel, self.coarse = 3, self.stride / 2 ** len(decoder)  # input pixels per logit, along each side
+        if not decoder:
+            kernel, self.coarse, cin = 1, self.encoder.strides[1], sum(self.encoder.channels[1:])
+            self.decoder.append(Concatenation(self.encoder.channels[1:]))
+        self.head = nn.Conv2d(cin, classes, kernel, padding=kernel // 2)
         if self.coarse < 1:
             raise ValueError(f"a decoder of {len(decoder)} blocks gives more pixels than the input has; "
                              f"give it at most {int(math.log2(self.stride))}")
+        if isinstance(self.encoder, HRNet) and len(decoder) in (1, 2):  # without gradients there, DDP would fail
+            raise ValueError(f"a decoder of {len(decoder)} blocks leaves {encoder}'s finer branches unused; "
+                             f"give it at least 3, or none")
         self.grad_checkpoint = grad_checkpoint
 
     @property
@@ -73,7 +100,10 @@ class UNet(nn.Module):
             x = relu(conv(x))
         *skips, y = self.encoder.features(x)
         for block in self.decoder:
-            inputs = (y, skips.pop()) if skips else (y,)
+            if isinstance(block, Concatenation):
+                inputs = (*skips[1:], y)
+            else:
+                inputs = (y, skips.pop()) if skips else (y,)
             y = recompute(block, *inputs) if self.grad_checkpoint and self.training else block(*inputs)
         y = self.head(y)
         if self.coarse > 1:

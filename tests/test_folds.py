@@ -202,3 +202,85 @@ def test_split_into_training_and_validation():
     for fold_of, fold in ((fold_of, 3), ({"a": 0, "b": 0}, 0), (fold_of, 999)):
         with pytest.raises(UserError, match=f"--fold {fold}: leaves .* there are the folds 0"):
             folds.split(fold_of, fold)
+
+
+# ---- leaks -----------------------------------------------------------------------------------------------------------
+def files(folder, contents):
+    folder.mkdir()
+    for i, content in enumerate(contents):
+        (folder / f"{i}.png").write_bytes(content)
+    return [folder / f"{i}.png" for i in range(len(contents))]
+
+
+def test_copies_are_found_among_files_that_differ_in_little(tmp_path):
+    rng, blocks = random.Random(0), [random.Random(i).randbytes(5000) for i in range(3)]
+    made = [rng.choice(blocks) * rng.randint(0, 3) + rng.choice((b"", b"a", b"b")) for _ in range(60)]
+    made += [b"x" * 30_000 + end for end in (b"1", b"2", b"3")]  # equal in size and in the middle
+    made += [end + b"x" * 30_000 for end in (b"1", b"2", b"3")]
+    made += [b"x" * 9000 + end + b"x" * 9000 for end in (b"1", b"2")]
+    for attempt in range(5):
+        rng.shuffle(made)
+        train, val = (files(tmp_path / f"{side}{attempt}", part) for side, part in (("t", made[:40]), ("v", made[40:])))
+        expected = {v for v in val if v.read_bytes() in [t.read_bytes() for t in train]}
+        lines = folds.leaks(train, val, shown=100)
+        pairs = [line.strip().split(" = ") for line in lines[1:]]
+        assert 5 < len(expected) < len(val) and [held for held, _ in pairs] == [str(v) for v in val if v in expected]
+        assert all(Path(held).read_bytes() == Path(seen).read_bytes() and Path(seen) in train for held, seen in pairs)
+        assert lines[0].startswith(f"warning: {len(expected)} of {len(val)} validation files are copies")
+
+
+def test_a_clean_split_and_copies_on_one_side(tmp_path):
+    train, val = files(tmp_path / "a", [b"1", b"1", b"22"]), files(tmp_path / "b", [b"2", b"33", b"33"])
+    assert folds.leaks(train, val) == folds.leaks(train, []) == folds.leaks([], val) == folds.leaks([], []) == []
+
+
+def test_only_files_that_may_be_copies_are_opened(tmp_path, monkeypatch):
+    train = files(tmp_path / "a", [b"x" * n for n in range(50)] + [b"same"])
+    val = files(tmp_path / "b", [b"x" * n for n in range(50, 99)] + [b"same", b"diff"])
+    opened = []
+    monkeypatch.setattr("builtins.open", lambda path, *_, real=open: opened.append(Path(path)) or real(path, "rb"))
+    assert len(folds.leaks(train, val)) == 2
+    # the training file of four bytes among the x is looked at, and no other x
+    assert Counter(opened) == {train[50]: 2, val[49]: 2, val[50]: 1, train[4]: 1}
+
+
+def test_the_same_file_and_a_link_to_it_are_copies(tmp_path):
+    a, b = files(tmp_path / "a", [b"1", b"2"])
+    (tmp_path / "link.png").symlink_to(b)
+    lines = folds.leaks([a, b], [a, tmp_path / "link.png"])
+    assert lines[1:] == [f"  {a} = {a}", f"  {tmp_path / 'link.png'} = {b}"]
+
+
+def test_few_examples_are_shown(tmp_path):
+    train, val = (files(tmp_path / side, [b"%d" % i for i in range(n)]) for side, n in (("a", 9), ("b", 7)))
+    lines = folds.leaks(train, val)
+    assert len(lines) == 5 and lines[1] == f"  {val[0]} = {train[0]}" and lines[4] == "  and 4 more"
+    assert len(folds.leaks(train, val[:3])) == 4
+
+
+def test_groups_on_both_sides(tmp_path):
+    train, val = files(tmp_path / "a", [b"1", b"2", b"3"]), files(tmp_path / "b", [b"4", b"5", b"6"])
+    group_of = dict(zip(train + val, ("x", "y", "y", "z", "y", "w")))
+    lines = folds.leaks(train, val, groups=group_of)
+    assert len(lines) == 2 and lines[0].startswith("warning: 1 groups are on both sides")
+    assert lines[1] == f"  y: {val[1]}, {train[1]}"
+    assert folds.leaks(train, val, groups=group_of | {val[1]: "w"}) == []
+    both = folds.leaks(train, [train[0], *val], groups=group_of)
+    assert len(both) == 5 and both[0].startswith("warning: 1 of 4 validation files") and "2 groups" in both[2]
+
+
+def test_a_split_with_groups_does_not_leak(tmp_path):
+    paths = files(tmp_path / "a", [b"%d" % (i % 7) for i in range(40)])
+    names, group_of = [p.name for p in paths], {p: p.read_bytes().decode() for p in paths}
+    fold_of = folds.assign(names, [0.2] * 5, groups=list(group_of.values()))
+    train, val = ([p for p in paths if p.name in part] for part in folds.split(fold_of, 1))
+    assert folds.leaks(train, val, groups=group_of) == [] != folds.leaks(val[1:], val[:1] + train, groups=group_of)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    train, val = files(tmp_path / "a", [b"1"]), files(tmp_path / "b", [b"1"])
+    for path in (tmp_path / "gone.png", tmp_path / "loop.png"):
+        if path.stem == "loop":
+            path.symlink_to(path)
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read .*;"):
+            folds.leaks(train, [*val, path])

@@ -1,5 +1,8 @@
 """What a training run writes for a human: results.csv, results.png, TensorBoard and Weights & Biases.
 
+    python -m utils.report runs/                             # the table of all runs: utils/summary.py
+    python -m utils.report noise runs/seg/fold0 runs/...     # the samples that fit worst: utils/review.py
+
 The picture sheets are in utils/pictures.py. Only torch, numpy and Pillow are needed; TensorBoard and W&B are imported
 when they are asked for. Every file is written whole or not at all.
 """
@@ -9,13 +12,14 @@ import math
 import numbers
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils.errors import UserError
-from utils.files import whole_file
+from utils.errors import UserError, cli
+from utils.files import check_absent, whole_file
 from utils.pictures import FAINT, font, text_line
 
 PANEL, AXES, FINE = (400, 270), (58, 44, 384, 240), 3  # panel size; axes' left, top, right, bottom; supersampling
@@ -74,12 +78,18 @@ def _ticks(low, high, whole=False):
     return [(v, np.format_float_scientific(v, 3, trim="-", exp_digits=1) if v else "0") for v in values]
 
 
+def higher_is_better(key):
+    """Whether the name of a column says so: iou, ap50, map, f1, ..., but nothing with "loss" in it."""
+    known = "iou|dice|f1|^ap|map|acc|prec|recall|auc|score"
+    return "loss" not in key.lower() and bool(re.search(known, key.lower()))
+
+
 def _best(key, values):
     """Index of the best value where the name tells which direction is better, else None."""
     if "loss" in key.lower():
         pick = np.nanargmin if "val" in key.lower() else None
     else:
-        pick = np.nanargmax if re.search("iou|dice|f1|map|acc|prec|recall|auc|score", key.lower()) else None
+        pick = np.nanargmax if higher_is_better(key) else None
     finite = np.where(np.isfinite(values), values, np.nan)
     return int(pick(finite)) if pick and not np.isnan(finite).all() else None
 
@@ -210,3 +220,32 @@ def make_boards(run_dir, *, tensorboard=False, wandb=False, name="", config=None
             temporary.write_text(run.id)
         sinks.append((lambda row, step: run.log(row, step=step), run.finish))
     return Boards(sinks)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+def main():
+    from utils import review, summary  # they build on this module
+    from utils.args import Parser
+    noise = sys.argv[1:2] == ["noise"]
+    parser = Parser(prog="python -m utils.report" + " noise" * noise, description="Samples, those that fit worst first."
+                    if noise else "The runs, the best first. `noise RUN ...` ranks samples instead.")
+    if noise:
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, such as one per fold")
+        parser.add_argument("--out", default="noise.csv", metavar="FILE", help="the ranking (default: noise.csv)")
+        given = parser.parse_args(sys.argv[2:])
+        check_absent(given.out)  # somebody may have crossed out rows in it
+        ranked = review.rank(given.runs)
+        write_csv(given.out, ranked)
+        print(f"{given.out}: {len(ranked)} samples, the worst are")
+        for row in ranked[:20]:
+            print(f"{row['rank']:4}  {row['score']:8.4f}  {row['name']}  ({row['run']})")
+        return
+    parser.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="where runs are (default: runs)")
+    parser.add_argument("--metric", metavar="NAME", help="the column of results.csv to sort by")
+    parser.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
+    given = parser.parse_args(sys.argv[1:])
+    print(summary.render(summary.tables(given.folders, given.metric), given.format), end="")
+
+
+if __name__ == "__main__":
+    cli(main)

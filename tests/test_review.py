@@ -1,0 +1,349 @@
+"""utils/review.py: components against OpenCV, scores by size against sets of pixels, pages pixel by pixel."""
+import csv
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import dist, report, review
+from utils.errors import UserError
+from utils.metrics import BinaryIoU
+from utils.pictures import contact_sheet
+from utils.review import SegmentationReview, components, ends, page, rank, read_noise
+
+VOID = 255
+
+
+# ---- components ------------------------------------------------------------------------------------------------------
+def spiral(side):
+    """A path one pixel wide that winds from the corner to the middle."""
+    mask, position, step = np.zeros((side, side), np.uint8), np.array([0, 0]), np.array([0, 1])
+
+    def inside(p):
+        return (p >= 0).all() and (p < side).all()
+
+    for _ in range(4 * side):
+        while inside(position + step) and not (inside(position + 2 * step) and mask[tuple(position + 2 * step)]):
+            mask[tuple(position)] = 1
+            position = position + step
+        mask[tuple(position)] = 1
+        step = np.array([step[1], -step[0]])
+    return mask
+
+
+def masks():
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 1), (1, 9), (9, 1), (2, 2), (40, 33)):
+        for density in (0, 0.1, 0.3, 0.4, 0.5, 0.9, 1):
+            yield (rng.random((height, width)) < density).astype(np.uint8)
+    yield spiral(61)
+    yield spiral(61).T[::-1].copy()
+    yield np.eye(30, dtype=np.uint8)[::-1].copy()
+
+
+def oracle(labels):
+    """Components of every label by OpenCV, numbered in the order of their first pixels."""
+    joined, count = np.zeros(labels.shape, int), 0
+    for label in np.unique(labels[labels > 0]):
+        n, numbers = cv2.connectedComponents((labels == label).astype(np.uint8), connectivity=8)
+        joined[numbers > 0] = numbers[numbers > 0] + count
+        count += n - 1
+    _, first, inverse = np.unique(joined[joined > 0], return_index=True, return_inverse=True)
+    joined[joined > 0] = first.argsort().argsort()[inverse] + 1
+    return joined
+
+
+@pytest.mark.parametrize("mask", list(masks()), ids=lambda m: f"{m.shape}-{m.mean():.2f}")
+def test_components_are_opencvs(mask):
+    assert components(torch.from_numpy(mask)).tolist() == oracle(mask).tolist()
+
+
+def test_components_of_several_labels_and_of_a_batch():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(-1, 4, (5, 24, 31)).repeat(2, 2)
+    labels[2] = 0
+    expected, count = [], 0
+    for image in labels:
+        numbers = oracle(image)
+        expected.append(np.where(numbers, numbers + count, 0))
+        count += numbers.max()
+    found = components(torch.from_numpy(labels))
+    assert found.dtype == torch.int64 and found.tolist() == np.stack(expected).tolist()
+    turned = components(torch.from_numpy(labels).transpose(1, 2).contiguous().transpose(1, 2))  # another memory order
+    assert torch.equal(turned, found)
+    assert (components(torch.from_numpy(labels > 1))[0].numpy() == oracle((labels[0] > 1).astype(np.uint8))).all()
+
+
+def test_a_winding_component_takes_few_passes(monkeypatch):
+    passes, hook = [], torch.Tensor.scatter_reduce_
+    monkeypatch.setattr(torch.Tensor, "scatter_reduce_", lambda *a: passes.append(1) or hook(*a))
+    for mask in (spiral(121), np.ones((200, 200)), (np.random.default_rng(0).random((200, 200)) < 0.41)):
+        passes.clear()
+        components(torch.from_numpy(mask.astype(np.uint8)))
+        assert 1 <= len(passes) <= 8
+
+
+# ---- scores by size --------------------------------------------------------------------------------------------------
+def scenes(count=13, classes=3, void=True):
+    """Blobs of several sizes, and predictions that miss some and add some: truth, predicted (count, 40, 40)."""
+    rng = np.random.default_rng(2)
+    truth, predicted = np.zeros((2, count, 40, 40), np.int64)
+    for t, p in zip(truth, predicted):
+        for _ in range(rng.integers(1, 7)):
+            (y, x), (h, w), label = rng.integers(0, 36, 2), rng.integers(1, 12, 2), rng.integers(1, classes)
+            t[y:y + h, x:x + w] = label
+            if rng.random() < 0.8:
+                dy, dx = rng.integers(0, 4, 2)
+                p[y + dy:y + dy + h, x + dx:x + dx + w] = label if rng.random() < 0.9 else 1
+    truth[3] = predicted[3] = 0
+    truth[4] = 0
+    predicted[5] = 0
+    if void:
+        truth[rng.random(truth.shape) < 0.05] = VOID
+    return torch.from_numpy(truth), torch.from_numpy(predicted)
+
+
+def reviewed(truth, predicted, batch=4, **kwargs):
+    metric = SegmentationReview(**kwargs)
+    for start in range(0, len(truth), batch):
+        part = slice(start, start + batch)
+        metric.update(torch.arange(len(truth))[part], predicted[part], truth[part])
+    return metric
+
+
+def by_hand(truth, predicted, ignore):
+    """[(right, predicted, actual)] of images, [(pixels, found, image)] of objects, by sets of (pixel, class)."""
+    images, objects = [], []
+    for i, (t, p) in enumerate(zip(truth.numpy().copy(), predicted.numpy().copy())):
+        t[t == ignore], p[truth[i].numpy() == ignore] = 0, 0
+        actual, guess = ({(y, x, a[y, x]) for y, x in zip(*np.nonzero(a))} for a in (t, p))
+        images.append((len(actual & guess), len(guess), len(actual)))
+        numbers = oracle(t)
+        for k in range(1, numbers.max() + 1):
+            own = {(y, x, t[y, x]) for y, x in zip(*np.nonzero(numbers == k))}
+            objects.append((len(own), len(own & guess) / len(own) >= 0.5, i))
+    return images, objects
+
+
+@pytest.mark.parametrize("classes, void", [(2, False), (2, True), (4, True)])
+def test_the_rows_of_samples(classes, void):
+    truth, predicted = scenes(classes=classes, void=void)
+    images, objects = by_hand(truth, predicted, VOID if void else None)
+    names = [f"i{i}.png" for i in range(len(truth))]
+    expected = [{"name": name, "score": r / (p + a - r) if p + a else 1.0, "area": a, "predicted": p,
+                 "objects": sum(o[2] == i for o in objects), "found": sum(o[1] for o in objects if o[2] == i)}
+                for i, (name, (r, p, a)) in enumerate(zip(names, images))]
+    assert expected[3]["score"] == 1 and expected[4]["score"] == expected[5]["score"] == 0
+    assert 0 < sum(o[1] for o in objects) < len(objects)
+    for batch in (1, 4, 13):
+        metric = reviewed(truth, predicted, batch, ignore=VOID if void else None)
+        assert metric.samples(names) == expected
+
+
+def test_scores_by_size_by_hand():
+    truth, predicted = scenes()
+    images, objects = by_hand(truth, predicted, VOID)
+    tables = reviewed(truth, predicted, ignore=VOID).tables()
+    filled = [image for image in images if image[2]]
+    limit = sorted(image[2] for image in filled)[(len(filled) - 1) // 2]
+    assert len(filled) % 2 and len(images) - len(filled) == 2
+    expected = []
+    for size, part in (("small", [i for i in filled if i[2] <= limit]), ("large", [i for i in filled if i[2] > limit])):
+        r, p, a = map(sum, zip(*part))
+        expected.append({"size": size, "pixels": f"{min(i[2] for i in part)} to {max(i[2] for i in part)}",
+                         "images": len(part), "iou": r / (p + a - r)})
+    expected.append({"size": "empty", "pixels": "0", "images": 2, "iou": 0.5})
+    assert tables["Images by positive area"] == expected
+    limit = np.median([pixels for pixels, _, _ in objects])
+    assert tables["Objects by area"] == [
+        {"size": size, "pixels": f"{min(p for p, _ in part)} to {max(p for p, _ in part)}", "objects": len(part),
+         "recall": pytest.approx(sum(found for _, found in part) / len(part))}
+        for size, part in (("small", [o[:2] for o in objects if o[0] <= limit]),
+                           ("large", [o[:2] for o in objects if o[0] > limit]))]
+
+
+def test_the_iou_is_that_of_the_metric():
+    truth, predicted = (t[torch.tensor([0, 1, 2, 5, 6])] for t in scenes(classes=2))
+    sides = torch.zeros(2, 200, 200, dtype=torch.long)  # as one image there is one size
+    sides[:, :, :40] = torch.stack([t.reshape(200, 40) for t in (truth, predicted)])
+    metric = BinaryIoU(ignore=VOID)
+    metric.update(predicted.float(), truth)
+    table = reviewed(sides[:1], sides[1:], ignore=VOID).tables()["Images by positive area"]
+    assert len(table) == 1 and table[0]["iou"] == metric.compute()["iou"]
+
+
+def test_masks_of_other_types_and_half_of_an_object():
+    truth = torch.tensor([[[1, 1, 0, 1, 1, 1]]], dtype=torch.uint8)
+    predicted = torch.tensor([[[1, 0, 0, 1, 0, 0]]], dtype=torch.bool)
+    row, = reviewed(truth, predicted, ignore=-1).samples(["a"])
+    assert row == {"name": "a", "score": 2 / 5, "area": 5, "predicted": 2, "objects": 2, "found": 1}
+    for wrong in (truth[:, 0], truth[..., :5]):
+        with pytest.raises(ValueError, match="must both be"):
+            SegmentationReview().update([0], predicted, wrong)
+    with pytest.raises(ValueError):
+        SegmentationReview().update([0, 1], predicted, truth)
+
+
+def test_ranks_are_gathered(monkeypatch):
+    truth, predicted = scenes()
+    names = [str(i) for i in range(13)]
+    other = SegmentationReview(VOID)
+    other.update(torch.arange(7, 13), predicted[7:], truth[7:])
+    own = SegmentationReview(VOID)
+    own.update(torch.arange(7).flip(0), predicted[:7].flip(0), truth[:7].flip(0))
+    parts = iter((np.concatenate(other.images), np.concatenate(other.objects)))
+    monkeypatch.setattr(dist, "gather", lambda value: [next(parts), value])
+    whole = reviewed(truth, predicted, ignore=VOID)
+    own.reduce()
+    assert own.samples(names) == whole.samples(names) and own.tables() == whole.tables()
+
+
+def test_nothing_to_review():
+    metric = SegmentationReview().reduce()
+    assert metric.samples([]) == [] and metric.tables() == {"Images by positive area": [], "Objects by area": []}
+    empty = torch.zeros(2, 4, 4)
+    assert reviewed(empty, empty).tables() == {
+        "Images by positive area": [{"size": "empty", "pixels": "0", "images": 2, "iou": 1.0}], "Objects by area": []}
+
+
+# ---- label noise -----------------------------------------------------------------------------------------------------
+def runs(tmp_path, *tables):
+    """Run folders with these {name: score}."""
+    found = []
+    for i, table in enumerate(tables):
+        found.append(tmp_path / f"seg/fold{i}")
+        report.write_csv(found[-1] / "samples.csv", [{"name": n, "area": 3, "score": s, "note": "a, b"}
+                                                     for n, s in table.items()])
+    return found
+
+
+def test_the_ranking(tmp_path):
+    a, b = runs(tmp_path, {"x.png": 0.5, "y, z.png": 0.125, "both": 1.0}, {"w": 0.25, "both": 0.5, "v": 0.125})
+    assert rank([a, b, str(a)]) == [
+        {"rank": 1, "name": "v", "score": 0.125, "run": str(b)},
+        {"rank": 2, "name": "y, z.png", "score": 0.125, "run": str(a)},
+        {"rank": 3, "name": "w", "score": 0.25, "run": str(b)}, {"rank": 4, "name": "x.png", "score": 0.5,
+                                                                 "run": str(a)},
+        {"rank": 5, "name": "both", "score": 0.75, "run": f"{a}; {b}"}]
+
+
+def test_losses_rank_as_well(tmp_path):
+    run, = runs(tmp_path, {"a": -0.5, "b": -7.0, "c": -1e-5})
+    assert [row["name"] for row in rank([run])] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("content", [b"", b"name,score\n", b"name\na\n", b"score\n1\n", b"name,score\na,\n",
+                                     b"name,score\na,x\n", b"name,score\na,nan\n", b"name,score\na,inf\n",
+                                     b"name,score\na\n", b"name,score\n,1\n", b"name,score\na,1\nb,\"2\n", b"\xff\xfe",
+                                     b"name;score\na;1\n"])
+def test_damaged_tables(tmp_path, content):
+    a, b = runs(tmp_path, {"x": 0.5}, {"y": 0.5})
+    (b / "samples.csv").write_bytes(content)
+    with pytest.raises(UserError, match=f"{b.name}/samples.csv: .*;"):
+        rank([a, b])
+    (tmp_path / "noise.csv").write_bytes(content.replace(b"score", b"rank"))
+    with pytest.raises(UserError, match="noise.csv: .*;"):
+        read_noise(tmp_path / "noise.csv")
+
+
+def test_the_line_at_fault_and_missing_tables(tmp_path):
+    a, b = runs(tmp_path, {"x": 0.5}, {"y": 0.5})
+    (b / "samples.csv").write_text("name,score\na,1\nb,?\nc,1\n")
+    with pytest.raises(UserError, match="samples.csv: line 3 has no name or no number as score;"):
+        rank([b])
+    (a / "samples.csv").unlink()
+    with pytest.raises(UserError, match="fold0/samples.csv: no such table;"):
+        rank([a])
+    (a / "samples.csv").mkdir()
+    with pytest.raises(UserError, match="fold0/samples.csv: cannot be read"):
+        rank([a])
+
+
+def test_reading_a_ranking_that_was_edited(tmp_path):
+    path = tmp_path / "noise.csv"
+    path.write_text("\ufeffrank,name,checked\n10,c,\n2,b,yes\n1,a,\n")  # sorted, cut and saved by a spreadsheet
+    assert read_noise(path) == ["a", "b", "c"]
+
+
+def test_the_command(command, refused, tmp_path):
+    a, b = runs(tmp_path, {f"größe {i}.png": i / 100 for i in range(15)}, {f"b{i}.png": i / 100 for i in range(15)})
+    done = command(report, "noise", a, b)
+    assert done.code == 0, done.err
+    head, *lines = done.out.splitlines()
+    assert head == "noise.csv: 30 samples, the worst are" and len(lines) == 20
+    assert lines[1].split() == ["2", "0.0000", "größe", "0.png", f"({a})"]
+    names = read_noise(tmp_path / "noise.csv")
+    assert len(names) == 30 and names[:3] == ["b0.png", "größe 0.png", "b1.png"]
+    with open(tmp_path / "noise.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["rank", "name", "score", "run"] and rows[29]["score"] == "0.14"
+    refused(report, "noise", a, says="noise.csv: exists already")
+    refused(report, "noise", a, "missing", "--out", "b.csv", says="missing/samples.csv: no such table")
+    refused(report, "noise")
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+def test_the_ends():
+    assert ends([0.5, 0.1, 0.9, 0.1, 0.7], 2) == ([1, 3], [2, 4])
+    assert ends([0.5, 0.1, 0.9], 2) == ([1, 0], [2]) and ends([0.5], 4) == ([0], []) and ends([], 3) == ([], [])
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+def parts():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3, 4, 32, 32, 3), np.uint8)
+    return {"worst": [("a.png", 0.03125, list(pictures[0])), ("b.png", 0.5, list(pictures[1]))],
+            "best": [("c.png", 1, list(pictures[2]))]}
+
+
+def test_a_page_is_a_sheet_and_its_tables(tmp_path):
+    given, legend = parts(), {"hit": (0, 200, 80)}
+    rows = [pictures for samples in given.values() for _, _, pictures in samples]
+    captions = ["worst 1:   0.0312   a.png", "worst 2:   0.5000   b.png", "best 1:   1.0000   c.png"]
+    contact_sheet(tmp_path / "sheet.png", rows, titles=["image", "truth", "prediction", "errors"], captions=captions,
+                  legend=legend, max_side=32)
+    sheet = read(tmp_path / "sheet.png")
+    page(tmp_path / "bare.png", given, legend=legend, max_side=32)
+    np.testing.assert_array_equal(read(tmp_path / "bare.png"), sheet)
+
+    table = [{"class": "fire", "iou": 0.123456}, {"class": "water", "iou": math.nan, "images": 7}]
+    page(tmp_path / "page.png", given, tables={"Classes": table, "A second one": table[:1]}, legend=legend, max_side=32)
+    whole = read(tmp_path / "page.png")
+    height, width = sheet.shape[:2]
+    assert whole.shape[0] == height + (4 * 20 + 16) + (3 * 20 + 16) and whole.shape[1] >= width
+    np.testing.assert_array_equal(whole[:height, :width], sheet)
+    dark = (whole[height:] < 200).all(-1)
+    lines = [dark[8 + 20 * i:28 + 20 * i].any() for i in range(4)]
+    assert all(lines) and dark[104:124].any() and dark[124:164].any() and not dark[-8:].any()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bare.png", "page.png", "sheet.png"]
+
+
+def test_cells_of_a_table(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(review, "text_line", lambda draw, place, text, **style: drawn.append((place, text, style)))
+    picture = review._table("Sizes", [{"size": "small", "iou": 0.123456, "n": 7}, {"size": "large", "n": 12345}])
+    cells = {text: (place, style["anchor"]) for place, text, style in drawn if "anchor" in style}
+    assert [text for _, text, _ in drawn] == ["Sizes", "size", "iou", "n", "small", "0.1235", "7", "large", "", "12345"]
+    assert {cells[t][1] for t in ("size", "small", "large")} == {"lm"} and cells["size"][0][0] == cells["small"][0][0]
+    assert {cells[t][1] for t in ("iou", "0.1235", "n", "7", "12345")} == {"rm"}
+    assert cells["n"][0][0] == cells["7"][0][0] == cells["12345"][0][0] > cells["0.1235"][0][0]
+    assert cells["small"][0][1] == cells["7"][0][1] < cells["12345"][0][1] < picture.height
+    assert picture.width >= cells["n"][0][0]
+
+
+def test_a_wide_table_widens_the_page_and_a_failed_one_changes_nothing(tmp_path, monkeypatch):
+    row = {f"a column with a long name {i}": i for i in range(6)}
+    page(tmp_path / "a.jpg", {"best": parts()["best"]}, tables={"": [row]}, max_side=32)
+    before = (tmp_path / "a.jpg").read_bytes()
+    assert read(tmp_path / "a.jpg").shape[1] > 600 > 8 + 4 * 40
+    monkeypatch.setattr(review.Image, "new", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        page(tmp_path / "a.jpg", parts())
+    assert (tmp_path / "a.jpg").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

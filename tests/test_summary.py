@@ -1,0 +1,265 @@
+"""utils/summary.py: rows counted by hand from the runs' own files, whatever state these are in."""
+import csv
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_runs import free
+from utils import report, summary
+from utils.args import band_list, loss_term, start, train_parser
+from utils.errors import UserError
+from utils.summary import COLUMNS, flags, render, tables, write_note
+
+DEFAULTS = {"lr": 0.001, "ema": True, "bs": 64, "loss": None, "name": "exp", "project": "runs/seg", "resume": None}
+
+
+def make(path, scores=(), *, key="iou", note=True, **changed):
+    """A run's folder as a script leaves it, one epoch a score, two minutes each."""
+    path.mkdir(parents=True)
+    (path / "args.json").write_text(json.dumps(DEFAULTS | changed))
+    if scores:
+        report.write_csv(path / "results.csv", [
+            {"epoch": i, "lr": 1e-3, "loss": 2 - i / 10, key: score, "f1": 1 - i / 100, "seconds": 120.0}
+            for i, score in enumerate(scores, 1)])
+    if note:
+        (path / "run.json").write_text(json.dumps({"started": "2026-01-02 03:04", "commit": "abc1234",
+                                                   "defaults": DEFAULTS}))
+    return path
+
+
+def rows(folder, **kwargs):
+    """{run's name: row} of all projects, in their order"""
+    return {Path(row["run"]).name: row for found in tables([folder], **kwargs).values() for row in found}
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+def test_a_row_by_hand(tmp_path):
+    make(tmp_path / "seg/exp", [0.5, 0.75, 0.625], lr=0.01, ema=False, name="exp", loss=[["bce", 1.0], ["dice", 0.5]])
+    assert tables([tmp_path]) == {tmp_path / "seg": [{
+        "run": str(tmp_path / "seg/exp"), "date": "2026-01-02 03:04", "metric": "iou", "best": 0.75, "epoch": 2,
+        "last": 0.625, "minutes": 6.0, "commit": "abc1234", "flags": "--lr 0.01 --no-ema --loss bce=1 dice=0.5"}]}
+    assert tuple(rows(tmp_path)["exp"]) == COLUMNS
+
+
+def test_the_best_run_first_and_those_without_a_score_last(tmp_path):
+    for name, scores in (("a", [0.2, 0.9]), ("b", [0.95, 0.1]), ("c", ()), ("d", [0.9]), ("e", [float("nan")])):
+        make(tmp_path / "seg" / name, scores)
+    make(tmp_path / "cls/x", [0.3], key="acc")
+    make(tmp_path / "seg/m", [0.99], key="miou")  # another score: not compared with the others
+    found = tables([tmp_path])
+    assert list(found) == [tmp_path / "cls", tmp_path / "seg"]
+    assert [Path(row["run"]).name for row in found[tmp_path / "seg"]] == ["b", "a", "d", "m", "c", "e"]
+    last = rows(tmp_path)["c"]
+    assert (last["metric"], last["best"], last["epoch"], last["last"], last["minutes"]) == ("", None, None, None, None)
+    assert rows(tmp_path)["e"]["best"] is None and rows(tmp_path)["e"]["minutes"] == 2
+
+
+def test_a_run_and_a_folder_above_it_are_the_same_runs(tmp_path):
+    run = make(tmp_path / "seg/exp", [0.5])
+    make(tmp_path / "seg/exp2", [0.25])
+    assert list(tables([run])) == [tmp_path / "seg"] and len(tables([run])[tmp_path / "seg"]) == 1
+    assert len(tables([tmp_path, run, tmp_path / "seg"])[tmp_path / "seg"]) == 2
+
+
+def test_the_score_is_no_loss_term_and_no_rate(tmp_path):
+    run = make(tmp_path / "seg/exp", [0.5], loss=[["dice", 1.0], ["bce", 1.0]])
+    (run / "results.csv").write_text("epoch,lr,loss,dice,val_dice_loss,iou,f1,seconds\n1,1,2,0.99,0.98,0.25,0.4,60\n")
+    assert rows(tmp_path)["exp"]["metric"] == "iou" and rows(tmp_path)["exp"]["best"] == 0.25
+    for name, key in (("det", "ap"), ("cls", "acc"), ("seg", "miou"), ("own", "val/score")):
+        make(tmp_path / "more" / name, [0.5], key=key)
+        assert rows(tmp_path / "more")[name]["metric"] == key
+
+
+def test_another_column_to_sort_by(tmp_path):
+    for name, scores in (("a", [0.2, 0.9]), ("b", [0.95])):
+        make(tmp_path / "seg" / name, scores)
+    by_loss = rows(tmp_path, metric="loss")
+    assert list(by_loss) == ["a", "b"] and by_loss["a"]["best"] == by_loss["a"]["last"] == 1.8
+    assert by_loss["a"]["epoch"] == 2
+    assert rows(tmp_path, metric="f1")["a"]["best"] == 0.99 and rows(tmp_path, metric="f1")["a"]["epoch"] == 1
+    with pytest.raises(UserError, match="--metric kappa: .*;"):
+        tables([tmp_path], metric="kappa")
+
+
+def test_a_resumed_run_has_one_row_and_it_is_the_new_one(tmp_path):
+    run = make(tmp_path / "seg/exp", [0.5])
+    report.write_csv(run / "results.csv", [{"epoch": 1, "iou": 0.5, "seconds": 60}, {"epoch": 2, "iou": 0.75}])
+    found = tables([tmp_path])[tmp_path / "seg"]
+    assert len(found) == 1 and (found[0]["best"], found[0]["epoch"], found[0]["minutes"]) == (0.75, 2, 1)
+
+
+def test_runs_without_a_note_show_what_differs_from_most(tmp_path):
+    for name, changed in (("a", {}), ("b", {"lr": 0.01}), ("c", {"bs": 8, "loss": [["bce", 1.0]]}), ("d", {})):
+        make(tmp_path / "seg" / name, [0.5], note=False, **changed)
+    os.utime(tmp_path / "seg/a/args.json", (0, 1_700_000_000))
+    found = rows(tmp_path)
+    assert {name: row["flags"] for name, row in found.items()} == {
+        "a": "", "b": "--lr 0.01", "c": "--bs 8 --loss bce=1", "d": ""}
+    assert found["a"]["commit"] == ""
+    assert found["a"]["date"] == time.strftime("%Y-%m-%d %H:%M", time.localtime(1_700_000_000))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\0", b"[" * 100_000, b"\"a\"",
+                                     b"epoch,iou\n1,x\n", b"epoch,iou\n1,2,3\n", b"epoch,iou\n,2\n", b"iou\n3\n",
+                                     b"epoch,iou\n1,\"2\n"])
+def test_damaged_files_cost_their_cells_only(tmp_path, capsys, content):
+    make(tmp_path / "seg/good", [0.5])
+    run = make(tmp_path / "seg/bad", [0.25], lr=0.01)
+    good = rows(tmp_path)
+    assert capsys.readouterr().err == ""
+    for name, lost in (("args.json", {"flags"}), ("results.csv", {"metric", "best", "epoch", "last", "minutes"}),
+                       ("run.json", {"date", "commit", "flags"})):
+        before = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        found, said = rows(tmp_path), capsys.readouterr().err.splitlines()
+        assert found["good"] == good["good"]
+        assert {column for column in COLUMNS if found["bad"][column] != good["bad"][column]} <= lost
+        if name != "results.csv" or content.strip().count(b"\n"):  # one line is a table without rows
+            assert said == [f"warning: {run / name}: damaged, left out"]
+        (run / name).write_bytes(before)
+
+
+def test_no_runs(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"{folder.name}: no runs below .*;"):
+            tables([folder])
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+def test_flags_as_text():
+    old = {"lr": 0.1, "ema": True, "compile": False, "loss": None, "decoder": [8, 4], "weights": None, "bs": 4,
+           "weight_decay": 0.0, "bands": [1, 2], "name": "exp", "project": "runs/seg", "resume": None}
+    assert flags(old, old) == "" and flags({**old, "name": "x", "project": "y", "resume": "z"}, old) == ""
+    new = {"lr": 1e-05, "ema": False, "compile": True, "loss": [["bce", 0.5], ["lovasz", 1.0]], "decoder": [16],
+           "weights": "my net.pt", "bs": 8, "weight_decay": 0.05, "bands": None, "later": 3}
+    assert flags(new, old) == ("--lr 1e-05 --no-ema --compile --loss bce=0.5 lovasz=1 --decoder 16 "
+                               "--weights 'my net.pt' --bs 8 --weight-decay 0.05 --bands none --later 3")
+
+
+def test_what_a_run_was_started_with_comes_back(tmp_path):
+    parser = train_parser("x", "seg", data="x", epochs=3, bs=8, imgsz=64, lr=1e-3)
+    parser.add_argument("--bands", type=band_list, default="1-7")
+    parser.add_argument("--loss", nargs="+", type=loss_term(("bce", "dice")))
+    typed = ["--lr", "0.01", "--no-ema", "--compile", "--loss", "bce=0.5", "dice=2"]
+    for argv in (typed, ["--bands", "1-7", "--lr", "1e-3"]):
+        free()
+        _, _, folder, _ = start(parser, ["--project", str(tmp_path), "--device", "cpu", *argv])
+        write_note(folder, vars(parser.parse_args([])))
+    found = rows(tmp_path)
+    assert set(found["exp"]["flags"][2:].split(" --")) == {"lr 0.01", "no-ema", "compile", "loss bce=0.5 dice=2",
+                                                           "device cpu"}
+    assert found["exp2"]["flags"] == "--device cpu"  # flags that were typed and are the defaults
+
+
+# ---- run.json --------------------------------------------------------------------------------------------------------
+def git(folder, *words):
+    done = subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True,
+                          capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert summary.commit(tmp_path) == "" and summary.commit(tmp_path / "missing") == ""
+    git(tmp_path, "init", "-q")
+    assert summary.commit(tmp_path) == ""  # a repository without any
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "add", "-A"), git(tmp_path, "commit", "-q", "-m", "x"), git(tmp_path, "tag", "-a", "v1", "-m", "x")
+    assert summary.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") != ""
+    (tmp_path / "code.py").write_text("2")
+    assert summary.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") + "-dirty"
+
+
+def test_no_process_is_started_without_git_and_none_is_waited_for(tmp_path, monkeypatch):
+    def run(*_, **__):
+        raise subprocess.TimeoutExpired("git", 10)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert summary.commit(tmp_path) == ""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert summary.commit(tmp_path) == ""
+
+
+def test_a_resumed_run_keeps_its_date_and_gets_the_new_defaults(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "commit", lambda folder: "abc")
+    write_note(tmp_path, {"lr": 1})
+    first = json.loads((tmp_path / "run.json").read_text())
+    assert first == {"started": first["started"], "commit": "abc", "defaults": {"lr": 1}}
+    assert abs(time.mktime(time.strptime(first["started"], "%Y-%m-%d %H:%M")) - time.time()) < 200
+    (tmp_path / "run.json").write_text(json.dumps(first | {"started": "2020-01-01 00:00"}))
+    write_note(tmp_path, {"lr": 2})
+    again = json.loads((tmp_path / "run.json").read_text())
+    assert again["started"] == "2020-01-01 00:00" and again["defaults"] == {"lr": 2}
+    with pytest.raises(UserError, match="run.json: cannot be written"):
+        (tmp_path / "file").write_text("")
+        write_note(tmp_path / "file", {})
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+def two_projects(tmp_path):
+    make(tmp_path / "seg/a long name", [0.123456789, 0.5], weights="a|b\n c")
+    make(tmp_path / "seg/b", lr=0.01)
+    make(tmp_path / "cls/c", [0.25], key="acc")
+    return tables([tmp_path])
+
+
+def test_text_is_aligned(tmp_path):
+    text = render(two_projects(tmp_path))
+    assert text.count("\n\n") == 1 and text.endswith("\n") and not text.endswith("\n\n")
+    for block in text.split("\n\n"):
+        head, *lines = block.splitlines()
+        assert head.split() == list(COLUMNS) and all(line == line.rstrip() for line in [head, *lines])
+        for column in ("best", "epoch", "last", "minutes"):  # numbers end where their title ends
+            end = head.index(column) + len(column)
+            assert all(line[end] == " " and (line[end - 1] != " " or "b " in line[:60]) for line in lines)
+        for column in ("date", "metric", "commit", "flags"):  # words begin where it begins
+            assert all(line[head.index(column) - 1:head.index(column)] in (" ", "") for line in lines)
+    assert "0.5000      2  0.5000" in text and "4.0" in text and "--weights 'a|b c'" in text
+
+
+def test_csv_is_one_table(tmp_path):
+    found = list(csv.DictReader(io.StringIO(render(two_projects(tmp_path), "csv"))))
+    assert [Path(row["run"]).name for row in found] == ["c", "a long name", "b"] and list(found[0]) == list(COLUMNS)
+    assert found[1]["best"] == "0.5" and found[1]["epoch"] == "2" and found[1]["flags"] == "--weights 'a|b\n c'"
+    assert found[2]["best"] == "" and found[2]["flags"] == "--lr 0.01"
+
+
+def test_markdown_has_as_many_cells_in_every_line(tmp_path):
+    for block in render(two_projects(tmp_path), "markdown").split("\n\n"):
+        lines = block.splitlines()
+        assert all(line.replace("\\|", "").count("|") == len(COLUMNS) + 1 for line in lines)
+        assert len({len(line) for line in lines}) == 1 and set(lines[1]) <= set("|-: ")
+
+
+# ---- command ---------------------------------------------------------------------------------------------------------
+def test_the_command(command, refused, tmp_path):
+    make(tmp_path / "runs/seg/exp", [0.5])
+    make(tmp_path / "runs/cls/exp", [0.25], key="acc")
+    make(tmp_path / "old/cls/exp", [0.25], key="acc")
+    done = command(report)  # ./runs
+    assert done.code == 0 and done.out.count("\n") == 5 and done.err == ""
+    done = command(report, "runs/seg", "--format", "csv", "--metric", "f1")
+    assert [row["best"] for row in csv.DictReader(io.StringIO(done.out))] == ["0.99"]
+    refused(report, "elsewhere", says="elsewhere: no runs below")
+    refused(report, "runs", "--metric", "kappa", says="--metric kappa")
+    refused(report, "runs", "--format", "xml")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_it_runs_as_a_module(tmp_path, monkeypatch, capsys):
+    make(tmp_path / "runs/seg/exp", [0.5])
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    runpy.run_module("utils.report", run_name="__main__")
+    for name, handler in before.items():
+        signal.signal(name, handler)
+    assert capsys.readouterr().out.splitlines()[1].startswith(str(tmp_path / "runs/seg/exp"))

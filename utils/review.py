@@ -1,0 +1,238 @@
+"""Which samples a run gets wrong: a ranking for relabelling, a page of the best and worst, scores by size.
+
+    python -m utils.report noise runs/seg/fold0 runs/seg/fold1 ...     # -> noise.csv, the worst first
+
+A run's samples.csv has a row per validation sample: name (the image's path), score (higher is better: IoU, AP, -loss)
+and whatever else is known of it. No net is run here.
+"""
+import csv
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from utils import dist
+from utils.errors import UserError
+from utils.files import whole_file
+from utils.pictures import FAINT, contact_sheet, font, text_line
+
+
+# ---- label noise -----------------------------------------------------------------------------------------------------
+def rank(runs):
+    """Run folders -> [{"rank": 1, ..., "name", "score", "run"}], the lowest score first (of equals, by name).
+
+    Held-out samples are judged by a net that has not learned their labels by heart: of the folds of one split, every
+    sample once. A sample in several tables gets the mean of its scores. Raises UserError naming a table that is
+    missing or damaged.
+    """
+    scores, places = {}, {}
+    for run in dict.fromkeys(map(str, runs)):
+        for row in _read(Path(run) / "samples.csv", "score", "train the run with validation, or leave it out"):
+            scores.setdefault(row["name"], []).append(row["score"])
+            places.setdefault(row["name"], {})[run] = None
+    order = sorted((sum(found) / len(found), name) for name, found in scores.items())
+    return [{"rank": i, "name": name, "score": score, "run": "; ".join(places[name])}
+            for i, (score, name) in enumerate(order, 1)]
+
+
+def read_noise(path):
+    """noise.csv -> the names, worst first: by rank, whatever the order and number of its rows has become.
+
+    Raises UserError when it is missing or damaged.
+    """
+    rows = _read(path, "rank", "make it with python -m utils.report noise RUN ...")
+    return [row["name"] for row in sorted(rows, key=lambda row: row["rank"])]
+
+
+def _read(path, number, remedy):
+    """A CSV's rows, each with a `name` and a finite `number`; other columns stay text."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, strict=True)
+            rows = []
+            for row in table:
+                row[number] = float(row[number])
+                if not row["name"] or not math.isfinite(row[number]):
+                    raise ValueError
+                rows.append(row)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such table; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except (ValueError, TypeError, KeyError, csv.Error):  # KeyError: no such column; TypeError: a row that ends early
+        raise UserError(f"{path}: line {table.line_num} has no name or no number as {number}; {remedy}") from None
+    if not rows:
+        raise UserError(f"{path}: has no rows; {remedy}")
+    return rows
+
+
+# ---- segmentation by size --------------------------------------------------------------------------------------------
+def components(labels):
+    """labels (H, W) or (B, H, W), integers -> int64, the same shape: 0 where labels <= 0, else the number 1, 2, ... of
+    the pixel's component, in the order of their first pixels, through the whole batch.
+
+    Two pixels of one label are connected when they touch, at a corner too (8-connectivity, OpenCV's default). Each
+    row's runs of one label are joined with those that they touch in the next row: every run hooks itself under the
+    first one that it touches, then paths are halved (Shiloach and Vishkin 1982); a handful of passes, however winding
+    a component is.
+    """
+    batch = labels if labels.ndim == 3 else labels[None]
+    inside, width = batch > 0, batch.shape[2]
+    starts = inside.clone()
+    starts[..., 1:] &= batch[..., 1:] != batch[..., :-1]
+    run = starts.flatten().cumsum(0).view(batch.shape) - 1  # of a pixel inside, in reading order
+    pairs = []
+    for dx in (-1, 0, 1):
+        above, below = slice(max(-dx, 0), width - max(dx, 0)), slice(max(dx, 0), width - max(-dx, 0))
+        same = inside[:, :-1, above] & (batch[:, :-1, above] == batch[:, 1:, below])
+        pair = torch.stack((run[:, :-1, above][same], run[:, 1:, below][same]))
+        new = torch.ones_like(pair[0], dtype=torch.bool)
+        new[1:] = (pair[:, 1:] != pair[:, :-1]).any(0)  # two runs touch along many pixels
+        pairs.append(pair[:, new])
+    low, high = torch.cat(pairs, 1)
+    start = torch.arange(int(starts.sum()), device=labels.device)
+    root = start.clone()
+    while low.numel():
+        root.scatter_reduce_(0, high, low, "amin")
+        while not torch.equal(above := root[root], root):
+            root = above
+        one, other = root[low], root[high]
+        low, high = torch.minimum(one, other)[one != other], torch.maximum(one, other)[one != other]
+    numbers = (root == start).cumsum(0)[root]  # a root has the first pixel of its component
+    return torch.zeros_like(batch, dtype=torch.int64).masked_scatter_(inside, numbers[run[inside]]).view(labels.shape)
+
+
+class SegmentationReview:
+    """What a validation learns about each image and each object of the truth; update() and reduce() as in
+    utils/metrics.py.
+
+    Class 0 is background. An image's IoU is that of all other classes together: pixels of the right class, by those
+    predicted plus those labelled minus the right ones; 1 when there are none. An object is a component of the truth;
+    it is found when at least half of its pixels have the right class. ignore: label of pixels that do not count.
+    """
+
+    def __init__(self, ignore=None):
+        self.ignore = ignore
+        self.images = [np.zeros((0, 6), np.int64)]  # index, right, predicted, actual pixels, objects, found ones
+        self.objects = [np.zeros((0, 2), np.int64)]  # pixels, found
+
+    @torch.no_grad()
+    def update(self, index, predicted, truth):
+        """index (B,), the images' numbers; predicted, truth (B, H, W), class indices (bool or 0 and 1 where there is
+        one class). ValueError when the shapes differ."""
+        if predicted.shape != truth.shape or truth.ndim != 3 or len(index) != len(truth):
+            raise ValueError(f"predictions {tuple(predicted.shape)} and truth {tuple(truth.shape)} must both be "
+                             f"(B,H,W), with {len(index)} images")
+        predicted, truth = predicted.long(), truth.long()
+        if self.ignore is not None:
+            void = truth == self.ignore
+            predicted, truth = predicted.masked_fill(void, 0), truth.masked_fill(void, 0)
+        right = (predicted == truth) & (truth > 0)
+        numbers = components(truth)
+        pixels = torch.bincount(numbers.flatten())[1:]
+        covered = torch.bincount(numbers[right], minlength=len(pixels) + 1)[1:]
+        found = (2 * covered >= pixels).long()
+        last = numbers.flatten(1).amax(1).cummax(0).values  # the highest number so far, image by image
+        first = torch.cat((last.new_zeros(1), last[:-1]))
+        sums = torch.cat((found.new_zeros(1), found.cumsum(0)))
+        rows = [torch.as_tensor(index).to(truth), right.sum((1, 2)), (predicted > 0).sum((1, 2)),
+                (truth > 0).sum((1, 2)), last - first, sums[last] - sums[first]]
+        self.images.append(torch.stack(rows, 1).cpu().numpy())
+        self.objects.append(torch.stack((pixels, found), 1).cpu().numpy())
+
+    def reduce(self):
+        """Gathers the rows of all ranks, if there are several: every rank calls it once. Returns self."""
+        self.images = dist.gather(np.concatenate(self.images))
+        self.objects = dist.gather(np.concatenate(self.objects))
+        return self
+
+    def samples(self, names):
+        """The rows of samples.csv, for `report.write_csv`; names: by the images' numbers."""
+        images = np.concatenate(self.images)
+        images = images[images[:, 0].argsort(kind="stable")]
+        return [{"name": str(names[i]), "score": _iou(right, predicted, actual), "area": actual,
+                 "predicted": predicted, "objects": objects, "found": found}
+                for i, right, predicted, actual, objects, found in images.tolist()]
+
+    def tables(self):
+        """{title: rows} for `page`: the IoU over all pixels of the images with small and with large positive area,
+        the share of small and of large objects found. Small: up to the median. Of images without positives, whose
+        IoU is 0 or 1, it is the mean."""
+        images, objects = np.concatenate(self.images), np.concatenate(self.objects)
+        empty, filled = images[images[:, 3] == 0], images[images[:, 3] > 0]
+        by_area = [row | {"images": len(part), "iou": _iou(*part[:, 1:4].sum(0).tolist())}
+                   for row, part in _halves(filled, filled[:, 3])]
+        if len(empty):
+            by_area.append({"size": "empty", "pixels": "0", "images": len(empty),
+                            "iou": float((empty[:, 2] == 0).mean())})
+        by_object = [row | {"objects": len(part), "recall": float(part[:, 1].mean())}
+                     for row, part in _halves(objects, objects[:, 0])]
+        return {"Images by positive area": by_area, "Objects by area": by_object}
+
+
+def _iou(right, predicted, actual):
+    return right / (predicted + actual - right) if predicted + actual else 1.0
+
+
+def _halves(rows, sizes):
+    """[({"size", "pixels": range}, rows)] of the small ones, up to the median, and of the large ones, where any."""
+    limit = np.median(sizes) if len(sizes) else 0
+    return [({"size": name, "pixels": f"{sizes[part].min()} to {sizes[part].max()}"}, rows[part])
+            for name, part in (("small", sizes <= limit), ("large", sizes > limit)) if part.any()]
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+def ends(scores, count):
+    """-> (indices of the `count` lowest scores, lowest first; of as many of the others, highest first)."""
+    order = np.argsort(scores, kind="stable").tolist()
+    return order[:count], order[count:][::-1][:count]
+
+
+def page(path, parts, *, tables=None, titles=("image", "truth", "prediction", "errors"), legend=None, max_side=256):
+    """Writes samples and tables as one picture.
+
+    parts: {"worst": samples, "best": samples, ...}; a sample is (name, score, pictures), pictures uint8 (H, W, 3), one
+    per title. tables: {title: [{column: value}]}, below, of a model's metrics per class and by size.
+    legend, max_side: of `pictures.contact_sheet`. Raises UserError when it cannot be written.
+    """
+    rows = [pictures for samples in parts.values() for _, _, pictures in samples]
+    captions = [f"{part} {i}:   {score:.4f}   {name}" for part, samples in parts.items()
+                for i, (name, score, _) in enumerate(samples, 1)]
+    drawn = [_table(title, entries) for title, entries in (tables or {}).items()]
+    with tempfile.TemporaryDirectory() as scratch:
+        contact_sheet(Path(scratch) / "sheet.png", rows, titles=titles, captions=captions, legend=legend,
+                      max_side=max_side)
+        with Image.open(Path(scratch) / "sheet.png") as image:
+            stack = [image.convert("RGB"), *drawn]
+    whole = Image.new("RGB", (max(p.width for p in stack), sum(p.height for p in stack)), "white")
+    top = 0
+    for picture in stack:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    with whole_file(path) as temporary:
+        whole.save(temporary)
+
+
+def _table(title, rows):
+    """A picture of a table: columns are the keys in order of first appearance, numbers stand on the right."""
+    margin, gap, line = 8, 24, 20
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    texts = [[str(f"{v:.4f}" if isinstance(v, float) else v) for v in (row.get(c, "") for c in columns)]
+             for row in rows]
+    right = [all(isinstance(row.get(c, 0), (int, float)) for row in rows) for c in columns]
+    widths = [math.ceil(max(font(12).getlength(t) for t in column)) for column in zip(columns, *texts)]
+    width = max(sum(widths) + gap * len(widths), math.ceil(font(14).getlength(title))) + 2 * margin
+    picture = Image.new("RGB", (width, line * (len(rows) + 2) + 2 * margin), "white")
+    draw = ImageDraw.Draw(picture)
+    text_line(draw, (margin, margin + line / 2), title, size=14)
+    for r, cells in enumerate([columns, *texts], 1):
+        left = margin
+        for cell, wide, at_right in zip(cells, widths, right):
+            place = (left + wide * at_right, margin + line * (r + 0.5))
+            style = {"fill": FAINT} if r == 1 else {}
+            text_line(draw, place, cell, size=12, anchor="rm" if at_right else "lm", **style)
+            left += wide + gap
+    return picture

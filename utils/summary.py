@@ -1,0 +1,199 @@
+"""The table of experiments: a row per run, made from the runs' own files whenever it is asked for.
+
+    python -m utils.report runs/                        # all runs below, the best first; --format csv | markdown
+
+No table is kept beside the runs: it would be out of step with a run that was resumed, renamed, copied or deleted. What
+a run knows already stands in args.json and results.csv; what it would forget (when it began, the code's commit, the
+defaults of that day) `write_note` adds as run.json.
+"""
+import csv
+import io
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from utils import report, runs
+from utils.errors import UserError
+
+COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "minutes", "commit", "flags")
+NUMBERS = ("best", "epoch", "last", "minutes")
+WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
+
+
+def write_note(folder, defaults):
+    """Writes run.json into the run's folder: {"started", "commit", "defaults"}. A resumed run keeps its `started`.
+
+    defaults: {flag: value}, such as vars(parser.parse_args([])). Raises UserError when it cannot be written.
+    """
+    path = Path(folder) / "run.json"
+    started = _read_json(path).get("started") or time.strftime("%Y-%m-%d %H:%M")
+    runs.write_json(path, {"started": started, "commit": commit(Path(__file__).parent), "defaults": defaults})
+
+
+def commit(folder):
+    """The short hash of the git commit in `folder`, with "-dirty" behind it when files differ from it; "" without one.
+    """
+    git = shutil.which("git")
+    if not git:
+        return ""
+    command = [git, "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]  # no tags: the hash only
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def flags(chosen, defaults):
+    """The arguments that differ from the defaults as text, "--lr 0.01 --no-ema --loss bce=0.5": to be read, for lists
+    of bands are written with spaces. Both: {flag: value} as JSON holds them."""
+    def word(value):
+        if isinstance(value, list):
+            return "=".join(map(word, value))  # a term of --loss and its weight
+        return f"{value:g}" if isinstance(value, float) else shlex.quote("none" if value is None else str(value))
+
+    def text(flag, value):
+        flag = flag.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{flag}" if value else f"--no-{flag}"
+        return " ".join([f"--{flag}", *map(word, value if isinstance(value, list) else [value])])
+
+    return " ".join(text(flag, value) for flag, value in chosen.items()
+                    if flag not in WHERE and value != defaults.get(flag))
+
+
+def tables(folders, metric=None):
+    """-> {project: rows, the best run first}; a project is a folder of runs. A row has the COLUMNS.
+
+    metric: the column of results.csv to sort by (the higher the better, with "loss" in its name the lower); by default
+    the first one whose name says that higher is better and which is no term of --loss. A run's best value is that over
+    its epochs; runs with different metrics are not compared, those without any value come last. For runs without
+    run.json, the flags shown are those that differ from most of the project's runs.
+    Raises UserError when there is no run. What is damaged is left out, with a line on stderr.
+    """
+    found = sorted({path.parent for folder in folders for name in ("args.json", "results.csv")
+                    for path in Path(folder).rglob(name)})
+    if not found:
+        raise UserError(f"{' '.join(map(str, folders))}: no runs below (args.json, results.csv); give the folder that "
+                        f"--project names")
+    projects = {}
+    for run in found:
+        projects.setdefault(run.parent, []).append((run, _read_json(run / "args.json"), _read_json(run / "run.json")))
+    result = {}
+    for project, entries in projects.items():
+        usual = _most_common([chosen for _, chosen, _ in entries])
+        rows = [_row(run, chosen, note, usual, metric) for run, chosen, note in entries]
+        result[project] = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    if metric and not any(row["metric"] for rows in result.values() for row in rows):
+        raise UserError(f"--metric {metric}: no results.csv has this column; choose one of theirs")
+    return result
+
+
+def _row(run, chosen, note, usual, metric):
+    """-> (sort key, row)"""
+    results = _read_results(run / "results.csv")
+    name = _metric(results, chosen, metric)
+    known = [row for row in results if math.isfinite(row.get(name, math.nan))]
+    lower = "loss" in (name or "")
+    best = (min if lower else max)(known, key=lambda row: row[name], default=None)
+    seconds = [row["seconds"] for row in results if math.isfinite(row.get("seconds", math.nan))]
+    key = (best is None, name or "", best and best[name] * (1 if lower else -1), str(run))
+    defaults = note.get("defaults")
+    return key, {
+        "run": str(run), "date": str(note.get("started") or _date(run)), "metric": name or "",
+        "best": best[name] if best else None, "epoch": int(best["epoch"]) if best else None,
+        "last": known[-1][name] if known and known[-1] is results[-1] else None,
+        "minutes": sum(seconds) / 60 if seconds else None, "commit": str(note.get("commit") or ""),
+        "flags": flags(chosen, defaults if isinstance(defaults, dict) else usual)}
+
+
+def _metric(results, chosen, wanted):
+    """The name of the score's column, or None."""
+    columns = list(results[0]) if results else []
+    if wanted:
+        return wanted if wanted in columns else None
+    terms = chosen.get("loss")
+    terms = [term[0] for term in terms if isinstance(term, list) and term] if isinstance(terms, list) else []
+    return next((name for name in columns if report.higher_is_better(name) and name not in terms), None)
+
+
+def _most_common(dicts):
+    """{key: the value that most of the dicts have}"""
+    values = {}
+    for entry in dicts:
+        for key, value in entry.items():
+            values.setdefault(key, Counter())[json.dumps(value)] += 1
+    return {key: json.loads(counts.most_common(1)[0][0]) for key, counts in values.items()}
+
+
+def _date(run):
+    """When the oldest of a run's tables was last written: about its start, for a run without run.json."""
+    times = [path.stat().st_mtime for path in (run / "args.json", run / "results.csv") if path.exists()]
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(min(times)))
+
+
+def _read_json(path):
+    """The dict in a file; {} when there is no file, or (said on stderr) when it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        pass
+    print(f"warning: {path}: damaged, left out", file=sys.stderr)
+    return {}
+
+
+def _read_results(path):
+    """results.csv -> a dict of floats per epoch (NaN for an empty cell); [] as above."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file, strict=True))
+        rows = [{name: float(cell or "nan") for name, cell in line.items()} for line in lines]
+        if all(math.isfinite(row["epoch"]) for row in rows):
+            return rows
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, csv.Error):  # TypeError: more cells than columns
+        pass
+    print(f"warning: {path}: damaged, left out", file=sys.stderr)
+    return []
+
+
+def render(projects, form="text"):
+    """{project: rows} of `tables` -> text. form: "text", aligned, a blank line between projects; "csv", one table with
+    six digits; "markdown"."""
+    if form == "csv":
+        file = io.StringIO()
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        for row in (row for rows in projects.values() for row in rows):
+            table.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in (row[c] for c in COLUMNS)])
+        return file.getvalue()
+    return "\n".join(_aligned([_cells(row) for row in rows], form == "markdown") for rows in projects.values())
+
+
+def _cells(row):
+    digits = {"best": ".4f", "last": ".4f", "minutes": ".1f", "epoch": "d"}
+    texts = ["" if row[c] is None else format(row[c], digits.get(c, "")) for c in COLUMNS]
+    return [" ".join(text.split()) for text in texts]  # a flag's text may have several lines
+
+
+def _aligned(rows, markdown):
+    rows = [list(COLUMNS), *rows]
+    if markdown:
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        rows.insert(1, ["--:" if c in NUMBERS else "---" for c in COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [[cell.rjust(w) if c in NUMBERS else cell.ljust(w) for c, cell, w in zip(COLUMNS, row, widths)]
+             for row in rows]
+    joined = ["| " + " | ".join(line) + " |" if markdown else "  ".join(line).rstrip() for line in lines]
+    return "\n".join(joined) + "\n"
