@@ -11,17 +11,17 @@ from argparse import BooleanOptionalAction
 import numpy as np
 import torch
 
-from data import cls, dirty_mnist, folds, images
+from data import cls, dirty_mnist, folds, images, mix
 from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
-from utils import dist, engine, losses, metrics, optim, pictures, report, runs
-from utils.args import band_list, loss_term, real, start, train_parser, whole
+from utils import dist, engine, losses, metrics, pictures, report, runs
+from utils.args import band_list, loss_term, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
 
 LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
     "bce": lambda z, y, s: losses.bce(z, y, smoothing=s),
     "focal": lambda z, y, s: losses.focal(z, y, smoothing=s),
-    "ce": lambda z, y, s: losses.cross_entropy(z, y.argmax(1), smoothing=s),
+    "ce": lambda z, y, s: losses.cross_entropy(z, y, smoothing=s),
 }
 
 
@@ -50,6 +50,10 @@ def parse_args():
     add("--flip", type=real(0, 1), default=0.0, help="probability of each flip")
     add("--degrees", type=real(0, 180), default=15.0, help="largest rotation")
     add("--p-affine", type=real(0, 1), default=0.5, help="probability of a small shift, scale and rotation")
+    add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
+    add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
+    add("--snapmix", type=real(0, 1), default=0.0, metavar="P", help="the same, labels weighed by what the net looks at")
+    add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
     add("--cutout", type=real(0, 0.99), default=0.3, help="side of a blank square, share of the image; 0: none")
     return start(parser)
 
@@ -103,9 +107,15 @@ def main():
     def inputs(batch):
         return cls.see(batch, args.imgsz, scale, *norm)
 
+    net, linear = model, [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+
     def compute_loss(model, batch):
-        logits = model(inputs(batch))
-        parts = {name: LOSSES[name](logits, batch["label"], args.label_smoothing) for name, _ in args.loss}
+        x = inputs(batch)
+        x, labels = mix.for_labels(x, batch["label"], p_mixup=args.mixup, p_cutmix=args.cutmix, p_snapmix=args.snapmix,
+                                   heat=lambda: mix.heat(net, linear.weight, x, batch["label"]),
+                                   p_gridmask=args.gridmask)
+        logits = model(x)
+        parts = {name: LOSSES[name](logits, labels, args.label_smoothing) for name, _ in args.loss}
         return sum(weight * parts[name] for name, weight in args.loss), parts if len(parts) > 1 else {}
 
     # ---- validation ----
@@ -119,8 +129,11 @@ def main():
         for batch in val_loader:
             batch = engine.to_device(batch, device)
             logits = model(inputs(batch)).float()
-            metric.update(logits.softmax(1) if table.exclusive else logits.sigmoid(), batch["label"])
+            metric.update(logits.softmax(1) if table.exclusive else logits.sigmoid(), batch["label"], batch["index"])
         return metric.reduce()
+
+    def evaluate(model):
+        return judge(model).compute()
 
     # ---- training ----
     if dist.rank() == 0:
@@ -130,32 +143,22 @@ def main():
         batch = cls.collate([train_data[0, i] for i in range(16)])
         shown = [pictures.to_rgb(image) for image in cls.see(batch, args.imgsz, scale)]
         pictures.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
-    steps = -(-len(loader) // args.accumulate)
-    epochs = round(args.epochs / args.val_interval)
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay), lr=args.lr,
-                                     momentum=args.momentum, eps=1e-6)
-    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, period=args.period,
-                                   warmup_epochs=args.warmup_epochs / args.val_interval, floor=args.lr_floor)
-    ema = optim.make_ema(model, steps * epochs) if args.ema else None
     header = {"task": "cls", "arch": {"name": "backbones.make", "kwargs": arch}, "classes": table.names,
               "exclusive": table.exclusive, "bands": bands, "scale": scale, "norm": norm, "imgsz": args.imgsz,
               "args": vars(args)}
-    boards = report.make_boards(folder, tensorboard=args.tensorboard and dist.rank() == 0,
-                                wandb=args.wandb and dist.rank() == 0, config=vars(args))
-    state = engine.fit(model, loader, optimizer, schedule, compute_loss,
-                       (lambda model: judge(model).compute()) if val else None, folder=folder, header=header,
-                       epochs=epochs, device=device, resume=resume, accumulate=args.accumulate, clip=args.clip,
-                       amp=args.amp, ema=ema, compile=args.compile, seed=args.seed, patience=args.patience,
-                       save_period=args.save_period, boards=boards)
-    boards.close()
+    state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None, folder=folder,
+                       header=header, device=device, resume=resume,
+                       **training(args, folder, model, loader, part=args.val_interval, eps=1e-6))
     if val:
-        final(state, judge, table.names, folder, device, args.amp)
+        final(state, judge, table.names, folder, device, args.amp, [table.files[i] for i in val])
 
 
 def split(args, folder, table):
     """Indices to train and to validate on; of the former those of --subset."""
     names = [os.path.relpath(path, args.data) for path in table.files]
-    train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, strata=cls.strata(table.labels))
+    groups = folds.read_groups(args.groups, names) if args.groups else None
+    train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, files=table.files, groups=groups,
+                              strata=cls.strata(table.labels))
     if args.subset and args.subset < len(train):
         chosen = cls.subset(table.labels[train], args.subset, seed=args.seed)
         smaller = [train[i] for i in chosen]
@@ -165,11 +168,12 @@ def split(args, folder, table):
     return train, val
 
 
-def final(state, judge, names, folder, device, amp):
-    """The run's last weights, class by class: results.json."""
+def final(state, judge, names, folder, device, amp, files):
+    """The run's last weights: class by class results.json, image by image samples.csv."""
     metric = engine.judge(state, judge, device, amp)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
+        report.write_csv(folder / "samples.csv", metric.samples(files, names))
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

@@ -20,8 +20,8 @@ from data import augment, det, folds, images, labels
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures_det, report, runs
-from utils.args import band_list, real, start, train_parser, whole
+from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures_det, runs
+from utils.args import band_list, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
 
 GAINS = {  # per head: weights of the loss's parts
@@ -220,26 +220,17 @@ def experiment(args, device, folder, resume):
         pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.truths(batch), names=names)
         pictures_det.label_statistics(folder / "labels.png", [data.boxes[i] for i in train],
                                       [data.classes[i] for i in train], [data.sizes[i] for i in train], names)
-    steps = -(-len(loader) // args.accumulate)  # of the optimizer, per epoch
     # sgd follows a sum over images, and its decay is for 64 of them; adamw's does not depend on their number
     decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay), lr=args.lr,
-                                     momentum=args.momentum)
-    optim.warm_up(optimizer, round(args.warmup_epochs * steps), bias_lr=args.warmup_bias_lr,
+    options = training(args, folder, model, loader, weight_decay=decay)
+    steps = -(-len(loader) // args.accumulate)
+    optim.warm_up(options["optimizer"], round(args.warmup_epochs * steps), bias_lr=args.warmup_bias_lr,
                   momentum=args.warmup_momentum)
-    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=args.epochs, period=args.period,
-                                   warmup_epochs=args.warmup_epochs, floor=args.lr_floor)
-    ema = optim.make_ema(model, steps * args.epochs) if args.ema else None
     header = {"task": "det", "arch": {"name": "YOLOv5", "kwargs": arch}, "classes": names,
               "category_ids": data.category_ids, "bands": bands, "scale": scale, "imgsz": args.imgsz,
               "args": vars(args)}
-    boards = report.make_boards(folder, tensorboard=args.tensorboard and dist.rank() == 0,
-                                wandb=args.wandb and dist.rank() == 0, config=vars(args))
-    state = engine.fit(model, loader, optimizer, schedule, compute_loss, evaluate if val else None, folder=folder,
-                       header=header, epochs=args.epochs, device=device, resume=resume, accumulate=args.accumulate,
-                       clip=args.clip, amp=args.amp, ema=ema, compile=args.compile, seed=args.seed,
-                       patience=args.patience, save_period=args.save_period, boards=boards)
-    boards.close()
+    state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None,
+                       folder=folder, header=header, device=device, resume=resume, **options)
     if val:
         final(state, judge, names, folder, device, args.amp)
 
@@ -253,7 +244,8 @@ def split(args, folder, data):
     rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
     own = {name: int(not out) for name, out in zip(names, data.held_out)}
     spec = own if args.folds is None and any(data.held_out) else folds.parse(args.folds or "5")
-    return folds.of_run(folder, names, spec, args.fold, strata=rarest)
+    groups = folds.read_groups(args.groups, names) if args.groups else None
+    return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=groups)
 
 
 def default_bands(file):

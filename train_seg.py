@@ -11,22 +11,28 @@ from pathlib import Path
 
 import torch
 
-from data import folds, images, seg
+from data import folds, images, mix, seg
 from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
 from nets.unet import UNet, probabilities
-from utils import dist, engine, losses, metrics, optim, pictures, report, runs, tta
-from utils.args import band_list, loss_term, real, start, train_parser, whole
+from utils import dist, engine, losses, metrics, pictures, report, review, runs, tta
+from utils.args import band_list, loss_term, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
 
-BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore) -> mean over the batch
-    "lovasz_elu": lambda z, y, ignore: losses.lovasz_hinge(z, y, elu=True, ignore=ignore),
-    "lovasz": lambda z, y, ignore: losses.lovasz_hinge(z, y, ignore=ignore),
-    "bce": lambda z, y, ignore: losses.bce(z, y, ignore=ignore),
+BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore, label smoothing) -> mean over the batch
+    "lovasz_elu": lambda z, y, ignore, s: losses.lovasz_hinge(z, y, elu=True, ignore=ignore),
+    "lovasz": lambda z, y, ignore, s: losses.lovasz_hinge(z, y, ignore=ignore),
+    "bce": lambda z, y, ignore, s: losses.bce(z, y, smoothing=s, ignore=ignore),
+    "dice": lambda z, y, ignore, s: losses.dice(z, y, ignore=ignore),
+    "focal": lambda z, y, ignore, s: losses.focal(z, y, smoothing=s, ignore=ignore),
+    "topk": lambda z, y, ignore, s: losses.top_k(z, y, ignore=ignore),
 }
 SEVERAL = {  # the same for logits (B, classes, H, W) and masks of class indices
-    "lovasz": lambda z, y, ignore: losses.lovasz_softmax(z, y, ignore=ignore),
-    "ce": lambda z, y, ignore: losses.cross_entropy(z, y, ignore=ignore),
+    "lovasz": lambda z, y, ignore, s: losses.lovasz_softmax(z, y, ignore=ignore),
+    "ce": lambda z, y, ignore, s: losses.cross_entropy(z, y, smoothing=s, ignore=ignore),
+    "dice": lambda z, y, ignore, s: losses.dice_softmax(z, y, ignore=ignore),
+    "focal": lambda z, y, ignore, s: losses.focal_softmax(z, y, ignore=ignore),
+    "topk": lambda z, y, ignore, s: losses.top_k_softmax(z, y, ignore=ignore),
 }
 
 
@@ -40,16 +46,22 @@ def parse_args():
         help="for every band a constant plane with its mean")
     add("--classes", type=whole(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
     add("--ignore", type=whole(0, 255), help="mask value without influence")
-    add("--groups", metavar="CSV", help="tiles of one group (same place) stay on one side of the split")
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
+    add("--p-object", type=real(0, 1), default=0.0, help="probability that a crop is laid over an object")
+    add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
+    add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
+    add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
+    add("--cutout", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose one square")
+    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of bce, focal and ce: pulls labels to the middle")
     add("--loss", nargs="+", type=loss_term(BINARY | SEVERAL), metavar="NAME[=WEIGHT]",
-        help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5; for several classes of "
-        f"{', '.join(SEVERAL)}; without: lovasz_elu, or lovasz and ce")
+        help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
+        f"of {', '.join(SEVERAL)}; without: lovasz_elu, or lovasz and ce")
     add("--encoder", choices=backbones.NAMES, metavar="NAME", default="regnetx_002",
-        help="regnetx_002 ... regnetx_032, efficientnetv2_s, m, l, b0 ... b3, repvgg_a0 ...")
-    add("--conv0", type=whole(1, 4096), nargs="*", default=[32, 32], help="widths of the 1x1 convolutions before it")
-    add("--decoder", type=whole(1, 4096), nargs="+", default=[128, 64, 48, 32], help="widths, coarse to fine")
+        help="regnetx_002 ... 032, efficientnetv2_s, m, l, b0 ... b3, repvgg_a0 ..., hrnet_w18 ...")
+    add("--conv0", type=whole(1, 4096), nargs="*", default=[32, 32], help="widths of 1x1 convolutions before it")
+    add("--decoder", type=whole(1, 4096), nargs="*", default=[128, 64, 48, 32], help="widths, coarse to fine; none: "
+        "all maps concatenated, with an HRNet that is HRNetV2")
     return start(parser)
 
 
@@ -65,17 +77,19 @@ def main():
     facts = seg.scan(paired, bands=bands, classes=args.classes, ignore=args.ignore)
     groups = folds.read_groups(args.groups, names) if args.groups else None
     train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=groups,
+                              files=[image for image, _ in paired],
                               strata=folds.area_strata([fact["area"] for fact in facts]))
     scale = args.scale or images.default_scale(images.read(paired[train[0]][0]).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
     train_data = seg.SegData([paired[i] for i in train], imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
-                             gain=args.gain, **options)
+                             gain=args.gain, p_object=args.p_object, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device)
 
     # ---- net ----
     arch = dict(encoder=args.encoder, in_chans=len(bands) * (1 + args.mean_planes), classes=args.classes,
                 conv0=args.conv0, decoder=args.decoder)
-    model = UNet(**arch, grad_checkpoint=args.grad_checkpoint)
+    with answers_for("--decoder"):
+        model = UNet(**arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
@@ -91,8 +105,11 @@ def main():
     terms = args.loss or ([("lovasz_elu", 1.0)] if args.classes == 1 else [("lovasz", 1.0), ("ce", 1.0)])
 
     def compute_loss(model, batch):
-        logits = model(inputs(batch))
-        parts = {name: known[name](logits, batch["mask"], args.ignore) for name, _ in terms}
+        image, targets = mix.for_masks(batch["image"], batch["mask"], p_mixup=args.mixup, p_cutmix=args.cutmix,
+                                       p_gridmask=args.gridmask, p_cutout=args.cutout)
+        logits = model(inputs(batch | {"image": image}))
+        parts = {name: sum(share * known[name](logits, mask, args.ignore, args.label_smoothing)
+                           for mask, share in targets) for name, _ in terms}
         return sum(weight * parts[name] for name, weight in terms), parts if len(parts) > 1 else {}
 
     # ---- validation ----
@@ -101,7 +118,7 @@ def main():
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=[facts[i]["size"] for i in val],
                                  workers=args.workers, device=device)
 
-    def evaluate(model, flips=False):
+    def evaluate(model, flips=False, found=None):
         metric = metrics.BinaryIoU(ignore=args.ignore) if args.classes == 1 else \
             metrics.MeanIoU(args.classes, ignore=args.ignore)
         for i, batch in enumerate(val_loader):
@@ -109,6 +126,9 @@ def main():
             x = inputs(batch)
             probs = tta.mean_map(lambda x: probabilities(model(x)), x, tta.flips(*x.shape[2:])[:4 if flips else 1])
             metric.update(probs if args.classes == 1 else probs.argmax(1), batch["mask"])
+            if found:
+                masks = probs[:, 0] > 0.5 if args.classes == 1 else probs.argmax(1)
+                found.update(batch["index"], masks, batch["mask"])
             if i == 0 and dist.rank() == 0:
                 pictures.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs,
                                             ignore=args.ignore)
@@ -122,23 +142,12 @@ def main():
         batch = [train_data[0, i] for i in range(min(args.bs, 8))]
         pictures.segmentation_sheet(folder / "train_batch.png", torch.stack([b["image"] for b in batch]),
                                   torch.stack([b["mask"] for b in batch]), ignore=args.ignore)
-    steps = -(-len(loader) // args.accumulate)
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay), lr=args.lr,
-                                     momentum=args.momentum)
-    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=args.epochs, period=args.period,
-                                   warmup_epochs=args.warmup_epochs, floor=args.lr_floor)
-    ema = optim.make_ema(model, steps * args.epochs) if args.ema else None
     header = {"task": "seg", "arch": {"name": "UNet", "kwargs": arch}, "classes": args.classes, "bands": bands,
               "scale": scale, "mean_planes": args.mean_planes, "imgsz": args.imgsz, "args": vars(args)}
-    boards = report.make_boards(folder, tensorboard=args.tensorboard and dist.rank() == 0,
-                                wandb=args.wandb and dist.rank() == 0, config=vars(args))
-    state = engine.fit(model, loader, optimizer, schedule, compute_loss, evaluate if val else None, folder=folder,
-                       header=header, epochs=args.epochs, device=device, resume=resume, accumulate=args.accumulate,
-                       clip=args.clip, amp=args.amp, ema=ema, compile=args.compile, seed=args.seed,
-                       patience=args.patience, save_period=args.save_period, boards=boards)
-    boards.close()
+    state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None, folder=folder,
+                       header=header, device=device, resume=resume, **training(args, folder, model, loader))
     if val:
-        final(state, evaluate, folder, device, args.amp)
+        final(state, evaluate, folder, device, args.amp, args.ignore, [paired[i][0] for i in val])
 
 
 def check_flags(args):
@@ -153,11 +162,15 @@ def check_flags(args):
         raise UserError(f"--imgsz 16 --bs {args.bs}: batch norm would see a single pixel; raise one of them")
 
 
-def final(state, evaluate, folder, device, amp):
-    """The run's last weights judged with flips, as they will predict. Into results.json."""
-    scores = engine.judge(state, functools.partial(evaluate, flips=True), device, amp)
+def final(state, evaluate, folder, device, amp, ignore, files):
+    """The run's last weights judged with flips, as they will predict: results.json, and tile by tile samples.csv."""
+    found = review.SegmentationReview(ignore)
+    scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found), device, amp)
+    found.reduce()
     if dist.rank() == 0:
-        runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores})
+        report.write_csv(folder / "samples.csv", found.samples(files))
+        results = {"last": state.history[-1], "last with flips": scores}
+        runs.write_json(folder / "results.json", results | found.tables())
         print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 

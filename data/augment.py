@@ -5,8 +5,9 @@ import torch
 from utils import geometry
 
 
-def crop_flip(rng, height, width, size):
-    """The wildfire system's: pad to twice the crop, crop at random, flip; and quarter turns.
+def crop_flip(rng, height, width, size, point=None):
+    """The wildfire system's: pad to twice the crop, crop at random, flip; and quarter turns. point: (row, column), a
+    pixel that shall be in the crop.
 
     -> (matrix onto a size x size canvas, border "reflect" or "wrap"). Tiles at least twice the crop are not
     padded. The pixels outside the tile, by reflection or by wrapping around, half of the time each.
@@ -15,8 +16,12 @@ def crop_flip(rng, height, width, size):
     matrix = np.eye(3)
     for axis, side in enumerate((width, height)):
         padded = max(side, 2 * size)
-        start = rng.integers(padded - size + 1) - (padded - side) // 2
-        matrix[axis, 2] = -start
+        before = (padded - side) // 2
+        first, last = 0, padded - size
+        if point is not None:
+            at = point[1 - axis] + before
+            first, last = max(first, at - size + 1), min(last, at)
+        matrix[axis, 2] = before - rng.integers(first, last + 1)
     if rng.integers(2):
         matrix = geometry.flip_h(size) @ matrix
     return geometry.rot90(rng.integers(4), size, size) @ matrix, border  # with the flip: all eight, equally often

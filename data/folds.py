@@ -82,10 +82,10 @@ def read(path, names):
     return {n: fold_of[n] for n in names}
 
 
-def of_run(folder, names, spec, fold, *, strata=None, groups=None):
+def of_run(folder, names, spec, fold, *, files, strata=None, groups=None):
     """-> (indices of the samples to train on, to validate on), by the folds.json in the run's folder, which a resumed
-    run finds there. A new run writes it; spec: of `parse`, or the split itself {name: fold}; None: nothing to validate.
-    strata, groups: of `assign`.
+    run finds there. A new run writes it, and prints `leaks` of the files. spec: of `parse`, or the split itself {name:
+    fold}; None: nothing to validate. strata, groups: of `assign`.
     """
     written = folder / "folds.json"
     spec = written if written.exists() else spec
@@ -95,11 +95,14 @@ def of_run(folder, names, spec, fold, *, strata=None, groups=None):
         spec = read(spec, names)
     elif isinstance(spec, list):
         spec = assign(names, spec, strata=strata, groups=groups)
-    if dist.rank() == 0:
-        runs.write_json(written, spec)
     held_out = set(split(spec, fold)[1])
-    return ([i for i, name in enumerate(names) if name not in held_out],
-            [i for i, name in enumerate(names) if name in held_out])
+    train, val = ([i for i, name in enumerate(names) if (name in held_out) == out] for out in (False, True))
+    if dist.rank() == 0 and not written.exists():
+        runs.write_json(written, spec)
+        sides = ([files[i] for i in part] for part in (train, val))
+        for line in leaks(*sides, groups=groups and dict(zip(files, groups))):
+            print(line)
+    return train, val
 
 
 def read_groups(path, names):

@@ -102,13 +102,13 @@ class SegData(Dataset):
 
     Both are {"image": float32 (C, H, W), "mask": uint8 (H, W), "index": int}. `len` counts every tile `repeat`
     times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)]. gain: octaves
-    of random brightness, see `augment.gain`.
+    of random brightness, see `augment.gain`. p_object: how often a crop is laid over a pixel of an object.
     """
 
     def __init__(self, paired, *, bands=None, scale=1.0, classes=1, ignore=None, imgsz=256, repeat=1, seed=0, gain=0.0,
-                 cache=None):
+                 p_object=0.0, cache=None):
         self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
-        self.gain = gain
+        self.gain, self.p_object, self.ignore = gain, p_object, ignore
         self.read_image = lambda path: images.read(path, bands)
         self.read_mask = lambda path: read_mask(path, classes, ignore)
         if cache:
@@ -128,7 +128,7 @@ class SegData(Dataset):
         mask = self.masks[i] if self.masks else self.read_mask(self.paired[i][1])
         if epoch is not None:
             rng = np.random.default_rng((self.seed, epoch, index))
-            matrix, border = augment.crop_flip(rng, *mask.shape, self.imgsz)
+            matrix, border = augment.crop_flip(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask))
             size = (self.imgsz, self.imgsz)
             image = warp(image, matrix, size, border=border)
             mask = warp(mask[None], matrix, size, border=border, mode="nearest")[0]
@@ -136,6 +136,13 @@ class SegData(Dataset):
         if epoch is not None and self.gain:
             image *= torch.from_numpy(augment.gain(rng, len(image), self.gain))
         return {"image": image, "mask": mask, "index": i}
+
+    def object_pixel(self, rng, mask):
+        """(row, column) of a random pixel with a class above 0, for crops that shall not be empty; else None."""
+        if not self.p_object or rng.random() >= self.p_object:
+            return None
+        pixels = torch.nonzero((mask > 0) & (mask != (-1 if self.ignore is None else self.ignore)))
+        return pixels[rng.integers(len(pixels))].tolist() if len(pixels) else None
 
 
 class Tiles(Dataset):

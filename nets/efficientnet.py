@@ -188,8 +188,12 @@ class EfficientNetV2(nn.Module):
                 x = recompute(block, x) if self.grad_checkpoint and self.training else block(x)
         return maps + [x]
 
+    def last_map(self, x):
+        """(B, channels, h, w): what is averaged before the classifier."""
+        return silu(self.bn2(self.conv_head(self.features(x)[-1])))
+
     def forward(self, x):
-        x = silu(self.bn2(self.conv_head(self.features(x)[-1]))).mean((2, 3))
+        x = self.last_map(x).mean((2, 3))
         return self.classifier(F.dropout(x, self.drop_rate, self.training))
 
     def fuse_(self):

@@ -170,11 +170,15 @@ class HRNet(nn.Module):
                 maps = self.run(module, *maps)
         return [stem, *maps]
 
-    def forward(self, x):
+    def last_map(self, x):
+        """(B, 2048, h, w): what is averaged before the classifier."""
         first, *coarser = [self.run(layer, x) for layer, x in zip(self.incre_modules, self.features(x)[1:])]
         for down, x in zip(self.downsamp_modules, coarser):
             first = x + down(first)
-        return self.classifier(self.final_layer(first).mean((2, 3)))
+        return self.final_layer(first)
+
+    def forward(self, x):
+        return self.classifier(self.last_map(x).mean((2, 3)))
 
     def fuse_(self):
         fuse_pair(self, ("conv1", "bn1"), ("conv2", "bn2"))

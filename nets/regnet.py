@@ -80,5 +80,9 @@ class RegNetX(nn.Module):
             maps.append(stage(maps[-1]) if keep else recompute(stage, maps[-1]))
         return maps
 
+    def last_map(self, x):
+        """(B, channels, h, w): what the head averages before its linear layer."""
+        return self.features(x)[-1]
+
     def forward(self, x):
-        return self.head(self.features(x)[-1])
+        return self.head(self.last_map(x))

@@ -99,6 +99,10 @@ class RepVGG(nn.Module):
             maps.append(x)
         return maps
 
+    def last_map(self, x):
+        """(B, channels, h, w): what the head averages before its linear layer."""
+        return self.features(x)[-1]
+
     def forward(self, x):
-        x = self.features(x)[-1]
+        x = self.last_map(x)
         return self.head(x) if self.head else x.mean((2, 3))

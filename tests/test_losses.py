@@ -5,10 +5,12 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from timm.loss import SoftTargetCrossEntropy
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import sigmoid_focal_loss
 
 from utils import losses
-from utils.losses import bce, cross_entropy, lovasz_hinge, lovasz_softmax
+from utils.losses import bce, cross_entropy, dice, dice_softmax, focal, focal_softmax, lovasz_hinge, lovasz_softmax
 from utils.metrics import BinaryIoU, MeanIoU
 
 VOID = 255
@@ -249,6 +251,117 @@ def test_cross_entropies_are_torchs_where_they_agree():
                                F.cross_entropy(logits[:, :, 0, 0], torch.tensor([0, 1, 4])))
 
 
+def naive_dice(rows, smooth):
+    """Rows of (probability, truth) -> mean of their losses."""
+    losses = [1 - (2 * sum(p * y for p, y in row) + smooth) / (sum(p for p, _ in row) + sum(y for _, y in row) + smooth)
+              for row in rows]
+    return sum(losses) / len(losses)
+
+
+def probabilities(logits):
+    """Lists -> the softmax."""
+    return [math.exp(z) / sum(map(math.exp, logits)) for z in logits]
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("smooth", [1., 7.])
+def test_dice_is_its_formula(per_image, smooth):
+    logits, labels = maps(4, 6, 7, void=0.2, dtype=torch.float64)
+    labels[1][labels[1] == 1] = 0  # no positives
+    labels[2] = VOID
+    rows = [[(1 / (1 + math.exp(-z)), y) for z, y in zip(*pair) if y != VOID]
+            for pair in zip(logits.flatten(1).tolist(), labels.flatten(1).tolist())]
+    rows = rows if per_image else [sum(rows, [])]
+    assert dice(logits, labels, per_image, smooth, VOID).item() == pytest.approx(naive_dice(rows, smooth), rel=1e-12)
+
+    logits, labels = class_maps(3, 4, 5, 6, void=0.2)  # the last class never occurs
+    pixels = [[(probabilities(z), y) for z, y in zip(*pair) if y != VOID] for pair in
+              zip(logits.double().flatten(2).transpose(1, 2).tolist(), labels.flatten(1).tolist())]
+    pixels = pixels if per_image else [sum(pixels, [])]
+    rows = [[(p[c], c == y) for p, y in row] for row in pixels for c in range(4)]
+    value = dice_softmax(logits.double(), labels, per_image, smooth, VOID)
+    assert value.item() == pytest.approx(naive_dice(rows, smooth), rel=1e-12)
+
+
+def test_dice_without_positives_is_least_when_nothing_is_found():
+    """P / (P + 1), and every step down is felt on the logits; smp gives 0 and nnU-Net's smoothing no slope."""
+    empty = torch.zeros(1, 40, 50)
+    for level in (0., -4., -8.):
+        found = 2000 / (1 + math.exp(-level))
+        value, grad = with_grad(dice, torch.full((1, 40, 50), level), empty)
+        assert value.item() == pytest.approx(found / (found + 1), rel=1e-5)
+        assert (grad > 0).all() and grad.sum() <= 0.25
+    assert with_grad(dice, torch.full((1, 40, 50), math.log(1 / 1999)), empty)[1].sum() == pytest.approx(0.25, rel=1e-3)
+    assert dice(torch.full((1, 40, 50), -1e4), empty).item() == 0
+    assert dice(torch.full((1, 40, 50), 1e4), empty + 1).item() == 0
+
+
+@pytest.mark.parametrize("gamma", [0., 0.5, 2.])
+def test_focal_softmax_is_its_formula(gamma):
+    logits, labels = class_maps(2, 4, 5, 6, void=0.2)
+    pixels = zip(logits.double().flatten(2).transpose(1, 2).flatten(0, 1).tolist(), labels.flatten().tolist())
+    terms = [-(1 - probabilities(z)[y]) ** gamma * math.log(probabilities(z)[y]) for z, y in pixels if y != VOID]
+    value = focal_softmax(logits.double(), labels, gamma, VOID)
+    assert value.item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.1, 0.37, 1.])
+@pytest.mark.parametrize("void", [0., 0.3, 0.97])
+def test_top_k_sorted_by_hand(share, void):
+    logits, labels = maps(3, 1, 9, 10, void=void, dtype=torch.float64)
+    terms = [math.log1p(math.exp(-z if y else z)) for z, y in zip(logits.flatten().tolist(), labels.flatten().tolist())
+             if y != VOID]
+    k = max(1, int(share * len(terms)))
+    assert losses.top_k(logits, labels, share, VOID).item() == pytest.approx(sum(sorted(terms)[-k:]) / k, rel=1e-12)
+    assert (with_grad(losses.top_k, logits, labels, share=share, ignore=VOID)[1] != 0).sum() == k
+
+    logits, labels = class_maps(3, 4, 9, 10, void=void)
+    pixels = zip(logits.double().flatten(2).transpose(1, 2).flatten(0, 1).tolist(), labels.flatten().tolist())
+    terms = [-math.log(probabilities(z)[y]) for z, y in pixels if y != VOID]
+    k = max(1, int(share * len(terms)))
+    value, grad = with_grad(losses.top_k_softmax, logits.double(), labels, share=share, ignore=VOID)
+    assert value.item() == pytest.approx(sum(sorted(terms)[-k:]) / k, rel=1e-12)
+    assert (grad != 0).all(1).sum() == k
+
+
+def test_top_k_of_everything_is_cross_entropy():
+    logits, labels = maps(3, 8, 8, void=0.2)
+    torch.testing.assert_close(with_grad(losses.top_k, logits, labels, share=1., ignore=VOID),
+                               with_grad(bce, logits, labels, ignore=VOID))
+    logits, labels = class_maps(3, 4, 8, 8, void=0.2)
+    torch.testing.assert_close(with_grad(losses.top_k_softmax, logits, labels, share=1., ignore=VOID),
+                               with_grad(cross_entropy, logits, labels, ignore=VOID))
+    torch.testing.assert_close(with_grad(focal_softmax, logits, labels, gamma=0., ignore=VOID),
+                               with_grad(cross_entropy, logits, labels, ignore=VOID))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)])
+def test_soft_labels_of_cross_entropy(shape):
+    g = torch.Generator().manual_seed(0)
+    logits, soft = torch.randn(shape, generator=g), torch.rand(shape, generator=g).softmax(1)
+    hard = torch.randint(0, 5, shape[:1] + shape[2:], generator=g)
+    one_hot = F.one_hot(hard, 5).movedim(-1, 1)
+    void = torch.rand(hard.shape, generator=g) < 0.3
+    for weight in (None, torch.tensor([0.5, 1., 2., 3., 4.])):
+        kwargs = dict(smoothing=0.1, weight=weight, ignore=VOID)
+        for dtype in (torch.uint8, torch.float32):  # one-hot labels are the hard ones, ignored elements too
+            torch.testing.assert_close(
+                with_grad(cross_entropy, logits, one_hot.masked_fill(void.unsqueeze(1), VOID).to(dtype), **kwargs),
+                with_grad(cross_entropy, logits, hard.masked_fill(void, VOID), **kwargs))
+    torch.testing.assert_close(with_grad(cross_entropy, logits, soft, smoothing=0.2),
+                               with_grad(F.cross_entropy, logits, soft, label_smoothing=0.2))
+    if len(shape) == 2:
+        torch.testing.assert_close(cross_entropy(logits, soft), SoftTargetCrossEntropy()(logits, soft))
+    # linear, shares that do not add up to 1 too
+    both = 0.7 * cross_entropy(logits, soft) + 0.8 * cross_entropy(logits, one_hot)
+    torch.testing.assert_close(cross_entropy(logits, 0.7 * soft + 0.8 * one_hot), both)
+    alone = soft.clone()
+    alone[1:] = 0  # without any share, but not ignored
+    torch.testing.assert_close(cross_entropy(logits, alone), cross_entropy(logits[:1], soft[:1]) / len(soft))
+    value, grad = with_grad(cross_entropy, logits, torch.full(shape, 255.), smoothing=0.1, ignore=VOID)
+    assert value == 0 and (grad == 0).all()
+
+
 @pytest.mark.parametrize("smoothing", [0.02, 0.2])
 def test_smoothed_bce_is_least_at_the_smoothed_label(smoothing):
     best = math.log((1 - smoothing / 2) / (smoothing / 2))
@@ -275,11 +388,35 @@ def test_segmentation_models_pytorch_agrees():
                                    with_grad(theirs, logits, labels), rtol=1e-5, atol=1e-6)
 
 
+def test_dice_and_focal_of_others():
+    """Dice without smoothing, where every class occurs: smp drops those that do not."""
+    logits, labels = maps(3, 1, 16, 16, void=0.2)
+    theirs = smp.losses.DiceLoss("binary", ignore_index=VOID)
+    torch.testing.assert_close(with_grad(dice, logits, labels, smooth=1e-7, ignore=VOID),
+                               with_grad(theirs, logits, labels), rtol=1e-5, atol=1e-7)
+    for gamma in (0., 2., 3.):
+        theirs = smp.losses.FocalLoss("binary", gamma=gamma, ignore_index=VOID)
+        torch.testing.assert_close(with_grad(focal, logits, labels, gamma=gamma, ignore=VOID),
+                                   with_grad(theirs, logits, labels), rtol=1e-5, atol=1e-7)
+        labels = labels.clamp(max=1)
+        ours = with_grad(focal, logits, labels, gamma=gamma)
+        torch.testing.assert_close(ours, with_grad(sigmoid_focal_loss, logits, labels.float(), alpha=-1, gamma=gamma,
+                                                   reduction="mean"), rtol=1e-5, atol=1e-7)
+
+    logits, labels = class_maps(3, 5, 16, 16, void=0.2)
+    theirs = smp.losses.DiceLoss("multiclass", ignore_index=VOID)
+    torch.testing.assert_close(with_grad(dice_softmax, logits[:, :4], labels, smooth=1e-7, ignore=VOID),
+                               with_grad(theirs, logits[:, :4], labels), rtol=1e-5, atol=1e-7)
+
+
 # ---- what holds for every loss --------------------------------------------------------------------------------------
 
 EVERY = [(lovasz_hinge, dict(), 0), (lovasz_hinge, dict(elu=True), 0), (lovasz_hinge, dict(per_image=False), 0),
          (lovasz_softmax, dict(), 4), (lovasz_softmax, dict(per_image=True, classes="all"), 4),
-         (bce, dict(smoothing=0.1, pos_weight=2.), 0), (cross_entropy, dict(smoothing=0.1), 4)]
+         (bce, dict(smoothing=0.1, pos_weight=2.), 0), (cross_entropy, dict(smoothing=0.1), 4),
+         (dice, dict(), 0), (dice, dict(per_image=True), 0), (dice_softmax, dict(), 4),
+         (dice_softmax, dict(per_image=True), 4), (focal, dict(smoothing=0.1), 0), (focal_softmax, dict(), 4),
+         (losses.top_k, dict(share=0.3), 0), (losses.top_k_softmax, dict(share=0.3), 4)]
 every_loss = pytest.mark.parametrize("loss, kwargs, classes", EVERY, ids=[f"{f.__name__}-{k}" for f, k, _ in EVERY])
 
 
@@ -301,6 +438,28 @@ def test_half_precision_logits_are_computed_in_fp32(loss, kwargs, classes, dtype
         assert grad.dtype == dtype and grad.isfinite().all()
         assert torch.equal(grad, slope.to(dtype))
     assert with_grad(loss, logits.double(), labels, ignore=VOID, **kwargs)[0].dtype == torch.float64
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extreme_logits_have_finite_slopes(loss, kwargs, classes, dtype):
+    logits, labels = sample(classes, 8)
+    for ignore in (VOID, None):
+        labels = labels if ignore else labels.clamp(max=1)
+        for far in (1e4 * logits.sign(), torch.full_like(logits, 1e4), torch.full_like(logits, -1e4)):
+            value, grad = with_grad(loss, far.to(dtype), labels, ignore=ignore, **kwargs)
+            assert value.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0., 0.5, 1., 2.])
+def test_focal_slopes_are_finite_where_everything_is_right(gamma):
+    """The slope of x^0.5 at 0 is not."""
+    labels = torch.tensor([[1, 0, 1, 0]])
+    for far in (0., 20., 1e4):
+        value, grad = with_grad(focal, far * (2. * labels - 1), labels, gamma=gamma)
+        assert value.isfinite() and grad.isfinite().all()
+        value, grad = with_grad(focal_softmax, far * F.one_hot(labels, 3).movedim(-1, 1).float(), labels, gamma=gamma)
+        assert value.isfinite() and grad.isfinite().all()
 
 
 def test_losses_run_outside_autocast():
@@ -332,7 +491,8 @@ def test_nothing_valid_is_zero(loss, kwargs, classes):
     assert value == 0 and (grad == 0).all()
 
 
-@pytest.mark.parametrize("loss, kwargs, classes", [e for e in EVERY if e[0] in (lovasz_hinge, lovasz_softmax)])
+@pytest.mark.parametrize("loss, kwargs, classes", [e for e in EVERY if e[0] in (lovasz_hinge, lovasz_softmax)
+                                                   or "per_image" in e[1]])
 def test_image_without_valid_pixels_counts_as_zero(loss, kwargs, classes):
     logits, labels = sample(classes, 7)
     labels[1] = VOID
@@ -384,7 +544,7 @@ def test_gpu_gives_the_same_and_never_syncs(loss, kwargs, classes):
     torch.testing.assert_close((value.cpu(), grad.cpu()), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", [lovasz_hinge, bce])
+@pytest.mark.parametrize("loss", [lovasz_hinge, bce, dice, focal, losses.top_k])
 def test_the_channel_axis_of_a_mask_is_optional(loss):
     logits, labels = maps(3, 6, 5)
     expected = loss(logits, labels)
@@ -396,15 +556,19 @@ def test_the_channel_axis_of_a_mask_is_optional(loss):
 def test_wrong_shapes_are_named():
     logits, labels = maps(2, 4, 6)
     for wrong in (labels.transpose(1, 2), labels[:1], labels[None], labels[:, None].expand(2, 3, 4, 6)):
-        for loss in (lovasz_hinge, bce):
+        for loss in (lovasz_hinge, bce, dice, focal, losses.top_k):
             with pytest.raises(ValueError, match="shape"):
                 loss(logits, wrong)
     for several in (torch.zeros(2, 3, 4, 6), torch.zeros(2, 26)):
-        with pytest.raises(ValueError, match="lovasz_hinge takes"):
+        with pytest.raises(ValueError, match=r"must be \(B,H,W\)"):
             lovasz_hinge(several, several)
+        with pytest.raises(ValueError, match=r"must be \(B,H,W\)"):
+            dice(several, several)
     many = torch.zeros(2, 3, 4, 6)
     for wrong in (labels.transpose(1, 2), labels[:, None], many):
-        for loss in (lovasz_softmax, cross_entropy):
+        for loss in (lovasz_softmax, dice_softmax, focal_softmax, losses.top_k_softmax, cross_entropy):
+            if loss is cross_entropy and wrong is many:
+                continue  # soft labels
             with pytest.raises(ValueError, match=r"need labels \(B,\.\.\.\)"):
                 loss(many, wrong)
     with pytest.raises(ValueError, match="not 1"):

@@ -3,9 +3,9 @@ import argparse
 import copy
 import math
 
-from utils import dist, runs
+from utils import dist, optim, report, runs, summary
 from utils.errors import UserError
-from utils.optim import SCHEDULES
+from utils.swa import SWA, with_swa
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,14 +70,19 @@ def train_parser(description, task, **defaults):
     add("--accumulate", type=whole(1, 65536), default=1, help="batches per optimizer step")
     add("--imgsz", type=whole(16, 65536), help="side of the network's input in training, pixels")
     add("--lr", type=real(0, 100), help="initial learning rate")
-    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="learning rate over the run")
+    add("--optimizer", choices=optim.OPTIMIZERS, default="adamw")
+    add("--lookahead", type=whole(0, 10**6), default=0, metavar="K", help="slow weights follow every K steps; 0: none")
+    add("--schedule", choices=optim.SCHEDULES, default="cosine", help="learning rate over the run")
     add("--period", type=whole(1, 10**6), default=10, help="epochs of a restart, a step, or a plateau's patience")
     add("--lr-floor", type=real(0, 1), default=1e-3, help="the schedule's lowest share of the initial learning rate")
-    add("--momentum", type=real(0, 0.9999), default=0.9, help="of sgd; beta1 of adam and adamw")
+    add("--momentum", type=real(0, 0.9999), default=0.9, help="of sgd; beta1 of the others")
     add("--warmup-epochs", type=real(0), default=0.0, help="linear warmup")
     add("--weight-decay", type=real(0, 10), default=0.01, help="not on norms and biases")
     add("--clip", type=real(0), default=0.0, help="largest gradient norm; 0: no limit")
+    add("--swa", type=real(0, 1), default=0.0, help="average the weights over this last share of the run, such as "
+        "0.25: swa.pt")
+    add("--swa-lr", type=real(0, 100), default=0.2, help="share of --lr that is held then, or cycles come down from")
+    add("--swa-cycle", type=whole(0, 10**6), default=0, help="epochs of a cycle down to --lr-floor; 0: constant rate")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights over steps")
     add("--weights", metavar="FILE|NAME", help="start from published or own weights, such as timm:regnetx_002")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (the newest one without PATH); "
@@ -100,6 +105,7 @@ def train_parser(description, task, **defaults):
     add("--name", default="exp", help="the run's folder in it; numbered when it exists")
     add("--folds", default="5", metavar="N|F|FILE", help="N folds, a held-out fraction F, or a split's JSON file; "
         "0 trains on everything")
+    add("--groups", metavar="CSV", help="the samples' groups (place, person, film): each stays on one side of the split")
     add("--fold", type=whole(0), default=0, help="the fold to validate on")
     add("--save-period", type=whole(0), default=10, help="also keep a checkpoint every so many epochs; 0: none")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars into the run folder")
@@ -128,8 +134,32 @@ def start(parser, argv=None):
         raise UserError(f"--bs {args.bs}: not divisible by the {dist.world_size()} processes; make it a multiple")
     if dist.rank() == 0:
         runs.write_json(folder / "args.json", vars(args))
+        summary.write_note(folder, vars(parser.parse_args([])))
         print(f"{'resuming' if state else 'run'}: {folder}" + (f" at step {state['step']}" if state else ""))
     return args, device, folder, state
+
+
+def training(args, folder, model, loader, *, part=1.0, weight_decay=None, eps=1e-8):
+    """-> the keyword arguments of engine.fit that the shared flags decide: optimizer, schedule, averages, records.
+
+    part: share of a pass over the data that the loader's epoch is; --epochs, --warmup-epochs and --swa-cycle count
+    passes. weight_decay: in place of --weight-decay.
+    """
+    steps, epochs = -(-len(loader) // args.accumulate), round(args.epochs / part)
+    decay = args.weight_decay if weight_decay is None else weight_decay
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay), lr=args.lr,
+                                     momentum=args.momentum, eps=eps)
+    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, period=args.period,
+                                   warmup_epochs=args.warmup_epochs / part, floor=args.lr_floor)
+    swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
+    return dict(
+        optimizer=optim.lookahead(optimizer, args.lookahead), epochs=epochs,
+        schedule=with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa),
+        ema=optim.make_ema(model, steps * epochs) if args.ema else None, swa=SWA(model, **swa) if args.swa else None,
+        boards=report.make_boards(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
+                                  config=vars(args)),
+        **{name: vars(args)[name] for name in ("accumulate", "clip", "amp", "compile", "seed", "patience",
+                                               "save_period")})
 
 
 def _given(parser, argv):

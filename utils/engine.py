@@ -101,8 +101,8 @@ class Signals:
 class State:
     """Everything that a run is: what a checkpoint holds besides the header."""
 
-    def __init__(self, model, optimizer, scaler, ema, steps_per_epoch):
-        self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
+    def __init__(self, model, optimizer, scaler, ema, steps_per_epoch, swa=None):
+        self.model, self.optimizer, self.scaler, self.ema, self.swa = model, optimizer, scaler, ema, swa
         self.steps_per_epoch = steps_per_epoch
         self.step = 0  # optimizer steps done
         self.history, self.scores = [], []  # a row and a score per finished epoch
@@ -117,13 +117,15 @@ class State:
     def state_dict(self):
         """Raises NumericalError rather than hand out numbers that are not finite."""
         self.check()
-        modules = [self.model, self.ema.module] if self.ema else [self.model]
+        modules = [self.model, *(average.module for average in (self.ema, self.swa) if average)]
         weights = [t for module in modules for t in module.state_dict().values() if t.is_floating_point()]
         if not torch.stack([t.isfinite().all() for t in weights]).all():
             self.finite.fill_(False)
             self.check()
         return {"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
                 "ema_steps": int(self.ema.n_averaged) if self.ema else 0,
+                "swa": self.swa.module.state_dict() if self.swa and self.swa.n_averaged else None,
+                "swa_count": int(self.swa.n_averaged) if self.swa else 0,
                 "optimizer": self.optimizer.state_dict() | {"name": type(self.optimizer).__name__},
                 "scaler": self.scaler.state_dict(), "step": self.step, "steps_per_epoch": self.steps_per_epoch,
                 "history": self.history, "scores": self.scores,
@@ -138,6 +140,9 @@ class State:
         if self.ema and saved["ema"]:
             checkpoint.fit_into(self.ema.module, saved["ema"], "--resume")
             self.ema.n_averaged.fill_(saved["ema_steps"])
+        if self.swa and saved.get("swa"):
+            checkpoint.fit_into(self.swa.module, saved["swa"], "--resume")
+            self.swa.n_averaged.fill_(saved["swa_count"])
         if saved["optimizer"]["name"] != type(self.optimizer).__name__:
             raise UserError(f"--resume: the run had the optimizer {saved['optimizer']['name']}; keep --optimizer, or "
                             f"start a new run with --weights")
@@ -157,22 +162,23 @@ class State:
 
 
 def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, folder, header, epochs, device,
-        resume=None, accumulate=1, clip=0.0, amp="auto", ema=None, compile=False, seed=0, patience=0,
+        resume=None, accumulate=1, clip=0.0, amp="auto", ema=None, swa=None, compile=False, seed=0, patience=0,
         save_period=10, boards=None):
     """Trains `model` in place; returns the run's `State`.
 
     loader: batches as dicts of tensors, with `batch_sampler.set_epoch(epoch, skip)`; `accumulate` of them make
     an optimizer step, the last step of an epoch may have fewer. schedule: `utils.optim.make_schedule`.
-    ema: `utils.optim.make_ema`; it is what gets evaluated. header: what prediction needs (task, arch, args, ...),
-    stored in every checkpoint. resume: a loaded checkpoint to go on from. clip: largest gradient norm, 0: any.
-    patience: epochs without a better score before the run ends, 0: all epochs. boards: `report.make_boards`.
+    ema: `utils.optim.make_ema`; it is what gets evaluated. swa: `utils.swa.SWA`; evaluated after the last epoch.
+    header: what prediction needs (task, arch, args, ...), stored in every checkpoint. resume: a loaded checkpoint
+    to go on from. clip: largest gradient norm, 0: any. patience: epochs without a better score before the run ends,
+    0: all epochs. boards: `report.make_boards`.
 
-    Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, results.csv, results.png.
+    Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, results.csv, results.png.
     Raises NumericalError when loss or gradients are not finite, Stopped after SIGTERM or Ctrl-C.
     """
     dtype = precision(amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    state = State(model, optimizer, scaler, ema, steps_per_epoch=math.ceil(len(loader) / accumulate))
+    state = State(model, optimizer, scaler, ema, steps_per_epoch=math.ceil(len(loader) / accumulate), swa=swa)
     if resume:
         state.load_state_dict(resume)
         _write_results(folder, state.history)  # the run may have been killed between its checkpoint and this
@@ -210,8 +216,10 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             state.history.append(row)
             state.scores += [-math.inf if math.isnan(row[k]) else row[k] for k in metrics][:1]
             state.sums = {}
+            if swa:
+                swa.take(model, len(state.history))
             saved = header | state.state_dict()
-            slim = {k: v for k, v in saved.items() if k not in ("optimizer", "scaler")}  # a third of the size
+            slim = _slim(saved)
             if state.scores and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
                 save("best.pt", slim)
             if save_period and (epoch + 1) % save_period == 0:
@@ -219,7 +227,26 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             save("last.pt", saved)  # after the others: killed before this, the run comes here again and writes them
             _record(folder, state.history, boards)
             _stop_if(dist.any_rank(signals.signum), state)
+
+        if swa and swa.n_averaged:
+            try:
+                with signals.interruptible():
+                    scores = _finish_swa(state, loader, compute_loss, evaluate, device=device, dtype=dtype, seed=seed)
+            except Stopped:  # last.pt is complete; a resumed run begins with this
+                _stop_if(signals.signum, state)
+            averaged = {"model": swa.module.state_dict(), "ema": None, "ema_steps": 0, "swa_scores": scores}
+            save("swa.pt", _slim(header | state.state_dict()) | averaged)
+            dist.print0(f"swa.pt, the mean of {int(swa.n_averaged)} epochs: "
+                        + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+            _stop_if(dist.any_rank(signals.signum), state)
+    if boards:
+        boards.close()
     return state
+
+
+def _slim(saved):
+    """A checkpoint that predicts but cannot go on: a third of the size."""
+    return {k: v for k, v in saved.items() if k not in ("optimizer", "scaler", "swa", "swa_count")}
 
 
 def judge(state, evaluate, device, amp):
@@ -277,6 +304,24 @@ def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, e
                 save()
                 saved = time.monotonic()
             _stop_if(wish if wish > 1 else 0, state)
+
+
+def _finish_swa(state, loader, compute_loss, evaluate, *, device, dtype, seed):
+    """Batch norms of the averaged weights in a pass over what would be the next epoch; -> their scores."""
+    epoch = len(state.history)
+    loader.batch_sampler.set_epoch(epoch)
+
+    def batches(progress):
+        for i, batch in enumerate(loader):
+            torch.manual_seed(_mix(seed, epoch, i, dist.rank()))
+            yield to_device(batch, device)
+            progress.update(i + 1)
+
+    with autocast(device, dtype), Progress("batch norm of the mean weights", loader, 0) as progress:
+        state.swa.update_norms(batches(progress), compute_loss)
+    with torch.inference_mode(), autocast(device, dtype):
+        scores = evaluate(state.swa.module.eval()) if evaluate else {}
+    return {k: float(v) for k, v in scores.items()}
 
 
 class Progress:

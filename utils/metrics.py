@@ -136,16 +136,19 @@ class Accuracy:
     """
 
     def __init__(self, classes, exclusive=False):
-        self.exclusive = exclusive
-        self.rows = [np.zeros((0, 2 * classes))]  # probabilities, labels
+        self.classes, self.exclusive = classes, exclusive
+        self.rows = [np.zeros((0, 2 * classes + 1))]  # probabilities, labels, index
 
     @torch.no_grad()
-    def update(self, probs, labels):
-        """probs (B, C) 0..1, labels (B, C) 0 or 1. ValueError when the shapes differ."""
-        if probs.shape != labels.shape or 2 * probs.shape[1] != self.rows[0].shape[1]:
+    def update(self, probs, labels, index=None):
+        """probs (B, C) 0..1, labels (B, C) 0 or 1; index (B,): the images' numbers, for samples(). ValueError when the
+        shapes differ."""
+        if probs.shape != labels.shape or probs.shape[1] != self.classes:
             raise ValueError(f"probs {tuple(probs.shape)} and labels {tuple(labels.shape)} must both be "
-                             f"(B, {self.rows[0].shape[1] // 2})")
-        self.rows.append(torch.cat((probs.double(), labels.double()), 1).cpu().numpy())
+                             f"(B, {self.classes})")
+        index = torch.full((len(probs),), -1) if index is None else index
+        columns = [t.double().cpu() for t in (probs, labels, index[:, None])]
+        self.rows.append(torch.cat(columns, 1).numpy())
 
     def reduce(self):
         """Gathers the images of all ranks, if there are several: every rank calls it once. Returns self."""
@@ -153,8 +156,7 @@ class Accuracy:
         return self
 
     def _split(self):
-        rows = np.concatenate(self.rows)
-        probs, labels = np.split(rows, 2, axis=1)
+        probs, labels, _ = np.split(np.concatenate(self.rows), [self.classes, 2 * self.classes], axis=1)
         right = (probs > 0.5) == (labels > 0.5)
         return probs, labels > 0.5, right
 
@@ -176,6 +178,20 @@ class Accuracy:
         probs, labels, right = self._split()
         return [{"acc": float(a), "ap": float(p), "images": int(n)}
                 for a, p, n in zip(right.mean(0), average_precisions(probs, labels), labels.sum(0))]
+
+
+    def samples(self, files, names):
+        """The rows of samples.csv, by index: name, score (minus the mean cross entropy of the labels: a wrong label
+        costs the more the surer the net is), the labels, and what is predicted."""
+        probs, labels, right = self._split()
+        wanted = np.where(labels, probs, 1) if self.exclusive else np.where(labels, probs, 1 - probs)
+        score = np.log(wanted.clip(1e-7)).sum(1) / (1 if self.exclusive else self.classes)
+        decided = np.eye(self.classes, dtype=bool)[probs.argmax(1)] if self.exclusive else probs > 0.5
+        index = np.concatenate(self.rows)[:, -1].astype(int)
+        said = [[" ".join(name for name, there in zip(names, row) if there) for row in part]
+                for part in (labels, decided)]
+        return [{"name": str(files[index[k]]), "score": float(score[k]), "labels": said[0][k], "predicted": said[1][k]}
+                for k in index.argsort(kind="stable")]
 
 
 def average_precisions(scores, labels):

@@ -2,6 +2,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -15,18 +16,119 @@ def param_groups(model, weight_decay):
             for name, params in groups.items() if params]
 
 
-def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
-    """adamw, adam (L2 decay, as the paper) or sgd (Nesterov), with torch's fused kernels.
+OPTIMIZERS = ("adamw", "adam", "sgd", "radam", "adamp")
 
-    `params`: groups of `param_groups`.
+
+def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
+    """One of OPTIMIZERS over the groups of `param_groups`, with torch's fused kernels where it has them.
+
+    sgd    Nesterov momentum
+    adam   decay as part of the gradient (L2), as in the paper
+    adamw  decay beside it, times the learning rate (Loshchilov & Hutter 2019); so do the next two, as their authors'
+    radam  the variance's warmup is rectified (Liu et al. 2020)
+    adamp  steps that only lengthen scale-invariant weights are left out: `AdamP`
     """
     if name == "sgd":
         optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
     else:
-        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
-        optimizer = kind(params, lr=lr, betas=(momentum, 0.999), eps=eps, fused=True)
+        kind, options = {"adamw": (torch.optim.AdamW, {"fused": True}), "adam": (torch.optim.Adam, {"fused": True}),
+                         "radam": (torch.optim.RAdam, {"decoupled_weight_decay": True}), "adamp": (AdamP, {})}[name]
+        optimizer = kind(params, lr=lr, betas=(momentum, 0.999), eps=eps, **options)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+class AdamP(torch.optim.Optimizer):
+    """AdamW without the part of its step that lies along scale-invariant weights (Heo et al. 2021, arXiv 2006.08217).
+
+    The scale of a weight in front of a norm does not matter to the net, but momentum makes it grow, and growing makes
+    the steps small. Such weights are known by gradients that stand upright on them: |cos(w, g)| < delta / sqrt(dim(w)),
+    in every output channel, or else in the layer as a whole. They decay only `wd_ratio` as much as others. Vectors
+    and scalars get AdamW's step. Chosen without a look at the numbers: the CPU does not wait for the GPU.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, delta=0.1, wd_ratio=0.1):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, delta=delta,
+                                      wd_ratio=wd_ratio))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; -> the closure's loss, or None. Parameters without a gradient stay as they are."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p]["step"] += 1
+            if params:
+                self._move(params, group)
+        return loss
+
+    def _move(self, params, group):
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        states, grads = [self.state[p] for p in params], [p.grad for p in params]
+        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, [math.sqrt(1 - beta2 ** s["step"]) for s in states])
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(means, roots)
+        torch._foreach_div_(updates, [1 - beta1 ** s["step"] for s in states])
+        for p, update in zip(params, updates):
+            ratio = 1.0
+            if p.ndim > 1:
+                update, ratio = project(p, p.grad, update, group["delta"], group["wd_ratio"])
+            p.mul_(1 - lr * group["weight_decay"] * ratio).sub_(update, alpha=lr)
+
+
+def project(weight, grad, update, delta=0.1, wd_ratio=0.1):
+    """-> (update, ratio of the decay) of AdamP. Three tensors of one shape, (out, ...); the ratio is a 0-d tensor."""
+    ratio, projected = weight.new_ones(()), update
+    for rows in (1, len(weight)):  # the layer; its channels, where they all are invariant, overrule that
+        w, g, u = (t.reshape(rows, -1) for t in (weight, grad, update))
+        unit = F.normalize(w)
+        invariant = (unit * F.normalize(g)).sum(1).abs().max() < delta / math.sqrt(w.shape[1])
+        along = (unit * u).sum(1, keepdim=True) * unit
+        projected = torch.where(invariant, (u - along).view_as(update), projected)
+        ratio = torch.where(invariant, wd_ratio, ratio)
+    return projected, ratio
+
+
+def lookahead(optimizer, k=5, alpha=0.5):
+    """Lookahead (Zhang et al. 2019, arXiv 1907.08610) around any optimizer: after every `k` of its steps the slow
+    weights go the share `alpha` of the way to the weights, which go on from there; its moments stay. k 0: none.
+
+    Slow weights and count lie in the optimizer's state, hence in its state_dict(). Between two such steps the model
+    holds the fast weights. Returns the optimizer.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def begin(optimizer, *_):  # not under the parameters' keys: Adam takes an empty state there for its own start
+        if "lookahead" not in optimizer.state:
+            optimizer.state["lookahead"] = {"steps": 0, "slow": [p.detach().clone() for p in params]}
+
+    @torch.no_grad()
+    def catch_up(optimizer, *_):
+        if getattr(optimizer, "found_inf", 0):  # GradScaler lets fused kernels skip the step by themselves
+            return
+        state = optimizer.state["lookahead"]
+        state["steps"] += 1
+        if state["steps"] >= k:
+            slow = [s.to(p.device) for s, p in zip(state["slow"], params)]  # a checkpoint's are on the CPU
+            torch._foreach_lerp_(slow, params, alpha)
+            torch._foreach_copy_(params, slow)
+            state.update(steps=0, slow=slow)
+
+    if k:
+        optimizer.register_step_pre_hook(begin)
+        optimizer.register_step_post_hook(catch_up)
+    else:  # slow weights of a run that goes on without them would be stale if it took them up again
+        optimizer.register_load_state_dict_post_hook(lambda optimizer: optimizer.state.pop("lookahead", None))
     return optimizer
 
 
@@ -42,13 +144,14 @@ def warm_up(optimizer, steps, *, bias_lr=0.0, momentum=None):
     return optimizer
 
 
-SCHEDULES = ("restarts", "cosine", "linear", "step", "poly", "plateau", "constant")
+SCHEDULES = ("restarts", "cyclic", "cosine", "linear", "step", "poly", "plateau", "constant")
 
 
 def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10, floor=1e-3):
     """-> `schedule(step, scores)`, the factor on the initial learning rate at optimizer step `step` (from 0).
 
     restarts  cosine from 1 to `floor` every `period` epochs (Loshchilov & Hutter 2017)
+    cyclic    a line from 1 to `floor` every `period` epochs, which its last step reaches (Izmailov et al. 2018, eq. 1)
     cosine    one cosine from 1 to `floor` over the run
     linear    a line from 1 to `floor` over the run
     step      x 0.75 every `period` epochs, not below `floor`
@@ -67,6 +170,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
 
     curves = {
         "restarts": lambda t, scores: cosine(t % length / length),
+        "cyclic": lambda t, scores: 1 - (1 - floor) * min((t % length + 1) / length, 1),
         "cosine": lambda t, scores: cosine(min(t / total, 1)),
         "linear": lambda t, scores: floor + (1 - floor) * (1 - min(t / total, 1)),
         "step": lambda t, scores: max(0.75 ** (t // length), floor),

@@ -1,0 +1,417 @@
+"""data/mix.py: where every pixel comes from, and that labels say the same."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from data import mix
+from nets import backbones
+from nets.blocks import silu
+from utils import losses
+
+SIZE = (18, 23)
+EVERY = {"mixup": mix.mixup, "mixup_batch": lambda x: mix.mixup(x, per_image=False), "cutmix": mix.cutmix,
+         "snapmix": lambda x: mix.snapmix(x, heat(len(x), x.shape[2:])), "cutout": mix.cutout, "gridmask": mix.gridmask}
+every = pytest.mark.parametrize("function", EVERY.values(), ids=EVERY)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batch(count=16, size=SIZE):
+    """(count,2,H,W): number of the image, number of the pixel; both above 0."""
+    pixels = 1 + torch.arange(size[0] * size[1]).view(1, *size)
+    return torch.stack((torch.arange(1, count + 1).view(-1, 1, 1).expand(-1, *size),
+                        pixels.expand(count, -1, -1)), 1).float()
+
+
+def heat(count, size=SIZE):
+    values = torch.rand(count, *size, generator=torch.Generator().manual_seed(3)) ** 4
+    return values / values.sum((1, 2), keepdim=True)
+
+
+def boxes_of(replaced):
+    """(B,H,W) bool -> [(x1, y1, x2, y2)], having checked that each is a filled rectangle."""
+    found = []
+    for one in replaced:
+        y, x = one.nonzero().T
+        found.append((int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1))
+        x1, y1, x2, y2 = found[-1]
+        assert one[y1:y2, x1:x2].all() and one.sum() == (y2 - y1) * (x2 - x1)
+    return found
+
+
+# ---- mixup ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("per_image", [True, False])
+def test_mixup_is_a_mean_of_two(per_image):
+    x = torch.rand(6, 3, *SIZE)
+    mixed, partner, own = mix.mixup(x, alpha=1.0, per_image=per_image)
+    assert own.shape == (6 if per_image else 1, 1, 1, 1) and len(own.unique()) == len(own)
+    assert sorted(partner.tolist()) == list(range(6)) and (partner != torch.arange(6)).all()
+    for i in range(6):
+        lam = float(own[i if per_image else 0])
+        expected = lam * x[i].double() + (1 - lam) * x[partner[i]].double()
+        torch.testing.assert_close(mixed[i].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 5.0])
+def test_shares_are_beta_distributed(alpha):
+    """The fourth moment of Beta(a, a), by its recurrence, and the symmetry."""
+    own = mix.mixup(torch.zeros(40000, 1, 1, 1), alpha)[2].flatten().double()
+    assert own.min() >= 0 and own.max() <= 1
+    moment = math.prod((alpha + k) / (2 * alpha + k) for k in range(4))
+    assert float((own ** 4).mean()) == pytest.approx(moment, abs=0.01)
+    assert float(((1 - own) ** 4).mean()) == pytest.approx(moment, abs=0.01)
+
+
+def test_one_share_weighs_any_loss():
+    """As the module's docstring has it: for a loss of pixels, the same as soft labels."""
+    masks = (torch.rand(4, *SIZE) < 0.3).float()
+    _, partner, own = mix.mixup(torch.rand(4, 3, *SIZE), alpha=1.0, per_image=False)
+    logits, own = torch.randn(4, 1, *SIZE), own.squeeze()
+    loss = own * losses.bce(logits, masks) + (1 - own) * losses.bce(logits, masks[partner])
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, losses.bce(logits, own * masks + (1 - own) * masks[partner]))
+
+
+# ---- cutmix ---------------------------------------------------------------------------------------------------------
+
+def test_cutmix_pixel_by_pixel():
+    x = batch(200)
+    mixed, partner, own = mix.cutmix(x)
+    assert torch.equal(mixed[:, 1], x[:, 1])  # each pixel keeps its place
+    kept = own[:, 0] == 1
+    assert torch.equal(kept | (own[:, 0] == 0), torch.ones_like(kept))
+    assert torch.equal(mixed[:, 0], torch.where(kept, x[:, 0], x[partner, 0]))
+    assert (partner != torch.arange(200)).all()
+    boxes = boxes_of(~kept)
+    inner = [b for b in boxes if b[0] > 0 and b[1] > 0 and b[2] < SIZE[1] and b[3] < SIZE[0]]
+    assert len(inner) > 20 and len(set(boxes)) > 150
+    for x1, y1, x2, y2 in inner:  # the image's aspect
+        assert abs((x2 - x1) / SIZE[1] - (y2 - y1) / SIZE[0]) <= 0.5 / SIZE[1] + 0.5 / SIZE[0]
+    share = [1 - (x2 - x1) * (y2 - y1) / (SIZE[0] * SIZE[1]) for x1, y1, x2, y2 in boxes]
+    labels = mix.mixed_labels(torch.eye(200), partner, own)
+    for i in range(200):
+        assert labels[i, i].item() == pytest.approx(share[i], abs=1e-6)
+        assert labels[i, partner[i]].item() == pytest.approx(1 - share[i], abs=1e-6)
+
+
+def test_cutmix_boxes_are_the_papers():
+    """Mean of the replaced area, of its square, and of the shares cut by the borders, against a simulation."""
+    rng = np.random.default_rng(1)
+    side = np.sqrt(1 - rng.beta(0.7, 0.7, 200_000))
+    edges = [(np.maximum(centre - side / 2, 0), np.minimum(centre + side / 2, 1)) for centre in
+             rng.uniform(0, 1, (2, len(side)))]
+    area = np.prod([high - low for low, high in edges], axis=0)
+    own = mix.cutmix(torch.zeros(4000, 1, 60, 80), alpha=0.7)[2]
+    ours = 1 - own.mean((1, 2, 3)).numpy()
+    assert ours.mean() == pytest.approx(area.mean(), abs=0.015)
+    assert (ours ** 2).mean() == pytest.approx((area ** 2).mean(), abs=0.015)
+    for name, part in (("left", own[..., 0]), ("right", own[..., -1]), ("top", own[:, :, 0]), ("low", own[:, :, -1])):
+        touched = (part == 0).any(2).float().mean()
+        assert float(touched) == pytest.approx(np.mean(edges[0][0] == 0), abs=0.03), name
+
+
+def test_boxes_are_clipped_and_not_empty():
+    """Those that snapmix copies from, too: with small and with large alpha, on one row of pixels."""
+    for alpha, (height, width) in ((0.1, SIZE), (5.0, SIZE), (1.0, (1, 9))):
+        x1, y1, x2, y2 = mix._lam_boxes(3000, alpha, height, width, "cpu").T
+        assert x1.min() == 0 and x2.max() == width and y1.min() == 0 and y2.max() == height
+        assert (x1 < x2).all() and (y1 < y2).all()
+
+
+def test_masks_are_cut_like_images():
+    masks = torch.randint(0, 5, (16, *SIZE))
+    x = torch.stack((masks, masks * 2), 1).float()
+    mixed, partner, own = mix.cutmix(x)
+    cut = torch.where(own[:, 0] > 0, masks, masks[partner])
+    assert cut.dtype == masks.dtype and torch.equal(mixed[:, 0], cut.float()) and not torch.equal(cut, masks)
+
+
+# ---- snapmix --------------------------------------------------------------------------------------------------------
+
+def random_boxes(rng, count, size):
+    found = []
+    for _ in range(count):
+        x1, y1 = rng.integers(size[1]), rng.integers(size[0])
+        found.append((x1, y1, rng.integers(x1, size[1]) + 1, rng.integers(y1, size[0]) + 1))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_snapmix_pastes_a_resized_box(monkeypatch, dtype):
+    rng = np.random.default_rng(0)
+    x, shares = torch.rand(40, 3, *SIZE).to(dtype), heat(40)
+    drawn = [random_boxes(rng, 40, SIZE) for _ in range(2)]
+    drawn[0][0], drawn[1][1], drawn[0][2], drawn[1][2] = (3, 4, 4, 5), (0, 0, 1, 1), (0, 0, 23, 18), (0, 0, 23, 18)
+    target, source = drawn
+    left = [torch.tensor(boxes) for boxes in drawn]
+    monkeypatch.setattr(mix, "_lam_boxes", lambda *_: left.pop(0))
+    mixed, partner, own, other = mix.snapmix(x, shares)
+    assert mixed.dtype == dtype
+    for i in range(40):
+        j, (x1, y1, x2, y2), (u1, v1, u2, v2) = int(partner[i]), target[i], source[i]
+        expected = x[i].clone()
+        expected[:, y1:y2, x1:x2] = F.interpolate(x[j:j + 1, :, v1:v2, u1:u2].float(), (y2 - y1, x2 - x1),
+                                                  mode="bilinear")[0]
+        # atol: half a step of bf16 at 1 where it is one
+        torch.testing.assert_close(mixed[i], expected, rtol=0, atol=5e-5 if dtype == torch.float32 else 4e-3)
+        lost = sum(float(shares[i, y, x]) for y in range(y1, y2) for x in range(x1, x2))
+        gained = sum(float(shares[j, y, x]) for y in range(v1, v2) for x in range(u1, u2))
+        assert own[i].item() == pytest.approx(1 - lost, abs=1e-6)
+        assert other[i].item() == pytest.approx(gained, abs=1e-6)
+
+
+def test_snapmix_draws_two_boxes_that_differ():
+    """With uniform heat the shares are areas: of what is left, and of the box that is copied."""
+    x = batch(500)
+    mixed, partner, own, other = mix.snapmix(x, torch.full((500, *SIZE), 1 / (SIZE[0] * SIZE[1])), alpha=1.0)
+    changed = (mixed[:, 0] != x[:, 0]).float()
+    torch.testing.assert_close(own[:, 0], 1 - changed.mean((1, 2)))
+    assert (other > 0).all() and float(other.mean()) == pytest.approx(float(1 - own.mean()), abs=0.04)
+    assert abs(np.corrcoef(own[:, 0], other[:, 0])[0, 1]) < 0.2
+
+
+def bilinear(values, height, width):
+    """Rows of numbers -> height x width, centres of pixels at halves, edges repeated."""
+    def place(i, small, large):
+        at = min(max((i + 0.5) * small / large - 0.5, 0), small - 1)
+        return int(at), min(int(at) + 1, small - 1), at - int(at)
+
+    out = [[0.] * width for _ in range(height)]
+    for i in range(height):
+        top, low, v = place(i, len(values), height)
+        for j in range(width):
+            left, right, u = place(j, len(values[0]), width)
+            out[i][j] = ((1 - v) * ((1 - u) * values[top][left] + u * values[top][right])
+                         + v * ((1 - u) * values[low][left] + u * values[low][right]))
+    return np.array(out)
+
+
+def test_percent_map_written_out():
+    maps, weight = torch.randn(5, 6, 3, 4), torch.randn(4, 6)
+    labels = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0]])
+    maps[4] = 2.0  # flat
+    for cast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            found = mix.percent_map(maps, weight, labels, SIZE)
+        assert found.dtype == torch.float32 and (found >= 0).all()
+        torch.testing.assert_close(found.sum((1, 2)), torch.ones(5))
+        for i in range(3):
+            present = [k for k in range(4) if labels[i, k]]
+            cam = sum(float(w) * maps[i, f].double().numpy() for k in present for f, w in enumerate(weight[k]))
+            cam = bilinear((cam / len(present)).tolist(), *SIZE)
+            cam = cam - cam.min()
+            np.testing.assert_allclose(found[i].numpy(), cam / cam.sum(), atol=2e-7)
+        for i in (3, 4):
+            torch.testing.assert_close(found[i], torch.full(SIZE, 1 / (SIZE[0] * SIZE[1])))
+
+
+def test_percent_map_finds_the_object():
+    maps, weight = torch.zeros(2, 2, 4, 4), torch.eye(2)
+    maps[:, 0, 0, 0], maps[:, 1, 3, 3] = 1, 1
+    found = mix.percent_map(maps, weight, torch.eye(2), (16, 16))
+    assert found[0, :4, :4].sum() > 0.5 and found[1, 12:, 12:].sum() > 0.5
+    _, _, own, other = mix.snapmix(torch.rand(2, 1, 16, 16), found)
+    assert not torch.allclose(own + other, torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("name", ["regnetx_002", "repvgg_a0", "efficientnetv2_b0"])
+def test_maps_of_our_nets_are_those_before_the_classifier(name):
+    """As percent_map's docstring has it: what the classifier says of the maps is, on average, what the net says."""
+    net = backbones.make(name, 3, 5).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        maps = net.features(x)[-1]
+        if name.startswith("efficientnet"):
+            maps, head = silu(net.bn2(net.conv_head(maps))), net.classifier
+        else:
+            head = net.head.fc
+        cams = torch.einsum("bfhw,kf->bkhw", maps, head.weight)
+        torch.testing.assert_close(cams.mean((2, 3)) + head.bias, net(x), rtol=1e-4, atol=1e-4)
+        assert mix.percent_map(maps, head.weight, torch.ones(2, 5), (64, 64)).shape == (2, 64, 64)
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["mixup", "mixup_batch", "cutmix"])
+def test_label_sums_stay(name):
+    labels = (torch.rand(16, 7) < 0.4).int()
+    _, *mixed = EVERY[name](torch.rand(16, 3, *SIZE))
+    soft = mix.mixed_labels(labels, *mixed)
+    assert soft.dtype == torch.float32 and soft.shape == (16, 7) and 0 <= soft.min() and soft.max() <= 1
+    if name == "mixup_batch":
+        torch.testing.assert_close(soft.sum(0), labels.sum(0).float())
+    lam, partner = mixed[1].mean((1, 2, 3)).expand(16), mixed[0]
+    torch.testing.assert_close(soft.sum(1), lam * labels.sum(1) + (1 - lam) * labels[partner].sum(1))
+    torch.testing.assert_close(mix.mixed_labels(torch.eye(16), *mixed).sum(1), torch.ones(16))
+
+
+def test_soft_labels_are_weighted_losses():
+    hard = torch.arange(16) % 5
+    logits, labels = torch.randn(16, 5), F.one_hot(hard, 5)
+    each = F.cross_entropy(logits, hard, reduction="none")
+    for name in ("mixup", "cutmix"):
+        _, partner, own = EVERY[name](torch.rand(16, 3, *SIZE))
+        lam, soft = own.mean((1, 2, 3)), mix.mixed_labels(labels, partner, own)
+        of_partner = F.cross_entropy(logits, hard[partner], reduction="none")
+        torch.testing.assert_close(losses.cross_entropy(logits, soft), (lam * each + (1 - lam) * of_partner).mean())
+        bits = F.binary_cross_entropy_with_logits
+        torch.testing.assert_close(losses.bce(logits, soft), (
+            lam * bits(logits, labels.float(), reduction="none").mean(1)
+            + (1 - lam) * bits(logits, labels[partner].float(), reduction="none").mean(1)).mean())
+    _, partner, own, other = EVERY["snapmix"](torch.rand(16, 3, *SIZE))
+    of_partner = F.cross_entropy(logits, hard[partner], reduction="none")
+    assert (hard != hard[partner]).sum() == 15  # image 0 and 15 are of one class
+    soft = mix.mixed_labels(labels, partner, own, other)
+    expected = own[:, 0] * each + other[:, 0] * of_partner
+    torch.testing.assert_close(losses.cross_entropy(logits[1:], soft[1:]), expected[1:].mean())
+
+
+def test_one_class_twice_is_not_more_than_that_class():
+    labels = mix.mixed_labels(torch.ones(2, 1), torch.tensor([1, 0]), torch.tensor([[0.9], [0.2]]),
+                              torch.tensor([[0.7], [0.3]]))
+    torch.testing.assert_close(labels, torch.tensor([[1.0], [0.5]]))
+
+
+# ---- parts dropped --------------------------------------------------------------------------------------------------
+
+def test_cutout_drops_a_square():
+    x = batch(300, (30, 40))
+    cut, dropped = mix.cutout(x, size=0.4)
+    assert dropped.shape == (300, 1, 30, 40)
+    assert torch.equal(cut, x * ~dropped)
+    boxes = np.array(boxes_of(dropped[:, 0]))
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert sides.max() == 12 and ((boxes[:, 0] == 0) | (boxes[:, 2] == 40) | (sides[:, 0] == 12)).all()
+    assert ((boxes[:, 1] == 0) | (boxes[:, 3] == 30) | (sides[:, 1] == 12)).all()
+    inner = (boxes[:, :2] > 0).all(1) & (boxes[:, 2] < 40) & (boxes[:, 3] < 30)
+    assert (sides[inner] == 12).all() and 80 < inner.sum() < 150  # 17 / 30 * 27 / 40 of 300 are 115
+    assert dropped.float().mean(0).min() > 0  # also in the corners
+
+
+@pytest.mark.parametrize("size", [(48, 60), (61, 45)])
+def test_a_straight_gridmask_is_periodic(size):
+    x = batch(60, size)
+    masked, dropped = mix.gridmask(x, period=(0.2, 0.3), ratio=(0.4, 0.8), degrees=0.0)
+    assert torch.equal(masked, x * ~dropped)
+    pitches, phases, low, high = set(), set(), round(0.2 * min(size)), round(0.3 * min(size))
+    for one in dropped[:, 0].numpy():
+        rows, columns = one.any(1), one.any(0)
+        assert np.array_equal(one, rows[:, None] & columns)  # a grid of rectangles
+        starts = [np.flatnonzero(line & ~np.roll(line, 1))[1:] for line in (rows, columns)]
+        pitch = np.diff(starts[1])[0]
+        assert low <= pitch <= high
+        hole = int(columns[starts[1][0]:starts[1][0] + pitch].sum())
+        assert 0.2 * pitch - 0.5 <= hole <= 0.6 * pitch + 0.5
+        for line, start in zip((rows, columns), starts):
+            # the same period and the same squares both ways
+            assert np.array_equal(line, (np.arange(len(line)) - start[0]) % pitch < hole)
+            phases.add(start[0] % pitch)
+        pitches.add(pitch)
+    assert pitches == set(range(low, high + 1)) and len(phases) > 8
+
+
+@pytest.mark.parametrize("degrees", [0.0, 180.0])
+def test_gridmask_keeps_its_share(degrees):
+    """1 - (1 - ratio)^2; offsets are uniform, so that no pixel is dropped more often than others."""
+    _, dropped = mix.gridmask(torch.rand(1500, 1, 40, 40), period=(0.5, 0.5), ratio=(0.6, 0.6), degrees=degrees)
+    assert float(dropped.float().mean()) == pytest.approx(0.16, abs=0.005)
+    assert (dropped.float().mean(0) - 0.16).abs().max() < 0.05  # 1500 images: 4 standard deviations are 0.04
+
+
+def test_gridmask_turns():
+    """The strongest wave of the grid lies in the direction in which it was turned and is as long as its period."""
+    angles = []
+    for degrees in (180.0, 10.0):
+        _, dropped = mix.gridmask(torch.rand(60, 1, 128, 128), period=(0.125, 0.125), ratio=(0.5, 0.5), degrees=degrees)
+        waves = torch.fft.fftshift(torch.fft.fft2(dropped[:, 0].float() * torch.hann_window(128).outer(
+            torch.hann_window(128))).abs(), dim=(1, 2))
+        waves[:, 62:67, 62:67] = 0  # the mean
+        y, x = np.unravel_index(waves.flatten(1).argmax(1).numpy(), (128, 128)) - np.array([[64], [64]])
+        assert (abs(np.hypot(x, y) - 128 / 16) < 1.1).all()
+        angles.append(np.degrees(np.arctan2(y, x)) % 90)  # two waves at right angles, each seen from both ends
+    assert np.histogram(angles[0], 3, (0, 90))[0].min() > 8
+    near = np.minimum(angles[1], 90 - angles[1])
+    assert near.max() < 15 and near.max() > 4
+
+
+@pytest.mark.parametrize("function", [mix.cutout, mix.gridmask])
+def test_the_probability_is_per_image(function):
+    x = torch.rand(1000, 1, 12, 12)
+    for p in (0.0, 0.3, 1.0):
+        out, dropped = function(x, p=p)
+        touched = dropped.flatten(1).any(1)
+        assert float(touched.float().mean()) == pytest.approx(p, abs=0.05 if 0 < p < 1 else 0)
+        assert torch.equal(out[~touched], x[~touched])
+
+
+# ---- what holds for all of them -------------------------------------------------------------------------------------
+
+@every
+def test_torchs_seed_decides(function):
+    x = torch.rand(8, 3, *SIZE)
+    torch.manual_seed(5)
+    first, second = function(x), function(x)
+    torch.manual_seed(5)
+    again = function(x)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first[0], second[0])
+
+
+@every
+def test_inputs_stay_and_channels_last_too(function):
+    x = torch.rand(8, 3, *SIZE)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(5)
+    plain = function(x)
+    torch.manual_seed(5)
+    last = function(nhwc)
+    assert last[0].is_contiguous(memory_format=torch.channels_last) and torch.equal(x, nhwc)
+    assert all(torch.allclose(a.float(), b.float(), atol=1e-6) for a, b in zip(plain, last))
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_stays(function, dtype):
+    out = function(torch.rand(4, 3, *SIZE).to(dtype))
+    assert out[0].dtype == dtype and out[0].isfinite().all()
+    assert all(share.dtype == torch.float32 for share in out[2:])
+
+
+@every
+def test_one_image_or_one_pixel(function):
+    for shape in ((1, 3, *SIZE), (4, 3, 1, 1), (3, 1, 1, 50)):
+        x = torch.rand(shape)
+        out = function(x)
+        assert out[0].shape == x.shape and out[0].isfinite().all()
+    x = torch.rand(1, 3, *SIZE)
+    for name in ("mixup", "cutmix"):
+        torch.testing.assert_close(EVERY[name](x)[0], x)
+
+
+@every
+def test_nothing_waits_for_the_values(function):
+    """Fake tensors have no values: whatever would read them back from a GPU raises."""
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(torch.rand(4, 3, *SIZE))
+        function(x)
+        maps = mix.percent_map(torch.rand(4, 5, 2, 2), torch.rand(7, 5), torch.rand(4, 7), SIZE)
+        mix.mixed_labels(torch.rand(4, 7), *mix.snapmix(x, maps)[1:])
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan")])
+def test_alpha_is_above_zero(alpha):
+    for function in (mix.mixup, mix.cutmix):
+        with pytest.raises(ValueError, match="alpha must be above 0"):
+            function(torch.rand(2, 1, 4, 4), alpha)
