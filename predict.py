@@ -1,6 +1,7 @@
 """Predictions: checkpoints in, submission, GeoTIFFs and pictures out.
 
     python predict.py --task seg --tta                        # newest run, its data's test_img folder
+    python predict.py --task seg --tta hflip rot90 scale --merge gmean
     python predict.py --task seg --weights runs/seg/exp*/best.pt --source scene.tif --tile 512 --polygons
     python predict.py --task det --weights runs/det/exp/best.pt --tta --imgsz 1536 --source photos --tile 1024
     python predict.py --task cls --tta --weights runs/cls/*/best.pt --fit-weights
@@ -9,6 +10,7 @@
 Several checkpoints are averaged: folds, seeds and epochs make an ensemble.
 """
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -20,7 +22,7 @@ from PIL import Image
 from rasterio.windows import Window
 from tqdm import tqdm
 
-from data import cls, det, folds, images, seg, submissions
+from data import cls, det, folds, images, pseudo, seg, submissions
 from data.loader import eval_loader
 from nets import backbones
 from nets.blocks import fuse
@@ -33,6 +35,7 @@ from utils.errors import UserError, cli
 NETS = {"seg": UNet, "det": YOLOv5, "cls": backbones.make}
 NEEDED = {"seg": {"mean_planes"}, "det": {"category_ids"}, "cls": {"exclusive", "norm"}}  # of a checkpoint, and:
 COMMON = {"classes", "bands", "scale", "imgsz", "args"}
+TTA = {"seg": ("hflip", "vflip"), "cls": ("rot90", "rot180")}  # what --tta by itself means
 
 
 def parse_args():
@@ -43,8 +46,13 @@ def parse_args():
     add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images of the "
         "training's data")
     add("--out", metavar="DIR", help="new folder for the results; without: predict in the run's folder")
-    add("--tta", action="store_true", help="several views of every image; seg: its flips; det: three sizes, one "
-        "flipped; cls: quarter turns")
+    add("--tta", nargs="*", choices=tta.NAMES, metavar="NAME", help=f"several views of every image: all combinations "
+        f"of what the names offer, {', '.join(tta.NAMES)}; without names: for seg its flips, for det three sizes, one "
+        f"flipped, for cls quarter turns")
+    add("--tta-scales", type=real(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale; without: "
+        f"{' '.join(f'{scale:g}' for scale in tta.SCALES)}")
+    add("--merge", choices=tta.MERGES, help="seg, cls: how the probabilities of the views are joined; without: mean; "
+        "sum ends at 1, after tsharpen (mean of the square roots) a --threshold of 0.5 is one of 0.25")
     add("--bs", type=whole(1, 65536), default=8, help="images per forward pass")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
@@ -55,7 +63,11 @@ def parse_args():
         "training size for seg, no windows for det")
     add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
-    add("--threshold", type=real(0, 1), default=0.5, help="seg, cls: probability from which a pixel, a class is there")
+    add("--threshold", type=real(0, 1), help="seg, cls: probability from which a pixel, a class is there; without: the "
+        "best ones of the trainings' validations")
+    add("--pseudo", type=real(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
+        "--extra-data")
+    add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
     add("--imgsz", type=whole(32, 65536), help="det, cls: side of the net's input; without: that of the training")
     add("--ensemble-weights", type=real(1e-6), nargs="+", metavar="W", help="det, cls: of the checkpoints (and then of "
         "the tables)")
@@ -76,12 +88,15 @@ def parse_args():
 
 def main():
     args = parse_args()
+    check_tta(args)
     device = dist.setup(args.device)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     states = [checkpoint.load(path) for path in paths]
     for path, state in zip(paths, states):
         if state["task"] != args.task:
             raise UserError(f"{path}: trained for --task {state['task']}; choose that, or other --weights")
+    if args.soup:
+        paths, states = paths[:1], [checkpoint.average(paths, states)]
     nets = load_nets(args, device, paths, states)
     try:
         {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, paths, states, nets)
@@ -92,6 +107,16 @@ def main():
         raise UserError(f"{what}: cannot be written ({error.strerror or error}); make room, or choose another --out"
                         ) from None
     dist.barrier()
+
+
+def check_tta(args):
+    """Whether the flags of test-time augmentation go together."""
+    if args.merge and args.task == "det":
+        raise UserError("--merge: is for seg and cls, boxes of all views are joined by suppression; leave it out")
+    if args.merge and args.tta is None:
+        raise UserError("--merge: says how the views of --tta are joined; give that too")
+    if args.tta_scales and "scale" not in (args.tta or ()):
+        raise UserError("--tta-scales: are the sizes of --tta scale; give that too")
 
 
 def load_nets(args, device, paths, states):
@@ -107,8 +132,9 @@ def load_nets(args, device, paths, states):
         if not known:
             raise UserError(f"{path}: made by another version of this project; use that, or train again")
         if state["classes"] != states[0]["classes"]:
-            raise UserError(f"{path}: has the classes {state['classes']}, {paths[0]} others; an ensemble needs the "
-                            f"same")
+            classes = state["classes"]
+            shown = f"{classes} classes" if isinstance(classes, int) else f"the classes {', '.join(classes)}"
+            raise UserError(f"{path}: has {shown}, {paths[0]} others; an ensemble needs the same")
         checkpoint.load_weights(net, state, path)
         nets.append(fuse(net).to(device, dtype, memory_format=torch.channels_last))
         if args.compile:
@@ -119,6 +145,14 @@ def load_nets(args, device, paths, states):
 def run(net, x):
     """The net's output for x, in the net's precision and memory format."""
     return net(x.to(next(net.parameters()).dtype, memory_format=torch.channels_last))
+
+
+def make_passes(args, task, size, *, stride=1, factor=1.0):
+    """-> the passes [(matrix, (height, width))] over an image of `size` that --tta asks for. See utils.tta."""
+    if task == "det" and args.tta == []:
+        return tta.yolov5(size, stride=stride, factor=factor)
+    names = TTA[task] if args.tta == [] else args.tta or ()
+    return tta.passes(names, size, stride=stride, scales=args.tta_scales or tta.SCALES, factor=factor)
 
 
 # ---- segmentation ----
@@ -135,8 +169,16 @@ def predict_seg(args, device, paths, states, nets):
             raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
                             f"another --source")
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
-    for folder in ("masks",) + ("overlays",) * args.overlays + ("polygons",) * args.polygons:
-        (out / folder).mkdir(exist_ok=True)
+    threshold = best_threshold(args, states)
+    for folder in ("masks", *("overlays",) * args.overlays, *("polygons",) * args.polygons,
+                   *("pseudo/train_mask",) * bool(args.pseudo)):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+
+    def decide(probs):
+        """Probabilities (B, K, H, W) -> {folder: uint8 class maps (B, H, W) on the CPU}."""
+        masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
+        return {out / "masks": masks} | ({out / "pseudo/train_mask": pseudo.sure_mask(probs, masks, args.pseudo)}
+                                         if args.pseudo else {})
 
     small = [file for file in files if max(sizes[file][1:]) <= tile]
     large = [file for file in files if max(sizes[file][1:]) > tile]
@@ -145,27 +187,39 @@ def predict_seg(args, device, paths, states, nets):
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
-            masks = decide(predict(batch["image"]), args.threshold)
-            for i, mask in zip(batch["index"].tolist(), masks):
-                with submissions.new_mask(small[i], out) as target:
-                    target.write(mask.numpy(), 1)
+            decided = decide(predict(batch["image"]))
+            for k, i in enumerate(batch["index"].tolist()):
+                for folder, masks in decided.items():
+                    with submissions.new_mask(small[i], folder) as target:
+                        target.write(masks[k].numpy(), 1)
                 finish(small[i], out, args, states[0]["bands"])
-            bar.update(len(masks) * dist.world_size())
+            bar.update(len(batch["index"]) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
-            predict_scene(file, sizes[file][1:], predict, tile, args, out, device)
+            predict_scene(file, sizes[file][1:], predict, decide, tile, args)
             finish(file, out, args, states[0]["bands"])
             bar.update(dist.world_size())
     dist.barrier()
     if dist.rank() == 0:
         submissions.write_masks(files, sizes, out)
+        if args.pseudo:
+            pseudo.link(files, out / "pseudo/train_img")
+            print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {pseudo.UNSURE}")
         print(f"{len(files)} images: {out}")
+
+
+def best_threshold(args, states):
+    """--threshold, or else the mean of those that the runs found best in their last validation; 0.5 without."""
+    if args.threshold is not None:
+        return args.threshold
+    found = [state.get("threshold") for state in states]
+    return 0.5 if None in found else np.mean(found, axis=0)
 
 
 def seg_ensemble(args, device, states, nets):
     """-> predict(raw images (B, all bands, H, W)) -> mean probabilities (B, K, H, W) fp32, for any H and W."""
     def predict(raw):
         count, total = len(raw), 0
-        if args.compile:  # one shape, one compilation: a last, smaller batch is filled up
+        if args.compile:  # one compilation per shape of the passes: a last, smaller batch is filled up
             raw = raw[torch.arange(args.bs) % count]
         for net, state in zip(nets, states):
             x = raw[:, [band - 1 for band in state["bands"]]].to(device, non_blocking=True).float() / state["scale"]
@@ -174,18 +228,14 @@ def seg_ensemble(args, device, states, nets):
             padded = [-(-side // net.stride) * net.stride for side in (height, width)]
             if padded != [height, width]:
                 x = geometry.warp(x, geometry.translate(0, 0), padded, border="reflect")
-            maps = tta.mean_map(lambda x: probabilities(run(net, x)), x, tta.flips(*padded)[:4 if args.tta else 1])
-            total = total + maps[..., :height, :width]
+            passes = make_passes(args, "seg", padded, stride=net.stride)
+            maps = tta.maps(lambda view: probabilities(run(net, view)), x, passes)
+            total = total + tta.merge(maps, args.merge or "mean", exclusive=state["classes"] > 1)[..., :height, :width]
         return (total / len(nets))[:count]
     return predict
 
 
-def decide(probs, threshold):
-    """Probabilities (B, K, H, W) -> uint8 class maps (B, H, W) on the CPU."""
-    return (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
-
-
-def predict_scene(file, size, predict, tile, args, out, device):
+def predict_scene(file, size, predict, decide, tile, args):
     """An image larger than a tile, window by window, read and written in pieces."""
     height, width = size
     swaths = tiles.plan(height, width, tile, args.overlap)
@@ -193,10 +243,13 @@ def predict_scene(file, size, predict, tile, args, out, device):
     loader = torch.utils.data.DataLoader(seg.Tiles([file], places), args.bs, num_workers=args.workers)
     maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0)
             for probs in predict(batch["image"]))
-    with submissions.new_mask(file, out) as target:
+    with contextlib.ExitStack() as stack:
+        targets = {}
         for y, x, block in tiles.merge(swaths, maps, height):
-            mask = decide(block[None], args.threshold)[0]
-            target.write(mask.numpy(), 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
+            for folder, [mask] in decide(block[None]).items():
+                if folder not in targets:
+                    targets[folder] = stack.enter_context(submissions.new_mask(file, folder))
+                targets[folder].write(mask.numpy(), 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
 
 
 def finish(file, out, args, bands):
@@ -251,6 +304,10 @@ def predict_det(args, device, paths, states, nets):
         (out / "coco.json").write_text(json.dumps(items))
         submission, dropped = submissions.cut(submissions.parking_items(items), args.max_mb * 1e6)
         (out / "submission.json").write_text(submission)
+        if args.pseudo:
+            count, boxed = pseudo.write_boxes(out / "pseudo", files, views.sizes, results, names,
+                                              states[0]["category_ids"], args.pseudo)
+            print(f"pseudo labels of {count} images, {boxed} boxes: train_det.py --extra-data {out / 'pseudo'}")
         note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
         print(f"{len(files)} images, {sum(map(len, results))} detections{note}: {out}")
 
@@ -271,8 +328,8 @@ def det_ensemble(args, device, states, nets):
             chosen = [bands.index(band) for band in state["bands"]]
             x = raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]
             factor = 1.0 if args.imgsz else state["imgsz"] / largest  # each at the size that it was trained for
-            passes = tta.scaled(*x.shape[2:], net.stride, tta.DETECTION if args.tta else ((1.0, False),), factor)
-            rows = tta.cat_rows(lambda view: run(net, view), x, passes)  # resized in fp32: CPUs cannot in bf16
+            passes = make_passes(args, "det", x.shape[2:], stride=net.stride, factor=factor)
+            rows = tta.rows(lambda view: run(net, view), x, passes)  # resized in fp32: CPUs cannot in bf16
             results.append(boxes.nms(rows, conf=args.conf, iou=args.iou, max_det=args.max_det))
         return results
     return predict
@@ -316,7 +373,7 @@ def predict_cls(args, device, paths, states, nets):
     check_ensemble(args, paths)
     names, exclusive = states[0]["classes"], states[0]["exclusive"]
     tables = [submissions.read_probabilities(path, names) for path in args.probs or ()]
-    shares, thresholds = args.ensemble_weights or [1.0] * (len(paths) + len(tables)), args.threshold
+    shares, thresholds = args.ensemble_weights or [1.0] * (len(paths) + len(tables)), best_threshold(args, states)
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive)
         paths, states, nets, shares = zip(*(m for m in zip(paths, states, nets, shares) if m[-1] > 0))
@@ -352,6 +409,9 @@ def predict_cls(args, device, paths, states, nets):
         for name, rows in {"submission.csv": decided.tolist(),
                            "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
             submissions.write_rows(out / name, header, [[key, *row] for key, row in zip(keys, rows)])
+        if args.pseudo:
+            count = pseudo.write_classes(out / "pseudo", files, probs, names, exclusive, args.pseudo)
+            print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}")
         print(f"{len(files)} images: {out}")
 
 
@@ -417,17 +477,17 @@ def class_probabilities(args, device, net, state, files, name):
     blank = np.zeros((len(files), len(state["classes"])), np.float32)
     data = cls.Views(cls.Images(files, blank, bands=state["bands"], limit=2 * imgsz), imgsz)
     loader = eval_loader(data, args.bs, workers=args.workers, device=device, collate=cls.collate)
-    turns = [geometry.rot90(k, imgsz, imgsz) for k in range(4 if args.tta else 1)]
+    passes = make_passes(args, "cls", (imgsz, imgsz))  # square ones
     probs = np.zeros((len(files), len(state["classes"])))
     progress = tqdm(total=len(files), desc=name, unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
             batch = engine.to_device(batch, device)
-            for turn in turns:
-                x = cls.see(batch, imgsz, state["scale"], *state["norm"], turn=turn)
-                logits = run(net, x).float()
-                found = logits.softmax(1) if state["exclusive"] else logits.sigmoid()
-                probs[batch["index"].cpu().numpy()] += found.double().cpu().numpy() / len(turns)
+            views = (cls.see(batch, size, state["scale"], *state["norm"], turn=turn) for turn, (size, _) in passes)
+            logits = (run(net, x).float() for x in views)
+            found = tta.merge((z.softmax(1) if state["exclusive"] else z.sigmoid() for z in logits),
+                              args.merge or "mean", exclusive=state["exclusive"])
+            probs[batch["index"].cpu().numpy()] = found.double().cpu().numpy()
             bar.update(len(batch["index"]) * dist.world_size())
     return sum(dist.gather(probs))  # every rank has filled its own rows
 

@@ -51,8 +51,8 @@ def parse_args():
     add("--degrees", type=real(0, 180), default=15.0, help="largest rotation")
     add("--p-affine", type=real(0, 1), default=0.5, help="probability of a small shift, scale and rotation")
     add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
-    add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
-    add("--snapmix", type=real(0, 1), default=0.0, metavar="P", help="the same, labels weighed by what the net looks at")
+    add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of others")
+    add("--snapmix", type=real(0, 1), default=0.0, metavar="P", help="the same, labels weighed by where the net looks")
     add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
     add("--cutout", type=real(0, 0.99), default=0.3, help="side of a blank square, share of the image; 0: none")
     return start(parser)
@@ -70,8 +70,17 @@ def main():
     cls.check_bands(table.files, bands)
     scale = args.scale or images.default_scale(images.read(table.files[0]).dtype)
     train, val = split(args, folder, table)
+    if args.debug:
+        train, val, args.synthesize_count = train[:8 * args.bs], val[:args.bs], 8 * args.bs
+    files, answers, weights = [table.files[i] for i in train], table.labels[train], [1.0] * len(train)
+    for more, weight in args.extra_data:
+        extra = cls.with_names(cls.read(more), table, more)
+        files, answers = files + extra.files, np.concatenate((answers, extra.labels))
+        weights += [weight] * len(extra.files)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     if args.synthesize:
+        if args.extra_data:
+            raise UserError("--extra-data: not with --synthesize, which trains on no files; leave one out")
         if table.names != dirty_mnist.HEADER[1:] or bands != [1]:
             raise UserError(f"--synthesize {args.synthesize}: makes grey images of the classes a to z, the data's are "
                             f"others; leave it out, or see --data and --bands")
@@ -79,11 +88,12 @@ def main():
                                        size=images.size(table.files[0])[1], counts=tuple(args.letters_per_image),
                                        noise=args.noise)
     else:
-        source = cls.Images([table.files[i] for i in train], table.labels[train], **options)
+        source = cls.Images(files, answers, **options)
     train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
                            cutout=args.cutout, p_affine=args.p_affine, p_cutout=0.5 if args.cutout else 0.0)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=round(1 / args.val_interval), collate=cls.collate)
+                          parts=round(1 / args.val_interval), collate=cls.collate,
+                          weights=weights if set(weights) != {1.0} else None)
 
     # ---- net ----
     arch = dict(name=args.net, in_chans=len(bands), num_classes=len(table.names))
@@ -133,7 +143,10 @@ def main():
         return metric.reduce()
 
     def evaluate(model):
-        return judge(model).compute()
+        metric = judge(model)
+        if not table.exclusive:  # a threshold per class; predict.py takes them from the checkpoint
+            header["threshold"] = metric.best_thresholds()
+        return metric.compute()
 
     # ---- training ----
     if dist.rank() == 0:
@@ -145,10 +158,12 @@ def main():
         pictures.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
     header = {"task": "cls", "arch": {"name": "backbones.make", "kwargs": arch}, "classes": table.names,
               "exclusive": table.exclusive, "bands": bands, "scale": scale, "norm": norm, "imgsz": args.imgsz,
-              "args": vars(args)}
+              "args": vars(args), "threshold": (resume or {}).get("threshold")}
     state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None, folder=folder,
                        header=header, device=device, resume=resume,
                        **training(args, folder, model, loader, part=args.val_interval, eps=1e-6))
+    if args.debug:
+        engine.check_debug(state.history)
     if val:
         final(state, judge, table.names, folder, device, args.amp, [table.files[i] for i in val])
 

@@ -134,14 +134,22 @@ def experiment(args, device, folder, resume):
     train, val = split(args, folder, data)
     bands = args.bands or default_bands(data.files[0])
     scale = args.band_scale or images.default_scale(images.read(data.files[train[0]]).dtype)
+    if args.debug:
+        train, val = train[:8 * args.bs], val[:args.bs]
+    sources, weights = pick(data, train), np.ones(len(train))
+    for more, weight in args.extra_data:
+        extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
+        sources = [ours + theirs for ours, theirs in zip(sources, pick(extra, range(len(extra.files))))]
+        weights = np.concatenate((weights, np.full(len(extra.files), weight)))
     names, reading = data.names, dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
-    train_data = det.DetData(*pick(data, train), seed=args.seed, mosaic=args.mosaic, grid=args.grid, mixup=args.mixup,
+    train_data = det.DetData(*sources, seed=args.seed, mosaic=args.mosaic, grid=args.grid, mixup=args.mixup,
                              close_mosaic=args.epochs - args.close_mosaic, hsv=args.hsv, degrees=args.degrees,
                              translate=args.translate, scale=args.scale, shear=args.shear, flip_ud=args.flip_ud,
                              flip_lr=args.flip_lr, **reading)
-    image_weights = class_balance([data.classes[i] for i in train], len(names)) if args.image_weights else None
+    if args.image_weights:
+        weights *= class_balance(sources[2], len(names))
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=args.epoch_parts, weights=image_weights, collate=det.collate)
+                          parts=args.epoch_parts, weights=weights if np.ptp(weights) else None, collate=det.collate)
 
     # ---- net ----
     arch = dict(variant=args.variant, num_classes=len(names), in_chans=len(bands), head=args.head)
@@ -214,7 +222,7 @@ def experiment(args, device, folder, resume):
     # ---- training ----
     if dist.rank() == 0:
         params = sum(p.numel() for p in model.parameters())
-        print(f"{len(train)} images with {sum(len(data.boxes[i]) for i in train)} boxes to train, "
+        print(f"{len(train_data)} images with {sum(map(len, sources[1]))} boxes to train, "
               f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
         pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.truths(batch), names=names)
@@ -231,6 +239,8 @@ def experiment(args, device, folder, resume):
               "args": vars(args)}
     state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None,
                        folder=folder, header=header, device=device, resume=resume, **options)
+    if args.debug:
+        engine.check_debug(state.history)
     if val:
         final(state, judge, names, folder, device, args.amp)
 

@@ -48,6 +48,8 @@ def parse_args():
     add("--ignore", type=whole(0, 255), help="mask value without influence")
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
+    add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="of the loss of a second head that tells which "
+        "classes are there at all, and empties masks; 0: none")
     add("--p-object", type=real(0, 1), default=0.0, help="probability that a crop is laid over an object")
     add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
     add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
@@ -81,13 +83,21 @@ def main():
                               strata=folds.area_strata([fact["area"] for fact in facts]))
     scale = args.scale or images.default_scale(images.read(paired[train[0]][0]).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
-    train_data = seg.SegData([paired[i] for i in train], imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
+    if args.debug:
+        train, val = train[:8 * args.bs], val[:args.bs]
+    paired_train, weights = [paired[i] for i in train], [1.0] * len(train)
+    for more, weight in args.extra_data:
+        found = list(seg.pairs(Path(more) / "train_img", Path(more) / "train_mask").values())
+        seg.scan(found, bands=bands, classes=args.classes, ignore=args.ignore)
+        paired_train, weights = paired_train + found, weights + [weight] * len(found)
+    train_data = seg.SegData(paired_train, imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
                              gain=args.gain, p_object=args.p_object, **options)
-    loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device)
+    loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
+                          weights=weights * args.repeat if set(weights) != {1.0} else None)
 
     # ---- net ----
     arch = dict(encoder=args.encoder, in_chans=len(bands) * (1 + args.mean_planes), classes=args.classes,
-                conv0=args.conv0, decoder=args.decoder)
+                conv0=args.conv0, decoder=args.decoder, presence=args.presence > 0)
     with answers_for("--decoder"):
         model = UNet(**arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:
@@ -108,9 +118,15 @@ def main():
         image, targets = mix.for_masks(batch["image"], batch["mask"], p_mixup=args.mixup, p_cutmix=args.cutmix,
                                        p_gridmask=args.gridmask, p_cutout=args.cutout)
         logits = model(inputs(batch | {"image": image}))
+        logits, present = logits if args.presence else (logits, None)
         parts = {name: sum(share * known[name](logits, mask, args.ignore, args.label_smoothing)
                            for mask, share in targets) for name, _ in terms}
-        return sum(weight * parts[name] for name, weight in terms), parts if len(parts) > 1 else {}
+        loss = sum(weight * parts[name] for name, weight in terms)
+        if args.presence:
+            parts["presence"] = sum(share * losses.bce(present, seg.presence(mask, args.classes, args.ignore))
+                                    for mask, share in targets)
+            loss = loss + args.presence * parts["presence"]
+        return loss, parts if len(parts) > 1 else {}
 
     # ---- validation ----
     if val:
@@ -124,7 +140,8 @@ def main():
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
             x = inputs(batch)
-            probs = tta.mean_map(lambda x: probabilities(model(x)), x, tta.flips(*x.shape[2:])[:4 if flips else 1])
+            passes = tta.passes(("hflip", "vflip") if flips else (), x.shape[2:])
+            probs = tta.merge(tta.maps(lambda x: probabilities(model(x)), x, passes))
             metric.update(probs if args.classes == 1 else probs.argmax(1), batch["mask"])
             if found:
                 masks = probs[:, 0] > 0.5 if args.classes == 1 else probs.argmax(1)
@@ -133,19 +150,24 @@ def main():
                 pictures.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs,
                                             ignore=args.ignore)
         metric.reduce()
+        if args.classes == 1:  # predict.py takes it from the checkpoint
+            header["threshold"] = metric.best_threshold()
         return metric.compute()
 
     # ---- training ----
     if dist.rank() == 0:
         params = sum(p.numel() for p in model.parameters())
-        print(f"{len(train)} tiles to train, {len(val)} to validate; {params:,} parameters; {device}")
+        print(f"{len(paired_train)} tiles to train, {len(val)} to validate; {params:,} parameters; {device}")
         batch = [train_data[0, i] for i in range(min(args.bs, 8))]
         pictures.segmentation_sheet(folder / "train_batch.png", torch.stack([b["image"] for b in batch]),
                                   torch.stack([b["mask"] for b in batch]), ignore=args.ignore)
     header = {"task": "seg", "arch": {"name": "UNet", "kwargs": arch}, "classes": args.classes, "bands": bands,
-              "scale": scale, "mean_planes": args.mean_planes, "imgsz": args.imgsz, "args": vars(args)}
+              "scale": scale, "mean_planes": args.mean_planes, "imgsz": args.imgsz, "args": vars(args),
+              "threshold": (resume or {}).get("threshold")}
     state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None, folder=folder,
                        header=header, device=device, resume=resume, **training(args, folder, model, loader))
+    if args.debug:
+        engine.check_debug(state.history)
     if val:
         final(state, evaluate, folder, device, args.amp, args.ignore, [paired[i][0] for i in val])
 

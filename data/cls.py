@@ -128,6 +128,18 @@ def _class_folders(root):
     return Table(files, np.eye(len(names), dtype=np.float32)[classes], names, True)
 
 
+def with_names(extra, table, root):
+    """The Table of other data, its classes in the order of `table`'s; those that it lacks are not in its images.
+    UserError when it has classes that `table` has not, or several classes an image where that has one."""
+    unknown = [name for name in extra.names if name not in table.names]
+    if unknown or extra.exclusive != table.exclusive:
+        what = f"has the class {unknown[0][:80]}" if unknown else "has one class an image or several"
+        raise UserError(f"{root}: {what}, unlike --data; correct its table, or leave --extra-data out")
+    labels = np.zeros((len(extra.files), len(table.names)), np.float32)
+    labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
+    return Table(extra.files, labels, table.names, table.exclusive)
+
+
 def subset(labels, count, *, seed=0):
     """Indices of about `count` samples (N, classes) in which every class is about as frequent as in all."""
     share = count / len(labels)

@@ -74,6 +74,16 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
                   found["names"], found["category_ids"], found["held_out"])
 
 
+def with_names(extra, names, root):
+    """Labels of other data, its classes numbered as in `names`. UserError when it has boxes of a class that is not."""
+    there = sorted(set(np.concatenate(extra.classes).tolist()))
+    unknown = [extra.names[k] for k in there if extra.names[k] not in names]
+    if unknown:
+        raise UserError(f"{root}: has boxes of {unknown[0][:80]}, which --data does not have; rename or remove them")
+    number = np.array([names.index(name) if name in names else -1 for name in extra.names])
+    return extra._replace(classes=[number[c] for c in extra.classes], names=names)
+
+
 def test_ids(root):
     """{image file's name: image id} from ROOT/Test_Images_Information.json: {"images": [{"id", "file_name"}]}, or that
     list alone. {} where there is no such file."""

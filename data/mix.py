@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+
 def for_labels(images, labels, *, p_mixup=0.0, p_cutmix=0.0, p_snapmix=0.0, heat=None, p_gridmask=0.0):
     """What a classifier trains on: images (B,C,H,W), labels (B,K) -> images, soft labels, which losses.bce, focal and
     cross_entropy take.

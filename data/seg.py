@@ -85,6 +85,14 @@ def scan(paired, *, bands=None, classes=1, ignore=None):
     return found
 
 
+def presence(mask, classes=1, ignore=None):
+    """Masks (B, H, W) of class indices -> float32 (B, classes), 1 for a class that has a pixel; of binary masks (B, 1).
+    """
+    valid = torch.ones_like(mask, dtype=torch.bool) if ignore is None else mask != ignore
+    wanted = [1] if classes == 1 else range(classes)
+    return torch.stack([((mask == k) & valid).flatten(1).any(1) for k in wanted], 1).float()
+
+
 def add_mean_planes(image):
     """(..., C, H, W) -> (..., 2C, H, W): for every band a constant plane, its mean over the pixels > 0.
 

@@ -16,14 +16,14 @@ from utils.errors import UserError
 
 
 # ---- segmentation ----
-def new_mask(file, out):
-    """The mask's GeoTIFF, open for writing, at the place on Earth of its source (if that has one)."""
+def new_mask(file, folder):
+    """The mask's GeoTIFF in `folder`, open for writing, at the place on Earth of its source (if that has one)."""
     _, height, width = images.size(file)
     place = {}
     if images.kind(file) == "GTiff":
         with images.open_raster(file) as source:
             place = {"crs": source.crs, "transform": source.transform}
-    return rasterio.open(out / "masks" / f"{file.stem}.tif", "w", driver="GTiff", dtype="uint8", count=1, height=height,
+    return rasterio.open(folder / f"{file.stem}.tif", "w", driver="GTiff", dtype="uint8", count=1, height=height,
                          width=width, compress="deflate", tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place)
 
 

@@ -5,6 +5,7 @@ whose stem keeps the full resolution, and a slim decoder. 14 input planes -> 1 l
 """
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -60,11 +61,14 @@ class UNet(nn.Module):
     last block is still coarser than the input, the logits are upsampled (bilinear).
     `decoder=()`: HRNetV2 when the encoder is an HRNet: its four branches concatenated (of another encoder all maps but
     the stem's), a 1x1 convolution as head, logits of the finest branch's resolution, upsampled.
+    `presence`: a linear layer on the encoder's coarsest map also tells which classes are in the image at all. In
+    training the output is then (logits, presence logits (B, classes)); else classes that are not there (of several, the
+    first is background, which always is) get a logit of -30, and masks without objects come out empty.
     Raises ValueError when the blocks would go beyond the input's resolution, or leave branches of an HRNet unused.
     """
 
     def __init__(self, encoder="regnetx_002", in_chans=14, classes=1, conv0=(32, 32), decoder=(128, 64, 48, 32),
-                 stem_stride=1, grad_checkpoint=False):
+                 presence=False, stem_stride=1, grad_checkpoint=False):
         super().__init__()
         self.conv0 = nn.ModuleList()
         for width in conv0:  # no norm: a batch statistic would mix the scales that these layers are to undo
@@ -87,6 +91,7 @@ class UNet(nn.Module):
         if isinstance(self.encoder, HRNet) and len(decoder) in (1, 2):  # without gradients there, DDP would fail
             raise ValueError(f"a decoder of {len(decoder)} blocks leaves {encoder}'s finer branches unused; "
                              f"give it at least 3, or none")
+        self.presence = nn.Linear(self.encoder.channels[-1], classes) if presence else None
         self.grad_checkpoint = grad_checkpoint
 
     @property
@@ -99,6 +104,7 @@ class UNet(nn.Module):
         for conv in self.conv0:
             x = relu(conv(x))
         *skips, y = self.encoder.features(x)
+        present = self.presence(y.mean((2, 3))) if self.presence else None
         for block in self.decoder:
             if isinstance(block, Concatenation):
                 inputs = (*skips[1:], y)
@@ -108,7 +114,13 @@ class UNet(nn.Module):
         y = self.head(y)
         if self.coarse > 1:
             y = F.interpolate(y, scale_factor=self.coarse, mode="bilinear", align_corners=False)
-        return y[..., :size[0], :size[1]]  # odd sizes were rounded up on their way down
+        y = y[..., :size[0], :size[1]]  # odd sizes were rounded up on their way down
+        if present is None or self.training:
+            return y if present is None else (y, present)
+        absent = present < 0
+        if absent.shape[1] > 1:
+            absent = absent & (torch.arange(absent.shape[1], device=y.device) > 0)
+        return y.masked_fill(absent[:, :, None, None], -30)
 
 
 def probabilities(logits):

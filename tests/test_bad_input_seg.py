@@ -128,10 +128,10 @@ def test_numbers_out_of_range(flag, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--bands", "0-3"], ["--bands", "x"], ["--bands", ""], ["--loss", "dice"], ["--loss", "bce=x"],
+    ["--bands", "0-3"], ["--bands", "x"], ["--bands", ""], ["--loss", "hinge"], ["--loss", "bce=x"],
     ["--loss", "bce=-1"], ["--loss", "bce=nan"], ["--loss"], ["--optimizer", "lion"], ["--schedule", "x"],
     ["--cache", "tape"], ["--amp", "int8"], ["--encoder", "resnet18"], ["--encoder", ""], ["--conv0", "0"],
-    ["--decoder"], ["--decoder", "8", "-1"], ["--no-such"], ["--device"], ["extra"]])
+    ["--decoder", "8", "-1"], ["--no-such"], ["--device"], ["extra"]])
 def test_words_that_are_not_known(refused, tmp_path, flags):
     train(refused, "--data", "nowhere", *flags, says=flags[0])
     assert not (tmp_path / "runs").exists()
@@ -253,7 +253,7 @@ def test_ensembles_of_different_classes(refused, root, tmp_path, model):
         patch.setattr("sys.argv", ["train_seg.py", "--data", str(three), *TINY, "--classes", "3"])
         train_seg.main()
     refused(predict, "--task", "seg", "--weights", model, "runs/seg/exp/last.pt", "--source", root / "test_img",
-            "--device", "cpu", says=["runs/seg/exp/last.pt: has 3 classes", "1"])
+            "--device", "cpu", says=["runs/seg/exp/last.pt: has 3 classes", "best.pt others"])
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path, model):

@@ -1,4 +1,4 @@
-"""utils/geometry.py, utils/tta.py and data/augment.py against numpy's pad, flip and rot90 and against a pixel loop."""
+"""utils/geometry.py and data/augment.py against numpy's pad, flip and rot90 and against a pixel loop."""
 import math
 from collections import Counter
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from data.augment import crop_flip, gain
-from utils import tta
 from utils.geometry import flip_h, flip_v, rot90, rotate, scale, translate, warp, warp_boxes, warp_points
 
 BORDERS = ("constant", "reflect", "wrap")
@@ -282,40 +281,6 @@ def test_gradients(matrix, border):
     y = image(2, 1, 3, 4, dtype=torch.bfloat16).requires_grad_()
     warp(y, matrix, (5, 5), border=border).sum().backward()
     assert y.grad.dtype == torch.bfloat16 and y.grad.abs().sum() > 0
-
-
-# ---- test-time augmentation -----------------------------------------------------------------------------------------
-
-def test_every_pass_undoes_itself():
-    x = image(2, 3, 5, 8)
-    passes = tta.flips(5, 8)
-    moved = [warp(x, m, (5, 8)) for m in passes]
-    for a, b in zip(moved, (x, x.flip(-1), x.flip(-2), x.flip(-1, -2)), strict=True):
-        assert torch.equal(a, b)
-    for m, y in zip(passes, moved):
-        assert torch.equal(warp(y, np.linalg.inv(m), (5, 8)), x)
-
-
-def test_mean_of_an_equivariant_predictor_is_the_predictor():
-    x = image(2, 3, 6, 7)
-    for predict in (lambda x: x.square() + 1, lambda x: torch.nn.functional.avg_pool2d(x, 3, 1, 1)):
-        assert torch.allclose(tta.mean_map(predict, x, tta.flips(6, 7)), predict(x), atol=1e-6)
-
-
-def test_mean_of_any_predictor_is_the_mean_over_flips():
-    """A predictor that knows left from right and top from bottom, with two maps for three bands."""
-    x, ramp = image(2, 3, 6, 7), torch.arange(42.).reshape(6, 7)
-    predict = lambda x: (x[:, :2] * ramp + x[:, 1:].roll(1, -1)).sigmoid()  # noqa: E731
-    expected = np.zeros((2, 2, 6, 7))
-    for axes in ((), (3,), (2,), (2, 3)):
-        expected += np.flip(predict(torch.from_numpy(np.flip(x.numpy(), axes).copy())).numpy(), axes) / 4
-    averaged = tta.mean_map(predict, x, tta.flips(6, 7))
-    assert np.allclose(averaged, expected, atol=1e-6) and not np.allclose(predict(x), expected, atol=1e-2)
-    assert torch.equal(tta.mean_map(predict, x, tta.flips(6, 7)[:1]), predict(x))
-    x, ramp = x[..., 1:], ramp[:, 1:]  # a quarter turn is not its own inverse
-    expected = sum(np.rot90(predict(torch.from_numpy(np.rot90(x.numpy(), k, (2, 3)).copy())).numpy(), -k, (2, 3))
-                   for k in range(4)) / 4
-    assert np.allclose(tta.mean_map(predict, x, [rot90(k, 6, 6) for k in range(4)]), expected, atol=1e-6)
 
 
 # ---- random crops ---------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_a_negative_ignore_leaves_uint8_255_alone():
 def test_counts_do_not_saturate_in_half_precision(dtype):
     metric = BinaryIoU()
     metric.update(torch.ones(1, 1, 300, 300, dtype=dtype), torch.ones(1, 300, 300, dtype=dtype))
-    assert metric.counts.tolist() == [90000] * 5
+    assert metric.counts[:5].tolist() == [90000] * 5 and metric.counts.max() == 90000
 
 
 @pytest.mark.parametrize("batch", [1, 4, 21])

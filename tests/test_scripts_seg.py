@@ -113,7 +113,7 @@ def ensemble(args, states):
 
 def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     state = checkpoint.load(trained / "best.pt")
-    args = Namespace(amp="off", compile=False, tta=True, bs=4)
+    args = Namespace(amp="off", compile=False, tta=[], tta_scales=None, merge=None, bs=4)
     path = sorted((wildfire / "test_img").iterdir())[0]
     raw = images.read(path)[None]
     with torch.inference_mode():
@@ -132,7 +132,7 @@ def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
 
 def test_an_ensemble_is_the_mean_of_its_members(trained, wildfire):
     states = [checkpoint.load(trained / name) for name in ("best.pt", "epoch_5.pt")]
-    args = Namespace(amp="off", compile=False, tta=False, bs=4)
+    args = Namespace(amp="off", compile=False, tta=None, tta_scales=None, merge=None, bs=4)
     raw = images.read(sorted((wildfire / "test_img").iterdir())[1])[None]
     with torch.inference_mode():
         one, two = (ensemble(args, [state])(raw) for state in states)

@@ -49,6 +49,15 @@ def band_list(text):
     return bands
 
 
+def extra_data(text):
+    """argparse type: "more" -> ("more", 1.0), "more:0.5" -> ("more", 0.5)."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, real(1e-6)(weight)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def loss_term(known):
     """argparse type: "bce" -> ("bce", 1.0), "bce=0.5" -> ("bce", 0.5)."""
     def parse(text):
@@ -65,6 +74,9 @@ def train_parser(description, task, **defaults):
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("training").add_argument
     add("--data", metavar="DIR", help="the data's folder")
+    add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on "
+        "these: data of others, pseudo labels of predict.py; a weight says how often they come, beside 1")
+    add("--debug", action="store_true", help="two epochs on a few samples, to see that all works and the loss falls")
     add("--epochs", type=whole(1, 10**6), help="passes over the (repeated) data")
     add("--bs", type=whole(1, 65536), help="global batch size, shared by the processes")
     add("--accumulate", type=whole(1, 65536), default=1, help="batches per optimizer step")
@@ -105,7 +117,7 @@ def train_parser(description, task, **defaults):
     add("--name", default="exp", help="the run's folder in it; numbered when it exists")
     add("--folds", default="5", metavar="N|F|FILE", help="N folds, a held-out fraction F, or a split's JSON file; "
         "0 trains on everything")
-    add("--groups", metavar="CSV", help="the samples' groups (place, person, film): each stays on one side of the split")
+    add("--groups", metavar="CSV", help="the samples' groups (place, person, film), each on one side of the split")
     add("--fold", type=whole(0), default=0, help="the fold to validate on")
     add("--save-period", type=whole(0), default=10, help="also keep a checkpoint every so many epochs; 0: none")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars into the run folder")
@@ -130,6 +142,8 @@ def start(parser, argv=None):
             if flag != "resume" and stored.get(flag) != value and dist.rank() == 0:
                 print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
         args = argparse.Namespace(**{**vars(args), **stored, **given})
+    if args.debug:
+        args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
     if args.bs % dist.world_size():
         raise UserError(f"--bs {args.bs}: not divisible by the {dist.world_size()} processes; make it a multiple")
     if dist.rank() == 0:

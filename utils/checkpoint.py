@@ -115,6 +115,20 @@ def load_weights(model, state, path):
     return model
 
 
+def average(paths, states):
+    """Several checkpoints of one net -> one with the mean of their weights: a model soup (Wortsman et al. 2022, arXiv
+    2203.05482), or with epochs of one run a poor man's SWA; buffers are averaged too. UserError for different nets."""
+    weights = [state.get("ema") or state["model"] for state in states]
+    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in weights]
+    for path, state, shape in zip(paths, states, shapes):
+        if shape != shapes[0] or state["arch"] != states[0]["arch"]:
+            raise UserError(f"{path}: is another net than {paths[0]}; weights can be averaged of one only, leave out "
+                            f"--soup")
+    mean = {name: torch.stack([part[name].double() for part in weights]).mean(0).to(tensor.dtype)
+            for name, tensor in weights[0].items()}
+    return states[0] | {"model": mean, "ema": None}
+
+
 def fit_into(model, weights, path):
     ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     theirs = {name: tuple(t.shape) for name, t in weights.items()}

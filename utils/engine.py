@@ -255,6 +255,15 @@ def judge(state, evaluate, device, amp):
         return evaluate(state.judged.eval())
 
 
+def check_debug(history):
+    """--debug: raises NumericalError when the loss of the last epoch is not lower than that of the first."""
+    first, last = (history[i]["loss"] for i in (0, -1))
+    if not last < first:
+        raise NumericalError(f"--debug: the loss did not fall, from {first:.4g} to {last:.4g}; look at train_batch.png, "
+                             f"--lr and the labels")
+    dist.print0(f"--debug: the loss fell from {first:.4g} to {last:.4g}")
+
+
 def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, epoch, epochs, device, dtype,
                  accumulate, clip, seed):
     """The rest of an epoch, from the step that `state` has reached. Raises Stopped between two steps."""

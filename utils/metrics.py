@@ -8,6 +8,7 @@ import torch
 
 from utils import dist
 from utils.average_precision import DetectionAP  # noqa: F401, detection's metric is one of these
+from utils.ensemble import fit_thresholds
 
 
 class Counts:
@@ -36,6 +37,9 @@ def _valid(labels, ignore):
     return torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels.long() != ignore
 
 
+LEVELS = torch.arange(1, 20) / 20  # thresholds that `BinaryIoU.best_threshold` chooses from
+
+
 class BinaryIoU(Counts):
     """IoU, F1, precision and recall of the positive class over all pixels of all items together (the pooled Jaccard
     index of torchmetrics' BinaryJaccardIndex, not a mean over items).
@@ -45,7 +49,9 @@ class BinaryIoU(Counts):
     """
 
     def __init__(self, threshold=0.5, ignore=None):
-        super().__init__(5)  # hits, predicted, actual; hits and predicted with each item's best pixel forced
+        # hits, predicted, actual; hits and predicted with each item's best pixel forced; then, by the number of LEVELS
+        # that lie below a pixel's probability, the positive pixels and all
+        super().__init__(5 + 2 * (len(LEVELS) + 1))
         self.threshold, self.ignore = threshold, ignore
 
     @torch.no_grad()
@@ -65,8 +71,19 @@ class BinaryIoU(Counts):
         best = probs.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
         forced = valid.gather(1, best) & ~predicted.gather(1, best)
         hits = predicted & actual
-        self.add(torch.stack([hits.sum(), predicted.sum(), actual.sum(),
-                              hits.sum() + (forced & actual.gather(1, best)).sum(), predicted.sum() + forced.sum()]))
+        counts = torch.stack([hits.sum(), predicted.sum(), actual.sum(),
+                              hits.sum() + (forced & actual.gather(1, best)).sum(), predicted.sum() + forced.sum()])
+        level = torch.bucketize(probs.float(), LEVELS.to(probs.device))
+        spread = [torch.bincount(level[chosen], minlength=len(LEVELS) + 1) for chosen in (actual, valid)]
+        self.add(torch.cat((counts, *spread)))
+
+    def best_threshold(self):
+        """The one of LEVELS with the highest IoU over all pixels; of equal ones the nearest to 0.5."""
+        positive, everything = self.counts[5:].view(2, -1).double()
+        hits, predicted = (values.flip(0).cumsum(0).flip(0)[1:] for values in (positive, everything))
+        iou = hits / (predicted + positive.sum() - hits).clamp(min=1)
+        best = torch.nonzero(iou == iou.max())[:, 0].tolist()
+        return float(LEVELS[min(best, key=lambda k: abs(k - len(LEVELS) // 2))])
 
     def compute(self):
         """{"iou", "f1", "precision", "recall", "iou_forced"}, each 0 .. 1.
@@ -76,7 +93,7 @@ class BinaryIoU(Counts):
         predicted (or nothing was counted), there is nothing to get wrong and all values are 1; otherwise a
         precision or recall of 0/0 is 0.
         """
-        hits, predicted, actual, forced_hits, forced = self.counts.tolist()
+        hits, predicted, actual, forced_hits, forced = self.counts[:5].tolist()
         empty = 1.0 if predicted + actual == 0 else 0.0
         return {"iou": _ratio(hits, predicted + actual - hits, 1.0),
                 "f1": _ratio(2 * hits, predicted + actual, 1.0),
@@ -179,6 +196,11 @@ class Accuracy:
         return [{"acc": float(a), "ap": float(p), "images": int(n)}
                 for a, p, n in zip(right.mean(0), average_precisions(probs, labels), labels.sum(0))]
 
+
+    def best_thresholds(self):
+        """A threshold per class, the one with the most right labels: see utils.ensemble.fit_thresholds. -> list"""
+        probs, labels, _ = self._split()
+        return fit_thresholds(probs, labels).tolist() if len(probs) else [0.5] * self.classes
 
     def samples(self, files, names):
         """The rows of samples.csv, by index: name, score (minus the mean cross entropy of the labels: a wrong label

@@ -62,8 +62,8 @@ def main():
         for batch in val_loader:
             batch = engine.to_device(batch, device)
             x = batch["image"]
-            passes = tta.flips(*x.shape[2:])[:4 if flips else 1]
-            metric.update(tta.mean_map(lambda x: model(x).float().sigmoid(), x, passes), batch["mask"])
+            passes = tta.passes(("hflip", "vflip") if flips else (), x.shape[2:])
+            metric.update(tta.merge(tta.maps(lambda x: model(x).float().sigmoid(), x, passes)), batch["mask"])
         return metric.compute()
 
     with tempfile.TemporaryDirectory() as folder:

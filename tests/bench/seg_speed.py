@@ -76,7 +76,7 @@ def predictors(raw, device, compiled, bs):
         lambda: before(seg.add_mean_planes(raw[:, :7].to(device).float() / 65535)).sigmoid().cpu())}
     for name, compile in {"ours": False, "ours, --compile": True}.items():
         if compile <= compiled:
-            args = Namespace(amp="auto", compile=compile, tta=False, bs=bs)
+            args = Namespace(amp="auto", compile=compile, tta=None, tta_scales=None, merge=None, bs=bs)
             nets = predict.load_nets(args, device, ["net"], [state])
             ensemble = predict.seg_ensemble(args, device, [state], nets)
             made[name] = timed(
