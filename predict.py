@@ -174,12 +174,6 @@ def predict_seg(args, device, paths, states, nets):
                    *("pseudo/train_mask",) * bool(args.pseudo)):
         (out / folder).mkdir(parents=True, exist_ok=True)
 
-    def decide(probs):
-        """Probabilities (B, K, H, W) -> {folder: uint8 class maps (B, H, W) on the CPU}."""
-        masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
-        return {out / "masks": masks} | ({out / "pseudo/train_mask": pseudo.sure_mask(probs, masks, args.pseudo)}
-                                         if args.pseudo else {})
-
     small = [file for file in files if max(sizes[file][1:]) <= tile]
     large = [file for file in files if max(sizes[file][1:]) > tile]
     loader = eval_loader(seg.Tiles(small), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
@@ -187,15 +181,15 @@ def predict_seg(args, device, paths, states, nets):
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
-            decided = decide(predict(batch["image"]))
+            decided = decide(predict(batch["image"]), threshold, args.pseudo)
             for k, i in enumerate(batch["index"].tolist()):
                 for folder, masks in decided.items():
-                    with submissions.new_mask(small[i], folder) as target:
+                    with submissions.new_mask(small[i], out / folder) as target:
                         target.write(masks[k].numpy(), 1)
                 finish(small[i], out, args, states[0]["bands"])
             bar.update(len(batch["index"]) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
-            predict_scene(file, sizes[file][1:], predict, decide, tile, args)
+            predict_scene(file, sizes[file][1:], predict, threshold, tile, args, out)
             finish(file, out, args, states[0]["bands"])
             bar.update(dist.world_size())
     dist.barrier()
@@ -235,7 +229,13 @@ def seg_ensemble(args, device, states, nets):
     return predict
 
 
-def predict_scene(file, size, predict, decide, tile, args):
+def decide(probs, threshold, least=None):
+    """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W) on the CPU}; least: --pseudo."""
+    masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
+    return {"masks": masks} | ({"pseudo/train_mask": pseudo.sure_mask(probs, masks, least)} if least else {})
+
+
+def predict_scene(file, size, predict, threshold, tile, args, out):
     """An image larger than a tile, window by window, read and written in pieces."""
     height, width = size
     swaths = tiles.plan(height, width, tile, args.overlap)
@@ -246,9 +246,9 @@ def predict_scene(file, size, predict, decide, tile, args):
     with contextlib.ExitStack() as stack:
         targets = {}
         for y, x, block in tiles.merge(swaths, maps, height):
-            for folder, [mask] in decide(block[None]).items():
+            for folder, [mask] in decide(block[None], threshold, args.pseudo).items():
                 if folder not in targets:
-                    targets[folder] = stack.enter_context(submissions.new_mask(file, folder))
+                    targets[folder] = stack.enter_context(submissions.new_mask(file, out / folder))
                 targets[folder].write(mask.numpy(), 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
 
 

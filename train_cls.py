@@ -14,7 +14,7 @@ import torch
 from data import cls, dirty_mnist, folds, images, mix
 from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
-from utils import dist, engine, losses, metrics, pictures, report, runs
+from utils import dist, engine, losses, metrics, pictures, report, review, runs
 from utils.args import band_list, loss_term, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
 
@@ -173,7 +173,7 @@ def split(args, folder, table):
     names = [os.path.relpath(path, args.data) for path in table.files]
     groups = folds.read_groups(args.groups, names) if args.groups else None
     train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, files=table.files, groups=groups,
-                              strata=cls.strata(table.labels))
+                              strata=cls.strata(table.labels), drop=args.drop_noisy)
     if args.subset and args.subset < len(train):
         chosen = cls.subset(table.labels[train], args.subset, seed=args.seed)
         smaller = [train[i] for i in chosen]
@@ -188,7 +188,13 @@ def final(state, judge, names, folder, device, amp, files):
     metric = engine.judge(state, judge, device, amp)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
-        report.write_csv(folder / "samples.csv", metric.samples(files, names))
+        samples = metric.samples(files, names)
+        report.write_csv(folder / "samples.csv", samples)
+        parts = {part: [(files[i].name + f": {samples[i]['labels']}, predicted {samples[i]['predicted']}",
+                         samples[i]["score"], [pictures.to_rgb(images.read(files[i]))]) for i in chosen]
+                 for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples], 8))}
+        review.page(folder / "review.png", parts, tables={"Classes": [{"class": name} | row for name, row in
+                                                                      zip(names, classes)]}, titles=["image"])
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

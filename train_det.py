@@ -20,7 +20,7 @@ from data import augment, det, folds, images, labels
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures_det, runs
+from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures_det, report, runs
 from utils.args import band_list, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
 
@@ -209,7 +209,7 @@ def experiment(args, device, folder, resume):
             x = inputs(batch)
             found = boxes.nms(model(x), conf=0.001, iou=0.65, max_det=300)
             truths = det.truths(batch)
-            metric.update([det.restore(rows, m) for rows, m in zip(found, batch["matrix"])], truths)
+            metric.update([det.restore(rows, m) for rows, m in zip(found, batch["matrix"])], truths, batch["index"])
             if i == 0 and dist.rank() == 0:
                 seen = [det.move(rows, m) for rows, m in zip(truths, batch["matrix"])]
                 pictures_det.detection_sheet(folder / "val.png", x, seen, found, names=names)
@@ -242,7 +242,7 @@ def experiment(args, device, folder, resume):
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, judge, names, folder, device, args.amp)
+        final(state, judge, names, folder, device, args.amp, [data.files[i] for i in val])
 
 
 def split(args, folder, data):
@@ -255,7 +255,8 @@ def split(args, folder, data):
     own = {name: int(not out) for name, out in zip(names, data.held_out)}
     spec = own if args.folds is None and any(data.held_out) else folds.parse(args.folds or "5")
     groups = folds.read_groups(args.groups, names) if args.groups else None
-    return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=groups)
+    return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=groups,
+                        drop=args.drop_noisy)
 
 
 def default_bands(file):
@@ -289,8 +290,9 @@ def fit_anchors(head, args, data, train):
     return pixels.tolist()
 
 
-def final(state, judge, names, folder, device, amp):
-    """The run's last weights judged per class: results.json, precision-recall curves, confusion matrix."""
+def final(state, judge, names, folder, device, amp, files):
+    """The run's last weights judged class by class (results.json, precision-recall curves, confusion matrix) and image
+    by image (samples.csv)."""
     metric = engine.judge(state, judge, device, amp)
     if dist.rank() > 0:
         return
@@ -298,6 +300,7 @@ def final(state, judge, names, folder, device, amp):
     last, best, *per_class = [{k: None if v != v else v for k, v in values.items()}  # JSON has no NaN
                               for values in (scores, {"score threshold": threshold, "f1": f1}, *classes)]
     runs.write_json(folder / "results.json", {"last": last, "best F1": best, "classes": dict(zip(names, per_class))})
+    report.write_csv(folder / "samples.csv", metric.samples(files))
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

@@ -79,7 +79,7 @@ def main():
     facts = seg.scan(paired, bands=bands, classes=args.classes, ignore=args.ignore)
     groups = folds.read_groups(args.groups, names) if args.groups else None
     train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=groups,
-                              files=[image for image, _ in paired],
+                              files=[image for image, _ in paired], drop=args.drop_noisy,
                               strata=folds.area_strata([fact["area"] for fact in facts]))
     scale = args.scale or images.default_scale(images.read(paired[train[0]][0]).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
@@ -134,14 +134,17 @@ def main():
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=[facts[i]["size"] for i in val],
                                  workers=args.workers, device=device)
 
+    def predict(model, batch, flips):
+        x = inputs(batch)
+        passes = tta.passes(("hflip", "vflip") if flips else (), x.shape[2:])
+        return tta.merge(tta.maps(lambda x: probabilities(model(x)), x, passes))
+
     def evaluate(model, flips=False, found=None):
         metric = metrics.BinaryIoU(ignore=args.ignore) if args.classes == 1 else \
             metrics.MeanIoU(args.classes, ignore=args.ignore)
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
-            x = inputs(batch)
-            passes = tta.passes(("hflip", "vflip") if flips else (), x.shape[2:])
-            probs = tta.merge(tta.maps(lambda x: probabilities(model(x)), x, passes))
+            probs = predict(model, batch, flips)
             metric.update(probs if args.classes == 1 else probs.argmax(1), batch["mask"])
             if found:
                 masks = probs[:, 0] > 0.5 if args.classes == 1 else probs.argmax(1)
@@ -153,6 +156,12 @@ def main():
         if args.classes == 1:  # predict.py takes it from the checkpoint
             header["threshold"] = metric.best_threshold()
         return metric.compute()
+
+    def draw(model, indices):
+        for sample in (val_data[i] for i in indices):
+            batch = engine.to_device(torch.utils.data.default_collate([sample]), device)
+            yield pictures.segmentation_row(sample["image"], sample["mask"], predict(model, batch, flips=True)[0],
+                                            ignore=args.ignore)
 
     # ---- training ----
     if dist.rank() == 0:
@@ -169,7 +178,7 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, evaluate, folder, device, args.amp, args.ignore, [paired[i][0] for i in val])
+        final(state, evaluate, draw, folder, device, args.amp, args.ignore, [paired[i][0] for i in val])
 
 
 def check_flags(args):
@@ -184,16 +193,22 @@ def check_flags(args):
         raise UserError(f"--imgsz 16 --bs {args.bs}: batch norm would see a single pixel; raise one of them")
 
 
-def final(state, evaluate, folder, device, amp, ignore, files):
-    """The run's last weights judged with flips, as they will predict: results.json, and tile by tile samples.csv."""
+def final(state, evaluate, draw, folder, device, amp, ignore, files):
+    """The run's last weights judged with flips, as they will predict: results.json; tile by tile samples.csv; the worst
+    and the best tiles, and scores by size, in review.png."""
     found = review.SegmentationReview(ignore)
     scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found), device, amp)
     found.reduce()
-    if dist.rank() == 0:
-        report.write_csv(folder / "samples.csv", found.samples(files))
-        results = {"last": state.history[-1], "last with flips": scores}
-        runs.write_json(folder / "results.json", results | found.tables())
-        print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    if dist.rank() > 0:
+        return
+    samples, tables, parts = found.samples(files), found.tables(), {}
+    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples], 4)):
+        rows = engine.judge(state, lambda model, chosen=chosen: list(draw(model, chosen)), device, amp)
+        parts[part] = [(files[i].name, samples[i]["score"], row) for i, row in zip(chosen, rows)]
+    review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
+    report.write_csv(folder / "samples.csv", samples)
+    runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
+    print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import dist, runs
+from utils import dist, review, runs
 from utils.errors import UserError
 
 
@@ -82,21 +82,25 @@ def read(path, names):
     return {n: fold_of[n] for n in names}
 
 
-def of_run(folder, names, spec, fold, *, files, strata=None, groups=None):
+def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=None):
     """-> (indices of the samples to train on, to validate on), by the folds.json in the run's folder, which a resumed
     run finds there. A new run writes it, and prints `leaks` of the files. spec: of `parse`, or the split itself {name:
-    fold}; None: nothing to validate. strata, groups: of `assign`.
+    fold}; None: nothing to validate. strata, groups: of `assign`. drop: (a noise.csv, the number of its worst
+    files that are not trained on).
     """
+    noisy = {os.path.realpath(name) for name in review.read_noise(drop[0])[:drop[1]]} if drop else set()
+    clean = [i for i, file in enumerate(files) if not noisy or os.path.realpath(file) not in noisy]
     written = folder / "folds.json"
     spec = written if written.exists() else spec
     if spec is None:
-        return list(range(len(names))), []
+        return clean, []
     if isinstance(spec, Path):
         spec = read(spec, names)
     elif isinstance(spec, list):
         spec = assign(names, spec, strata=strata, groups=groups)
     held_out = set(split(spec, fold)[1])
-    train, val = ([i for i, name in enumerate(names) if (name in held_out) == out] for out in (False, True))
+    train = [i for i in clean if names[i] not in held_out]
+    val = [i for i, name in enumerate(names) if name in held_out]
     if dist.rank() == 0 and not written.exists():
         runs.write_json(written, spec)
         sides = ([files[i] for i in part] for part in (train, val))

@@ -100,8 +100,8 @@ def test_windows_are_put_where_they_belong(tmp_path):
     file = write_tif(tmp_path / "a.tif", scene)
     (tmp_path / "masks").mkdir()
     for size, overlap, batch in ((16, 0.0, 7), (64, 0.25, 2), (100, 0.9, 5), (32, 0.5, 1)):
-        args = Namespace(threshold=0.5, overlap=overlap, bs=batch, workers=0)
-        predict.predict_scene(file, (101, 333), lambda raw: raw.float() * 0.9, size, args, tmp_path, "cpu")
+        args = Namespace(pseudo=None, overlap=overlap, bs=batch, workers=0)
+        predict.predict_scene(file, (101, 333), lambda raw: raw.float() * 0.9, 0.5, size, args, tmp_path)
         with rasterio.open(tmp_path / "masks/a.tif") as written:
             assert (written.read(1) == scene[0]).all()
 
@@ -126,7 +126,7 @@ def test_polygons_of_several_classes_in_a_turned_system(tmp_path):
             'PARAMETER["central_meridian",7],PARAMETER["scale_factor",0.9],UNIT["metre",1]]')
     for crs in ("EPSG:32633", ours, None):
         source = write_tif(tmp_path / "a.tif", mask, crs=crs, transform=place)
-        with submissions.new_mask(source, tmp_path) as target:
+        with submissions.new_mask(source, tmp_path / "masks") as target:
             target.write(mask, 1)
         predict.finish(source, tmp_path, Namespace(overlays=False, polygons=True), [1])
         collection = json.loads((tmp_path / "polygons/a.geojson").read_text())
@@ -187,10 +187,10 @@ def test_the_memory_does_not_grow_with_the_scene(tmp_path):
             torch.set_num_threads(1)
             peaks = []
             for side in (1200, 3600):
-                args = Namespace(threshold=0.5, overlap=0.25, bs=4, workers=0, overlays=True, polygons=True)
+                args = Namespace(pseudo=None, overlap=0.25, bs=4, workers=0, overlays=True, polygons=True)
                 file, out = tmp_path / f"{side}.tif", tmp_path / "out"
-                predict.predict_scene(file, (side, side), lambda raw: (raw[:, :1].float() > 8995).float(), 256,
-                                          args, out, "cpu")
+                predict.predict_scene(file, (side, side), lambda raw: (raw[:, :1].float() > 8995).float(), 0.5, 256,
+                                      args, out)
                 predict.finish(file, out, args, [1, 2, 3, 4])
                 submissions.write_masks([file], {file: (4, side, side)}, out)
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -72,7 +72,8 @@ def test_the_competition_from_letters_to_a_weighted_ensemble(script, tmp_path, c
     for run in runs:
         script(predict, *FLAGS, "--weights", run / "last.pt", "--tta")
     pair = [run / "last.pt" for run in runs]
-    script(predict, *FLAGS, "--weights", *pair, "--tta", "--ensemble-weights", 1.5, 1, "--out", "both")
+    script(predict, *FLAGS, "--weights", *pair, "--tta", "--ensemble-weights", 1.5, 1, "--out", "both",
+           "--threshold", 0.5)
     script(predict, *FLAGS, "--weights", pair[1], "--tta", "--probs", runs[0] / "predict/probabilities.csv",
            "--ensemble-weights", 1, 1.5, "--out", "mixed")
     (keys, one, _), (_, two, _), (_, both, decided), (_, mixed, _) = map(

@@ -58,6 +58,14 @@ def extra_data(text):
         return text, 1.0
 
 
+def noise_list(text):
+    """argparse type: "noise.csv:20" -> ("noise.csv", 20)."""
+    path, colon, count = text.rpartition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text} names no number of samples; write noise.csv:20")
+    return path, whole(1)(count)
+
+
 def loss_term(known):
     """argparse type: "bce" -> ("bce", 1.0), "bce=0.5" -> ("bce", 0.5)."""
     def parse(text):
@@ -118,6 +126,8 @@ def train_parser(description, task, **defaults):
     add("--folds", default="5", metavar="N|F|FILE", help="N folds, a held-out fraction F, or a split's JSON file; "
         "0 trains on everything")
     add("--groups", metavar="CSV", help="the samples' groups (place, person, film), each on one side of the split")
+    add("--drop-noisy", type=noise_list, metavar="CSV:K", help="do not train on the K worst samples of a noise.csv: "
+        "python -m utils.report noise RUN ...")
     add("--fold", type=whole(0), default=0, help="the fold to validate on")
     add("--save-period", type=whole(0), default=10, help="also keep a checkpoint every so many epochs; 0: none")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars into the run folder")

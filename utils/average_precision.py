@@ -20,12 +20,13 @@ class DetectionAP:
     def __init__(self, classes, max_det=100):
         self.classes, self.max_det = classes, max_det
         self.images = 0
+        self.index = []  # what update() was told of each image
         self.detections, self.truths = [np.zeros((0, 7))], [np.zeros((0, 6))]  # the columns of update(), then the image
 
     @torch.no_grad()
-    def update(self, detections, truths):
+    def update(self, detections, truths, index=None):
         """detections: per image a tensor (n, 6) of x1 y1 x2 y2 score class, in any order, on any device; truths: per
-        image (m, 5) of x1 y1 x2 y2 class. Pixels; classes 0 .. C-1.
+        image (m, 5) of x1 y1 x2 y2 class. Pixels; classes 0 .. C-1. index: the images' numbers, for samples().
 
         ValueError when the lists differ in length, or a shape or a class is wrong.
         """
@@ -43,6 +44,7 @@ class DetectionAP:
             image = np.repeat(np.arange(self.images, self.images + len(new)), [len(boxes) for boxes in new])
             kept.append(np.column_stack((rows, image)))
         self.images += len(truths)
+        self.index += [-1] * len(truths) if index is None else [int(i) for i in index]
 
     def reduce(self):
         """Gathers the images of all ranks, if there are several: every rank calls it once, after its last update, and
@@ -54,7 +56,7 @@ class DetectionAP:
                 rows = np.concatenate(kept)
                 rows[:, -1] += sum(images[:dist.rank()])
                 kept[:] = dist.gather(rows)
-            self.images = sum(images)
+            self.images, self.index = sum(images), sum(dist.gather(self.index), [])
         return self
 
     def compute(self):
@@ -120,6 +122,24 @@ class DetectionAP:
         matrix[-1] += np.bincount(np.delete(predicted, d), minlength=self.classes + 1)
         matrix[:, -1] += np.bincount(np.delete(actual, t), minlength=self.classes + 1)
         return torch.from_numpy(matrix)
+
+    def samples(self, files, iou=0.5):
+        """The rows of samples.csv, by index: name, score (F1 of the image's boxes, class by class, with the detections
+        from `best_threshold` on; 1 where nothing is and nothing is found), its boxes, detections and hits."""
+        detections, truths = self._sorted()
+        detections = detections[detections[:, 4] >= self.best_threshold(iou)[0]]
+        groups = self._groups(detections)
+        d, t, ious = _pairs(detections, groups, truths, self._groups(truths), iou)
+        order = np.lexsort((-ious, d))  # the highest scores first, each takes the truth of highest IoU
+        d, t = d[order], t[order]
+        hit = _greedy(groups[d], d, t, np.ones((len(d), 1), bool), np.zeros((len(detections), 1), bool),
+                      np.zeros((len(truths), 1), bool))[:, 0]
+        found, boxes, hits = (np.bincount(images.astype(int), minlength=self.images)
+                              for images in (detections[:, -1], truths[:, -1], detections[d[hit], -1]))
+        f1 = np.where(found + boxes > 0, 2 * hits / np.maximum(found + boxes, 1), 1.0)
+        return [{"name": str(files[self.index[k]]), "score": float(f1[k]), "boxes": int(boxes[k]),
+                 "detections": int(found[k]), "hits": int(hits[k])}
+                for k in np.argsort(self.index, kind="stable")]
 
     def _sorted(self):
         """-> detections (n, 7), truths (m, 6), by image, by class, the best score first; at most max_det of each."""

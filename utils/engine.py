@@ -259,8 +259,8 @@ def check_debug(history):
     """--debug: raises NumericalError when the loss of the last epoch is not lower than that of the first."""
     first, last = (history[i]["loss"] for i in (0, -1))
     if not last < first:
-        raise NumericalError(f"--debug: the loss did not fall, from {first:.4g} to {last:.4g}; look at train_batch.png, "
-                             f"--lr and the labels")
+        raise NumericalError(f"--debug: the loss did not fall, {first:.4g} before and {last:.4g} after; look at --lr "
+                             f"and at train_batch.png")
     dist.print0(f"--debug: the loss fell from {first:.4g} to {last:.4g}")
 
 

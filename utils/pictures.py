@@ -150,6 +150,27 @@ def contact_sheet(path, rows, *, titles=None, captions=None, legend=None, max_si
         sheet.save(temporary)
 
 
+def segmentation_row(image, mask, prob=None, *, threshold=0.5, ignore=255, bands=None):
+    """-> pictures of one image, all of its size: image, label; with prob also prediction and errors. As in
+    `segmentation_sheet`."""
+    rgb = to_rgb(image, bands)
+    mask = _array(mask).reshape(rgb.shape[:2])
+    truth = np.where(mask == ignore, 0, mask).astype(np.int64)
+    row = [rgb, overlay(rgb, truth)]
+    if prob is None:
+        return row
+    prob = _array(prob)
+    if prob.ndim == 3 and len(prob) > 1:
+        prediction = prob.argmax(0)
+        shown = overlay(rgb, prediction)
+    else:
+        prediction = (prob.reshape(truth.shape) > threshold).astype(np.int64)
+        shown = overlay(heat(prob.reshape(truth.shape)), prediction, colour=PALETTE[0], alpha=0)
+    errors = np.where(mask == ignore, 0, error_map(truth, prediction))
+    grey = np.repeat(rgb.mean(-1, keepdims=True), 3, -1).astype(np.uint8)
+    return [*row, shown, overlay(grey, errors, palette=list(ERRORS.values()), alpha=0.7)]
+
+
 def segmentation_sheet(path, images, masks, probs=None, names=None, *, classes=None, threshold=0.5, ignore=255,
                        bands=None, limit=16, max_side=256):
     """Writes image | label (the first training batch) or, with probs, image | truth | prediction | errors.
@@ -160,21 +181,10 @@ def segmentation_sheet(path, images, masks, probs=None, names=None, *, classes=N
     classes: the names of classes 1, 2, ... for the legend. bands: see to_rgb. At most `limit` images are drawn.
     """
     rows, legend = [], dict(zip(classes or (), map(tuple, PALETTE)))
+    several = probs is not None and probs[0].ndim == 3 and len(probs[0]) > 1
     for i, image in enumerate(images[:limit]):
-        rgb = to_rgb(image, bands)
-        mask = _array(masks[i]).reshape(rgb.shape[:2])
-        truth = np.where(mask == ignore, 0, mask).astype(np.int64)
-        rows.append([rgb, overlay(rgb, truth)])
-        if probs is None:
-            continue
-        prob = _array(probs[i])
-        several = prob.ndim == 3 and len(prob) > 1
-        prediction = prob.argmax(0) if several else (prob.reshape(truth.shape) > threshold).astype(np.int64)
-        shown = overlay(rgb, prediction) if several else \
-            overlay(heat(prob.reshape(truth.shape)), prediction, colour=PALETTE[0], alpha=0)
-        errors = np.where(mask == ignore, 0, error_map(truth, prediction))
-        grey = np.repeat(rgb.mean(-1, keepdims=True), 3, -1).astype(np.uint8)
-        rows[-1] += [shown, overlay(grey, errors, palette=list(ERRORS.values()), alpha=0.7)]
+        rows.append(segmentation_row(image, masks[i], None if probs is None else probs[i], threshold=threshold,
+                                     ignore=ignore, bands=bands))
     titles, captions = ["image", "truth", "prediction" if probs is None or several else "probability", "errors"], names
     if probs is not None:
         legend |= {name: colour for name, colour in ERRORS.items() if several or name != "wrong class"}
