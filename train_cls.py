@@ -104,6 +104,9 @@ def main():
     elif drop:
         raise UserError(f"--drop, --drop-path: {args.net} has neither; leave them out, or take an EfficientNetV2")
     model = backbones.make(**arch, **drop, grad_checkpoint=args.grad_checkpoint)
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    if not table.exclusive:
+        first_guess(linear, (table.labels if args.synthesize else answers).mean(0))
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
@@ -117,13 +120,15 @@ def main():
     def inputs(batch):
         return cls.see(batch, args.imgsz, scale, *norm)
 
-    net, linear = model, [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    net = model
+
+    def mixed(batch):
+        x, labels = inputs(batch), batch["label"]
+        return mix.for_labels(x, labels, p_mixup=args.mixup, p_cutmix=args.cutmix, p_snapmix=args.snapmix,
+                              heat=lambda: mix.heat(net, linear.weight, x, labels), p_gridmask=args.gridmask)
 
     def compute_loss(model, batch):
-        x = inputs(batch)
-        x, labels = mix.for_labels(x, batch["label"], p_mixup=args.mixup, p_cutmix=args.cutmix, p_snapmix=args.snapmix,
-                                   heat=lambda: mix.heat(net, linear.weight, x, batch["label"]),
-                                   p_gridmask=args.gridmask)
+        x, labels = mixed(batch)
         logits = model(x)
         parts = {name: LOSSES[name](logits, labels, args.label_smoothing) for name, _ in args.loss}
         return sum(weight * parts[name] for name, weight in args.loss), parts if len(parts) > 1 else {}
@@ -147,6 +152,11 @@ def main():
         if not table.exclusive:  # a threshold per class; predict.py takes them from the checkpoint
             header["threshold"] = metric.best_thresholds()
         return metric.compute()
+
+    if args.show_augment:
+        if dist.rank() == 0:
+            show(folder / "augment.png", train_data, lambda batch: mixed(engine.to_device(batch, device)), table.names)
+        return
 
     # ---- training ----
     if dist.rank() == 0:
@@ -181,6 +191,27 @@ def split(args, folder, table):
         dist.print0(f"subset of {len(smaller)}: the classes' shares change by at most {np.abs(change).max():.4f}")
         train = smaller
     return train, val
+
+
+def show(path, data, mixed, names, samples=8, epochs=6):
+    """A sheet of what is trained on: a row per image, a column per epoch; labels above 1 % are written below."""
+    columns, captions = [], []
+    for epoch in range(epochs):
+        images, labels = mixed(cls.collate([data[epoch, i] for i in range(samples)]))
+        columns.append([pictures.to_rgb(image) for image in images])
+        captions.append([" ".join(name if share > 0.99 else f"{name} {share:.2f}" for name, share in zip(names, row)
+                                  if share > 0.01) for row in labels.tolist()])
+    pictures.contact_sheet(path, list(zip(*columns)), captions=list(zip(*captions)),
+                           titles=[f"epoch {k + 1}" for k in range(epochs)])
+    print(path)
+
+
+def first_guess(linear, shares):
+    """The classifier starts with the classes' frequencies (Lin et al. 2017, section 3.3): else it takes the first
+    hundreds of steps to find that most letters are absent from most images."""
+    shares = torch.as_tensor(shares).clamp(0.001, 0.999)
+    torch.nn.init.normal_(linear.weight, 0, 0.01)
+    linear.bias.data.copy_((shares / (1 - shares)).log())
 
 
 def final(state, judge, names, folder, device, amp, files):

@@ -20,7 +20,7 @@ from data import augment, det, folds, images, labels
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures_det, report, runs
+from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures, pictures_det, report, runs
 from utils.args import band_list, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
 
@@ -219,6 +219,11 @@ def experiment(args, device, folder, resume):
         began = time.monotonic()
         return judge(model).compute() | {"val_seconds": time.monotonic() - began}
 
+    if args.show_augment:
+        if dist.rank() == 0:
+            show(folder / "augment.png", train_data, inputs, names)
+        return
+
     # ---- training ----
     if dist.rank() == 0:
         params = sum(p.numel() for p in model.parameters())
@@ -243,6 +248,17 @@ def experiment(args, device, folder, resume):
         engine.check_debug(state.history)
     if val:
         final(state, judge, names, folder, device, args.amp, [data.files[i] for i in val])
+
+
+def show(path, data, inputs, names, samples=8, epochs=4):
+    """A sheet of what is trained on: a row per image (and those around it), a column per epoch."""
+    columns = []
+    for epoch in range(epochs):
+        batch = det.collate([data[epoch, i] for i in range(samples)])
+        columns.append([pictures_det.draw_boxes(pictures.to_rgb((x * 255).byte()), rows[:, :4], rows[:, 4].long(), names)
+                        for x, rows in zip(inputs(batch), det.truths(batch))])
+    pictures.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)], max_side=320)
+    print(path)
 
 
 def split(args, folder, data):

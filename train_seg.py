@@ -114,9 +114,12 @@ def main():
     known = BINARY if args.classes == 1 else SEVERAL
     terms = args.loss or ([("lovasz_elu", 1.0)] if args.classes == 1 else [("lovasz", 1.0), ("ce", 1.0)])
 
+    def mixed(batch):
+        return mix.for_masks(batch["image"], batch["mask"], p_mixup=args.mixup, p_cutmix=args.cutmix,
+                             p_gridmask=args.gridmask, p_cutout=args.cutout)
+
     def compute_loss(model, batch):
-        image, targets = mix.for_masks(batch["image"], batch["mask"], p_mixup=args.mixup, p_cutmix=args.cutmix,
-                                       p_gridmask=args.gridmask, p_cutout=args.cutout)
+        image, targets = mixed(batch)
         logits = model(inputs(batch | {"image": image}))
         logits, present = logits if args.presence else (logits, None)
         parts = {name: sum(share * known[name](logits, mask, args.ignore, args.label_smoothing)
@@ -163,6 +166,11 @@ def main():
             yield pictures.segmentation_row(sample["image"], sample["mask"], predict(model, batch, flips=True)[0],
                                             ignore=args.ignore)
 
+    if args.show_augment:
+        if dist.rank() == 0:
+            show(folder / "augment.png", train_data, mixed)
+        return
+
     # ---- training ----
     if dist.rank() == 0:
         params = sum(p.numel() for p in model.parameters())
@@ -179,6 +187,17 @@ def main():
         engine.check_debug(state.history)
     if val:
         final(state, evaluate, draw, folder, device, args.amp, args.ignore, [paired[i][0] for i in val])
+
+
+def show(path, data, mixed, samples=8, epochs=6):
+    """A sheet of what is trained on: a row per tile, a column per epoch, labels drawn in."""
+    columns = []
+    for epoch in range(epochs):
+        batch = torch.utils.data.default_collate([data[epoch, i] for i in range(min(samples, len(data)))])
+        image, [(masks, _), *_] = mixed(batch)
+        columns.append([pictures.overlay(pictures.to_rgb(x), mask) for x, mask in zip(image, masks)])
+    pictures.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)])
+    print(path)
 
 
 def check_flags(args):

@@ -84,6 +84,7 @@ def train_parser(description, task, **defaults):
     add("--data", metavar="DIR", help="the data's folder")
     add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on "
         "these: data of others, pseudo labels of predict.py; a weight says how often they come, beside 1")
+    add("--show-augment", action="store_true", help="only draw what training would see: augment.png, samples by epochs")
     add("--debug", action="store_true", help="two epochs on a few samples, to see that all works and the loss falls")
     add("--epochs", type=whole(1, 10**6), help="passes over the (repeated) data")
     add("--bs", type=whole(1, 65536), help="global batch size, shared by the processes")
