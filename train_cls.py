@@ -27,7 +27,7 @@ LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
 
 def parse_args():
     parser = train_parser(__doc__.splitlines()[0], "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
-                          optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01)
+                          optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01, folds=None)
     add = parser.add_argument_group("classification").add_argument
     add("--net", choices=backbones.NAMES, default="efficientnetv2_s")
     add("--bands", type=band_list, help="such as 1 or 1-3; without: all of the first image")
@@ -93,7 +93,7 @@ def main():
                            cutout=args.cutout, p_affine=args.p_affine, p_cutout=0.5 if args.cutout else 0.0)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
                           parts=round(1 / args.val_interval), collate=cls.collate,
-                          weights=weights if set(weights) != {1.0} else None)
+                          weights=weights if set(weights) - {1.0} else None)
 
     # ---- net ----
     arch = dict(name=args.net, in_chans=len(bands), num_classes=len(table.names))
@@ -179,11 +179,13 @@ def main():
 
 
 def split(args, folder, table):
-    """Indices to train and to validate on; of the former those of --subset."""
+    """Indices to train and to validate on; of the former those of --subset. Without --folds: a fifth is held out, with
+    --synthesize, which trains on none of the files, all are."""
     names = [os.path.relpath(path, args.data) for path in table.files]
     groups = folds.read_groups(args.groups, names) if args.groups else None
-    train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, files=table.files, groups=groups,
-                              strata=cls.strata(table.labels), drop=args.drop_noisy)
+    spec = folds.parse(args.folds or "5") if args.folds or not args.synthesize else dict.fromkeys(names, args.fold)
+    train, val = folds.of_run(folder, names, spec, args.fold, files=table.files, groups=groups,
+                              strata=cls.strata(table.labels), drop=args.drop_noisy, untrained=bool(args.synthesize))
     if args.subset and args.subset < len(train):
         chosen = cls.subset(table.labels[train], args.subset, seed=args.seed)
         smaller = [train[i] for i in chosen]

@@ -255,8 +255,9 @@ def show(path, data, inputs, names, samples=8, epochs=4):
     columns = []
     for epoch in range(epochs):
         batch = det.collate([data[epoch, i] for i in range(samples)])
-        columns.append([pictures_det.draw_boxes(pictures.to_rgb((x * 255).byte()), rows[:, :4], rows[:, 4].long(), names)
-                        for x, rows in zip(inputs(batch), det.truths(batch))])
+        shown = (pictures.to_rgb((x * 255).byte()) for x in inputs(batch))
+        columns.append([pictures_det.draw_boxes(rgb, rows[:, :4], rows[:, 4].long(), names)
+                        for rgb, rows in zip(shown, det.truths(batch))])
     pictures.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)], max_side=320)
     print(path)
 

@@ -93,7 +93,7 @@ def main():
     train_data = seg.SegData(paired_train, imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
                              gain=args.gain, p_object=args.p_object, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          weights=weights * args.repeat if set(weights) != {1.0} else None)
+                          weights=weights * args.repeat if set(weights) - {1.0} else None)
 
     # ---- net ----
     arch = dict(encoder=args.encoder, in_chans=len(bands) * (1 + args.mean_planes), classes=args.classes,

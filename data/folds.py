@@ -82,11 +82,11 @@ def read(path, names):
     return {n: fold_of[n] for n in names}
 
 
-def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=None):
+def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=None, untrained=False):
     """-> (indices of the samples to train on, to validate on), by the folds.json in the run's folder, which a resumed
     run finds there. A new run writes it, and prints `leaks` of the files. spec: of `parse`, or the split itself {name:
     fold}; None: nothing to validate. strata, groups: of `assign`. drop: (a noise.csv, the number of its worst
-    files that are not trained on).
+    files that are not trained on). untrained: all may be held out, for what is trained on is made.
     """
     noisy = {os.path.realpath(name) for name in review.read_noise(drop[0])[:drop[1]]} if drop else set()
     clean = [i for i, file in enumerate(files) if not noisy or os.path.realpath(file) not in noisy]
@@ -98,7 +98,7 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
         spec = read(spec, names)
     elif isinstance(spec, list):
         spec = assign(names, spec, strata=strata, groups=groups)
-    held_out = set(split(spec, fold)[1])
+    held_out = set(split(spec, fold, untrained)[1])
     train = [i for i in clean if names[i] not in held_out]
     val = [i for i, name in enumerate(names) if name in held_out]
     if dist.rank() == 0 and not written.exists():
@@ -124,11 +124,11 @@ def read_groups(path, names):
     return [group_of[n] for n in names]
 
 
-def split(fold_of, fold):
-    """-> (training names, validation names)."""
+def split(fold_of, fold, untrained=False):
+    """-> (training names, validation names). UserError when one of them is empty, the former unless `untrained`."""
     train = [name for name, k in fold_of.items() if k != fold]
     val = [name for name, k in fold_of.items() if k == fold]
-    if not train or not val:
+    if not (train or untrained) or not val:
         there = ", ".join(map(str, sorted(set(fold_of.values()))))
         raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are "
                         f"the folds {there}")

@@ -299,6 +299,35 @@ def test_wrong_input_is_named():
             DetectionAP(3).update(found, [torch.full((1, 5), float(value))])
 
 
+def overlap(a, b):
+    width, height = (min(a[2 + i], b[2 + i]) - max(a[i], b[i]) for i in (0, 1))
+    shared = max(width, 0) * max(height, 0)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_scores_of_images_against_a_loop(seed):
+    """Image by image, and by the images' numbers, in whatever order they came."""
+    found, actual = case(seed, images=10, ties=False)
+    order = np.random.default_rng(seed).permutation(10)
+    result = DetectionAP(3)
+    for part in np.array_split(order, 4):
+        result.update([found[i] for i in part], [actual[i] for i in part], part)
+    threshold, _ = result.best_threshold()
+    rows = result.samples([f"{i}.png" for i in range(10)])
+    assert [row["name"] for row in rows] == [f"{i}.png" for i in range(10)]
+    for row, some, truth in zip(rows, found, actual):
+        some = sorted((d for d in some.tolist() if d[4] >= threshold), key=lambda d: -d[4])
+        free, hits = truth.tolist(), 0
+        for d in some:
+            best = max((t for t in free if t[4] == d[5]), key=lambda t: overlap(d, t), default=None)
+            if best and overlap(d, best) >= 0.5:
+                free.remove(best)
+                hits += 1
+        assert (row["boxes"], row["detections"], row["hits"]) == (len(truth), len(some), hits)
+        assert row["score"] == (2 * hits / (len(truth) + len(some)) if len(truth) + len(some) else 1)
+
+
 def everything(result):
     recalls, precision = result.curve()
     return json.loads(json.dumps([result.compute(), result.per_class(), result.best_threshold(), precision.tolist(),

@@ -214,7 +214,7 @@ def test_segmentation(script, tmp_path, monkeypatch, classes, how):
         "mean_planes": False, "imgsz": 64, "args": {"data": "nowhere"}, "model": net.state_dict(), "ema": None})
     scene = write_tif(tmp_path / "scene.tif", tile(3, 45, 92)[0])
     seen, decide = [], predict.decide
-    monkeypatch.setattr(predict, "decide", lambda probs, t: seen.append(probs.clone()) or decide(probs, t))
+    monkeypatch.setattr(predict, "decide", lambda probs, *rest: seen.append(probs.clone()) or decide(probs, *rest))
     script(predict, "--task", "seg", *CPU, "--weights", "net.pt", "--source", scene, "--out", "out", "--tta", "hflip",
            "rot90", "scale", *(["--merge", how] if how != "mean" else []))
     x = images.read(scene, [7, 6, 5]).numpy().astype(np.float32) / 65535

@@ -1,0 +1,371 @@
+"""What train_seg.py and predict.py offer beyond the recipe: averages, losses, presence, thresholds, records; on tiny tiles.
+
+Mixing, pseudo labels and extra data are in test_playbook_data.py.
+"""
+import csv
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import predict
+import train_seg
+from data import images, seg
+from nets.unet import UNet, probabilities
+from tests.conftest import TINY, write_wildfire
+from tests.test_scripts_seg import masks_of
+from utils import checkpoint, metrics, optim, report
+
+TRAIN = [*TINY, "--amp", "off", "--folds", "3", "--lr", "0.01"]
+PREDICT = ["--task", "seg", "--device", "cpu", "--amp", "off", "--workers", 0]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_wildfire(tmp_path_factory.mktemp("small") / "Wildfire", train=6, test=2, size=(32, 32))
+
+
+@pytest.fixture(scope="module")
+def averaged(small, tmp_path_factory):
+    """A run of four epochs of one step each, of which SWA takes the last two; its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("averaged"))
+        patch.setattr("sys.argv", ["train_seg.py", "--data", str(small), *TRAIN, "--epochs", "4", "--optimizer", "adamp",
+                                   "--lookahead", "3", "--swa", "0.5", "--no-ema", "--save-period", "1"])
+        train_seg.main()
+        return Path("runs/seg/exp").resolve()
+
+
+def net_of(state):
+    """A checkpoint's net, not fused."""
+    return checkpoint.load_weights(UNet(**state["arch"]["kwargs"]).eval(), state, "")
+
+
+def planes(path):
+    """The net's input (1, 14, H, W), made with numpy."""
+    x = images.read(path)[:7].numpy().astype(np.float64) / 65535
+    means = [np.full_like(band, band[band > 0].mean()) for band in x]
+    return torch.from_numpy(np.concatenate((x, means)).astype(np.float32))[None]
+
+
+@torch.no_grad()
+def said(state, path, flips=((),)):
+    """Probabilities (K, H, W) float64, the mean over flips."""
+    net, x = net_of(state), planes(path)
+    return np.mean([probabilities(net(x.flip(axes))).flip(axes)[0].double().numpy() for axes in flips], 0)
+
+
+def files_of(small):
+    return sorted((small / "test_img").iterdir())
+
+
+def agree(masks, probs, threshold):
+    """Masks are the probabilities above the threshold, but for pixels that rounding may decide; and both occur."""
+    sure = np.abs(probs - threshold) > 1e-5
+    assert sure.mean() > 0.99 and 0 < masks[sure].mean() < 1 and (masks[sure] == (probs > threshold)[sure]).all()
+
+
+def centred(averaged, small, name, **changes):
+    """One of the run's checkpoints, surer of itself: logits of median 0 and deviation 1 on the test images. -> state"""
+    state = checkpoint.load(averaged / name)
+    probs = np.concatenate([said(state, path).ravel() for path in files_of(small)])
+    logits = np.log(probs / (1 - probs))
+    state["model"]["head.bias"] -= float(np.median(logits))
+    for part in ("weight", "bias"):
+        state["model"][f"head.{part}"] /= float(logits.std())
+    return state | changes
+
+
+# ---- optimizers and averages -----------------------------------------------------------------------------------------
+def check_swa(run, taken):
+    """swa.pt holds the mean of the weights at the ends of the epochs `taken`, and batch norms of its own."""
+    swa, *ends = (checkpoint.load(run / name) for name in ("swa.pt", *(f"epoch_{epoch}.pt" for epoch in taken)))
+    weights = {name for name, _ in net_of(swa).named_parameters()}
+    for name, tensor in swa["model"].items():
+        mean = torch.stack([end["model"][name].double() for end in ends]).mean(0)
+        if name in weights:
+            torch.testing.assert_close(tensor.double(), mean, atol=1e-6, rtol=1e-5)
+        elif name.endswith(("running_mean", "running_var")):
+            assert not torch.allclose(tensor.double(), mean) and not torch.equal(tensor, ends[-1]["model"][name])
+    moved = [not torch.equal(ends[0]["model"][name], ends[-1]["model"][name]) for name in weights]
+    assert sum(moved) > len(moved) / 2 or len(ends) == 1
+    assert "optimizer" not in swa and {"iou", "f1"} <= swa["swa_scores"].keys()
+    return swa
+
+
+def test_a_constant_rate_is_averaged_and_predicts(script, averaged, small):
+    swa, rates = check_swa(averaged, (3, 4)), [row["lr"] for row in checkpoint.load(averaged / "last.pt")["history"]]
+    assert rates[2:] == pytest.approx([0.002, 0.002]) and rates[0] == pytest.approx(0.01)
+    script(predict, *PREDICT, "--weights", averaged / "swa.pt", "--out", "out")
+    for path in files_of(small):
+        probs = said(swa, path)[0]
+        sure = np.abs(probs - swa["threshold"]) > 1e-5
+        assert (masks_of("out")[path.name][sure] == (probs > swa["threshold"])[sure]).all() and sure.mean() > 0.9
+        assert np.abs(probs - said(checkpoint.load(averaged / "epoch_4.pt"), path)[0]).max() > 1e-3
+
+
+def test_lookaheads_slow_weights_are_those_after_every_third_step(averaged):
+    state, third = checkpoint.load(averaged / "last.pt"), checkpoint.load(averaged / "epoch_3.pt")
+    assert state["step"] == 4 and state["optimizer"]["name"] == "AdamP"
+    slow = state["optimizer"]["state"]["lookahead"]
+    want = [p for group in optim.param_groups(net_of(third), 0.0) for p in group["params"]]
+    assert slow["steps"] == 1 and len(slow["slow"]) == len(want) and all(map(torch.equal, slow["slow"], want))
+
+
+def test_cycles_are_averaged_at_their_ends(script, small):
+    script(train_seg, "--data", small, *TRAIN, "--epochs", 4, "--optimizer", "radam", "--swa", 1, "--swa-cycle", 2,
+           "--no-ema", "--save-period", 1)
+    check_swa(Path("runs/seg/exp"), (2, 4))
+    state = checkpoint.load("runs/seg/exp/last.pt")
+    rates = [row["lr"] for row in state["history"]]
+    assert state["optimizer"]["name"] == "RAdam" and rates == pytest.approx([0.001005, 0.00001] * 2)
+
+
+def test_soup_is_the_net_of_the_mean_weights(script, refused, averaged, small, tmp_path):
+    one, two = (centred(averaged, small, name) for name in ("epoch_2.pt", "epoch_4.pt"))
+    mean = {name: ((a.double() + two["model"][name].double()) / 2).to(a.dtype) for name, a in one["model"].items()}
+    for name, state in (("one.pt", one), ("two.pt", two)):
+        checkpoint.save(tmp_path / name, state)
+    probs = [said(one | {"model": mean}, path)[0] for path in files_of(small)]
+    threshold = float(np.median(probs))
+    flags = [*PREDICT, "--weights", "one.pt", "two.pt", "--threshold", threshold]
+    script(predict, *flags, "--soup", "--out", "soup")
+    script(predict, *flags, "--out", "ensemble")
+    for path, own in zip(files_of(small), probs):
+        agree(masks_of("soup")[path.name], own, threshold)
+    assert any((masks_of("soup")[path.name] != masks_of("ensemble")[path.name]).any() for path in files_of(small))
+    kwargs = one["arch"]["kwargs"] | {"decoder": [8, 8, 8, 16]}
+    checkpoint.save(tmp_path / "wide.pt", one | {"arch": {"name": "UNet", "kwargs": kwargs},
+                                                 "model": UNet(**kwargs).state_dict()})
+    refused(predict, *PREDICT, "--soup", "--weights", "one.pt", "wide.pt", says=["wide.pt", "another net"])
+
+
+# ---- nets and losses -------------------------------------------------------------------------------------------------
+def test_hrnetv2(script, refused, small):
+    flags = ["--data", small, *TRAIN, "--encoder", "hrnet_w18_small", "--decoder"]
+    script(train_seg, *flags)
+    state = checkpoint.load("runs/seg/exp/last.pt")
+    assert state["arch"]["kwargs"]["decoder"] == [] and np.isfinite(state["history"][-1]["loss"])
+    script(predict, *PREDICT, "--threshold", 0.5, "--out", "out")
+    best = checkpoint.load("runs/seg/exp/best.pt")
+    for path in files_of(small):
+        probs = said(best, path)[0]
+        sure = np.abs(probs - 0.5) > 1e-5
+        assert (masks_of("out")[path.name] == (probs > 0.5))[sure].all() and sure.mean() > 0.9
+    refused(train_seg, *flags, 8, says=["--decoder", "1 blocks", "at least 3, or none"])
+
+
+def binary_values(z, y, s):
+    """Logits and labels (n,) that count -> {loss: float64}, written out."""
+    p, soft = 1 / (1 + np.exp(-z)), y * (1 - s) + s / 2
+    entropy = [-(t * np.log(p) + (1 - t) * np.log(1 - p)) for t in (soft, y)]
+    return {"bce": entropy[0].mean(), "focal": (entropy[0] * np.abs(soft - p) ** 2).mean(),
+            "dice": 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1),
+            "topk": np.sort(entropy[1])[-int(len(y) / 10):].mean()}
+
+
+def several_values(z, y, s):
+    """The same for logits (n, classes)."""
+    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+    own, truth = -log_p[np.arange(len(y)), y.astype(int)], np.eye(z.shape[1])[y.astype(int)]
+    dice = [1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1) for p, t in zip(np.exp(log_p).T, truth.T)]
+    return {"ce": ((1 - s) * own - s * log_p.mean(1)).mean(), "focal": (own * (1 - np.exp(-own)) ** 2).mean(),
+            "dice": np.mean(dice), "topk": np.sort(own)[-int(len(y) / 10):].mean()}
+
+
+@pytest.mark.parametrize("classes, known, values", [(1, train_seg.BINARY, binary_values),
+                                                    (3, train_seg.SEVERAL, several_values)])
+def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
+    rng = np.random.default_rng(classes)
+    z, y = rng.normal(size=(4, classes, 9, 11)), rng.integers(0, max(classes, 2), (4, 9, 11))
+    y[rng.random(y.shape) < 0.3] = 255
+    valid, mask = y != 255, torch.from_numpy(y.astype(np.uint8))
+    for s in (0.0, 0.2):
+        flat = z.transpose(0, 2, 3, 1)[valid]
+        want = values(flat[:, 0] if classes == 1 else flat, y[valid].astype(float), s)
+        assert want.keys() | {"lovasz", "lovasz_elu"} >= known.keys() and len(want) == 4
+        for name, loss in known.items():
+            logits = torch.from_numpy(z.copy()).requires_grad_()
+            value = loss(logits, mask, 255, s)
+            value.backward()
+            outside = ~torch.from_numpy(valid)[:, None].expand_as(logits)
+            assert (logits.grad[outside] == 0).all() and (logits.grad != 0).any(), name
+            other = torch.where(outside, 40.0, logits.detach())
+            assert float(loss(other, mask, 255, s)) == pytest.approx(float(value), abs=1e-9), name
+            if name in want:
+                assert float(value) == pytest.approx(want[name], abs=1e-6), (name, s)
+
+
+@pytest.mark.parametrize("classes, terms", [(1, {"dice": 1, "focal": 2, "topk": 0.5}), (3, {"dice": 1, "topk": 3}),
+                                            (3, {"focal": 1, "ce": 1})])
+def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms):
+    root = write_wildfire(tmp_path / "data", train=4, test=1, size=(32, 32), classes=classes)
+    known, seen = train_seg.BINARY if classes == 1 else train_seg.SEVERAL, []
+    for name in terms:
+        monkeypatch.setitem(known, name, lambda *args, loss=known[name]: seen.append(args[2:]) or loss(*args))
+    script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--classes", classes, "--ignore", 255, "--label-smoothing",
+           0.1, "--loss", *(f"{name}={weight}" for name, weight in terms.items()))
+    row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
+    assert row["loss"] == pytest.approx(sum(weight * row[name] for name, weight in terms.items()), rel=1e-5)
+    assert all(0 < row[name] < 10 for name in terms) and set(seen) == {(255, 0.1)}
+
+
+# ---- presence --------------------------------------------------------------------------------------------------------
+def test_presence_of_classes_in_masks():
+    rng = np.random.default_rng(0)
+    for classes in (1, 4):
+        masks = rng.choice([0, 1, 255] if classes == 1 else [0, 1, 2, 3, 255], (30, 2, 2)).astype(np.uint8)
+        for ignore in (255,):
+            want = [[float((mask == k).any()) for k in ([1] if classes == 1 else range(classes))] for mask in masks]
+            got = seg.presence(torch.from_numpy(masks), classes, ignore)
+            assert got.dtype == torch.float32 and got.tolist() == want
+    masks = torch.tensor([[[0, 2]], [[2, 2]], [[1, 0]]], dtype=torch.uint8)
+    assert seg.presence(masks, 3, 2).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 0]]  # an ignored class is not there
+    assert seg.presence(masks, 3).tolist() == [[1, 0, 1], [0, 0, 1], [1, 1, 0]]
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_absent_classes_get_no_pixels(classes):
+    torch.manual_seed(classes)
+    net = UNet(in_chans=3, classes=classes, conv0=(), decoder=(8, 8, 8, 8), presence=True)
+    with torch.no_grad():
+        net.presence.weight.normal_(std=30)
+        x = torch.randn(12, 3, 32, 32)
+        logits, present = net.train()(x)
+        assert logits.shape == (12, classes, 32, 32) and present.shape == (12, classes)
+        heard = []
+        net.presence.register_forward_hook(lambda module, inputs, output: heard.append(output.clone()))
+        got = net.eval()(x)
+        net.presence.bias.fill_(1e6)  # all are there: the decoder's logits as they are
+        plain = net(x)
+    told = heard[0]
+    assert (told < 0).any(0).all() and (told > 0).any(0).all() and plain.abs().max() < 30
+    for image in range(len(x)):
+        for k in range(classes):
+            absent = told[image, k] < 0 and (classes == 1 or k > 0)
+            assert torch.equal(got[image, k], torch.full((32, 32), -30.0) if absent else plain[image, k])
+
+
+def test_masks_are_empty_where_the_head_says_so(script, averaged, small, tmp_path):
+    one, two = files_of(small)
+    state = centred(averaged, small, "epoch_4.pt", threshold=0.4)
+    features = [net_of(state).encoder.features(_conv0(state, path))[-1].mean((2, 3))[0].detach() for path in (one, two)]
+    weight = (features[1] - features[0]) / (features[1] - features[0]).square().sum()
+    bias = -float(weight @ (features[0] + features[1])) / 2  # -0.5 for the first image, 0.5 for the second
+    head = {"presence.weight": weight[None], "presence.bias": torch.tensor([bias])}
+    arch = {"name": "UNet", "kwargs": state["arch"]["kwargs"] | {"presence": True}}
+    checkpoint.save(tmp_path / "net.pt", state | {"arch": arch, "model": state["model"] | head})
+    script(predict, *PREDICT, "--weights", "net.pt", "--out", "out")
+    assert not masks_of("out")[one.name].any() and said(state, one).max() > 0.4
+    agree(masks_of("out")[two.name], said(state, two)[0], 0.4)
+
+
+def _conv0(state, path):
+    x, net = planes(path), net_of(state)
+    for conv in net.conv0:
+        x = conv(x).relu()
+    return x
+
+
+# ---- thresholds ------------------------------------------------------------------------------------------------------
+def best_level(probs, masks, ignore=None):
+    """The level among 0.05 ... 0.95 with the highest IoU, counted in whole numbers; of equal ones nearest to 0.5."""
+    counted, found = np.ones_like(masks, bool) if ignore is None else masks != ignore, {}
+    for k in range(1, 20):
+        there, true = (probs > np.float32(k) / np.float32(20))[counted], masks[counted] == 1
+        union = int((there | true).sum())
+        found[k] = Fraction(int((there & true).sum()), union) if union else Fraction(0)
+    return max(found, key=lambda k: (found[k], -abs(k - 10))) / 20
+
+
+@pytest.mark.parametrize("ignore", [None, 255])
+def test_the_best_threshold_by_brute_force(ignore):
+    rng, chosen = np.random.default_rng(0), set()
+    values = (np.arange(41) / 40).astype(np.float32)  # every second one is a level itself
+    for case in range(60):
+        metric = metrics.BinaryIoU(ignore=ignore)
+        probs = rng.choice(values[rng.integers(20):][:rng.integers(1, 21)], (6, 3, 4)).astype(np.float32)
+        if case % 2:  # many ties
+            probs = probs.round(1)
+        masks = (rng.random(probs.shape) < probs * rng.choice([0, 0.7, 1.5])).astype(np.uint8)
+        if ignore:
+            masks[rng.random(masks.shape) < 0.3] = ignore
+        for part in (slice(0, 4), slice(4, 6)):
+            metric.update(torch.from_numpy(probs[part])[:, None], torch.from_numpy(masks[part]))
+        assert metric.best_threshold() == pytest.approx(best_level(probs, masks, ignore), abs=1e-6), case
+        chosen.add(round(metric.best_threshold(), 2))
+    assert len(chosen) > 6
+    nothing = metrics.BinaryIoU(ignore=ignore)
+    nothing.update(torch.rand(2, 3, 3), torch.zeros(2, 3, 3))
+    assert nothing.best_threshold() == metrics.BinaryIoU().best_threshold() == 0.5
+
+
+def test_checkpoints_keep_the_threshold_of_their_own_evaluation(averaged, small):
+    names = [name for name, fold in json.loads((averaged / "folds.json").read_text()).items() if fold == 0]
+    paired = seg.pairs(small / "train_img", small / "train_mask")
+    data, stored = seg.SegData([paired[name] for name in names], bands=list(range(1, 8)), scale=65535.0), {}
+    batch = {key: torch.stack([data[i][key] for i in range(len(data))]) for key in ("image", "mask")}
+    for name in ("epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "epoch_4.pt", "last.pt", "best.pt", "swa.pt"):
+        state = checkpoint.load(averaged / name)
+        with torch.inference_mode():
+            x = seg.add_mean_planes(batch["image"].contiguous(memory_format=torch.channels_last))
+            probs = probabilities(net_of(state).to(memory_format=torch.channels_last)(x))[:, 0]
+        stored[name] = state["threshold"]
+        assert stored[name] == pytest.approx(best_level(probs.numpy(), batch["mask"].numpy()), abs=1e-6), name
+    assert stored["last.pt"] == stored["epoch_4.pt"] and len(set(stored.values())) > 1
+
+
+def test_prediction_takes_the_stored_threshold(script, averaged, small, tmp_path):
+    one, two = (centred(averaged, small, name) for name in ("epoch_2.pt", "epoch_4.pt"))
+    probs = [np.stack([said(state, path)[0] for path in files_of(small)]) for state in (one, two)]
+    low, high = float(np.quantile(probs[0], 0.3)), float(np.quantile(probs[1], 0.6))
+    for name, state, threshold in (("one", one, low), ("two", two, high), ("none", two, None)):
+        checkpoint.save(tmp_path / f"{name}.pt", state | {"threshold": threshold})
+    checkpoint.save(tmp_path / "old.pt", {k: v for k, v in one.items() if k != "threshold"})
+    mean = (probs[0] + probs[1]) / 2
+    for names, flags, want, threshold in (
+            (["one"], [], probs[0], low), (["two"], [], probs[1], high),
+            (["one"], ["--threshold", high], probs[0], high), (["one", "two"], [], mean, (low + high) / 2),
+            (["old"], [], probs[0], 0.5), (["none"], [], probs[1], 0.5), (["old", "two"], [], mean, 0.5)):
+        out = f"out-{'-'.join(names)}{len(flags)}"
+        script(predict, *PREDICT, "--weights", *(f"{name}.pt" for name in names), *flags, "--out", out, "--no-overlays")
+        agree(np.stack([masks_of(out)[path.name] for path in files_of(small)]), want, threshold)
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+def test_samples_are_the_ious_of_the_last_weights_with_flips(averaged, small):
+    with open(averaged / "samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name, fold in json.loads((averaged / "folds.json").read_text()).items() if fold == 0]
+    assert [Path(row["name"]).stem for row in rows] == names and len(rows) == 2
+    state = checkpoint.load(averaged / "last.pt")
+    for row in rows:
+        mask = images.read(str(row["name"]).replace("img", "mask"))[0].numpy() == 1
+        there = said(state, row["name"], flips=((), (2,), (3,), (2, 3)))[0] > 0.5
+        union = (mask | there).sum()
+        assert float(row["score"]) == pytest.approx((mask & there).sum() / union if union else 1, abs=1e-6)
+        assert (int(row["area"]), int(row["predicted"])) == (mask.sum(), there.sum())
+
+
+def test_the_table_of_runs_shows_what_differs_from_the_defaults(script, averaged, capsys):
+    script(report, averaged.parent, "--format", "csv")
+    row, = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert {"--swa 0.5", "--optimizer adamp", "--lookahead 3", "--no-ema", "--epochs 4"} <= {
+        " ".join(part.split()) if part.startswith("--") else "" for part in _flags(row["flags"])}
+    assert not {"--swa-lr 0.2", "--momentum 0.9", "--ema"} & set(_flags(row["flags"])) and row["metric"] == "iou"
+
+
+def _flags(text):
+    return [f"--{part}".strip() for part in f" {text}".split(" --")[1:]]
+
+
+def test_debug(script, small, capsys):
+    script(train_seg, "--data", small, *TRAIN, "--loss", "bce", "--debug", "--epochs", 50, "--repeat", 4, "--swa", 0.5,
+           "--patience", 1, "--warmup-epochs", 9)
+    state = checkpoint.load("runs/seg/exp/last.pt")
+    first, second = (row["loss"] for row in state["history"])
+    assert second < first and f"--debug: the loss fell from {first:.4g} to {second:.4g}" in capsys.readouterr().out
+    assert not Path("runs/seg/exp/swa.pt").exists()
