@@ -12,23 +12,20 @@ Several checkpoints are averaged: folds, seeds and epochs make an ensemble.
 import argparse
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
-import rasterio
 import torch
-from PIL import Image
 from rasterio.windows import Window
 from tqdm import tqdm
 
-from data import cls, det, folds, images, pseudo, seg, submissions
+from data import cls, det, images, pseudo, seg, submissions
 from data.loader import eval_loader
 from nets import backbones
 from nets.blocks import fuse
 from nets.unet import UNet, probabilities
 from nets.yolo import YOLOv5
-from utils import boxes, checkpoint, dist, engine, ensemble, geometry, pictures, pictures_det, runs, tiles, tta
+from utils import boxes, checkpoint, dist, engine, ensemble, geometry, runs, tiles, tta
 from utils.args import Parser, real, whole
 from utils.errors import UserError, cli
 
@@ -169,7 +166,7 @@ def predict_seg(args, device, paths, states, nets):
             raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
                             f"another --source")
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
-    threshold = best_threshold(args, states)
+    threshold, drawn = best_threshold(args, states), dict(overlay=args.overlays, outlines=args.polygons)
     for folder in ("masks", *("overlays",) * args.overlays, *("polygons",) * args.polygons,
                    *("pseudo/train_mask",) * bool(args.pseudo)):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -186,11 +183,11 @@ def predict_seg(args, device, paths, states, nets):
                 for folder, masks in decided.items():
                     with submissions.new_mask(small[i], out / folder) as target:
                         target.write(masks[k].numpy(), 1)
-                finish(small[i], out, args, states[0]["bands"])
+                submissions.draw_mask(small[i], out, states[0]["bands"], **drawn)
             bar.update(len(batch["index"]) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
             predict_scene(file, sizes[file][1:], predict, threshold, tile, args, out)
-            finish(file, out, args, states[0]["bands"])
+            submissions.draw_mask(file, out, states[0]["bands"], **drawn)
             bar.update(dist.world_size())
     dist.barrier()
     if dist.rank() == 0:
@@ -252,18 +249,6 @@ def predict_scene(file, size, predict, threshold, tile, args, out):
                 targets[folder].write(mask.numpy(), 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
 
 
-def finish(file, out, args, bands):
-    """Overlay picture and polygons from a written mask."""
-    with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
-        if args.overlays:
-            reduced = tuple(max(1, round(side * min(1, 1024 / max(mask.shape)))) for side in mask.shape)
-            rgb = pictures.to_rgb(images.read(file, bands, shape=reduced))
-            picture = pictures.overlay(rgb, mask.read(1, out_shape=reduced))
-            Image.fromarray(picture).save(out / "overlays" / f"{file.stem}.png")
-        if args.polygons:
-            (out / "polygons" / f"{file.stem}.geojson").write_text(json.dumps(submissions.polygons(mask, file.stem)))
-
-
 # ---- detection ----
 def predict_det(args, device, paths, states, nets):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
@@ -290,7 +275,8 @@ def predict_det(args, device, paths, states, nets):
             found |= zip(batch["index"].tolist(), zip(*per_member))
             bar.update(len(batch["image"]) * dist.world_size())
     found = {view: rows for part in dist.gather(found) for view, rows in part.items()}
-    results = [merge(views, i, found, args) for i in range(len(files))]
+    results = [views.merge(i, found, iou=args.iou, max_det=args.max_det, weights=args.ensemble_weights)
+               for i in range(len(files))]
 
     names = states[0]["classes"]
     for folder in ("labels", "overlays") if args.overlays else ("labels",):
@@ -298,7 +284,7 @@ def predict_det(args, device, paths, states, nets):
     for file, size, rows in list(zip(files, views.sizes, results))[dist.rank()::dist.world_size()]:
         (out / "labels" / f"{file.stem}.txt").write_text(submissions.yolo_lines(rows, *size))
         if args.overlays:
-            draw(out / "overlays" / f"{file.stem}.jpg", file, size, rows, names, states[0]["bands"])
+            submissions.draw_boxes(out / "overlays" / f"{file.stem}.jpg", file, size, rows, names, states[0]["bands"])
     if dist.rank() == 0:
         items = submissions.coco_items(results, ids, states[0]["category_ids"])
         (out / "coco.json").write_text(json.dumps(items))
@@ -335,38 +321,6 @@ def det_ensemble(args, device, states, nets):
     return predict
 
 
-def merge(views, i, found, args):
-    """All that was found in image i -> its detections (n, 6), within the image, in its pixels.
-
-    found: {view: detections of each checkpoint}. A checkpoint's views are joined by suppression, the checkpoints by
-    fusion.
-    """
-    height, width = views.sizes[i]
-    mine = range(views.first[i], views.first[i + 1])
-    per_member = []
-    for by_view in zip(*[found[k] for k in mine]):
-        rows = by_view[0]
-        if len(mine) > 1:
-            kept = [some if window is None else boxes.uncut(some, window, height, width)
-                    for some, (_, window) in zip(by_view, (views.items[k] for k in mine))]
-            rows = boxes.suppress(torch.cat(kept), iou=args.iou, max_det=args.max_det)
-        per_member.append(rows)
-    rows = per_member[0]
-    if len(per_member) > 1:
-        rows = boxes.wbf(per_member, weights=args.ensemble_weights)[:args.max_det]
-    rows = boxes.clip(rows, height, width)
-    return rows[(rows[:, 2:4] > rows[:, :2]).all(1)]
-
-
-def draw(path, file, size, rows, names, bands, limit=1920, score=0.25):
-    """A JPEG of the image, at most `limit` pixels a side, with the detections of at least this score."""
-    shape = det.reduced(size, limit)
-    rgb = pictures.to_rgb(det.read(file, bands, shape=shape))
-    rows = rows[rows[:, 4] >= score]
-    rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * (max(shape) / max(size)), rows[:, 5].long(), names, rows[:, 4])
-    Image.fromarray(rgb).save(path, quality=90)
-
-
 # ---- classification ----
 def predict_cls(args, device, paths, states, nets):
     """The competition's submission, probabilities, weighted ensembles of checkpoints and tables."""
@@ -389,7 +343,7 @@ def predict_cls(args, device, paths, states, nets):
         missing = next((key for key in keys if key not in table), None)
         if missing:
             raise UserError(f"{path}: has no row for {missing}; predict the same images")
-    known, labels = held_out(paths, states) if args.fit_weights else ([], None)
+    known, labels = cls.held_out(paths, states) if args.fit_weights else ([], None)
     for state in states:
         cls.check_bands(known + files, state["bands"])
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
@@ -397,7 +351,7 @@ def predict_cls(args, device, paths, states, nets):
     members = [class_probabilities(args, device, net, state, known + files, Path(path).parent.name)
                for net, path, state in zip(nets, paths, states)]
     if args.fit_weights:
-        shares, thresholds = fit([member[:len(known)] for member in members], labels, exclusive)
+        shares, thresholds = ensemble.fit([member[:len(known)] for member in members], labels, exclusive)
         if dist.rank() == 0:
             ensemble.write(out / "ensemble.json", paths, shares, names, () if exclusive else thresholds)
     members = [member[len(known):] for member in members]
@@ -428,47 +382,6 @@ def check_ensemble(args, paths):
     if args.ensemble_weights and len(args.ensemble_weights) != len(paths) + tables:
         raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {len(paths)} checkpoints and {tables} "
                         f"tables; give one each")
-
-
-def held_out(paths, states):
-    """-> the images that the runs of all checkpoints validated on (files), their labels (N, classes).
-
-    Only images that no member was trained on are fair to all: UserError where the runs held out different ones.
-    """
-    found = []
-    for path, state in zip(paths, states):
-        settings, split = state["args"], Path(path).parent / "folds.json"
-        if not {"data", "labels", "images", "fold"} <= settings.keys():
-            raise UserError(f"{path}: made by another version of this project; use that, or train again")
-        if not split.exists():
-            raise UserError(f"{split}: missing, so no images are known that {path} was not trained on; give "
-                            f"--ensemble-weights instead of --fit-weights")
-        table = cls.read(settings["data"], table=settings["labels"], folder=settings["images"])
-        if table.names != state["classes"]:
-            raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
-        names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split
-        out = {name for name, fold in folds.read(split, names).items() if fold == settings["fold"]}
-        found.append({file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
-                      if name in out})
-        if found[-1].keys() != found[0].keys():
-            raise UserError(f"{path}: its run held out other images than that of {paths[0]}; give --ensemble-weights "
-                            f"instead of --fit-weights (equal ones for the folds of one split)")
-    files, labels = zip(*found[0].values())
-    return list(files), np.stack(labels)
-
-
-def fit(members, labels, exclusive):
-    """Held-out probabilities -> weights (members,), thresholds (classes,), or 0.5 where classes are exclusive."""
-    shares = ensemble.fit_weights(members, labels, exclusive)
-    probs = ensemble.average(members, shares)
-    thresholds = 0.5 if exclusive else ensemble.fit_thresholds(probs, labels)
-    count = len(labels) if exclusive else labels.size
-    before = ensemble.hits(ensemble.average(members, np.ones(len(members))), labels, exclusive) / count
-    after = ensemble.hits(probs, labels, exclusive, thresholds) / count
-    if dist.rank() == 0:
-        print(f"fitted to {len(labels)} held-out images: weights {' '.join(f'{share:g}' for share in shares)}, "
-              f"accuracy {before:.4f} -> {after:.4f} (of these very images: optimistic)")
-    return shares, thresholds
 
 
 def class_probabilities(args, device, net, state, files, name):

@@ -5,6 +5,7 @@
     DATA/train/cat/*.jpg  DATA/train/dog/*.jpg
 """
 import csv
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -138,6 +139,33 @@ def with_names(extra, table, root):
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)
     labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
     return Table(extra.files, labels, table.names, table.exclusive)
+
+
+def held_out(paths, states):
+    """-> the images that the runs of all checkpoints validated on (files), their labels (N, classes).
+
+    Only images that no member was trained on are fair to all: UserError where the runs held out different ones.
+    """
+    found = []
+    for path, state in zip(paths, states):
+        settings, split = state["args"], Path(path).parent / "folds.json"
+        if not {"data", "labels", "images", "fold"} <= settings.keys():
+            raise UserError(f"{path}: made by another version of this project; use that, or train again")
+        if not split.exists():
+            raise UserError(f"{split}: missing, so no images are known that {path} was not trained on; give "
+                            f"--ensemble-weights instead of --fit-weights")
+        table = read(settings["data"], table=settings["labels"], folder=settings["images"])
+        if table.names != state["classes"]:
+            raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
+        names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split
+        out = {name for name, fold in folds.read(split, names).items() if fold == settings["fold"]}
+        found.append({file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
+                      if name in out})
+        if found[-1].keys() != found[0].keys():
+            raise UserError(f"{path}: its run held out other images than that of {paths[0]}; give --ensemble-weights "
+                            f"instead of --fit-weights (equal ones for the folds of one split)")
+    files, labels = zip(*found[0].values())
+    return list(files), np.stack(labels)
 
 
 def subset(labels, count, *, seed=0):

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, default_collate
 
 from data import augment, images
 from data.cache import Cache
-from utils import tiles
+from utils import boxes, tiles
 from utils.errors import UserError
 from utils.geometry import paste, scale, translate, warp_boxes
 
@@ -228,3 +228,25 @@ class Views(Dataset):
         image = image if image.dtype == torch.uint8 else image.float()
         sample = letterboxed(image, self.imgsz, self.shapes[k], to_read)
         return sample | {"boxes": torch.zeros(0, 5), "index": k}
+
+    def merge(self, i, found, *, iou, max_det, weights=None):
+        """All that was found in image i -> its detections (n, 6), within the image, in its pixels.
+
+        found: {view: detections (n, 6) of each checkpoint}. A checkpoint's views are joined by suppression, the
+        checkpoints by fusion. iou, max_det: of boxes.suppress; weights: of boxes.wbf.
+        """
+        height, width = self.sizes[i]
+        mine = range(self.first[i], self.first[i + 1])
+        per_member = []
+        for by_view in zip(*[found[k] for k in mine]):
+            rows = by_view[0]
+            if len(mine) > 1:
+                kept = [some if window is None else boxes.uncut(some, window, height, width)
+                        for some, (_, window) in zip(by_view, (self.items[k] for k in mine))]
+                rows = boxes.suppress(torch.cat(kept), iou=iou, max_det=max_det)
+            per_member.append(rows)
+        rows = per_member[0]
+        if len(per_member) > 1:
+            rows = boxes.wbf(per_member, weights=weights)[:max_det]
+        rows = boxes.clip(rows, height, width)
+        return rows[(rows[:, 2:4] > rows[:, :2]).all(1)]

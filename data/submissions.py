@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
+from PIL import Image
 from rasterio import features
 
-from data import images, labels
-from utils import boxes
+from data import det, images, labels
+from utils import boxes, pictures, pictures_det
 from utils.errors import UserError
 
 
@@ -49,6 +50,18 @@ def write_masks(files, sizes, out):
             masks[file.name] = mask.read(1)
     with open(out / "y_pred.pkl", "wb") as file:
         pickle.dump(masks, file)
+
+
+def draw_mask(file, out, bands, *, overlay, outlines):
+    """Overlay picture and polygons from a written mask, into folders of these names."""
+    with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
+        if overlay:
+            reduced = tuple(max(1, round(side * min(1, 1024 / max(mask.shape)))) for side in mask.shape)
+            rgb = pictures.to_rgb(images.read(file, bands, shape=reduced))
+            picture = pictures.overlay(rgb, mask.read(1, out_shape=reduced))
+            Image.fromarray(picture).save(out / "overlays" / f"{file.stem}.png")
+        if outlines:
+            (out / "polygons" / f"{file.stem}.geojson").write_text(json.dumps(polygons(mask, file.stem)))
 
 
 # ---- detection ----
@@ -99,6 +112,15 @@ def yolo_lines(rows, height, width):
     xywh = boxes.to_xywh(rows[:, :4].double()) / torch.tensor([width, height] * 2)
     return "".join(f"{int(label)} {x:.6f} {y:.6f} {w:.6f} {h:.6f} {score:.6f}\n"
                    for (x, y, w, h), (score, label) in zip(xywh.tolist(), rows[:, 4:].tolist()))
+
+
+def draw_boxes(path, file, size, rows, names, bands, limit=1920, score=0.25):
+    """A JPEG of the image, at most `limit` pixels a side, with the detections of at least this score."""
+    shape = det.reduced(size, limit)
+    rgb = pictures.to_rgb(det.read(file, bands, shape=shape))
+    rows = rows[rows[:, 4] >= score]
+    rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * (max(shape) / max(size)), rows[:, 5].long(), names, rows[:, 4])
+    Image.fromarray(rgb).save(path, quality=90)
 
 
 # ---- classification ----

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import predict
-from data import folds
+from data import cls, folds
 from tests.conftest import write_dirty
 from tests.test_bad_input_cls import FLAGS as CPU
 from tests.test_bad_input_cls import weights as net_at
@@ -355,7 +355,7 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     split = Path("runs/c/folds.json")
     folds_of = json.loads(split.read_text())
     for text, says in (("{", "not a split"), ("{}", "has no fold for"), (json.dumps(dict.fromkeys(folds_of, 0)),
-                                                                         "leaves 0 samples")):
+                                                                         "held out other images")):
         split.write_text(text)
         fails("--weights", zero, again, fit, says=says)
     split.write_text(json.dumps(folds_of))
@@ -378,7 +378,7 @@ def test_the_held_out_images_are_the_runs_own(root, tmp_path, monkeypatch):
     paths = [run("runs/a", root, fold=1), run("runs/b", root, fold=1)]
     states = [torch.load(path, weights_only=True) for path in paths]
     states[1]["args"]["data"] = "link"
-    files, labels = predict.held_out(paths, states)
+    files, labels = cls.held_out(paths, states)
     wanted = truth(root, "runs/a", 1)
     order = np.argsort([file.stem for file in wanted[0]])
     assert sorted(files) == sorted(wanted[0])

@@ -128,7 +128,7 @@ def test_polygons_of_several_classes_in_a_turned_system(tmp_path):
         source = write_tif(tmp_path / "a.tif", mask, crs=crs, transform=place)
         with submissions.new_mask(source, tmp_path / "masks") as target:
             target.write(mask, 1)
-        predict.finish(source, tmp_path, Namespace(overlays=False, polygons=True), [1])
+        submissions.draw_mask(source, tmp_path, [1], overlay=False, outlines=True)
         collection = json.loads((tmp_path / "polygons/a.geojson").read_text())
         drawn = rasterize([(f["geometry"], f["properties"]["class"]) for f in collection["features"]], mask.shape,
                           transform=place)
@@ -191,7 +191,7 @@ def test_the_memory_does_not_grow_with_the_scene(tmp_path):
                 file, out = tmp_path / f"{side}.tif", tmp_path / "out"
                 predict.predict_scene(file, (side, side), lambda raw: (raw[:, :1].float() > 8995).float(), 0.5, 256,
                                       args, out)
-                predict.finish(file, out, args, [1, 2, 3, 4])
+                submissions.draw_mask(file, out, [1, 2, 3, 4], overlay=True, outlines=True)
                 submissions.write_masks([file], {file: (4, side, side)}, out)
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             (tmp_path / "peaks").write_text(json.dumps(peaks))

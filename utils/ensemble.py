@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import runs
+from utils import dist, runs
 from utils.errors import UserError
 
 FACTORS = (0, 0.5, 1, 1.5, 2, 3)
@@ -113,3 +113,16 @@ def read(path, checkpoints, names, exclusive):
 def is_number(value, most):
     """Whether a value of a JSON is a number from 0 to `most`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def fit(members, labels, exclusive):
+    """Held-out probabilities -> weights (members,), thresholds (classes,), or 0.5 where classes are exclusive."""
+    shares = fit_weights(members, labels, exclusive)
+    probs = average(members, shares)
+    thresholds = 0.5 if exclusive else fit_thresholds(probs, labels)
+    count = len(labels) if exclusive else labels.size
+    before = hits(average(members, np.ones(len(members))), labels, exclusive) / count
+    after = hits(probs, labels, exclusive, thresholds) / count
+    dist.print0(f"fitted to {len(labels)} held-out images: weights {' '.join(f'{share:g}' for share in shares)}, "
+                f"accuracy {before:.4f} -> {after:.4f} (of these very images: optimistic)")
+    return shares, thresholds
