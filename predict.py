@@ -11,6 +11,7 @@ Several checkpoints are averaged: folds, seeds and epochs make an ensemble.
 """
 import argparse
 import contextlib
+import functools
 import json
 from pathlib import Path
 
@@ -157,7 +158,8 @@ def predict_seg(args, device, paths, states, nets):
     """Masks as GeoTIFF, overlays, polygons, and the wildfire competition's y_pred.pkl."""
     predict = seg_ensemble(args, device, states, nets)
     files = images.find_sources(args.source, Path(states[0]["args"]["data"]) / "test_img")
-    tile = args.tile or 2 * states[0]["imgsz"]
+    # trained on whole images, a net gets whole images
+    tile = args.tile or (2**31 if states[0].get("resize") else 2 * states[0]["imgsz"])
     bands = all_bands(states)
     sizes = {}
     for file in files:
@@ -215,15 +217,20 @@ def seg_ensemble(args, device, states, nets):
         for net, state in zip(nets, states):
             x = raw[:, [band - 1 for band in state["bands"]]].to(device, non_blocking=True).float() / state["scale"]
             x = seg.add_mean_planes(x) if state["mean_planes"] else x
-            height, width = x.shape[2:]
-            padded = [-(-side // net.stride) * net.stride for side in (height, width)]
-            if padded != [height, width]:
-                x = geometry.warp(x, geometry.translate(0, 0), padded, border="reflect")
-            passes = make_passes(args, "seg", padded, stride=net.stride)
-            maps = tta.maps(lambda view: probabilities(run(net, view)), x, passes)
-            total = total + tta.merge(maps, args.merge or "mean", exclusive=state["classes"] > 1)[..., :height, :width]
+            views = functools.partial(seg_views, args, net, state["classes"] > 1)
+            total = total + (tta.at_size(views, x, state["imgsz"]) if state.get("resize") else views(x))
         return (total / len(nets))[:count]
     return predict
+
+
+def seg_views(args, net, exclusive, x):
+    """One net's probabilities (B, K, H, W) fp32, its views merged; sides are filled up to multiples of its stride."""
+    height, width = x.shape[2:]
+    padded = [-(-side // net.stride) * net.stride for side in (height, width)]
+    if padded != [height, width]:
+        x = geometry.warp(x, geometry.translate(0, 0), padded, border="reflect")
+    maps = tta.maps(lambda view: probabilities(run(net, view)), x, make_passes(args, "seg", padded, stride=net.stride))
+    return tta.merge(maps, args.merge or "mean", exclusive=exclusive)[..., :height, :width]
 
 
 def decide(probs, threshold, least=None):

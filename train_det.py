@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import augment, det, folds, images, labels
+from data import augment, det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
@@ -64,6 +64,8 @@ def parse_args():
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
     add("--close-mosaic", type=whole(0), default=0, help="last epochs without mosaic")
     add("--mixup", type=real(0, 1), default=0.0, help="probability of blending two mosaics")
+    add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of pictures that lose a grid of squares")
+    add("--cutout", type=real(0, 1), default=0.0, metavar="P", help="share of pictures that lose one square")
     add("--hsv", type=real(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, saturation, value")
     add("--degrees", type=real(0, 180), default=0.0, help="largest rotation")
     add("--translate", type=real(0, 1), help="largest shift, share of the size")
@@ -171,9 +173,14 @@ def experiment(args, device, folder, resume):
 
     # ---- loss ----
     def inputs(batch):  # -> (B, C, H, W) float32, 0..1
-        if "colour" in batch:
-            return augment.recolour(batch["image"], batch["colour"], scale)
-        return batch["image"].float() / scale
+        if "colour" not in batch:
+            return batch["image"].float() / scale
+        x = augment.recolour(batch["image"], batch["colour"], scale)
+        if args.gridmask:
+            x, _ = mix.gridmask(x, p=args.gridmask)
+        if args.cutout:
+            x, _ = mix.cutout(x, p=args.cutout)
+        return x
 
     def compute_loss(model, batch):
         x, targets = inputs(batch), batch["boxes"]

@@ -46,6 +46,7 @@ def parse_args():
         help="for every band a constant plane with its mean")
     add("--classes", type=whole(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
     add("--ignore", type=whole(0, 255), help="mask value without influence")
+    add("--resize", action="store_true", help="whole tiles at --imgsz in place of crops; masks are resized back")
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
     add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="of the loss of a second head that tells which "
@@ -91,7 +92,7 @@ def main():
         seg.scan(found, bands=bands, classes=args.classes, ignore=args.ignore)
         paired_train, weights = paired_train + found, weights + [weight] * len(found)
     train_data = seg.SegData(paired_train, imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
-                             gain=args.gain, p_object=args.p_object, **options)
+                             gain=args.gain, p_object=args.p_object, resize=args.resize, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
                           weights=weights * args.repeat if set(weights) - {1.0} else None)
 
@@ -138,9 +139,10 @@ def main():
                                  workers=args.workers, device=device)
 
     def predict(model, batch, flips):
-        x = inputs(batch)
-        passes = tta.passes(("hflip", "vflip") if flips else (), x.shape[2:])
-        return tta.merge(tta.maps(lambda x: probabilities(model(x)), x, passes))
+        def views(x):
+            passes = tta.passes(("hflip", "vflip") if flips else (), x.shape[2:])
+            return tta.merge(tta.maps(lambda x: probabilities(model(x)), x, passes))
+        return tta.at_size(views, inputs(batch), args.imgsz) if args.resize else views(inputs(batch))
 
     def evaluate(model, flips=False, found=None):
         metric = metrics.BinaryIoU(ignore=args.ignore) if args.classes == 1 else \
@@ -179,8 +181,8 @@ def main():
         pictures.segmentation_sheet(folder / "train_batch.png", torch.stack([b["image"] for b in batch]),
                                   torch.stack([b["mask"] for b in batch]), ignore=args.ignore)
     header = {"task": "seg", "arch": {"name": "UNet", "kwargs": arch}, "classes": args.classes, "bands": bands,
-              "scale": scale, "mean_planes": args.mean_planes, "imgsz": args.imgsz, "args": vars(args),
-              "threshold": (resume or {}).get("threshold")}
+              "scale": scale, "mean_planes": args.mean_planes, "imgsz": args.imgsz, "resize": args.resize,
+              "args": vars(args), "threshold": (resume or {}).get("threshold")}
     state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None, folder=folder,
                        header=header, device=device, resume=resume, **training(args, folder, model, loader))
     if args.debug:

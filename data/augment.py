@@ -22,9 +22,13 @@ def crop_flip(rng, height, width, size, point=None):
             at = point[1 - axis] + before
             first, last = max(first, at - size + 1), min(last, at)
         matrix[axis, 2] = before - rng.integers(first, last + 1)
-    if rng.integers(2):
-        matrix = geometry.flip_h(size) @ matrix
-    return geometry.rot90(rng.integers(4), size, size) @ matrix, border  # with the flip: all eight, equally often
+    return flip_turn(rng, size) @ matrix, border
+
+
+def flip_turn(rng, size):
+    """One of the eight flips and quarter turns of a size x size picture -> its matrix."""
+    flip = geometry.flip_h(size) if rng.integers(2) else np.eye(3)
+    return geometry.rot90(rng.integers(4), size, size) @ flip
 
 
 def gain(rng, bands, spread):

@@ -151,6 +151,12 @@ def resize(image, size):
     return F.interpolate(values[None], size, mode="bilinear", antialias=True)[0]
 
 
+def nearest(mask, size):
+    """(H, W) -> `size`, every pixel the one that lies at its centre."""
+    rows, columns = ((torch.arange(n) * 2 + 1) * side // (2 * n) for n, side in zip(size, mask.shape))
+    return mask[rows[:, None], columns]
+
+
 def default_scale(dtype):
     """What turns the file's numbers into 0..1: 65535 for uint16 (the wildfire system's), 255 for uint8, else 1."""
     return {torch.uint8: 255.0, torch.uint16: 65535.0}.get(dtype, 1.0)

@@ -110,13 +110,14 @@ class SegData(Dataset):
 
     Both are {"image": float32 (C, H, W), "mask": uint8 (H, W), "index": int}. `len` counts every tile `repeat`
     times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)]. gain: octaves
-    of random brightness, see `augment.gain`. p_object: how often a crop is laid over a pixel of an object.
+    of random brightness, see `augment.gain`. p_object: how often a crop is laid over a pixel of an object. resize:
+    whole tiles, resized, in place of crops.
     """
 
     def __init__(self, paired, *, bands=None, scale=1.0, classes=1, ignore=None, imgsz=256, repeat=1, seed=0, gain=0.0,
-                 p_object=0.0, cache=None):
+                 p_object=0.0, resize=False, cache=None):
         self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
-        self.gain, self.p_object, self.ignore = gain, p_object, ignore
+        self.gain, self.p_object, self.ignore, self.resize = gain, p_object, ignore, resize
         self.read_image = lambda path: images.read(path, bands)
         self.read_mask = lambda path: read_mask(path, classes, ignore)
         if cache:
@@ -136,8 +137,13 @@ class SegData(Dataset):
         mask = self.masks[i] if self.masks else self.read_mask(self.paired[i][1])
         if epoch is not None:
             rng = np.random.default_rng((self.seed, epoch, index))
-            matrix, border = augment.crop_flip(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask))
             size = (self.imgsz, self.imgsz)
+            if self.resize:
+                image = images.resize(image, size)  # antialiased; what is left are flips and quarter turns
+                mask = images.nearest(mask, size)
+                matrix, border = augment.flip_turn(rng, self.imgsz), "constant"
+            else:
+                matrix, border = augment.crop_flip(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask))
             image = warp(image, matrix, size, border=border)
             mask = warp(mask[None], matrix, size, border=border, mode="nearest")[0]
         image = image.float() / self.scale

@@ -322,3 +322,32 @@ def test_processes_that_start_together_build_one_cache(tmp_path):
                 os._exit(2)
         pids.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+
+
+def test_a_resized_sample_is_the_whole_tile_turned(tmp_path):
+    """Image and mask alike, in all eight ways and no other."""
+    image, mask = tile(3, 50, 80)
+    paired = [(write_tif(tmp_path / "a.tif", image), write_tif(tmp_path / "m.tif", mask))]
+    data = seg.SegData(paired, bands=[1, 2], imgsz=32, resize=True, repeat=40)
+    small = images.resize(torch.from_numpy(image[:2]), (32, 32))
+    labels = images.nearest(torch.from_numpy(mask), (32, 32))
+    ways = [(torch.rot90(x, k, (-2, -1)), torch.rot90(y, k, (-2, -1)))
+            for x, y in ((small, labels), (small.flip(-1), labels.flip(-1))) for k in range(4)]
+    seen = set()
+    for i in range(40):
+        sample = data[0, i]
+        [way] = [w for w, (x, y) in enumerate(ways) if torch.equal(sample["mask"], y)
+                 and torch.allclose(sample["image"], x, atol=1e-3)]
+        seen.add(way)
+    assert seen == set(range(8))
+    assert data[0]["image"].shape == (2, 50, 80)
+
+
+def test_a_crop_holds_its_point():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        height, width, size = (int(n) for n in rng.integers(1, 90, 3))
+        point = (int(rng.integers(height)), int(rng.integers(width)))
+        matrix, _ = augment.crop_flip(rng, height, width, size, point)
+        x, y = geometry.warp_points([point[1] + 0.5, point[0] + 0.5], matrix)
+        assert 0 < x < size and 0 < y < size

@@ -389,3 +389,10 @@ def test_a_damaged_name_of_a_coordinate_system(tmp_path):
     assert b"a name of its own" in data
     path.write_bytes(data.replace(b"a name of its own", b"a \xdb\xb8\xe8\xff of its own"))
     refused(path)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (64, 40), (17, 23), (1, 1)])
+def test_nearest_takes_the_pixel_at_the_centre(size):
+    mask = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (17, 23)).astype(np.uint8))
+    wanted = torch.nn.functional.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0]
+    assert images.nearest(mask, size).dtype == torch.uint8 and (images.nearest(mask, size) == wanted).all()

@@ -184,3 +184,13 @@ def test_the_newest_run_and_a_fresh_folder_are_found(script, wildfire):
 def test_the_smallest_epoch_still_trains_on_every_tile(wildfire):
     data = seg.SegData(list(seg.pairs(wildfire / "train_img", wildfire / "train_mask").values()), repeat=3)
     assert len(data) == 24 and data[0, 9]["index"] == 1
+
+
+def test_whole_tiles_resized_and_masks_resized_back(script, tmp_path):
+    """Tiles of two shapes, which the net sees at one size; the masks have the tiles' sizes."""
+    data = write_wildfire(tmp_path / "Wildfire", train=6, test=2, size=(40, 72))
+    script(train_seg, "--data", data, *TINY, "--resize", "--folds", 3)
+    write_tif(data / "test_img/test_img_9.tif", tile(9, 100, 30)[0])
+    script(predict, "--task", "seg", "--tta", "--workers", 0, "--device", "cpu")
+    shapes = {name: mask.shape for name, mask in masks_of("runs/seg/exp/predict").items()}
+    assert shapes == {"test_img_0.tif": (40, 72), "test_img_1.tif": (40, 72), "test_img_9.tif": (100, 30)}

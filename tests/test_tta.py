@@ -306,3 +306,12 @@ def test_flags_that_do_not_fit(refused):
     refused(predict, "--task", "det", "--tta", "--merge", "max", says=["--merge", "suppression"])
     refused(predict, "--task", "seg", "--tta", "--merge", "median", says=["--merge", "'median'"])
     refused(predict, "--task", "cls", "--merge", "mean", says=["--merge", "--tta"])
+
+
+def test_at_another_size_maps_come_back():
+    """A ramp survives both resizings but for its ends; the net sees the size that it was trained for."""
+    ramp = torch.linspace(0, 1, 60)[None, None, None].expand(2, 3, 40, 60)
+    seen = []
+    got = tta.at_size(lambda x: (seen.append(x.shape), x[:, :1] * 0.5)[1], ramp, 32)
+    assert seen == [(2, 3, 32, 32)] and got.shape == (2, 1, 40, 60)
+    assert (got[..., 4:-4] - 0.5 * ramp[:, :1, :, 4:-4]).abs().max() < 0.01

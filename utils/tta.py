@@ -73,6 +73,13 @@ def move(images, matrix, size):
     return geometry.warp(images, matrix, size)
 
 
+def at_size(predict, images, side):
+    """predict(images resized to side x side) -> its maps (B, K, h, w), resized back."""
+    size = images.shape[2:]
+    images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return F.interpolate(predict(images), size, mode="bilinear", antialias=True)
+
+
 def maps(predict, images, views):
     """Yields, pass by pass, the maps `predict(view)`, moved back to where they are in `images`.
 
