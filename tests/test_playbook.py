@@ -131,8 +131,8 @@ def test_mixed_runs_are_what_they_say_and_resume_to_the_same_bits(script, dots, 
 
 # ---- pseudo labels and extra data ------------------------------------------------------------------------------------
 def checkpoint_of(root, path="net.pt", *, classes=1, **changes):
-    """A checkpoint of a net that has learned nothing but is of many minds: logits of mean 0 that differ much between the
-    pixels of the test images. -> the probabilities {file: (K, H, W)}"""
+    """A checkpoint of a net that has learned nothing but is of many minds: logits of mean 0 that differ much between
+    the pixels of the test images. -> the probabilities {file: (K, H, W)}"""
     torch.manual_seed(classes)
     kwargs = dict(in_chans=7, classes=classes, conv0=[8], decoder=[8, 8, 8, 8])
     net, files = UNet(**kwargs).eval(), sorted((root / "test_img").iterdir())

@@ -375,3 +375,16 @@ def test_two_processes_predict_what_one_does(script, tmp_path, pictures):
     (keys, one, _), (same, two, _) = results("one"), results("two")
     assert keys == same and len(keys) == 6 and np.abs(one - two).max() < 2e-6
     assert out[0].count("6 images: two") == 1 and not out[1]
+
+
+def test_show_augment_draws_and_does_not_train(script, tmp_path):
+    script(train_cls, "--data", write_dirty(tmp_path / "resources"), *TINY_CLS, "--show-augment", "--snapmix", 1)
+    run = Path("runs/cls/exp")
+    assert Image.open(run / "augment.png").size[0] > 6 * 32 and not (run / "last.pt").exists()
+
+
+def test_the_first_guess_is_the_classes_frequency():
+    linear = torch.nn.Linear(64, 3)
+    train_cls.first_guess(linear, [0.5, 0.1, 0.0])
+    probs = torch.sigmoid(linear(torch.randn(500, 64))).mean(0)
+    assert (probs - torch.tensor([0.5, 0.1, 0.001])).abs().max() < 0.01

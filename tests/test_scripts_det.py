@@ -377,3 +377,9 @@ def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flag
     before, one, two = (torch.cat([t.flatten().double() for t in tensors]) for tensors in weights)
     step = (one - before).norm()
     assert (one - two).norm() < 2e-3 * step and step > 0.01  # rounding, and a true step
+
+
+def test_show_augment_draws_and_does_not_train(script, parking):
+    script(train_det, "--data", parking, *TINY_DET, "--show-augment", "--gridmask", 1, "--cutout", 1)
+    run = Path("runs/det/exp")
+    assert Image.open(run / "augment.png").size[0] > 4 * 64 and not (run / "last.pt").exists()

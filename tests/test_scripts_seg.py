@@ -17,7 +17,7 @@ import train_seg
 from data import images, seg
 from nets.unet import UNet
 from tests.conftest import TINY, tile, write_tif, write_wildfire
-from utils import checkpoint
+from utils import checkpoint, report
 from utils.errors import UserError
 
 
@@ -194,3 +194,25 @@ def test_whole_tiles_resized_and_masks_resized_back(script, tmp_path):
     script(predict, "--task", "seg", "--tta", "--workers", 0, "--device", "cpu")
     shapes = {name: mask.shape for name, mask in masks_of("runs/seg/exp/predict").items()}
     assert shapes == {"test_img_0.tif": (40, 72), "test_img_1.tif": (40, 72), "test_img_9.tif": (100, 30)}
+
+
+def test_noisy_tiles_are_not_trained_on(script, tmp_path, capsys):
+    data = write_wildfire(tmp_path / "Wildfire", train=9, test=1)
+    for fold in range(3):
+        script(train_seg, "--data", data, *TINY, "--folds", 3, "--fold", fold, "--name", f"fold{fold}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["report", "noise", *(f"runs/seg/fold{k}" for k in range(3))])
+        report.main()
+    ranked = [row["name"] for row in csv.DictReader(open("noise.csv"))]
+    assert len(set(ranked)) == 9
+    split = json.loads(Path("runs/seg/fold0/folds.json").read_text())
+    lost = sum(split[Path(name).stem] != 0 for name in ranked[:4])
+    capsys.readouterr()
+    script(train_seg, "--data", data, *TINY, "--folds", "runs/seg/fold0/folds.json", "--drop-noisy", "noise.csv:4")
+    assert lost and f"{6 - lost} tiles to train, 3 to validate" in capsys.readouterr().out
+
+
+def test_show_augment_draws_and_does_not_train(script, wildfire):
+    script(train_seg, "--data", wildfire, *TINY, "--show-augment", "--cutmix", 1, "--gridmask", 1)
+    run = Path("runs/seg/exp")
+    assert Image.open(run / "augment.png").size[0] > 6 * 32 and not (run / "last.pt").exists()

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from data import augment, det, labels
+from utils import dist
 
 CASES = [(640, None), (640, "ram"), (320, "ram")]
 
@@ -125,6 +126,7 @@ def main():
     args = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    dist.keep_memory()  # as the scripts do; OpenCV gains by it as well
 
     with tempfile.TemporaryDirectory() as folder:
         if args.data:
