@@ -382,6 +382,9 @@ def check_ensemble(args, paths):
              if getattr(args, flag)]
     if len(given) > 1:
         raise UserError(f"{given[0]}, {given[1]}: both say how the checkpoints are weighted; leave one out")
+    if args.soup and (args.fit_weights or args.ensemble):
+        raise UserError("--soup: makes one net of the checkpoints, there is nothing to weigh; leave it out, or "
+                        "--fit-weights and --ensemble")
     tables = len(args.probs or ())
     if tables and given and not args.ensemble_weights:
         raise UserError(f"{given[0]}: is for checkpoints, --probs come without their held-out images; give "

@@ -74,7 +74,7 @@ def main():
         train, val, args.synthesize_count = train[:8 * args.bs], val[:args.bs], 8 * args.bs
     files, answers, weights = [table.files[i] for i in train], table.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
-        extra = cls.with_names(cls.read(more), table, more)
+        extra = cls.with_names(cls.read(more, least=1), table, more)
         files, answers = files + extra.files, np.concatenate((answers, extra.labels))
         weights += [weight] * len(extra.files)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
@@ -92,7 +92,7 @@ def main():
     train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
                            cutout=args.cutout, p_affine=args.p_affine, p_cutout=0.5 if args.cutout else 0.0)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=round(1 / args.val_interval), collate=cls.collate,
+                          parts=round(1 / args.val_interval), same=args.debug, collate=cls.collate,
                           weights=weights if set(weights) - {1.0} else None)
 
     # ---- net ----

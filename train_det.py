@@ -110,13 +110,14 @@ def main():
     args, device, folder, resume = parse_args()
     both = args.stages and not (resume and args.preset == "finetune")  # else it is the second stage that goes on
     if both:
-        args.preset, args.epochs = "scratch-low", args.stages[0]
+        stages = [args.epochs] * 2 if args.debug else args.stages
+        args.preset, args.epochs = "scratch-low", stages[0]
     experiment(args, device, folder, resume)
     if both:
         first, second = recipe("scratch-low", args.head), recipe("finetune", args.head)
         # a flag that differs from the first stage's recipe was asked for, and stays
         changed = {k: v for k, v in second.items() if vars(args)[k] == first[k]}
-        changed |= {"preset": "finetune", "epochs": args.stages[1], "image_weights": False,
+        changed |= {"preset": "finetune", "epochs": stages[1], "image_weights": False,
                     "weights": str(folder / "last.pt")}
         folder = Path(dist.broadcast(str(dist.rank() == 0 and runs.create(folder.parent, f"{folder.name}-finetune"))))
         experiment(argparse.Namespace(**vars(args) | changed), device, folder, None)
@@ -151,7 +152,8 @@ def experiment(args, device, folder, resume):
     if args.image_weights:
         weights *= class_balance(sources[2], len(names))
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=args.epoch_parts, weights=weights if np.ptp(weights) else None, collate=det.collate)
+                          parts=args.epoch_parts, same=args.debug, weights=weights if np.ptp(weights) else None,
+                          collate=det.collate)
 
     # ---- net ----
     arch = dict(variant=args.variant, num_classes=len(names), in_chans=len(bands), head=args.head)

@@ -56,7 +56,7 @@ def parse_args():
     add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
     add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
     add("--cutout", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose one square")
-    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of bce, focal and ce: pulls labels to the middle")
+    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of bce, ce, binary focal: pulls labels to the middle")
     add("--loss", nargs="+", type=loss_term(BINARY | SEVERAL), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
         f"of {', '.join(SEVERAL)}; without: lovasz_elu, or lovasz and ce")
@@ -94,7 +94,7 @@ def main():
     train_data = seg.SegData(paired_train, imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
                              gain=args.gain, p_object=args.p_object, resize=args.resize, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          weights=weights * args.repeat if set(weights) - {1.0} else None)
+                          same=args.debug, weights=weights * args.repeat if set(weights) - {1.0} else None)
 
     # ---- net ----
     arch = dict(encoder=args.encoder, in_chans=len(bands) * (1 + args.mean_planes), classes=args.classes,

@@ -30,7 +30,7 @@ class Table(NamedTuple):
     exclusive: bool  # one class an image
 
 
-def read(root, *, table=None, folder=None):
+def read(root, *, table=None, folder=None, least=2):
     """-> Table, of a CSV and a folder of images, or of one folder per class.
 
     table, folder: where they are; without: `*_answer.csv` or `train.csv` in root, and the folder of that name. Every
@@ -46,7 +46,7 @@ def read(root, *, table=None, folder=None):
         return _class_folders(root / "train" if (root / "train").is_dir() else root)
     table = Path(table) if table else found[0]
     folder = Path(folder) if folder else root / table.stem.removesuffix(ANSWER)
-    keys, labels, names, exclusive = read_table(table)
+    keys, labels, names, exclusive = read_table(table, least)
     file_of = find_files(folder)
     files = {}
     for key in keys:
@@ -74,7 +74,7 @@ def find_files(folder):
     return file_of
 
 
-def read_table(path):
+def read_table(path, least=2):
     """A CSV whose first column names the images -> keys, labels (N, classes) float32, class names, exclusive.
 
     With one more column that is the class; with several they are the classes, 0 or 1 in each row.
@@ -101,7 +101,7 @@ def read_table(path):
         names = sorted(set(values), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
         if "" in names:
             raise UserError(f"{path}: line {rows[values.index('')][0]} has no class; add it, or remove the row")
-        if len(names) < 2:
+        if len(names) < least:
             raise UserError(f"{path}: all rows have the class {names[0][:80]}; there must be two or more")
         index = {name: i for i, name in enumerate(names)}
         return keys, np.eye(len(names), dtype=np.float32)[[index[value] for value in values]], names, True

@@ -20,17 +20,18 @@ class EpochBatches:
     anew (datasets take the index modulo their size). The global batches do not depend on the number of ranks.
 
     parts: an epoch is one of so many parts of the permutation; `parts` epochs see every sample once. weights: how
-    often each sample is to come; drawn with replacement instead of permuted.
+    often each sample is to come; drawn with replacement instead of permuted. same: every epoch is the first one, so
+    that their losses compare.
     """
 
-    def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None):
+    def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None, same=False):
         self.size, self.batch_size, self.seed, self.parts = size, batch_size, seed, parts
         self.shares = None if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
-        self.epoch, self.skip = 0, 0
+        self.same, self.epoch, self.skip = same, 0, 0
 
     def set_epoch(self, epoch, skip=0):
         """The epoch to draw next, without its first `skip` batches (a resumed run has done them)."""
-        self.epoch, self.skip = epoch, skip
+        self.epoch, self.skip = 0 if self.same else epoch, skip
 
     def __len__(self):
         return -(-self.size // (self.batch_size * self.parts))
@@ -80,13 +81,14 @@ def _signals_held():
             signal.raise_signal(signum)
 
 
-def train_loader(dataset, batch_size, *, workers=0, seed=0, device="cpu", parts=1, weights=None, collate=None):
+def train_loader(dataset, batch_size, *, workers=0, seed=0, device="cpu", parts=1, weights=None, same=False,
+                 collate=None):
     """Shuffled, augmented batches. `dataset[(epoch, index)]` -> dict of tensors.
 
     len(loader) is the number of batches in an epoch, also while a resumed one yields only the rest of it.
-    parts, weights: see EpochBatches. collate: samples -> batch, where stacking will not do.
+    parts, weights, same: see EpochBatches. collate: samples -> batch, where stacking will not do.
     """
-    sampler = EpochBatches(len(dataset), batch_size, seed, parts=parts, weights=weights)
+    sampler = EpochBatches(len(dataset), batch_size, seed, parts=parts, weights=weights, same=same)
     return Loader(dataset, batch_sampler=sampler, collate_fn=collate, **_options(workers, device))
 
 

@@ -19,7 +19,10 @@ UNSURE = 255  # --ignore 255
 def sure_mask(probs, mask, least):
     """probs (B, K, H, W), mask (B, H, W) uint8 -> the mask, UNSURE where its own class has a probability below `least`.
     """
-    own = torch.maximum(probs[:, 0], 1 - probs[:, 0]) if probs.shape[1] == 1 else probs.amax(1)
+    if probs.shape[1] == 1:  # of the class in the mask, whose threshold need not be 0.5
+        own = torch.where(mask.to(probs.device) > 0, probs[:, 0], 1 - probs[:, 0])
+    else:
+        own = probs.amax(1)
     return mask.masked_fill((own < least).cpu(), UNSURE)
 
 

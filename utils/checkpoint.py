@@ -121,7 +121,9 @@ def average(paths, states):
     weights = [state.get("ema") or state["model"] for state in states]
     shapes = [{name: tensor.shape for name, tensor in part.items()} for part in weights]
     for path, state, shape in zip(paths, states, shapes):
-        if shape != shapes[0] or state["arch"] != states[0]["arch"]:
+        same = all(state.get(key) == states[0].get(key)
+                   for key in ("arch", "classes", "bands", "scale", "norm", "resize"))
+        if shape != shapes[0] or not same:
             raise UserError(f"{path}: is another net than {paths[0]}; weights can be averaged of one only, leave out "
                             f"--soup")
     mean = {name: torch.stack([part[name].double() for part in weights]).mean(0).to(tensor.dtype)
