@@ -56,7 +56,7 @@ def parse_args():
     add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
     add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
     add("--cutout", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose one square")
-    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of bce, ce, binary focal: pulls labels to the middle")
+    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of bce, ce, binary focal: towards the middle")
     add("--loss", nargs="+", type=loss_term(BINARY | SEVERAL), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
         f"of {', '.join(SEVERAL)}; without: lovasz_elu, or lovasz and ce")
