@@ -27,8 +27,8 @@ from nets.blocks import fuse
 from nets.unet import UNet, probabilities
 from nets.yolo import YOLOv5
 from utils import boxes, checkpoint, dist, engine, ensemble, geometry, runs, tiles, tta
-from utils.args import Parser, real, whole
-from utils.errors import UserError, cli
+from utils.args import real, whole
+from utils.errors import Parser, UserError, cli
 
 NETS = {"seg": UNet, "det": YOLOv5, "cls": backbones.make}
 NEEDED = {"seg": {"mean_planes"}, "det": {"category_ids"}, "cls": {"exclusive", "norm"}}  # of a checkpoint, and:

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import glyphs
-from utils.args import Parser, whole
-from utils.errors import UserError, cli
+from utils.args import whole
+from utils.errors import Parser, UserError, cli
 from utils.files import whole_file
 
 SIDE, LARGEST = 28, 79  # of a glyph; of the box around one turned by 45 degrees and doubled

@@ -4,13 +4,8 @@ import copy
 import math
 
 from utils import dist, optim, report, runs, summary
-from utils.errors import UserError
+from utils.errors import Parser, UserError
 from utils.swa import SWA, with_swa
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the usage text
-        self.exit(2, f"error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 def whole(low, high=2**31):

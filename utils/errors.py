@@ -1,4 +1,5 @@
 """What a user can cause is answered in one line: the file, what is wrong with it, and the remedy."""
+import argparse
 import contextlib
 import multiprocessing
 import os
@@ -10,6 +11,11 @@ import traceback
 # in the messages of collectives that lost their other side
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "DistNetworkError",
         "DistStoreError", "DistBackendError")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage text
+        self.exit(2, f"error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 class UserError(Exception):

@@ -11,14 +11,14 @@ import importlib
 import math
 import numbers
 import os
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils.errors import UserError, cli
+from utils import review, summary
+from utils.errors import Parser, UserError, cli
 from utils.files import check_absent, whole_file
 from utils.pictures import FAINT, font, text_line
 
@@ -78,18 +78,12 @@ def _ticks(low, high, whole=False):
     return [(v, np.format_float_scientific(v, 3, trim="-", exp_digits=1) if v else "0") for v in values]
 
 
-def higher_is_better(key):
-    """Whether the name of a column says so: iou, ap50, map, f1, ..., but nothing with "loss" in it."""
-    known = "iou|dice|f1|^ap|map|acc|prec|recall|auc|score"
-    return "loss" not in key.lower() and bool(re.search(known, key.lower()))
-
-
 def _best(key, values):
     """Index of the best value where the name tells which direction is better, else None."""
     if "loss" in key.lower():
         pick = np.nanargmin if "val" in key.lower() else None
     else:
-        pick = np.nanargmax if higher_is_better(key) else None
+        pick = np.nanargmax if summary.higher_is_better(key) else None
     finite = np.where(np.isfinite(values), values, np.nan)
     return int(pick(finite)) if pick and not np.isnan(finite).all() else None
 
@@ -224,8 +218,6 @@ def make_boards(run_dir, *, tensorboard=False, wandb=False, name="", config=None
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def main():
-    from utils import review, summary  # they build on this module
-    from utils.args import Parser
     noise = sys.argv[1:2] == ["noise"]
     parser = Parser(prog="python -m utils.report" + " noise" * noise, description="Samples, those that fit worst first."
                     if noise else "The runs, the best first. `noise RUN ...` ranks samples instead.")

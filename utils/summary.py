@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,12 +19,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from utils import report, runs
+from utils import runs
 from utils.errors import UserError
 
 COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "minutes", "commit", "flags")
 NUMBERS = ("best", "epoch", "last", "minutes")
 WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
+
+
+def higher_is_better(key):
+    """Whether the name of a column says so: iou, ap50, map, f1, ..., but nothing with "loss" in it."""
+    known = "iou|dice|f1|^ap|map|acc|prec|recall|auc|score"
+    return "loss" not in key.lower() and bool(re.search(known, key.lower()))
 
 
 def write_note(folder, defaults):
@@ -120,7 +127,7 @@ def _metric(results, chosen, wanted):
         return wanted if wanted in columns else None
     terms = chosen.get("loss")
     terms = [term[0] for term in terms if isinstance(term, list) and term] if isinstance(terms, list) else []
-    return next((name for name in columns if report.higher_is_better(name) and name not in terms), None)
+    return next((name for name in columns if higher_is_better(name) and name not in terms), None)
 
 
 def _most_common(dicts):
