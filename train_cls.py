@@ -217,17 +217,18 @@ def first_guess(linear, shares):
 
 
 def final(state, judge, names, folder, device, amp, files):
-    """The run's last weights: class by class results.json, image by image samples.csv."""
+    """The run's last weights: class by class results.json, image by image samples.csv; the worst and the best images
+    with labels and predictions, review.png."""
     metric = engine.judge(state, judge, device, amp)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
         samples = metric.samples(files, names)
         report.write_csv(folder / "samples.csv", samples)
-        parts = {part: [(files[i].name + f": {samples[i]['labels']}, predicted {samples[i]['predicted']}",
-                         samples[i]["score"], [pictures.to_rgb(images.read(files[i]))]) for i in chosen]
-                 for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples], 8))}
-        review.page(folder / "review.png", parts, tables={"Classes": [{"class": name} | row for name, row in
-                                                                      zip(names, classes)]}, titles=["image"])
+        ends = [part for part in review.ends([row["score"] for row in samples], 8) if part]
+        pictures.contact_sheet(
+            folder / "review.png", [[pictures.to_rgb(images.read(files[i])) for i in part] for part in ends],
+            captions=[[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]
+                      for part in ends])
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

@@ -20,7 +20,7 @@ from data import augment, det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures, pictures_det, report, runs
+from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures, pictures_det, report, review, runs
 from utils.args import band_list, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
 
@@ -256,7 +256,7 @@ def experiment(args, device, folder, resume):
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, judge, names, folder, device, args.amp, [data.files[i] for i in val])
+        final(state, judge, names, folder, device, args.amp, [data.files[i] for i in val], bands)
 
 
 def show(path, data, inputs, names, samples=8, epochs=4):
@@ -316,9 +316,21 @@ def fit_anchors(head, args, data, train):
     return pixels.tolist()
 
 
-def final(state, judge, names, folder, device, amp, files):
+def draw_ends(path, metric, samples, files, bands, names):
+    """The images with the worst F1 and the best: their boxes, and what was detected."""
+    rows, captions, threshold = [], [], metric.best_threshold()[0]
+    for i in sum(review.ends([row["score"] for row in samples], 4), []):
+        rgb, (found, truths) = pictures.to_rgb(det.read(files[i], bands)), metric.boxes_of(i)
+        found = found[found[:, 4] >= threshold]
+        rows.append([pictures_det.draw_boxes(rgb, truths[:, :4], truths[:, 4].long(), names),
+                     pictures_det.draw_boxes(rgb, found[:, :4], found[:, 5].long(), names, found[:, 4])])
+        captions.append(f"F1 {samples[i]['score']:.3f}   {files[i].name}")
+    pictures.contact_sheet(path, rows, titles=["labels", "detections"], captions=captions, max_side=640)
+
+
+def final(state, judge, names, folder, device, amp, files, bands):
     """The run's last weights judged class by class (results.json, precision-recall curves, confusion matrix) and image
-    by image (samples.csv)."""
+    by image (samples.csv; the worst and the best in review.png)."""
     metric = engine.judge(state, judge, device, amp)
     if dist.rank() > 0:
         return
@@ -326,7 +338,9 @@ def final(state, judge, names, folder, device, amp, files):
     last, best, *per_class = [{k: None if v != v else v for k, v in values.items()}  # JSON has no NaN
                               for values in (scores, {"score threshold": threshold, "f1": f1}, *classes)]
     runs.write_json(folder / "results.json", {"last": last, "best F1": best, "classes": dict(zip(names, per_class))})
-    report.write_csv(folder / "samples.csv", metric.samples(files))
+    samples = metric.samples(files)
+    report.write_csv(folder / "samples.csv", samples)
+    draw_ends(folder / "review.png", metric, samples, files, bands, names)
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

@@ -141,6 +141,12 @@ class DetectionAP:
                  "detections": int(found[k]), "hits": int(hits[k])}
                 for k in np.argsort(self.index, kind="stable")]
 
+    def boxes_of(self, number):
+        """The image of this number, as update() was told -> detections (n, 6), truths (m, 5), as they came."""
+        k = self.index.index(number)
+        detections, truths = (np.concatenate(kept) for kept in (self.detections, self.truths))
+        return tuple(torch.from_numpy(rows[rows[:, -1] == k, :-1]) for rows in (detections, truths))
+
     def _sorted(self):
         """-> detections (n, 7), truths (m, 6), by image, by class, the best score first; at most max_det of each."""
         detections, truths = np.concatenate(self.detections), np.concatenate(self.truths)
