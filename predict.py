@@ -125,6 +125,7 @@ def load_nets(args, device, paths, states):
         try:
             net = NETS[state["task"]](**state["arch"]["kwargs"])
             known = COMMON | NEEDED[state["task"]] <= state.keys()
+            np.broadcast_to(np.asarray(state.get("threshold") or 0.5, float), np.size(state["classes"]))
         except (TypeError, ValueError, KeyError):
             known = False
         if not known:

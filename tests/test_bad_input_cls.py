@@ -164,7 +164,9 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
             ("classes.pt", {"arch": {"kwargs": arch | {"num_classes": 7}}}, "weights of another net"),
             ("name.pt", {"arch": {"kwargs": arch | {"name": "resnet"}}}, "another version"),
             ("word.pt", {"arch": {"kwargs": arch | {"unheard": 1}}}, "another version"),
-            ("none.pt", {"arch": {"name": "backbones.make"}}, "another version")):
+            ("none.pt", {"arch": {"name": "backbones.make"}}, "another version"),
+            ("words.pt", {"threshold": "half"}, "another version"),
+            ("few.pt", {"threshold": [0.5] * 3}, "another version")):
         torch.save(state | changes, tmp_path / name)
         fails(name, says)
     for key in ("bands", "imgsz", "classes", "args", "exclusive", "scale", "norm"):
