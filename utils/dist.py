@@ -32,8 +32,9 @@ def print0(*values):
 
 def keep_memory():
     """Lets this process keep the large blocks that it frees. glibc returns those above 32 MB to the system at once, and
-    every new one then costs a page fault per 4 KB: 7 to 10 % of a training step on the CPU (YOLOv5 s, 640 px, batch 4),
-    and much of a loader's time. Loader workers inherit it. Other C libraries do without."""
+    every new one then costs a page fault per 4 KB: 7 to 20 % of a training step on the CPU (YOLOv5 s, 640 px, batch 4;
+    the wildfire UNet, 256 px, batch 16), for a fifth more memory at its peak. Loader workers inherit it. Other C
+    libraries do without."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)      # M_MMAP_THRESHOLD
