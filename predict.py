@@ -129,7 +129,7 @@ def load_nets(args, device, paths, states):
         except (TypeError, ValueError, KeyError):
             known = False
         if not known:
-            raise UserError(f"{path}: made by another version of this project; use that, or train again")
+            raise UserError(checkpoint.OTHER_VERSION.format(path))
         if state["classes"] != states[0]["classes"]:
             classes = state["classes"]
             shown = f"{classes} classes" if isinstance(classes, int) else f"the classes {', '.join(classes)}"

@@ -113,7 +113,7 @@ def main():
         stages = [args.epochs] * 2 if args.debug else args.stages
         args.preset, args.epochs = "scratch-low", stages[0]
     experiment(args, device, folder, resume)
-    if both:
+    if both and not args.show_augment:
         first, second = recipe("scratch-low", args.head), recipe("finetune", args.head)
         # a flag that differs from the first stage's recipe was asked for, and stays
         changed = {k: v for k, v in second.items() if vars(args)[k] == first[k]}
@@ -167,7 +167,7 @@ def experiment(args, device, folder, resume):
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
     if args.head == "anchor" and not resume:
-        arch["anchors"] = fit_anchors(model.head, args, data, train)
+        arch["anchors"] = fit_anchors(model.head, args, *sources[1::2])
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
@@ -240,8 +240,7 @@ def experiment(args, device, folder, resume):
               f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
         pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.truths(batch), names=names)
-        pictures_det.label_statistics(folder / "labels.png", [data.boxes[i] for i in train],
-                                      [data.classes[i] for i in train], [data.sizes[i] for i in train], names)
+        pictures_det.label_statistics(folder / "labels.png", *sources[1:], names)
     # sgd follows a sum over images, and its decay is for 64 of them; adamw's does not depend on their number
     decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
     options = training(args, folder, model, loader, weight_decay=decay)
@@ -303,13 +302,12 @@ def class_balance(classes, count):
     return weights + min(weights[weights > 0], default=1) / 10  # images without boxes come too
 
 
-def fit_anchors(head, args, data, train):
+def fit_anchors(head, args, boxes, sizes):
     """Anchors that fit the training boxes as the net sees them, into the head; -> list (levels, 3, 2), pixels."""
     strides = torch.tensor(head.strides)[:, None, None]
     pixels = (head.anchors * strides).numpy()
     if args.autoanchor:
-        wh = np.concatenate([(data.boxes[i][:, 2:] - data.boxes[i][:, :2]) * args.imgsz / max(data.sizes[i])
-                             for i in train])
+        wh = np.concatenate([(b[:, 2:] - b[:, :2]) * args.imgsz / max(size) for b, size in zip(boxes, sizes)])
         pixels, line = anchors.auto(wh, pixels, threshold=args.anchor_threshold, seed=args.seed)
         head.anchors.copy_(torch.as_tensor(pixels) / strides)
         dist.print0(line)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from data import augment, folds, images
 from data.cache import Cache
-from utils import geometry
+from utils import checkpoint, geometry
 from utils.errors import UserError
 
 ANSWER = "_answer"  # the competition's dirty_mnist_2nd_answer.csv belongs to the folder dirty_mnist_2nd
@@ -150,7 +150,7 @@ def held_out(paths, states):
     for path, state in zip(paths, states):
         settings, split = state["args"], Path(path).parent / "folds.json"
         if not {"data", "labels", "images", "fold"} <= settings.keys():
-            raise UserError(f"{path}: made by another version of this project; use that, or train again")
+            raise UserError(checkpoint.OTHER_VERSION.format(path))
         if not split.exists():
             raise UserError(f"{split}: missing, so no images are known that {path} was not trained on; give "
                             f"--ensemble-weights instead of --fit-weights")

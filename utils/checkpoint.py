@@ -12,6 +12,8 @@ import torch
 
 from utils.errors import UserError
 
+OTHER_VERSION = "{}: made by another version of this project; use that, or train again"
+
 
 def save(path, state, *, keep_previous=False):
     """Writes `state` so that at every moment a valid file stands at `path` (or, while two renames are under
