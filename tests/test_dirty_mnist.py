@@ -433,7 +433,7 @@ def test_a_stopped_command_goes_on(tmp_path, signum):
     else:
         pytest.fail("processes are left")
     written = content(out)
-    assert 40 < len(written) < 20_000 and not (tmp_path / "out_answer.csv").exists()
+    assert 0 < len(written) < 20_000 and not (tmp_path / "out_answer.csv").exists()
     whole = {k: v for k, v in written.items() if not k.startswith(".new")}
     assert all(Image.open(io.BytesIO(value)).load() for value in whole.values())
     write(Synthesizer(pixels, letters, size=80), out, 41)
