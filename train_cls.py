@@ -105,8 +105,7 @@ def main():
         raise UserError(f"--drop, --drop-path: {args.net} has neither; leave them out, or take an EfficientNetV2")
     model = backbones.make(**arch, **drop, grad_checkpoint=args.grad_checkpoint)
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-    if not table.exclusive:
-        first_guess(linear, (table.labels if args.synthesize else answers).mean(0))
+    first_guess(linear, (table.labels if args.synthesize else answers).mean(0), table.exclusive)
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
@@ -208,12 +207,13 @@ def show(path, data, mixed, names, samples=8, epochs=6):
     print(path)
 
 
-def first_guess(linear, shares):
-    """The classifier starts with the classes' frequencies (Lin et al. 2017, section 3.3): else it takes the first
-    hundreds of steps to find that most letters are absent from most images."""
+def first_guess(linear, shares, exclusive):
+    """The classifier starts with the classes' frequencies (Lin et al. 2017, section 3.3) and small weights: else it
+    takes the first hundreds of steps to find that most letters are absent from most images, and a few classes' logits
+    of EfficientNetV2's own start (timm's, for 1,000 classes) are far off."""
     shares = torch.as_tensor(shares).clamp(0.001, 0.999)
     torch.nn.init.normal_(linear.weight, 0, 0.01)
-    linear.bias.data.copy_((shares / (1 - shares)).log())
+    linear.bias.data.copy_(shares.log() if exclusive else shares.logit())
 
 
 def final(state, judge, names, folder, device, amp, files):

@@ -383,8 +383,10 @@ def test_show_augment_draws_and_does_not_train(script, tmp_path):
     assert Image.open(run / "augment.png").size[0] > 6 * 32 and not (run / "last.pt").exists()
 
 
-def test_the_first_guess_is_the_classes_frequency():
+@pytest.mark.parametrize("exclusive, shares", [(False, [0.5, 0.1, 0.0]), (True, [0.6, 0.399, 0.001])])
+def test_the_first_guess_is_the_classes_frequency(exclusive, shares):
     linear = torch.nn.Linear(64, 3)
-    train_cls.first_guess(linear, [0.5, 0.1, 0.0])
-    probs = torch.sigmoid(linear(torch.randn(500, 64))).mean(0)
-    assert (probs - torch.tensor([0.5, 0.1, 0.001])).abs().max() < 0.01
+    train_cls.first_guess(linear, shares, exclusive)
+    logits = linear(torch.randn(500, 64))
+    probs = (logits.softmax(1) if exclusive else logits.sigmoid()).mean(0)
+    assert (probs - torch.tensor(shares).clamp(min=0.001)).abs().max() < 0.01
