@@ -58,7 +58,7 @@ def parse_args():
     add("--workers", type=whole(0, 256), default=2, help="loader processes per process")
     add("--project", metavar="DIR", help="where to look for the newest run; without: runs/TASK")
     add("--tile", type=whole(16, 65536), help="larger images go through windows of this side; without: twice the "
-        "training size for seg, no windows for det")
+        "training size for seg, the training's --tile for det")
     add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
     add("--threshold", type=real(0, 1), help="seg, cls: probability from which a pixel, a class is there; without: the "
@@ -268,14 +268,15 @@ def predict_det(args, device, paths, states, nets):
     root = data.parent if data.is_file() else data
     files = images.find_sources(args.source, root / "test" / "images")
     bands = all_bands(states)
-    views = det.Views(files, bands=bands, imgsz=imgsz, stride=stride, tile=args.tile, overlap=args.overlap)
+    views = det.Views(files, bands=bands, imgsz=imgsz, stride=stride, overlap=args.overlap,
+                      tile=args.tile or states[0]["args"].get("tile"))
     near = root if args.source is None else files[0].parent
     ids = submissions.image_ids(files, near, others=args.source is not None)
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
 
     loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
     found = {}  # view -> detections of each checkpoint
-    progress = tqdm(total=len(views), desc="predict", unit="view" if args.tile else "img", disable=dist.rank() > 0)
+    progress = tqdm(total=len(views), desc="predict", unit="view", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
             per_member = [[det.restore(rows.cpu(), matrix) for rows, matrix in zip(detections, batch["matrix"])]

@@ -75,8 +75,9 @@ def main():
     files, answers, weights = [table.files[i] for i in train], table.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
         extra = cls.with_names(cls.read(more, least=1), table, more)
-        files, answers = files + extra.files, np.concatenate((answers, extra.labels))
-        weights += [weight] * len(extra.files)
+        chosen = folds.unseen(extra.files, [table.files[i] for i in val], more)
+        files, answers = files + [extra.files[i] for i in chosen], np.concatenate((answers, extra.labels[chosen]))
+        weights += [weight] * len(chosen)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     if args.synthesize:
         if args.extra_data:

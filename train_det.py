@@ -54,6 +54,9 @@ def parse_args():
     add("--bands", type=band_list, help="such as 1-3 or 5,3,2; without: all")
     add("--band-scale", type=real(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
     add("--allow-bad-labels", action="store_true", help="go on when more than 1 %% of the boxes had to be dropped")
+    add("--tile", type=whole(32, 65536), help="larger images are learned in windows of this side, at full resolution, "
+        "and validated as predict.py --tile goes through them")
+    add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows")
     add("--epoch-parts", type=whole(1, 10**6), default=1, help="an epoch is one of so many parts of the data")
     add("--image-weights", action="store_true", help="images with rare classes come more often")
     add("--multi-scale", type=real(0, 0.9), default=0.0, help="batches at 1 - F to 1 + F times --imgsz")
@@ -142,8 +145,12 @@ def experiment(args, device, folder, resume):
     sources, weights = pick(data, train), np.ones(len(train))
     for more, weight in args.extra_data:
         extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
-        sources = [ours + theirs for ours, theirs in zip(sources, pick(extra, range(len(extra.files))))]
-        weights = np.concatenate((weights, np.full(len(extra.files), weight)))
+        chosen = folds.unseen(extra.files, [data.files[i] for i in val], more)
+        sources = [ours + theirs for ours, theirs in zip(sources, pick(extra, chosen))]
+        weights = np.concatenate((weights, np.full(len(chosen), weight)))
+    if args.tile:
+        sources, image_of = det.cut(*sources, tile=args.tile, overlap=args.overlap)
+        weights = weights[image_of]
     names, reading = data.names, dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
     train_data = det.DetData(*sources, seed=args.seed, mosaic=args.mosaic, grid=args.grid, mixup=args.mixup,
                              close_mosaic=args.epochs - args.close_mosaic, hsv=args.hsv, degrees=args.degrees,
@@ -205,23 +212,37 @@ def experiment(args, device, folder, resume):
         return loss * args.bs * args.accumulate, parts
 
     # ---- validation ----
-    if val:
+    if val and args.tile:
+        val_data = det.Views([data.files[i] for i in val], labelled(data, val), bands=bands, imgsz=args.imgsz,
+                             stride=model.stride, tile=args.tile, overlap=args.overlap)
+        shapes = val_data.shapes
+    elif val:
         shapes = [det.rect(data.sizes[i], args.imgsz, model.stride) for i in val]
         val_data = det.DetData(*pick(data, val), shapes=shapes, **reading)
+    if val:
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=shapes, workers=args.workers,
                                  device=device, collate=det.collate)
 
     def judge(model):  # boxes are compared in pixels of the files
-        metric = metrics.DetectionAP(len(names))
+        metric, by_view = metrics.DetectionAP(len(names)), {}
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
             x = inputs(batch)
             found = boxes.nms(model(x), conf=0.001, iou=0.65, max_det=300)
             truths = det.truths(batch)
-            metric.update([det.restore(rows, m) for rows, m in zip(found, batch["matrix"])], truths, batch["index"])
+            restored = [det.restore(rows, m) for rows, m in zip(found, batch["matrix"])]
+            if args.tile:
+                by_view |= {view: (rows.cpu(),) for view, rows in zip(batch["index"].tolist(), restored)}
+            else:
+                metric.update(restored, truths, batch["index"])
             if i == 0 and dist.rank() == 0:
                 seen = [det.move(rows, m) for rows, m in zip(truths, batch["matrix"])]
                 pictures_det.detection_sheet(folder / "val.png", x, seen, found, names=names)
+        if args.tile:  # an image's windows may lie on several ranks
+            by_view = {view: rows for part in dist.gather(by_view) for view, rows in part.items()}
+            for i in range(dist.rank(), len(val), dist.world_size()):
+                truth = val_data.boxes[i].roll(-1, 1)
+                metric.update([val_data.merge(i, by_view, iou=0.65, max_det=300)], [truth], torch.tensor([i]))
         return metric.reduce()
 
     def evaluate(model):
@@ -240,7 +261,7 @@ def experiment(args, device, folder, resume):
               f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
         pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.truths(batch), names=names)
-        pictures_det.label_statistics(folder / "labels.png", *sources[1:], names)
+        pictures_det.label_statistics(folder / "labels.png", *sources[1:4], names)
     # sgd follows a sum over images, and its decay is for 64 of them; adamw's does not depend on their number
     decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
     options = training(args, folder, model, loader, weight_decay=decay)
@@ -292,6 +313,11 @@ def default_bands(file):
 def pick(data, indices):
     """-> the files, boxes, classes and sizes of some images, as DetData takes them."""
     return [[column[i] for i in indices] for column in (data.files, data.boxes, data.classes, data.sizes)]
+
+
+def labelled(data, indices):
+    """-> per image float32 (n, 5) of class, x1, y1, x2, y2."""
+    return [torch.from_numpy(np.column_stack((data.classes[i], data.boxes[i]))).float() for i in indices]
 
 
 def class_balance(classes, count):

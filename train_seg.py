@@ -89,6 +89,7 @@ def main():
     paired_train, weights = [paired[i] for i in train], [1.0] * len(train)
     for more, weight in args.extra_data:
         found = list(seg.pairs(Path(more) / "train_img", Path(more) / "train_mask").values())
+        found = [found[i] for i in folds.unseen([image for image, _ in found], [paired[i][0] for i in val], more)]
         seg.scan(found, bands=bands, classes=args.classes, ignore=args.ignore)
         paired_train, weights = paired_train + found, weights + [weight] * len(found)
     train_data = seg.SegData(paired_train, imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,

@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 class Cache:
-    """`cache[i]` -> the tensor that `read(files[i])` gave, without reading the file again. It is the
+    """`cache[i]` -> the tensor that `read(i)` gave, from files[i], without reading the file again. It is the
     cache's own memory: not to be changed.
 
     where: "ram" (per training process; loader workers share it by fork) or "disk": one array in `folder`,
@@ -47,8 +47,8 @@ class Cache:
 
     def _tensors(self):
         self.index, start = [], 0
-        for file in tqdm(self.files, desc="cache", disable=dist.rank() > 0, leave=False):
-            tensor = self.read(file).contiguous()
+        for i in tqdm(range(len(self.files)), desc="cache", disable=dist.rank() > 0, leave=False):
+            tensor = self.read(i).contiguous()
             self.index.append((start, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
             start += tensor.numel() * tensor.element_size()
             yield tensor

@@ -44,10 +44,34 @@ def reduced(size, limit):
     return tuple(max(1, round(side * factor)) for side in size)
 
 
-def read_small(path, bands, size):
+def read_small(path, bands, size, window=None):
     """`read`, then resized to `size` (None: not) -> (H, W, C) in memory, from which it is fast to resize once more."""
-    image = read(path, bands).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    image = read(path, bands, window=window).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return (images.resize(image, size) if size else image).permute(1, 2, 0).contiguous()
+
+
+def windows(size, tile, overlap):
+    """size (height, width) -> the windows (y, x, height, width) of an image that is larger than `tile`, else []."""
+    if not tile or max(size) <= tile:
+        return []
+    sides = [min(tile, side) for side in size]
+    return [(y, x, *sides) for y in tiles.starts(size[0], tile, overlap) for x in tiles.starts(size[1], tile, overlap)]
+
+
+def cut(files, boxes, classes, sizes, *, tile, overlap):
+    """Lists of data.labels.Labels -> the same with every larger image's windows in place of it, for training at full
+    resolution; a fifth list: window or None; and the index of the image that each entry is of. Boxes are clipped to
+    their window, and left out where little of them is in it (`augment.visible`)."""
+    entries, image_of = [], []
+    for i, (file, rows, labels, size) in enumerate(zip(files, boxes, classes, sizes)):
+        for window in windows(size, tile, overlap) or [None]:
+            y, x, *part = window or (0, 0, *size)
+            before = rows - [x, y, x, y]
+            after = before.clip(0, [*part[::-1]] * 2)
+            keep = augment.visible(before, after) if window else slice(None)
+            entries.append((file, after[keep], labels[keep], tuple(part), window))
+            image_of.append(i)
+    return [list(column) for column in zip(*entries)], image_of
 
 
 class DetData(Dataset):
@@ -60,25 +84,27 @@ class DetData(Dataset):
          "matrix": float64 (3, 3), from pixels of the file to pixels of the picture}
 
     files, boxes, classes, sizes: lists of data.labels.Labels. With sizes, larger images are reduced to what can be
-    seen of them as they are read, and kept so by `cache` ("ram" or "disk"). bands: from 1; None: all. shapes: canvas
+    seen of them as they are read, and kept so by `cache` ("ram" or "disk"). windows: see `cut`; of an image that has
+    one, only that is seen, and pixels are counted in it. bands: from 1; None: all. shapes: canvas
     (height, width) of each letterboxed image, see `rect`; None: imgsz x imgsz. mosaic, mixup: probabilities, mixup of
     a mosaic with a second one; grid: 4 or 9 images in a mosaic; close_mosaic: epoch, from 0, from which on there are
     neither. hsv: see augment.colour. The rest: see augment.affine.
     """
 
-    def __init__(self, files, boxes, classes, sizes=None, *, bands=None, imgsz=640, shapes=None, seed=0, cache=None,
-                 mosaic=1.0, grid=4, mixup=0.0, close_mosaic=None, hsv=(0.015, 0.7, 0.4), **affine):
+    def __init__(self, files, boxes, classes, sizes=None, windows=None, *, bands=None, imgsz=640, shapes=None, seed=0,
+                 cache=None, mosaic=1.0, grid=4, mixup=0.0, close_mosaic=None, hsv=(0.015, 0.7, 0.4), **affine):
         self.files, self.imgsz, self.shapes, self.seed = files, imgsz, shapes, seed
         self.labels = [np.concatenate((c[:, None], b), 1).astype(np.float32) for b, c in zip(boxes, classes)]
         self.mosaic, self.grid, self.mixup, self.hsv, self.affine = mosaic, grid, mixup, hsv, affine
         self.close_mosaic = np.inf if close_mosaic is None else close_mosaic
         limit = imgsz if shapes else math.ceil(imgsz * (1 + affine.get("scale", 0.5)))  # no view shows more
-        small, self.shrink = {}, [np.eye(3)] * len(files)  # matrices from pixels of the file to those of what is read
-        if sizes:
-            small = {file: reduced(size, limit) for file, size in zip(files, sizes)}
-            self.shrink = [scale(small[file][1] / w, small[file][0] / h) for file, (h, w) in zip(files, sizes)]
-        self.read = lambda path: read_small(path, bands, small.get(path))
-        variant = ("bands last", bands, limit, bool(sizes))
+        small = [reduced(size, limit) for size in sizes] if sizes else [None] * len(files)
+        # matrices from pixels of the file to those of what is read
+        self.shrink = [scale(new[1] / w, new[0] / h) for new, (h, w) in zip(small, sizes)] if sizes else \
+            [np.eye(3)] * len(files)
+        windows = windows or [None] * len(files)
+        self.read = lambda i: read_small(files[i], bands, small[i], windows[i])
+        variant = ("bands last", bands, limit, bool(sizes)) + (tuple(windows) if any(windows) else ())
         self.cache = Cache(files, self.read, cache, variant=variant) if cache else None
 
     def __len__(self):
@@ -86,7 +112,7 @@ class DetData(Dataset):
 
     def load(self, i):
         """-> (C, H, W), uint8 or float32, bands last in memory."""
-        pixels = self.cache[i] if self.cache else self.read(self.files[i])
+        pixels = self.cache[i] if self.cache else self.read(i)
         return (pixels if pixels.dtype == torch.uint8 else pixels.float()).permute(2, 0, 1)
 
     def __getitem__(self, key):
@@ -188,11 +214,13 @@ def restore(rows, matrix):
 class Views(Dataset):
     """What the nets look at: every image as a whole and, if it is larger than `tile`, also its windows.
 
-    `views[k]` -> as a letterboxed sample of DetData, without boxes. UserError for a file without the bands.
+    `views[k]` -> as a letterboxed sample of DetData, without boxes or with the image's `boxes`: float32 (n, 5) of
+    class, x1, y1, x2, y2 per file. UserError for a file without the bands.
     """
 
-    def __init__(self, files, *, bands, imgsz, stride, tile=None, overlap=0.25):
+    def __init__(self, files, boxes=None, *, bands, imgsz, stride, tile=None, overlap=0.25):
         self.files, self.bands, self.imgsz = files, bands, imgsz
+        self.boxes = boxes or [torch.zeros(0, 5)] * len(files)
         self.sizes = []  # (height, width) per file
         self.items = []  # (file's index, window (y, x, height, width) or None) per view
         self.first = []  # each file's first view; at the end the number of views
@@ -203,11 +231,7 @@ class Views(Dataset):
                                 f"--source")
             self.sizes.append(tuple(size))
             self.first.append(len(self.items))
-            self.items.append((i, None))
-            if tile and max(size) > tile:
-                sides = [min(tile, side) for side in size]
-                self.items += [(i, (y, x, *sides)) for y in tiles.starts(size[0], tile, overlap)
-                               for x in tiles.starts(size[1], tile, overlap)]
+            self.items += [(i, window) for window in [None] + windows(size, tile, overlap)]
         self.first.append(len(self.items))
         self.shapes = [rect(window[2:] if window else self.sizes[i], imgsz, stride) for i, window in self.items]
 
@@ -227,7 +251,7 @@ class Views(Dataset):
             to_read = scale(shape[1] / width, shape[0] / height)
         image = image if image.dtype == torch.uint8 else image.float()
         sample = letterboxed(image, self.imgsz, self.shapes[k], to_read)
-        return sample | {"boxes": torch.zeros(0, 5), "index": k}
+        return sample | {"boxes": self.boxes[i], "index": k}
 
     def merge(self, i, found, *, iou, max_det, weights=None):
         """All that was found in image i -> its detections (n, 6), within the image, in its pixels.

@@ -162,6 +162,16 @@ def leaks(train, val, *, groups=None, shown=3):
     return lines
 
 
+def unseen(files, held_out, root):
+    """-> indices of the files of --extra-data `root` that are no copies of validation images (the same bytes): those
+    are not trained on. Raises UserError for a file that cannot be read."""
+    copies = dict(_copies(held_out, files))
+    if copies:
+        dist.print0(f"{root}: {len(copies)} of {len(files)} images are copies of validation images and left out, such "
+                    f"as {next(iter(copies))}")
+    return [i for i, file in enumerate(files) if file not in copies]
+
+
 def _copies(train, val):
     """[(validation file, a training file with the same bytes)]. What tells files apart is looked at from cheap to dear:
     size, a piece of the middle (of raw pixels, every size is the same), all bytes; each time, those files stay that

@@ -118,8 +118,8 @@ class SegData(Dataset):
                  p_object=0.0, resize=False, cache=None):
         self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
         self.gain, self.p_object, self.ignore, self.resize = gain, p_object, ignore, resize
-        self.read_image = lambda path: images.read(path, bands)
-        self.read_mask = lambda path: read_mask(path, classes, ignore)
+        self.read_image = lambda i: images.read(paired[i][0], bands)
+        self.read_mask = lambda i: read_mask(paired[i][1], classes, ignore)
         if cache:
             image_files, mask_files = zip(*paired)
             self.images = Cache(image_files, self.read_image, cache, variant=bands)
@@ -133,8 +133,8 @@ class SegData(Dataset):
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (None, key)
         i = index % len(self.paired)
-        image = self.images[i] if self.images else self.read_image(self.paired[i][0])
-        mask = self.masks[i] if self.masks else self.read_mask(self.paired[i][1])
+        image = self.images[i] if self.images else self.read_image(i)
+        mask = self.masks[i] if self.masks else self.read_mask(i)
         if epoch is not None:
             rng = np.random.default_rng((self.seed, epoch, index))
             size = (self.imgsz, self.imgsz)

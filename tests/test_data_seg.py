@@ -245,7 +245,7 @@ def test_a_cache_changes_nothing(mixed, where, tmp_path, monkeypatch):
 def test_the_disk_cache_is_built_once(tmp_path):
     files, reads = write_numbers(tmp_path, 3), []
     for _ in range(2):
-        cache = Cache(files, reader(reads), "disk", folder=tmp_path / "cache")
+        cache = Cache(files, reader(files, reads), "disk", folder=tmp_path / "cache")
         assert [int(cache[i][0]) for i in range(3)] == [0, 1, 2]
     assert len(reads) == 3
     assert not list((tmp_path / "cache").glob("*.tmp*"))
@@ -257,9 +257,10 @@ def write_numbers(folder, count):
     return [folder / f"{i}.txt" for i in range(count)]
 
 
-def reader(log):
+def reader(files, log):
     """A file of one number -> that number as many times as the file has digits; what was read goes to the log."""
-    def read(path):
+    def read(i):
+        path = files[i]
         log.append(path)
         return torch.full((len(path.read_text()),), int(path.read_text()), dtype=torch.int16)
     return read
@@ -268,7 +269,7 @@ def reader(log):
 @pytest.mark.parametrize("change", ["content", "time", "file", "variant"])
 def test_the_disk_cache_is_rebuilt_when_its_source_changes(tmp_path, change):
     files, reads = write_numbers(tmp_path, 3), []
-    Cache(files, reader(reads), "disk", folder=tmp_path / "cache")
+    Cache(files, reader(files, reads), "disk", folder=tmp_path / "cache")
     if change == "content":  # another size at the old time
         old = files[1].stat()
         files[1].write_text("77")
@@ -279,7 +280,8 @@ def test_the_disk_cache_is_rebuilt_when_its_source_changes(tmp_path, change):
     elif change == "file":
         (tmp_path / "9.txt").write_text("9")
         files = [files[0], tmp_path / "9.txt", files[2]]
-    cache = Cache(files, reader(reads), "disk", folder=tmp_path / "cache", variant="x" if change == "variant" else "")
+    variant = "x" if change == "variant" else ""
+    cache = Cache(files, reader(files, reads), "disk", folder=tmp_path / "cache", variant=variant)
     assert int(cache[1][0]) == dict(content=77, time=8, file=9, variant=1)[change]
     assert [int(cache[i][0]) for i in (0, 2)] == [0, 2] and len(reads) == 6
 
@@ -291,25 +293,26 @@ def test_the_disk_cache_is_rebuilt_when_its_source_changes(tmp_path, change):
 def test_a_damaged_disk_cache_is_rebuilt(tmp_path, damage):
     suffix, content = damage
     files, reads = write_numbers(tmp_path, 3), []
-    Cache(files, reader(reads), "disk", folder=tmp_path / "cache")
+    Cache(files, reader(files, reads), "disk", folder=tmp_path / "cache")
     target, = (tmp_path / "cache").glob(f"*.{suffix}")
     target.write_bytes(content) if content is not None else target.unlink()
-    cache = Cache(files, reader(reads), "disk", folder=tmp_path / "cache")
+    cache = Cache(files, reader(files, reads), "disk", folder=tmp_path / "cache")
     assert [int(cache[i][0]) for i in range(3)] == [0, 1, 2] and len(reads) == 6
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file in its place")
     with pytest.raises(UserError, match="cache: cannot write the cache .*; make room"):
-        Cache(write_numbers(tmp_path, 1), reader([]), "disk", folder=tmp_path / "cache")
+        files = write_numbers(tmp_path, 1)
+        Cache(files, reader(files, []), "disk", folder=tmp_path / "cache")
 
 
 def test_processes_that_start_together_build_one_cache(tmp_path):
     files, pids = write_numbers(tmp_path, 20), []
 
-    def slow(path):
+    def slow(i):
         time.sleep(0.01)
-        return reader([])(path)
+        return reader(files, [])(i)
 
     for first in range(3):
         pid = os.fork()
