@@ -3,6 +3,7 @@
     python predict.py --task seg --tta                        # newest run, its data's test_img folder
     python predict.py --task seg --tta hflip rot90 scale --merge gmean
     python predict.py --task seg --weights runs/seg/exp*/best.pt --source scene.tif --tile 512 --polygons
+    python predict.py --task seg --detector runs/det/exp/best.pt     # detect, crop, segment
     python predict.py --task det --weights runs/det/exp/best.pt --tta --imgsz 1536 --source photos --tile 1024
     python predict.py --task cls --tta --weights runs/cls/*/best.pt --fit-weights
     torchrun --nproc_per_node 4 predict.py --task seg --tta   # the inputs shared out among four GPUs
@@ -26,8 +27,8 @@ from nets import backbones
 from nets.blocks import fuse
 from nets.unet import UNet, probabilities
 from nets.yolo import YOLOv5
-from utils import boxes, checkpoint, dist, engine, ensemble, geometry, runs, tiles, tta
-from utils.args import real, whole
+from utils import boxes, checkpoint, dist, engine, ensemble, geometry, review, runs, tiles, tta
+from utils.args import noise_list, real, whole
 from utils.errors import Parser, UserError, cli
 
 NETS = {"seg": UNet, "det": YOLOv5, "cls": backbones.make}
@@ -43,14 +44,17 @@ def parse_args():
     add("--weights", nargs="+", metavar="PATH", help="checkpoints; without: the newest run's best.pt or last.pt")
     add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images of the "
         "training's data")
+    add("--noisy", type=noise_list, metavar="CSV:K", help="in place of --source: those of the K worst samples of a "
+        "noise.csv that the checkpoint's run has held out, to be labelled anew by --pseudo")
     add("--out", metavar="DIR", help="new folder for the results; without: predict in the run's folder")
     add("--tta", nargs="*", choices=tta.NAMES, metavar="NAME", help=f"several views of every image: all combinations "
         f"of what the names offer, {', '.join(tta.NAMES)}; without names: for seg its flips, for det three sizes, one "
         f"flipped, for cls quarter turns")
     add("--tta-scales", type=real(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale; without: "
         f"{' '.join(f'{scale:g}' for scale in tta.SCALES)}")
-    add("--merge", choices=tta.MERGES, help="seg, cls: how the probabilities of the views are joined; without: mean; "
-        "sum ends at 1, after tsharpen (mean of the square roots) a --threshold of 0.5 is one of 0.25")
+    add("--merge", choices=(*tta.MERGES, "wbf"), help="how the views are joined; seg, cls: their probabilities, "
+        "without: mean; sum ends at 1, after tsharpen (mean of the square roots) a --threshold of 0.5 is one of 0.25; "
+        "det: weighted boxes fusion, without: suppression")
     add("--bs", type=whole(1, 65536), default=8, help="images per forward pass")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
@@ -66,13 +70,16 @@ def parse_args():
     add("--pseudo", type=real(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
         "--extra-data")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
-    add("--imgsz", type=whole(32, 65536), help="det, cls: side of the net's input; without: that of the training")
+    add("--imgsz", type=whole(32, 65536), help="det, cls, --detector: side of the net's input; without: that of the "
+        "training")
     add("--ensemble-weights", type=real(1e-6), nargs="+", metavar="W", help="det, cls: of the checkpoints (and then of "
         "the tables)")
     add = parser.add_argument_group("segmentation").add_argument
     add("--polygons", action="store_true", help="also write the masks' outlines as GeoJSON")
+    add("--detector", metavar="PATH", help="a checkpoint of train_det.py: only its boxes, a little enlarged, are cut "
+        "out and segmented")
     add = parser.add_argument_group("detection").add_argument
-    add("--conf", type=real(0, 1), default=0.01, help="lowest score of a detection")
+    add("--conf", type=real(0, 1), help="lowest score of a detection; without: 0.01, for --detector 0.25")
     add("--iou", type=real(0, 1), default=0.7, help="overlap from which the lower score goes")
     add("--max-det", type=whole(1, 100000), default=300, help="most detections per image")
     add("--max-mb", type=real(0.001), default=20.0, help="largest submission.json, 10^6 bytes; the best scores stay")
@@ -81,7 +88,9 @@ def parse_args():
     add("--fit-weights", action="store_true", help="find the checkpoints' weights and a threshold per class on the "
         "images that all their runs held out; both are used, and kept in ensemble.json")
     add("--ensemble", metavar="JSON", help="the ensemble.json of an earlier --fit-weights, for the same checkpoints")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.conf = (0.25 if args.detector else 0.01) if args.conf is None else args.conf
+    return args
 
 
 def main():
@@ -89,6 +98,7 @@ def main():
     check_tta(args)
     device = dist.setup(args.device)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
+    args.source = noisy_samples(args, paths) if args.noisy else args.source
     states = [checkpoint.load(path) for path in paths]
     for path, state in zip(paths, states):
         if state["task"] != args.task:
@@ -109,12 +119,25 @@ def main():
 
 def check_tta(args):
     """Whether the flags of test-time augmentation go together."""
-    if args.merge and args.task == "det":
-        raise UserError("--merge: is for seg and cls, boxes of all views are joined by suppression; leave it out")
+    if args.merge and (args.merge == "wbf") != (args.task == "det"):
+        raise UserError(f"--merge {args.merge}: not for --task {args.task}; wbf is for boxes, the others are for "
+                        f"probabilities")
     if args.merge and args.tta is None:
         raise UserError("--merge: says how the views of --tta are joined; give that too")
     if args.tta_scales and "scale" not in (args.tta or ()):
         raise UserError("--tta-scales: are the sizes of --tta scale; give that too")
+
+
+def noisy_samples(args, paths):
+    """The files that --noisy stands for."""
+    if args.source or len(paths) > 1:
+        raise UserError("--noisy: is for one checkpoint, in place of --source; give one --weights and no --source")
+    table, count = args.noisy
+    run = Path(paths[0]).parent
+    held_out = review.read_noise(table, count, run)
+    if not held_out:
+        raise UserError(f"{table}: {run} has held out none of the {count} worst samples; take another run's checkpoint")
+    return held_out
 
 
 def load_nets(args, device, paths, states):
@@ -168,14 +191,15 @@ def predict_seg(args, device, paths, states, nets):
         if sizes[file][0] < bands[-1]:
             raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
                             f"another --source")
+    parts = find_parts(args, device, files) if args.detector else {}
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
     threshold, drawn = best_threshold(args, states), dict(overlay=args.overlays, outlines=args.polygons)
     for folder in ("masks", *("overlays",) * args.overlays, *("polygons",) * args.polygons,
                    *("pseudo/train_mask",) * bool(args.pseudo)):
         (out / folder).mkdir(parents=True, exist_ok=True)
 
-    small = [file for file in files if max(sizes[file][1:]) <= tile]
-    large = [file for file in files if max(sizes[file][1:]) > tile]
+    small = [file for file in files if max(sizes[file][1:]) <= tile and not args.detector]
+    large = [file for file in files if file not in small]
     loader = eval_loader(seg.Tiles(small), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
                          device=device)
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
@@ -189,7 +213,10 @@ def predict_seg(args, device, paths, states, nets):
                 submissions.draw_mask(small[i], out, states[0]["bands"], **drawn)
             bar.update(len(batch["index"]) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
-            predict_scene(file, sizes[file][1:], predict, threshold, tile, args, out)
+            if args.detector:
+                predict_parts(file, sizes[file][1:], parts[file], predict, threshold, tile, args, out)
+            else:
+                predict_scene(file, sizes[file][1:], predict, threshold, tile, args, out)
             submissions.draw_mask(file, out, states[0]["bands"], **drawn)
             bar.update(dist.world_size())
     dist.barrier()
@@ -240,21 +267,58 @@ def decide(probs, threshold, least=None):
     return {"masks": masks} | ({"pseudo/train_mask": pseudo.sure_mask(probs, masks, least)} if least else {})
 
 
-def predict_scene(file, size, predict, threshold, tile, args, out):
-    """An image larger than a tile, window by window, read and written in pieces."""
-    height, width = size
+def blocks(file, part, predict, tile, args):
+    """Yields (row, column, probabilities (K, h, w)) of a part (y, x, height, width) of an image: window by window, read
+    and merged in pieces."""
+    top, left, height, width = part
     swaths = tiles.plan(height, width, tile, args.overlap)
-    places = [(y, x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
-    loader = torch.utils.data.DataLoader(seg.Tiles([file], places), args.bs, num_workers=args.workers)
-    maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0)
+    places = [(top + y, left + x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
+    workers = args.workers if len(places) > 1 else 0
+    loader = torch.utils.data.DataLoader(seg.Tiles([file], places), args.bs, num_workers=workers)
+    maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0 or not workers)
             for probs in predict(batch["image"]))
+    for y, x, block in tiles.merge(swaths, maps, height):
+        yield top + y, left + x, block
+
+
+def predict_scene(file, size, predict, threshold, tile, args, out):
+    """An image larger than a tile: written in pieces too, so that memory does not grow with it."""
     with contextlib.ExitStack() as stack:
         targets = {}
-        for y, x, block in tiles.merge(swaths, maps, height):
+        for y, x, block in blocks(file, (0, 0, *size), predict, tile, args):
             for folder, [mask] in decide(block[None], threshold, args.pseudo).items():
                 if folder not in targets:
                     targets[folder] = stack.enter_context(submissions.new_mask(file, out / folder))
                 targets[folder].write(mask.numpy(), 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
+
+
+def predict_parts(file, size, parts, predict, threshold, tile, args, out):
+    """Only what lies in some parts (y, x, height, width), where they overlap the last one's; elsewhere is class 0."""
+    masks = {folder: np.zeros(size, np.uint8) for folder in ("masks", *("pseudo/train_mask",) * bool(args.pseudo))}
+    for part in parts:
+        for y, x, block in blocks(file, part, predict, tile, args):
+            for folder, [mask] in decide(block[None], threshold, args.pseudo).items():
+                here = masks[folder][y:y + mask.shape[0], x:x + mask.shape[1]]
+                np.copyto(here, mask.numpy(), where=mask.numpy() > 0)
+    for folder, mask in masks.items():
+        with submissions.new_mask(file, out / folder) as target:
+            target.write(mask, 1)
+
+
+def find_parts(args, device, files):
+    """{file: what --detector finds in it, as [(y, x, height, width)], the surest last}, its boxes with a margin of a
+    tenth at each side: an object's edge, and what is around it, tell where it ends."""
+    state = checkpoint.load(args.detector)
+    if state["task"] != "det":
+        raise UserError(f"{args.detector}: trained for --task {state['task']}; give a checkpoint of train_det.py")
+    nets = load_nets(args, device, [args.detector], [state])
+    views, parts = det_views(args, [state], nets, files), {}
+    for file, size, rows in zip(files, views.sizes, detect(args, device, [state], nets, views)):
+        margin = 0.1 * (rows[:, 2:4] - rows[:, :2])
+        grown = boxes.clip(torch.cat((rows[:, :2] - margin, rows[:, 2:4] + margin), 1), *size)
+        corners = torch.cat((grown[:, :2].floor(), grown[:, 2:].ceil()), 1).int().flip(0).tolist()
+        parts[file] = [(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in corners]
+    return parts
 
 
 # ---- detection ----
@@ -262,30 +326,14 @@ def predict_det(args, device, paths, states, nets):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
     if args.ensemble_weights and len(args.ensemble_weights) != len(paths):
         raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {len(paths)} checkpoints; give one each")
-    imgsz, stride = args.imgsz or max(state["imgsz"] for state in states), max(net.stride for net in nets)
-    predict = det_ensemble(args, device, states, nets)
     data = Path(states[0]["args"]["data"])
     root = data.parent if data.is_file() else data
     files = images.find_sources(args.source, root / "test" / "images")
-    bands = all_bands(states)
-    views = det.Views(files, bands=bands, imgsz=imgsz, stride=stride, overlap=args.overlap,
-                      tile=args.tile or states[0]["args"].get("tile"))
+    views = det_views(args, states, nets, files)
     near = root if args.source is None else files[0].parent
     ids = submissions.image_ids(files, near, others=args.source is not None)
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
-
-    loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
-    found = {}  # view -> detections of each checkpoint
-    progress = tqdm(total=len(views), desc="predict", unit="view", disable=dist.rank() > 0)
-    with torch.inference_mode(), progress as bar:
-        for batch in loader:
-            per_member = [[det.restore(rows.cpu(), matrix) for rows, matrix in zip(detections, batch["matrix"])]
-                          for detections in predict(batch["image"])]
-            found |= zip(batch["index"].tolist(), zip(*per_member))
-            bar.update(len(batch["image"]) * dist.world_size())
-    found = {view: rows for part in dist.gather(found) for view, rows in part.items()}
-    results = [views.merge(i, found, iou=args.iou, max_det=args.max_det, weights=args.ensemble_weights)
-               for i in range(len(files))]
+    results = detect(args, device, states, nets, views)
 
     names = states[0]["classes"]
     for folder in ("labels", "overlays") if args.overlays else ("labels",):
@@ -307,6 +355,30 @@ def predict_det(args, device, paths, states, nets):
         print(f"{len(files)} images, {sum(map(len, results))} detections{note}: {out}")
 
 
+def det_views(args, states, nets, files):
+    """What the nets are to look at."""
+    imgsz, stride = args.imgsz or max(state["imgsz"] for state in states), max(net.stride for net in nets)
+    tile = args.tile or states[0]["args"].get("tile")
+    return det.Views(files, bands=all_bands(states), imgsz=imgsz, stride=stride, tile=tile, overlap=args.overlap)
+
+
+def detect(args, device, states, nets, views):
+    """-> the detections (n, 6) in each of the views' files, in its pixels; the same on every rank."""
+    predict = det_ensemble(args, device, states, nets)
+    loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
+    found = {}  # view -> detections of each checkpoint
+    progress = tqdm(total=len(views), desc="predict", unit="view", disable=dist.rank() > 0)
+    with torch.inference_mode(), progress as bar:
+        for batch in loader:
+            per_member = [[det.restore(rows.cpu(), matrix) for rows, matrix in zip(detections, batch["matrix"])]
+                          for detections in predict(batch["image"])]
+            found |= zip(batch["index"].tolist(), zip(*per_member))
+            bar.update(len(batch["image"]) * dist.world_size())
+    found = {view: rows for part in dist.gather(found) for view, rows in part.items()}
+    return [views.merge(i, found, iou=args.iou, max_det=args.max_det, weights=args.ensemble_weights)
+            for i in range(len(views.files))]
+
+
 def all_bands(states):
     """What to read of an image: the bands (from 1, sorted) that any of the checkpoints needs."""
     return sorted({band for state in states for band in state["bands"]})
@@ -316,6 +388,7 @@ def det_ensemble(args, device, states, nets):
     """-> predict(images (B, len(all_bands), H, W) in the files' numbers) -> per checkpoint a list with the detections
     (n, 6) of each image, in pixels of the batch."""
     bands, largest = all_bands(states), max(state["imgsz"] for state in states)
+    limits = dict(conf=args.conf, iou=args.iou, max_det=args.max_det)
 
     def predict(raw):
         results = []
@@ -324,8 +397,12 @@ def det_ensemble(args, device, states, nets):
             x = raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]
             factor = 1.0 if args.imgsz else state["imgsz"] / largest  # each at the size that it was trained for
             passes = make_passes(args, "det", x.shape[2:], stride=net.stride, factor=factor)
-            rows = tta.rows(lambda view: run(net, view), x, passes)  # resized in fp32: CPUs cannot in bf16
-            results.append(boxes.nms(rows, conf=args.conf, iou=args.iou, max_det=args.max_det))
+            found = tta.rows(lambda view: run(net, view), x, passes)  # resized in fp32: CPUs cannot in bf16
+            if args.merge == "wbf":
+                by_pass = [boxes.nms(rows, **limits) for rows in found]
+                results.append([boxes.wbf(of_image)[:args.max_det] for of_image in zip(*by_pass)])
+            else:
+                results.append(boxes.nms(torch.cat(list(found), 1), **limits))
         return results
     return predict
 

@@ -88,7 +88,7 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
     fold}; None: nothing to validate. strata, groups: of `assign`. drop: (a noise.csv, the number of its worst
     files that are not trained on). untrained: all may be held out, for what is trained on is made.
     """
-    noisy = {os.path.realpath(name) for name in review.read_noise(drop[0])[:drop[1]]} if drop else set()
+    noisy = {os.path.realpath(name) for name in review.read_noise(*drop)} if drop else set()
     clean = [i for i, file in enumerate(files) if not noisy or os.path.realpath(file) not in noisy]
     written = folder / "folds.json"
     spec = written if written.exists() else spec

@@ -23,7 +23,8 @@ PARKING = ("sedan", "SUV", "van", "bus", "school bus", "truck", "taxi", "adult",
 YOLO_NAMES = ("classes.txt", "obj.names", "labels/classes.txt")  # the first that is there
 MAX_CLASS = 100_000  # of YOLO, where a class is a count from 0; more is a number that slipped columns
 MAX_ID = 2**53  # of a category in JSON
-PLACE = {"YOLO": "line {}", "VOC": "object {}", "COCO": "annotations[{}]", "competition": "annotations[{}]"}
+PLACE = {"YOLO": "line {}", "VOC": "object {}", "masks": "object {}", "COCO": "annotations[{}]",
+         "competition": "annotations[{}]"}
 
 
 short = reprlib.Repr()
@@ -32,8 +33,8 @@ show = short.repr  # what stands in a message stays short, and in one line
 
 
 class Layout(NamedTuple):
-    """kind: "competition", "COCO", "YOLO" or "VOC". labels, images: names relative to `root`, sorted; without images
-    where the labels list them."""
+    """kind: "competition", "COCO", "YOLO", "VOC" or "masks". labels, images: names relative to `root`, sorted; without
+    images where the labels list them."""
     kind: str
     root: Path
     labels: list

@@ -4,6 +4,7 @@
     COCO         DATA/annotations/instances_train2017.json (and val)   DATA/train2017/*.jpg; or one JSON alone
     YOLO         DATA/labels/train/*.txt (and val)   DATA/images/train/*.jpg   DATA/classes.txt
     VOC          DATA/Annotations/*.xml   DATA/JPEGImages/*.jpg   DATA/ImageSets/Main/val.txt
+    masks        DATA/train_mask/*.tif   DATA/train_img/*.tif: see data/mask_boxes.py
 
 A box that makes no sense is left out; its image and its other boxes stay. What was left out is told, and too much of
 it is an error. Reading the headers of many images takes minutes, so what was found is kept until a file changes.
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import images, label_formats
+from data import images, label_formats, mask_boxes, seg
 from data.label_formats import PLACE, YOLO_NAMES, Layout, get, part_of, read_json, show
 from utils import dist
 from utils.errors import UserError
@@ -123,6 +124,9 @@ def _find(path):
         return _find_yolo(path)
     if (path / "JPEGImages").is_dir() and (path / "Annotations").is_dir():
         return _find_voc(path)
+    if (path / "train_img").is_dir() and (path / "train_mask").is_dir():
+        files, masks = zip(*seg.pairs(path / "train_img", path / "train_mask").values())
+        return Layout("masks", path, *([str(file.relative_to(path)) for file in part] for part in (masks, files)))
     alone = [f"annotations/{n}" for n in _list(path / "annotations", ".json")]
     alone += [n for n in _list(path, ".json") if n != TEST_INFORMATION]
     if len(alone) == 1:
@@ -178,7 +182,7 @@ def _check_pairs(image_folder, files, label_folder, labels):
 def _check(layout):
     """Reads and checks everything -> dict of what JSON can hold, for the cache."""
     label_stamps = _stamps(layout.root, layout.labels)  # before reading: a file that changes meanwhile is read again
-    parsed = label_formats.parse(layout)
+    parsed = (mask_boxes if layout.kind == "masks" else label_formats).parse(layout)
     if not parsed.files:
         raise UserError(f"{layout.root}: no images in its labels, or in its folders; check the path given to --data")
     image_stamps = _stamps(layout.root, parsed.files)

@@ -248,11 +248,11 @@ def test_every_pass_says_the_same(height, width, factor):
         tuple(-(-round(side * share * factor) // 32) * 32 for side in (height, width)) for share in (1, 0.83, 0.67)]
     assert [matrix[0, 0] < 0 for matrix, _ in passes] == [False, True, False]
     for matrix, size in passes:  # each by itself, back in the image's pixels
-        found = box_tools.to_xyxy(tta.rows(Finder(), x, [(matrix, size)])[0, :, :4])
+        found = box_tools.to_xyxy(next(tta.rows(Finder(), x, [(matrix, size)]))[0, :, :4])
         for k, box in truth.items():
             assert (found[k] - torch.tensor(box)).abs().max() < max(1.0, width / size[1] + 0.5)
-    assert tta.rows(Finder(), x, passes).shape == (1, 9, 8)
-    plain = tta.rows(Finder(), x, tta.passes((), (height, width), stride=32))
+    assert [rows.shape for rows in tta.rows(Finder(), x, passes)] == [(1, 3, 8)] * 3
+    plain, = tta.rows(Finder(), x, tta.passes((), (height, width), stride=32))
     assert torch.equal(plain, Finder()(x))
 
 
@@ -368,7 +368,7 @@ def test_the_true_net_on_training_images(script, tmp_path, parking):
     """A net that has learned nothing, on all its flags: the numbers that come out are its own."""
     path = weights(imgsz=64, data=parking)
     args = Namespace(amp="off", imgsz=None, ensemble_weights=None, compile=False, tta=None, tta_scales=None, conf=0.001,
-                     iou=0.7, max_det=20)
+                     iou=0.7, max_det=20, merge=None)
     state = checkpoint.load(path)
     net = YOLOv5(**state["arch"]["kwargs"]).eval()
     net.load_state_dict(state["model"])

@@ -146,7 +146,7 @@ def test_rows_are_moved_as_the_matrix_says():
         moved = torch.tensor(geometry.warp_boxes(truth, matrix)).float()
         assert moved[1].tolist() == [0, 0, size[1], size[0]]
         given = torch.cat((boxes.to_xywh(moved), image(3, 4)), 1)[None]
-        found = tta.rows(lambda view: given.clone(), torch.zeros(1, 3, 60, 100), [(matrix, size)])
+        found, = tta.rows(lambda view: given.clone(), torch.zeros(1, 3, 60, 100), [(matrix, size)])
         assert np.allclose(boxes.to_xyxy(found[0, :, :4]), truth, atol=1e-4)
         assert torch.equal(found[..., 4:], given[..., 4:])
 
@@ -158,7 +158,7 @@ def test_every_pass_finds_the_same_boxes():
     for k, (x1, y1, x2, y2) in enumerate(truth.int().tolist()):
         x[0, k, y1:y2, x1:x2] = 0.9
     views = tta.passes(ALL, (128, 192), stride=32, scales=(0.5, 1, 2))
-    rows = tta.rows(Finder(), x, views)
+    rows = torch.cat(list(tta.rows(Finder(), x, views)), 1)
     assert len(views) == 24 and rows.shape == (1, 24 * 3, 8)
     for (_, size), found in zip(views, rows[0].reshape(24, 3, 8)):
         difference = (boxes.to_xyxy(found[:, :4]) - truth).abs().max()
@@ -303,7 +303,8 @@ def test_flags_that_do_not_fit(refused):
     refused(predict, "--task", "cls", "--tta", "--tta-scales", 1, 2, says=["--tta-scales", "--tta scale"])
     refused(predict, "--task", "det", "--tta-scales", 1, 2, says=["--tta-scales", "--tta scale"])
     refused(predict, "--task", "seg", "--tta", "scale", "--tta-scales", 0, says=["--tta-scales", "between"])
-    refused(predict, "--task", "det", "--tta", "--merge", "max", says=["--merge", "suppression"])
+    refused(predict, "--task", "det", "--tta", "--merge", "max", says=["--merge max", "wbf"])
+    refused(predict, "--task", "seg", "--tta", "--merge", "wbf", says=["--merge wbf", "boxes"])
     refused(predict, "--task", "seg", "--tta", "--merge", "median", says=["--merge", "'median'"])
     refused(predict, "--task", "cls", "--merge", "mean", says=["--merge", "--tta"])
 

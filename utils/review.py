@@ -38,13 +38,16 @@ def rank(runs):
             for i, (score, name) in enumerate(order, 1)]
 
 
-def read_noise(path):
-    """noise.csv -> the names, worst first: by rank, whatever the order and number of its rows has become.
+def read_noise(path, count=None, run=None):
+    """noise.csv -> the names of the `count` worst (None: all), by rank, whatever the order and number of its rows has
+    become; of those, with a run's folder, the ones that it has held out.
 
     Raises UserError when it is missing or damaged.
     """
     rows = _read(path, "rank", "make it with python -m utils.report noise RUN ...")
-    return [row["name"] for row in sorted(rows, key=lambda row: row["rank"])]
+    worst = sorted(rows, key=lambda row: row["rank"])[:count]
+    held_out_by = [{Path(one).resolve() for one in (row.get("run") or "").split("; ")} for row in worst]
+    return [row["name"] for row, those in zip(worst, held_out_by) if run is None or Path(run).resolve() in those]
 
 
 def _read(path, number, remedy):

@@ -90,11 +90,10 @@ def maps(predict, images, views):
 
 
 def rows(predict, images, views):
-    """All passes' boxes, moved back to where they are in `images`, concatenated: (B, N of all passes, 5 + classes).
+    """Yields, pass by pass, the boxes `predict(view)`, moved back to where they are in `images`.
 
     predict: (B, C, h, w) -> rows (B, N, 5 + classes) of centre x, centre y, width, height, ..., changed in place.
     """
-    everything = []
     for matrix, size in views:
         found = predict(move(images, matrix, size))
         inverse = np.linalg.inv(matrix)
@@ -103,8 +102,7 @@ def rows(predict, images, views):
         step, shift = found.new_tensor(inverse[:2, :2].sum(1)), found.new_tensor(inverse[:2, 2])  # one is 0 of two
         found[..., :2] = found[..., :2] * step + shift
         found[..., 2:4] *= step.abs()
-        everything.append(found)
-    return torch.cat(everything, 1)
+        yield found
 
 
 def merge(probs, how="mean", *, exclusive=False):

@@ -84,7 +84,7 @@ def predictors(nets, arch, raw, device, compiled, bs):
                  "imgsz": raw.shape[2], "classes": NAMES, "category_ids": [1, 2, 3], "args": {},
                  "model": net.state_dict()}
         for compile in (False, True)[:1 + compiled]:
-            args = Namespace(amp="auto", compile=compile, tta=None, tta_scales=None, imgsz=None,
+            args = Namespace(amp="auto", compile=compile, tta=None, tta_scales=None, merge=None, imgsz=None,
                              ensemble_weights=None, **limits)
             loaded = predict.load_nets(args, device, ["net"], [state])
             made[f"ours, {head}{', --compile' * compile}"] = timed(predict.det_ensemble(args, device, [state], loaded))
