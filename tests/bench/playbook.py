@@ -27,7 +27,7 @@ from PIL import Image
 
 BASE = {
     "water": "train_seg.py --data {data}/water --scale 10000 --groups {data}/water/groups.csv --imgsz 64 --bs 8 "
-             "--epochs 10 --repeat 1 --schedule cosine --loss lovasz_elu bce=1 --gain 1 --decoder 64 48 32 16",
+             "--epochs 8 --repeat 1 --schedule cosine --loss lovasz_elu bce=1 --gain 1 --decoder 64 48 32 16",
     "bccd": "train_det.py --data {data}/bccd --variant n --imgsz 160 --bs 16 --epochs 15",
     "letters": "train_cls.py --data {out}/glyphs --groups {out}/glyphs/writers.csv --folds 5 --net repvgg_a0 --loss ce "
                "--imgsz 32 --bs 32 --optimizer adamw --weight-decay 0.01 --lr 2e-3 --no-rot90 --epochs 2",
@@ -35,15 +35,13 @@ BASE = {
 SCORE = {"water": "iou", "bccd": "ap", "letters": "acc"}
 ROWS = {
     "water": ["", "--loss dice focal", "--loss dice topk", "--loss lovasz_elu", "--gain 0", "--mixup 0.5",
-              "--cutmix 0.5", "--gridmask 0.5", "--cutout 0.5", "--p-object 0.5", "--presence 0.5",
-              "--label-smoothing 0.1", "--optimizer radam", "--optimizer adamp", "--lookahead 5", "--swa 0.25",
-              "--no-ema", "--encoder efficientnetv2_b0", "--encoder repvgg_a0", "--encoder hrnet_w18_small",
-              "--resize"],
+              "--cutmix 0.5", "--gridmask 0.5", "--cutout 0.5", "--p-object 0.5", "--presence 0.5", "--lookahead 5",
+              "--swa 0.25", "--optimizer adamp", "--optimizer radam", "--encoder efficientnetv2_b0",
+              "--encoder hrnet_w18_small"],
     "bccd": ["", "--head anchor", "--mixup 0.15", "--gridmask 0.5", "--cutout 0.5", "--lookahead 5", "--swa 0.25",
-             "--close-mosaic 5", "--optimizer adamp", "--optimizer radam"],
+             "--optimizer adamp"],
     "letters": ["", "--label-smoothing 0.1", "--mixup 0.5", "--cutmix 0.5", "--snapmix 0.5", "--gridmask 0.5",
-                "--cutout 0", "--lookahead 5", "--swa 0.5", "--optimizer adamp", "--optimizer radam",
-                "--net efficientnetv2_b0 --drop 0 --drop-path 0"],
+                "--cutout 0", "--lookahead 5", "--net efficientnetv2_b0 --drop 0 --drop-path 0"],
 }
 
 
