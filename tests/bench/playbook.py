@@ -1,4 +1,4 @@
-"""The table of the playbook in docs/results.md: every technique against the baseline, on real data, over seeds.
+"""The tables of the playbook in docs/results.md: every technique against the baseline, on real data, over seeds.
 
     python -m tests.bench.playbook --data DIR --out runs/playbook --jobs 2 --only water bccd letters
 
@@ -6,7 +6,7 @@ DIR holds `water` (tiles in the wildfire layout, groups.csv), `bccd` (blood cell
 `letters` (train.csv.gz and test.csv.gz: glyphs and their writers in the competition's layout). A row is one command
 with more flags; runs that are there already are not run again, so that a campaign can be stopped and gone on with. The
 score is that of the last epoch (no epoch is chosen by it): IoU without flips, AP, share of the images whose class is
-right.
+right. What predict.py can do is measured with the baseline's weights, its files compared with the labels.
 """
 import argparse
 import csv
@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data import labels, seg
+from utils import metrics
+
 BASE = {
     "water": "train_seg.py --data {data}/water --scale 10000 --groups {data}/water/groups.csv --imgsz 64 --bs 8 "
              "--epochs 8 --repeat 1 --schedule cosine --loss lovasz_elu bce=1 --gain 1 --decoder 64 48 32 16",
@@ -33,6 +36,7 @@ BASE = {
                "--imgsz 32 --bs 32 --optimizer adamw --weight-decay 0.01 --lr 2e-3 --no-rot90 --epochs 2",
 }
 SCORE = {"water": "iou", "bccd": "ap", "letters": "acc"}
+TASK = {"water": "seg", "bccd": "det", "letters": "cls"}
 ROWS = {
     "water": ["", "--loss dice focal", "--loss dice topk", "--loss lovasz_elu", "--gain 0", "--mixup 0.5",
               "--cutmix 0.5", "--gridmask 0.5", "--cutout 0.5", "--p-object 0.5", "--presence 0.5", "--lookahead 5",
@@ -43,6 +47,16 @@ ROWS = {
     "letters": ["", "--label-smoothing 0.1", "--mixup 0.5", "--cutmix 0.5", "--snapmix 0.5", "--gridmask 0.5",
                 "--cutout 0", "--lookahead 5", "--net efficientnetv2_b0 --drop 0 --drop-path 0"],
 }
+PREDICT = {  # with the baseline's weights of each seed
+    "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
+              "--tta hflip vflip rot90 scale", *(f"--tta hflip vflip --merge {how}" for how in (
+                  "gmean", "max", "min", "tsharpen"))],
+    "bccd": ["", "--tta", "--tta hflip", "--tta hflip scale", "--tta hflip scale --merge wbf", "--imgsz 192",
+             "--iou 0.5"],
+    "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40"],
+}
+TOGETHER = {  # with the weights of all seeds at once
+    "water": ["", "--soup", "--tta hflip vflip"], "bccd": ["", "--tta hflip scale"], "letters": ["", "--soup"]}
 
 
 def write_glyphs(source, out):
@@ -88,29 +102,77 @@ def train(task, flags, seed, data, out):
     return score
 
 
+def predict(task, flags, folders, data, out):
+    """Runs predict.py on what the run in the first of the folders has held out, with the weights of all. -> score"""
+    with open(folders[0] / "samples.csv", newline="") as file:
+        files = [Path(row["name"]) for row in csv.DictReader(file)]
+    target = out / "predicted" / f"{task}-{len(folders)}-{folder_of(out, task, flags, folders[0].name).name}"
+    shutil.rmtree(target, ignore_errors=True)
+    command = ["predict.py", "--task", TASK[task], "--weights", *(folder / "last.pt" for folder in folders), "--source",
+               *files, "--out", target, "--no-overlays", "--workers", 0, *flags.split()]
+    command += ["--threshold", 0.5] if task == "water" else []  # not the one that was found on these very images
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    score = {"water": score_masks, "bccd": score_boxes, "letters": score_classes}[task](files, target, data, out)
+    print(f"{target.name}: {score}", flush=True)
+    return score
+
+
+def score_masks(files, target, data, out):
+    right, either = 0, 0
+    for file in files:
+        found = seg.read_mask(target / "masks" / f"{file.stem}.tif") > 0
+        truth = seg.read_mask(data / "water/train_mask" / file.name) > 0
+        right, either = right + int((found & truth).sum()), either + int((found | truth).sum())
+    return right / either
+
+
+def score_boxes(files, target, data, out):
+    known = labels.read(data / "bccd", cache=out)
+    metric, found = metrics.DetectionAP(len(known.names)), {file.stem: [] for file in files}
+    for item in json.loads((target / "coco.json").read_text()):
+        x, y, width, height = item["bbox"]
+        label = known.category_ids.index(item["category_id"])
+        found[item["image_id"]].append([x, y, x + width, y + height, item["score"], label])
+    for i, file in enumerate(files):
+        k = known.files.index(file)
+        truth = np.column_stack((known.boxes[k], known.classes[k]))
+        rows = torch.tensor(found[file.stem]).reshape(-1, 6)
+        metric.update([rows], [torch.from_numpy(truth).float()], torch.tensor([i]))
+    return metric.compute()["ap"]
+
+
+def score_classes(files, target, data, out):
+    with open(out / "glyphs/train.csv", newline="") as file:
+        truth = dict(list(csv.reader(file))[1:])
+    with open(target / "probabilities.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    return statistics.mean(truth[row[0]] == header[1 + np.argmax(np.array(row[1:], float))] for row in rows)
+
+
 def minutes(folder):
     with open(folder / "results.csv", newline="") as file:
         return sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
 
 
-def table(task, rows, seeds, out, scores):
-    """Markdown: the scores, their mean and standard deviation, the mean and the standard deviation of the differences
-    from the baseline of the same seed."""
-    heads = [f"{task}: {SCORE[task]}", *(f"seed {s}" for s in seeds), "mean (sd)", "against it (sd)", "minutes"]
-    print(f"| {' | '.join(heads)} |")
-    print("|---" * (len(seeds) + 4) + "|")
-    base = scores[task, rows[0]]
+def table(title, rows, seeds, scores, taken=None):
+    """Markdown: {flags: scores}, their mean and standard deviation, the mean and the standard deviation of the
+    differences from the first row's score of the same seed. Rows with a run that failed are left out."""
+    heads = [title, *(f"seed {s}" for s in seeds), "mean (sd)", "against it (sd)", *["minutes"] * bool(taken)]
+    print(f"\n| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
+    base = scores[rows[0]]
+
+    def text(values, sign=""):
+        spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{sign}.3f}{spread}"
+
     for flags in rows:
-        own = scores[task, flags]
-        if None in own or None in base:
-            continue
-        gain = [a - b for a, b in zip(own, base)]
-        spread = (lambda v: f"{statistics.stdev(v):.3f}") if len(seeds) > 1 else (lambda v: "")
-        taken = statistics.mean(minutes(folder_of(out, task, flags, s)) for s in seeds)
-        cells = [f"`{flags}`" if flags else "baseline", *(f"{v:.3f}" for v in own),
-                 f"{statistics.mean(own):.3f} ({spread(own)})", f"{statistics.mean(gain):+.3f} ({spread(gain)})",
-                 f"{taken:.1f}"]
-        print(f"| {' | '.join(cells)} |")
+        own = scores[flags]
+        if None not in own and None not in base:
+            cells = [f"`{flags}`" if flags else "baseline", *(f"{v:.3f}" for v in own), text(own),
+                     text([a - b for a, b in zip(own, base)], "+"), *([f"{taken[flags]:.1f}"] if taken else [])]
+            print(f"| {' | '.join(cells)} |")
 
 
 def main():
@@ -124,14 +186,25 @@ def main():
     args = parser.parse_args()
     write_glyphs(args.data / "letters", args.out / "glyphs")
     rows = {task: ROWS[task][:args.rows] for task in args.only}
-    jobs = [(task, flags) for task in args.only for flags in rows[task]]
     with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {}
         for task in args.only:
             (args.out / task).mkdir(parents=True, exist_ok=True)
-        futures = {job: [pool.submit(train, *job, seed, args.data, args.out) for seed in args.seeds] for job in jobs}
-        scores = {job: [future.result() for future in trained] for job, trained in futures.items()}
+            futures[task] = {flags: [pool.submit(train, task, flags, seed, args.data, args.out) for seed in args.seeds]
+                             for flags in rows[task]}
+        scores = {task: {flags: [future.result() for future in trained] for flags, trained in of_task.items()}
+                  for task, of_task in futures.items()}
     for task in args.only:
-        table(task, rows[task], args.seeds, args.out, scores)
+        taken = {flags: statistics.mean(minutes(folder_of(args.out, task, flags, s)) for s in args.seeds)
+                 for flags in rows[task] if None not in scores[task][flags]}
+        table(f"{task}: {SCORE[task]}", rows[task], args.seeds, scores[task], taken)
+        folders = [folder_of(args.out, task, "", seed) for seed in args.seeds]
+        alone = {flags: [predict(task, flags, [folder], args.data, args.out) for folder in folders]
+                 for flags in PREDICT[task]}
+        table(f"predict.py: {SCORE[task]}", PREDICT[task], args.seeds, alone)
+        for flags in TOGETHER[task]:
+            score = predict(task, flags, folders, args.data, args.out)
+            print(f"all seeds together, {flags or 'no flag'}: {score:.3f}")
 
 
 if __name__ == "__main__":
