@@ -34,6 +34,11 @@ from utils.errors import Parser, UserError, cli
 NETS = {"seg": UNet, "det": YOLOv5, "cls": backbones.make}
 NEEDED = {"seg": {"mean_planes"}, "det": {"category_ids"}, "cls": {"exclusive", "norm"}}  # of a checkpoint, and:
 COMMON = {"classes", "bands", "scale", "imgsz", "args"}
+ONLY = {  # flags that not all tasks have
+    "tile": ("seg", "det"), "overlap": ("seg", "det"), "overlays": ("seg", "det"), "threshold": ("seg", "cls"),
+    "imgsz": ("det", "cls"), "ensemble_weights": ("det", "cls"), "polygons": ("seg",), "detector": ("seg",),
+    "conf": ("det",), "iou": ("det",), "max_det": ("det",), "max_mb": ("det",), "probs": ("cls",),
+    "fit_weights": ("cls",), "ensemble": ("cls",)}
 TTA = {"seg": ("hflip", "vflip"), "cls": ("rot90", "rot180")}  # what --tta by itself means
 
 
@@ -89,6 +94,10 @@ def parse_args():
         "images that all their runs held out; both are used, and kept in ensemble.json")
     add("--ensemble", metavar="JSON", help="the ensemble.json of an earlier --fit-weights, for the same checkpoints")
     args = parser.parse_args()
+    for flag, tasks in ONLY.items():
+        used = args.task in tasks or args.detector and flag in ("imgsz", "conf", "iou", "max_det")
+        if vars(args)[flag] != parser.get_default(flag) and not used:
+            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --task {args.task}; leave it out")
     args.conf = (0.25 if args.detector else 0.01) if args.conf is None else args.conf
     return args
 
