@@ -68,7 +68,7 @@ def parse_args():
     add("--project", metavar="DIR", help="where to look for the newest run; without: runs/TASK")
     add("--tile", type=whole(16, 65536), help="larger images go through windows of this side; without: twice the "
         "training size for seg, the training's --tile for det")
-    add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows")
+    add("--overlap", type=real(0, 0.9), help="of neighbouring windows; without: 0.25, for det the training's")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
     add("--threshold", type=real(0, 1), help="seg, cls: probability from which a pixel, a class is there; without: the "
         "best ones of the trainings' validations")
@@ -109,6 +109,7 @@ def main():
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     args.source = noisy_samples(args, paths) if args.noisy else args.source
     states = [checkpoint.load(path) for path in paths]
+    args.overlap = states[0]["args"].get("overlap", 0.25) if args.overlap is None else args.overlap
     for path, state in zip(paths, states):
         if state["task"] != args.task:
             raise UserError(f"{path}: trained for --task {state['task']}; choose that, or other --weights")
@@ -302,13 +303,15 @@ def predict_scene(file, size, predict, threshold, tile, args, out):
 
 
 def predict_parts(file, size, parts, predict, threshold, tile, args, out):
-    """Only what lies in some parts (y, x, height, width), where they overlap the last one's; elsewhere is class 0."""
-    masks = {folder: np.zeros(size, np.uint8) for folder in ("masks", *("pseudo/train_mask",) * bool(args.pseudo))}
+    """Only what lies in some parts (y, x, height, width), where they overlap the last one's; elsewhere is class 0, and
+    no pseudo label: what the detector has missed must not be taught."""
+    blank = {"masks": 0} | ({"pseudo/train_mask": pseudo.UNSURE} if args.pseudo else {})
+    masks = {folder: np.full(size, value, np.uint8) for folder, value in blank.items()}
     for part in parts:
         for y, x, block in blocks(file, part, predict, tile, args):
             for folder, [mask] in decide(block[None], threshold, args.pseudo).items():
                 here = masks[folder][y:y + mask.shape[0], x:x + mask.shape[1]]
-                np.copyto(here, mask.numpy(), where=mask.numpy() > 0)
+                np.copyto(here, mask.numpy(), where=mask.numpy() != blank[folder])
     for folder, mask in masks.items():
         with submissions.new_mask(file, out / folder) as target:
             target.write(mask, 1)

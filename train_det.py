@@ -139,7 +139,7 @@ def experiment(args, device, folder, resume):
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
     train, val = split(args, folder, data)
     bands = args.bands or default_bands(data.files[0])
-    scale = args.band_scale or images.default_scale(images.read(data.files[train[0]]).dtype)
+    scale = args.band_scale or images.default_scale(images.read(data.files[train[0]], window=(0, 0, 1, 1)).dtype)
     if args.debug:
         train, val = train[:8 * args.bs], val[:args.bs]
     sources, weights = pick(data, train), np.ones(len(train))
@@ -344,10 +344,12 @@ def draw_ends(path, metric, samples, files, bands, names):
     """The images with the worst F1 and the best: their boxes, and what was detected."""
     rows, captions, threshold = [], [], metric.best_threshold()[0]
     for i in sum(review.ends([row["score"] for row in samples], 4), []):
-        rgb, (found, truths) = pictures.to_rgb(det.read(files[i], bands)), metric.boxes_of(i)
+        size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
+        shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
+        rgb, zoom = pictures.to_rgb(det.read(files[i], bands, shape=shape)), max(shape) / max(size)
         found = found[found[:, 4] >= threshold]
-        rows.append([pictures_det.draw_boxes(rgb, truths[:, :4], truths[:, 4].long(), names),
-                     pictures_det.draw_boxes(rgb, found[:, :4], found[:, 5].long(), names, found[:, 4])])
+        rows.append([pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
+                     pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])])
         captions.append(f"F1 {samples[i]['score']:.3f}   {files[i].name}")
     pictures.contact_sheet(path, rows, titles=["labels", "detections"], captions=captions, max_side=640)
 

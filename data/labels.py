@@ -134,7 +134,8 @@ def _find(path):
     if alone:
         raise UserError(f"{path}: has {len(alone)} JSON files ({alone[0]}, {alone[1]}, ...); point --data to one")
     raise UserError(f"{path}: no labels in it: neither train/label/Train.json nor annotations/*.json nor images and "
-                    f"labels nor JPEGImages and Annotations; check the path given to --data")
+                    f"labels nor JPEGImages and Annotations nor train_img and train_mask; check the path given to "
+                    f"--data")
 
 
 def _list(folder, *suffixes):

@@ -203,15 +203,15 @@ def test_training_reads_pseudo_labels_and_draws_them_by_weight(script, small, mo
                         or loaders[-1])
     flags = ["--data", small, *TRAIN, "--bs", 8, "--folds", 3, "--ignore", 255, "--repeat", 2]
     script(train_seg, *flags, "--extra-data", "out/pseudo:2.5", small)
-    assert "12 tiles to train, 2 to validate" in capsys.readouterr().out
+    assert "10 tiles to train, 2 to validate" in capsys.readouterr().out  # its own held-out ones are not seen again
     data, sampler = loaders[0].dataset, loaders[0].batch_sampler
     sources = [Path(image).parent.parent for image, _ in data.paired]
-    assert sources == [small] * 4 + [Path("out/pseudo")] * 2 + [small] * 6 and len(data) == 24
-    count = np.zeros(12)
+    assert sources == [small] * 4 + [Path("out/pseudo")] * 2 + [small] * 4 and len(data) == 20
+    count = np.zeros(10)
     for epoch in range(500):
         sampler.set_epoch(epoch)
-        np.add.at(count, sampler.order() % 24 % 12, 1)
-    assert count / count.sum() == pytest.approx(np.where(np.array(sources) == small, 1, 2.5) / 15, rel=0.1)
+        np.add.at(count, sampler.order() % 20 % 10, 1)
+    assert count / count.sum() == pytest.approx(np.where(np.array(sources) == small, 1, 2.5) / 13, rel=0.1)
     assert any((data[0, i]["mask"] == 255).any() for i in (4, 5))
     assert np.isfinite(checkpoint.load("runs/seg/exp/last.pt")["history"][-1]["loss"])
     monkeypatch.setattr(train_seg, "train_loader", lambda *args, weights, **options: loaders.append(weights) or stop())
@@ -282,3 +282,66 @@ def test_a_copy_on_the_other_side_is_told_once(script, tmp_path, monkeypatch, ca
     with pytest.raises(Stopped):
         script(module, *flags, "--folds", "apart.json", "--groups", "groups.csv")
     assert "warning: 3 groups are on both sides of the split" in capsys.readouterr().out
+
+
+def training_set(module, data):
+    """-> [(image file, its label, as what can be compared)] of the data set that a loader is made for."""
+    if module is train_seg:
+        return [(image, Path(mask).read_bytes()) for image, mask in data.paired]
+    if module is train_det:
+        return [(file, rows.tolist()) for file, rows in zip(data.files, data.labels)]
+    return [(file, row.tolist()) for file, row in zip(data.source.files, data.source.labels)]
+
+
+@TASKS
+def test_copies_of_validation_images_in_extra_data(script, tmp_path, monkeypatch, capsys, module, flags, make):
+    """Under other names and through links too; of what stays, each image keeps its labels and its weight."""
+    file_of, more, other = make(tmp_path / "data"), make(tmp_path / "more"), make(tmp_path / "other")
+    files, theirs, others = (list(found.values()) for found in (file_of, more, other))
+    (tmp_path / "folds.json").write_text(json.dumps({name: int(i >= 2) for i, name in enumerate(file_of)}))
+    contents = [file.read_bytes() for file in files]  # those of `more` and `other` are the same: the seeds are
+    for target, content in ((theirs[0], contents[2]), (theirs[1], contents[3] + b"0"), (theirs[2], contents[0]),
+                            (others[0], contents[4] + b"0"), (others[1], contents[5])):
+        target.write_bytes(content)
+    theirs[3].unlink()
+    theirs[3].symlink_to(files[1])
+    seen = []
+    monkeypatch.setattr(module, "train_loader", lambda data, *_, weights, **options: seen.append((data, weights))
+                        or stop())
+    flags = ["--data", tmp_path / "data", *flags, "--folds", "folds.json", "--extra-data"]
+    for extra in (["more:3", "other:5"], ["more"], ["other"], [tmp_path / "data"]):
+        with pytest.raises(Stopped):
+            script(module, *flags, *extra)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "copies of validation images" in line]
+    assert len(lines) == 3 and lines[0] == lines[1]
+    assert lines[0].startswith("more: 2 of 6 images are ") and lines[0].endswith(str(theirs[2].relative_to(tmp_path)))
+    assert lines[2].startswith(f"{tmp_path / 'data'}: 2 of 6 images are ")
+    (data, weights), *rest = seen
+    found, stay = training_set(module, data), [theirs[i] for i in (0, 1, 4, 5)]
+    assert [(tmp_path / file) for file, _ in found] == files[2:] + stay + others
+    assert list(weights) == [1.0] * 4 + [3.0] * 4 + [5.0] * 6
+    with monkeypatch.context() as patch:  # the labels that the same files have without the copies
+        patch.setattr(module.folds, "unseen", lambda files, *_: list(range(len(files))))
+        with pytest.raises(Stopped):
+            script(module, *flags, "more", "other")
+    label_of = {tmp_path / file: label for file, label in training_set(module, seen[-1][0])}
+    assert len(label_of) == 16 and len({str(label) for label in label_of.values()}) >= 4
+    assert all(label == label_of[tmp_path / file] for file, label in found)
+    assert [len(training_set(module, data)) for data, _ in rest[:3]] == [8, 10, 8]
+    assert [weights for _, weights in rest[:3]] == [None] * 3
+
+
+@TASKS
+def test_extra_data_of_nothing_new(script, tmp_path, monkeypatch, capsys, module, flags, make):
+    """All images are copies of the one that is validated: what is left is trained on."""
+    file_of, more, seen = make(tmp_path / "data"), make(tmp_path / "more"), []
+    first = next(iter(file_of.values()))
+    for file in more.values():
+        shutil.copy(first, file)
+    (tmp_path / "folds.json").write_text(json.dumps({name: int(i > 0) for i, name in enumerate(file_of)}))
+    monkeypatch.setattr(module, "train_loader", lambda data, *_, weights, **options: seen.append((data, weights))
+                        or stop())
+    with pytest.raises(Stopped):
+        script(module, "--data", tmp_path / "data", *flags, "--folds", "folds.json", "--extra-data", "more:3")
+    assert "more: 6 of 6 images are copies" in capsys.readouterr().out
+    assert len(training_set(module, seen[0][0])) == 5 and seen[0][1] is None

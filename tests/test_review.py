@@ -1,6 +1,10 @@
 """utils/review.py: components against OpenCV, scores by size against sets of pixels, pages pixel by pixel."""
 import csv
+import json
 import math
+import shutil
+from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,8 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+import predict
+import train_cls
+import train_det
+import train_seg
+from tests import test_bad_input_cls, test_predict_det
+from tests.conftest import TINY, TINY_CLS, TINY_DET, write_wildfire
+from tests.test_predict_det import finder  # noqa: F401, a fixture
 from utils import dist, report, review
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 from utils.metrics import BinaryIoU
 from utils.pictures import contact_sheet
 from utils.review import SegmentationReview, components, ends, page, rank, read_noise
@@ -283,6 +294,163 @@ def test_the_command(command, refused, tmp_path):
     refused(report, "noise", a, says="noise.csv: exists already")
     refused(report, "noise", a, "missing", "--out", "b.csv", says="missing/samples.csv: no such table")
     refused(report, "noise")
+
+
+# ---- relabelling ----------------------------------------------------------------------------------------------------
+CPU = ["--device", "cpu", "--amp", "off", "--workers", 0]
+
+
+def ranking(path, rows):
+    """A noise.csv of (rank, name, run)."""
+    report.write_csv(Path(path), [{"rank": rank, "name": str(name), "score": 0.5, "run": str(run)}
+                                  for rank, name, run in rows])
+    return path
+
+
+def test_the_worst_of_a_run(tmp_path, monkeypatch):
+    """By rank, not by row; the run given by any path that leads to it, as it is known by what it has held out."""
+    monkeypatch.chdir(tmp_path)
+    a, b = runs(tmp_path, dict.fromkeys("acg", 0.5), dict.fromkeys("bch", 0.5))
+    path = ranking("noise.csv", [(7, "g", "x"), (10, "h", "x"), (2, "b", "x"), (1, "a", "x"), (3, "c", "x"),
+                                 (4, "d", "x")])
+    assert read_noise(path) == read_noise(path, 99) == ["a", "b", "c", "d", "g", "h"]
+    assert read_noise(path, 2) == ["a", "b"]  # not h, though "10" is a text before "2"
+    Path("link").symlink_to(b)
+    for run, want in ((a, "acg"), (a.relative_to(tmp_path), "acg"), (b, "bch"), ("link", "bch")):
+        assert "".join(read_noise(path, 6, run)) == want, run
+    assert read_noise(path, 2, a) == ["a"] and read_noise(path, 3, a) == ["a", "c"] and read_noise(path, 1, b) == []
+    with pytest.raises(UserError, match="x/samples.csv: no such table; give a checkpoint in its run's folder"):
+        read_noise(path, 2, "x")
+
+
+def data_of(script, module, monkeypatch, *flags):
+    """The training data that the script makes of these flags; it does not train."""
+    made = []
+
+    def stop(data, *_, **__):
+        made.append(data)
+        raise Stopped(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_loader", stop)
+        with pytest.raises(Stopped):
+            script(module, *flags)
+    return made[0]
+
+
+def test_relabelling_goes_round(script, refused, tmp_path, monkeypatch, capsys):
+    """Two folds, their ranking, new labels of the worst by the net that has not seen the old ones, a new training."""
+    data = write_wildfire(tmp_path / "Wildfire", train=8, test=0, size=(32, 32))
+    flags = ["--data", "Wildfire", *TINY, "--amp", "off", "--ignore", 255]
+    for fold in (0, 1):
+        script(train_seg, *flags, "--folds", 2, "--fold", fold, "--name", f"fold{fold}")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["report", "noise", "runs/seg/fold0", str(tmp_path / "runs/seg/fold1")])
+        report.main()
+    with open("noise.csv") as file:
+        ranked = [(row["name"], int(Path(row["run"]).name[-1])) for row in csv.DictReader(file)]
+    count = next(k for k in range(1, 9) if len({fold for _, fold in ranked[:k]}) == 2)  # the least with both folds
+    worst, held = ranked[:count], json.loads(Path("runs/seg/fold0/folds.json").read_text())
+    assert len(ranked) == 8 and all(held[Path(name).stem] == fold for name, fold in ranked)
+    other = 1 - worst[0][1]
+    line = refused(predict, "--task", "seg", *CPU, "--weights", f"runs/seg/fold{other}/best.pt", "--noisy",
+                   f"noise.csv:{count - 1}", says=["noise.csv", f"runs/seg/fold{other}", f"{count - 1} worst"])
+    assert "take another run's" in line
+    for fold, path in enumerate(("runs/seg/fold0/best.pt", "runs/../runs/seg/fold1/best.pt")):
+        script(predict, "--task", "seg", *CPU, "--weights", path, "--noisy", f"noise.csv:{count}", "--pseudo", 0.6,
+               "--out", f"new{fold}")
+        found = sorted(p.resolve() for p in Path(f"new{fold}/pseudo/train_img").iterdir())
+        assert found == sorted(Path(name).resolve() for name, k in worst if k == fold)
+        for file in found:
+            mask, sure = (np.array(Image.open(f"new{fold}/{name}/{file.stem}.tif"))
+                          for name in ("masks", "pseudo/train_mask"))
+            assert (mask == sure)[sure < 255].all()
+    extra = ["--drop-noisy", f"noise.csv:{count}", "--extra-data", "new0/pseudo", "new1/pseudo"]
+    trained = data_of(script, train_seg, monkeypatch, *flags, "--folds", 0, *extra, "--repeat", 1)
+    images = [Path(image).resolve() for image, _ in trained.paired]
+    assert Counter(images) == Counter(data.resolve() / f"train_img/train_img_{i}.tif" for i in range(8))
+    bad = {Path(name).resolve() for name, _ in worst}
+    assert len(bad) == count and len(trained) == 8
+    for i, (image, (_, mask)) in enumerate(zip(images, trained.paired)):
+        folder = f"new{held[image.stem]}/pseudo" if image in bad else "Wildfire"
+        name = image.stem if image in bad else image.stem.replace("img", "mask")
+        assert Path(mask) == Path(f"{folder}/train_mask/{name}.tif")
+        label = np.array(Image.open(mask))
+        assert (trained[i]["mask"].numpy() == label).all()
+        old = np.array(Image.open(data / f"train_mask/{image.stem.replace('img', 'mask')}.tif"))
+        assert (label != old).any() == (image in bad)
+    capsys.readouterr()  # what the fold itself holds out is not trained on, whatever its label
+    part = data_of(script, train_seg, monkeypatch, *flags, "--folds", "runs/seg/fold0/folds.json", *extra)
+    mine = sum(fold == 0 for _, fold in worst)
+    assert f"new0/pseudo: {mine} of {mine} images are copies of validation images" in capsys.readouterr().out
+    assert {Path(image).resolve() for image, _ in part.paired} == {image for image in images if held[image.stem]}
+    script(train_seg, *flags, "--folds", 0, *extra, "--name", "again")
+    assert Path("runs/seg/again/last.pt").exists() and "8 tiles to train" in capsys.readouterr().out
+    shutil.move("runs/seg/fold0", "moved")
+    script(predict, "--task", "seg", *CPU, "--weights", "moved/best.pt", "--noisy", "noise.csv:8", "--out", "all")
+    assert {p.stem for p in Path("all/masks").iterdir()} == {stem for stem, fold in held.items() if fold == 0}
+
+
+def test_boxes_of_the_noisy_images(script, parking, finder, monkeypatch):  # noqa: F811
+    files = sorted((parking / "train/images").iterdir())
+    Path("runs/det/a").mkdir(parents=True)
+    path = test_predict_det.weights("runs/det/a/best.pt", data=parking)
+    ranking("noise.csv", [(i + 1, files[n], "x") for i, n in enumerate((7, 2, 9, 4, 0, 1))])
+    report.write_csv("runs/det/a/samples.csv", [{"name": str(files[n]), "score": 0.5} for n in (0, 7, 9)])
+    script(predict, "--task", "det", *CPU, "--noisy", "noise.csv:4", "--pseudo", 0.5, "--weights", path)
+    out = Path("runs/det/a/predict")
+    assert {p.stem for p in (out / "labels").iterdir()} == {"007", "009"} and {
+        item["image_id"] for item in test_predict_det.items_of(out)} == {7, 9}
+    extra = ["--drop-noisy", "noise.csv:4", "--extra-data", out / "pseudo"]
+    data = data_of(script, train_det, monkeypatch, "--data", parking, *TINY_DET, "--folds", 0, *extra)
+    assert [Path(file).resolve() for file in data.files] == [files[n] for n in (0, 1, 3, 5, 6, 8, 7, 9)]
+    labels = json.loads((parking / "train/label/Train.json").read_text())["annotations"]
+    for n, found in zip((7, 9), data.labels[-2:]):  # the finder's: one around each colour
+        true = [((x, y, x + w, y + h), item["category_id"] - 1) for item in labels if item["image_id"] == n
+                for x, y, w, h in [item["bbox"]]]
+        want = {k: np.array([box for box, kind in true if kind == k]) for k in {kind for _, kind in true}}
+        want = {k: (*some.min(0)[:2], *some.max(0)[2:]) for k, some in want.items()}
+        assert sorted(found[:, 0]) == sorted(want) and (len(true) > len(want)) == (n == 9)
+        assert all(np.abs(np.subtract(box, want[k])).max() <= 2 for k, *box in found)
+
+
+def test_classes_of_the_noisy_images(script, dirty, monkeypatch):
+    files = sorted((dirty / "dirty_mnist_2nd").iterdir())
+    Path("runs/cls/a").mkdir(parents=True)
+    path = test_bad_input_cls.weights("runs/cls/a/last.pt", data=dirty)  # the newest run's
+    ranking("noise.csv", [(i + 1, files[n], "x") for i, n in enumerate((7, 2, 4, 9, 0, 1))])
+    report.write_csv("runs/cls/a/samples.csv", [{"name": str(files[n]), "score": 0.5} for n in (0, 4, 7)])
+    script(predict, "--task", "cls", *CPU, "--noisy", "noise.csv:5", "--pseudo", 0.5)
+    out = path.parent / "predict"
+    with open(out / "probabilities.csv") as file:
+        probs = {int(row.pop("index")): [float(p) for p in row.values()] for row in csv.DictReader(file)}
+    assert probs.keys() == {7, 4, 0}
+    extra = ["--drop-noisy", "noise.csv:5", "--extra-data", out / "pseudo"]
+    data = data_of(script, train_cls, monkeypatch, "--data", dirty, *TINY_CLS, "--folds", 0, *extra).source
+    names = [int(Path(file).stem) for file in data.files]
+    assert names[:7] == [1, 3, 5, 6, 8, 10, 11] and sorted(names[7:]) == [0, 4, 7]
+    assert [row.tolist() for row in data.labels[7:]] == [[p > 0.5 for p in probs[name]] for name in names[7:]]
+
+
+def test_noisy_samples_that_cannot_be_predicted(refused, parking, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image = parking / "train/images/003.jpg"
+    for run in "ab":
+        Path(f"runs/det/{run}").mkdir(parents=True)
+        test_predict_det.weights(f"runs/det/{run}/best.pt", data=parking)
+        report.write_csv(f"runs/det/{run}/samples.csv", [{"name": dict(a=str(image), b="gone.jpg")[run], "score": 0.5}])
+    ranking("noise.csv", [(1, image, "runs/det/a"), (2, "gone.jpg", "runs/det/b")])
+    Path("bad.csv").write_text("rank,name\n1\n")
+    flags = ["--task", "det", *CPU, "--out", "out", "--weights", "runs/det/b/best.pt"]
+    for more, says in ((["--noisy", "noise.csv:1"], ["noise.csv: runs/det/b has held out none of the 1 worst"]),
+                       (["runs/det/a/best.pt", "--noisy", "noise.csv:2"], ["--noisy: is for one checkpoint"]),
+                       (["--noisy", "noise.csv:2", "--source", image], ["--noisy: ", "no --source"]),
+                       (["--noisy", "noise.csv:2"], ["gone.jpg"]), (["--noisy", "noise.csv"], ["--noisy", ":20"]),
+                       (["--noisy", "noise.csv:0"], ["--noisy"]), (["--noisy", "noise.csv:x"], ["--noisy"]),
+                       (["--noisy", "none.csv:2"], ["none.csv: no such table", "utils.report noise"]),
+                       (["--noisy", "bad.csv:2"], ["bad.csv: line 2"])):
+        refused(predict, *flags, *more, says=says)
+    assert not Path("out").exists()
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------

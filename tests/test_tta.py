@@ -243,13 +243,14 @@ def test_detection_finds_the_rectangles(script, finder):  # noqa: F811
         test_predict_det.check(test_predict_det.items_of("out"), i, test_predict_det.scene(i, 96, 130)[1], 1.5)
 
 
-def test_detection_of_the_true_net(script, monkeypatch):
+@pytest.mark.parametrize("merge", [[], ["--merge", "wbf"]], ids=["suppression", "fusion"])
+def test_detection_of_the_true_net(script, monkeypatch, merge):
     path = test_predict_det.weights(imgsz=64)
     test_predict_det.save("1.png", test_predict_det.scene(1, 96, 64)[0])
     seen, nms = [], boxes.nms
     monkeypatch.setattr(boxes, "nms", lambda rows, **options: seen.append(rows.clone()) or nms(rows, **options))
     script(predict, "--task", "det", *CPU, "--weights", path, "--source", "1.png", "--out", "out", "--tta", "hflip",
-           "rot90", "scale", "--tta-scales", 1, 2)
+           "rot90", "scale", "--tta-scales", 1, 2, *merge)
     state = checkpoint.load(path)
     net = YOLOv5(**state["arch"]["kwargs"]).eval()
     net.load_state_dict(state["model"])
@@ -264,8 +265,81 @@ def test_detection_of_the_true_net(script, monkeypatch):
         if turned:  # back from a quarter turn counter-clockwise
             cx, cy, w, h = width - cy, cx, h, w
         want.append(torch.cat((torch.stack((width - cx if flipped else cx, cy, w, h), 1), rows[:, 4:]), 1))
-    assert len(want) == 8
-    torch.testing.assert_close(seen[0][0], torch.cat(want), rtol=1e-3, atol=2e-2)
+    assert len(want) == 8 and len(seen) == (8 if merge else 1)  # for fusion each pass by itself
+    torch.testing.assert_close(torch.cat([rows[0] for rows in seen]), torch.cat(want), rtol=1e-3, atol=2e-2)
+
+
+class Shifting(Finder):
+    """Finds each rectangle twice, 2 and 3 pixels to the right of where it is in the view and less sure of the second,
+    and a wide view's red ones not at all: what turned and mirrored views say differs."""
+
+    def forward(self, x):
+        rows = super().forward(x)
+        rows[..., 0] += 2
+        if x.shape[3] > x.shape[2]:
+            rows[:, 0, 4] = 0
+        again = rows.clone()
+        again[..., 0] += 1
+        again[..., 4] *= 0.9
+        return torch.cat((rows, again), 1)
+
+
+def detections_of(folder):
+    """coco.json, of one image -> sorted rows of class, score, x1, y1, x2, y2."""
+    ids = (1, 2, 7)
+    return sorted([ids.index(item["category_id"]), item["score"], x, y, x + w, y + h] for item in
+                  test_predict_det.items_of(folder, "coco.json") for x, y, w, h in [item["bbox"]])
+
+
+def as_rows(found):
+    """Detections (n, 6), in `detections_of`'s order and of its columns."""
+    return sorted(torch.cat((found[:, [5, 4]], found[:, :4]), 1).tolist())
+
+
+@pytest.mark.parametrize("flags", [[], ["--max-det", 2], ["--conf", 0.6]], ids=["plain", "max-det", "conf"])
+def test_boxes_of_the_views_are_fused(script, finder, monkeypatch, flags):  # noqa: F811
+    """Against boxes.wbf of what every view says by itself after its own suppression; views moved by hand."""
+    monkeypatch.setitem(predict.NETS, "det", Shifting)
+    picture, truth = next(found for found in (test_predict_det.scene(i, 96, 128) for i in range(100))
+                          if len(found[1]) == 3)
+    test_predict_det.save("1.png", picture)
+    path = test_predict_det.weights(imgsz=128)
+    script(predict, "--task", "det", *CPU, "--weights", path, "--source", "1.png", "--out", "out", "--tta", "hflip",
+           "rot90", "--merge", "wbf", *flags)
+    limits = dict(conf=0.01, iou=0.7, max_det=300) | {
+        flag[2:].replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2])}
+    per_view = []
+    for turned, mirrored in itertools.product((False, True), repeat=2):
+        found = []
+        for shift, share in ((2, 1), (3, 0.9)):  # a view's right, turned back, is the image's lower side
+            move = np.array([0, shift] if turned else [-shift, 0] if mirrored else [shift, 0])
+            found += [[*np.add(box, [*move, *move]), Finder.scores[k] * share, k] for k, box in truth.items()
+                      if turned or k != 0]
+        rows = torch.tensor(np.array(found)).float()
+        per_view.append(boxes.suppress(rows[rows[:, 4] > limits["conf"]], iou=limits["iou"],
+                                       max_det=limits["max_det"]))
+    want = boxes.clip(boxes.wbf(per_view)[:limits["max_det"]], 96, 128)
+    np.testing.assert_allclose(detections_of("out"), as_rows(want), atol=1e-3)
+    joined = boxes.suppress(torch.cat(per_view), iou=limits["iou"], max_det=limits["max_det"])
+    assert len(joined) != len(want) or np.abs(np.subtract(as_rows(joined), as_rows(want))).max() > 0.1
+
+
+def test_one_view_is_fused_with_itself_only(script, finder, monkeypatch):  # noqa: F811
+    """Nothing changes, but for what suppression lets pass and overlaps by more than fusion's own 0.55."""
+    monkeypatch.setitem(predict.NETS, "det", Shifting)
+    picture, truth = test_predict_det.scene(3, 96, 128)
+    test_predict_det.save("1.png", picture)
+    path = test_predict_det.weights(imgsz=128)
+    for iou, fused in ((0.5, 0), (0.99, 0.9)):
+        flags = ["--task", "det", *CPU, "--weights", path, "--source", "1.png", "--iou", iou]
+        script(predict, *flags, "--out", f"plain{iou}")
+        script(predict, *flags, "--out", f"wbf{iou}", "--tta", "scale", "--tta-scales", 1, "--merge", "wbf")
+        right = (2 + 3 * fused) / (1 + fused)  # the mean, weighted by the scores
+        want = sorted([k, Finder.scores[k] * (1 + fused) / (2 if fused else 1), x1 + right, y1, x2 + right, y2]
+                      for k, (x1, y1, x2, y2) in truth.items() if k != 0)
+        np.testing.assert_allclose(detections_of(f"wbf{iou}"), want, atol=1e-3)
+        assert len(detections_of(f"plain{iou}")) == len(want) * (2 if fused else 1)
+    np.testing.assert_allclose(detections_of("plain0.5"), detections_of("wbf0.5"), atol=1e-4)
 
 
 @pytest.mark.parametrize("exclusive, how", [(False, "gmean"), (True, "mean")])
@@ -303,8 +377,11 @@ def test_flags_that_do_not_fit(refused):
     refused(predict, "--task", "cls", "--tta", "--tta-scales", 1, 2, says=["--tta-scales", "--tta scale"])
     refused(predict, "--task", "det", "--tta-scales", 1, 2, says=["--tta-scales", "--tta scale"])
     refused(predict, "--task", "seg", "--tta", "scale", "--tta-scales", 0, says=["--tta-scales", "between"])
-    refused(predict, "--task", "det", "--tta", "--merge", "max", says=["--merge max", "wbf"])
-    refused(predict, "--task", "seg", "--tta", "--merge", "wbf", says=["--merge wbf", "boxes"])
+    for merge in tta.MERGES:
+        refused(predict, "--task", "det", "--tta", "--merge", merge, says=[f"--merge {merge}: not for", "det", "wbf"])
+    for task in ("seg", "cls"):
+        refused(predict, "--task", task, "--tta", "--merge", "wbf", says=["--merge wbf: not for", task, "boxes"])
+    refused(predict, "--task", "det", "--merge", "wbf", says=["--merge", "--tta"])
     refused(predict, "--task", "seg", "--tta", "--merge", "median", says=["--merge", "'median'"])
     refused(predict, "--task", "cls", "--merge", "mean", says=["--merge", "--tta"])
 

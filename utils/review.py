@@ -40,14 +40,17 @@ def rank(runs):
 
 def read_noise(path, count=None, run=None):
     """noise.csv -> the names of the `count` worst (None: all), by rank, whatever the order and number of its rows has
-    become; of those, with a run's folder, the ones that it has held out.
+    become; of those, with a run's folder, the ones that are in its samples.csv: that it has held out.
 
-    Raises UserError when it is missing or damaged.
+    Raises UserError when a table is missing or damaged.
     """
     rows = _read(path, "rank", "make it with python -m utils.report noise RUN ...")
-    worst = sorted(rows, key=lambda row: row["rank"])[:count]
-    held_out_by = [{Path(one).resolve() for one in (row.get("run") or "").split("; ")} for row in worst]
-    return [row["name"] for row, those in zip(worst, held_out_by) if run is None or Path(run).resolve() in those]
+    names = [row["name"] for row in sorted(rows, key=lambda row: row["rank"])][:count]
+    if run is None:
+        return names
+    samples = _read(Path(run) / "samples.csv", "score", "give a checkpoint in its run's folder")
+    held_out = {row["name"] for row in samples}
+    return [name for name in names if name in held_out]
 
 
 def _read(path, number, remedy):
