@@ -17,7 +17,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 
 demo: $(VENV)/installed
 	test -d Wildfire || $(PYTHON) -m data.sample --only wildfire
-	$(PYTHON) train_seg.py --epochs 24 --bs 4 --repeat 1 --schedule cosine --loss lovasz_elu bce --gain 1 --name demo
+	$(PYTHON) train_seg.py --epochs 24 --bs 4 --repeat 1 --schedule cosine --gain 1 --name demo
 	$(PYTHON) predict.py --task seg --tta --polygons
 
 test: $(VENV)/installed-dev

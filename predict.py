@@ -109,13 +109,13 @@ def main():
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     args.source = noisy_samples(args, paths) if args.noisy else args.source
     states = [checkpoint.load(path) for path in paths]
-    args.overlap = states[0]["args"].get("overlap", 0.25) if args.overlap is None else args.overlap
     for path, state in zip(paths, states):
         if state["task"] != args.task:
             raise UserError(f"{path}: trained for --task {state['task']}; choose that, or other --weights")
     if args.soup:
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     nets = load_nets(args, device, paths, states)
+    args.overlap = states[0]["args"].get("overlap", 0.25) if args.overlap is None else args.overlap
     try:
         {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, paths, states, nets)
     except ConnectionError:  # to a loader worker or to another rank

@@ -59,7 +59,7 @@ def parse_args():
     add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of bce, ce, binary focal: towards the middle")
     add("--loss", nargs="+", type=loss_term(BINARY | SEVERAL), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
-        f"of {', '.join(SEVERAL)}; without: lovasz_elu, or lovasz and ce")
+        f"of {', '.join(SEVERAL)}; without: lovasz_elu and bce, or lovasz and ce")
     add("--encoder", choices=backbones.NAMES, metavar="NAME", default="regnetx_002",
         help="regnetx_002 ... 032, efficientnetv2_s, m, l, b0 ... b3, repvgg_a0 ..., hrnet_w18 ...")
     add("--conv0", type=whole(1, 4096), nargs="*", default=[32, 32], help="widths of 1x1 convolutions before it")
@@ -114,7 +114,7 @@ def main():
         return seg.add_mean_planes(batch["image"]) if args.mean_planes else batch["image"]
 
     known = BINARY if args.classes == 1 else SEVERAL
-    terms = args.loss or ([("lovasz_elu", 1.0)] if args.classes == 1 else [("lovasz", 1.0), ("ce", 1.0)])
+    terms = args.loss or [(name, 1.0) for name in (("lovasz_elu", "bce") if args.classes == 1 else ("lovasz", "ce"))]
 
     def mixed(batch):
         return mix.for_masks(batch["image"], batch["mask"], p_mixup=args.mixup, p_cutmix=args.cutmix,

@@ -197,8 +197,10 @@ def main():
                  for flags in rows[task] if None not in scores[task][flags]}
         table(f"{task}: {SCORE[task]}", rows[task], args.seeds, scores[task], taken)
         folders = [folder_of(args.out, task, "", seed) for seed in args.seeds]
-        alone = {flags: [predict(task, flags, [folder], args.data, args.out) for folder in folders]
-                 for flags in PREDICT[task]}
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = {flags: [pool.submit(predict, task, flags, [folder], args.data, args.out) for folder in folders]
+                       for flags in PREDICT[task]}
+            alone = {flags: [future.result() for future in given] for flags, given in futures.items()}
         table(f"predict.py: {SCORE[task]}", PREDICT[task], args.seeds, alone)
         for flags in TOGETHER[task]:
             score = predict(task, flags, folders, args.data, args.out)
