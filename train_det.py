@@ -234,7 +234,8 @@ def experiment(args, device, folder, resume):
             if args.tile:
                 by_view |= {view: (rows.cpu(),) for view, rows in zip(batch["index"].tolist(), restored)}
             else:
-                metric.update(restored, truths, batch["index"])
+                sizes = [data.sizes[val[i]] for i in batch["index"].tolist()]
+                metric.update([boxes.clip(rows, *size) for rows, size in zip(restored, sizes)], truths, batch["index"])
             if i == 0 and dist.rank() == 0:
                 seen = [det.move(rows, m) for rows, m in zip(truths, batch["matrix"])]
                 pictures_det.detection_sheet(folder / "val.png", x, seen, found, names=names)

@@ -358,6 +358,17 @@ def test_validation_in_windows_is_predicts(script, tmp_path, seeing):
     assert abs(found["whole"][0] - last["ap"]) > 0.02
 
 
+def test_validation_is_predicts(script, tmp_path, seeing):
+    """Without windows too: boxes are clipped to the image in both, which an AP of objects at its border shows."""
+    root = wide_lots(tmp_path / "DATA")
+    script(train_det, "--data", root, *TINY_DET, "--folds", root / "folds.json")
+    held_out = [name for name, fold in json.loads(Path("runs/det/exp/folds.json").read_text()).items() if fold == 0]
+    script(predict, *FLAGS, "--weights", "runs/det/exp/last.pt", "--source", *(root / n for n in held_out), "--out",
+           "out", "--no-overlays", "--conf", 0.001, "--iou", 0.65, "--max-det", 300)
+    last = json.loads(Path("runs/det/exp/results.json").read_text())["last"]
+    assert [last["ap"], last["ap50"]] == pytest.approx(coco_ap(root, held_out, "out"), abs=1e-3) and last["ap"] > 0.2
+
+
 def test_two_processes_validate_windows_as_one(script, tmp_path, seeing):
     """Of an image's windows each has some."""
     root = wide_lots(tmp_path / "DATA")
