@@ -111,10 +111,13 @@ def predict(task, flags, folders, data, out):
     target = out / "predicted" / f"{task}-{len(folders)}-{folder_of(out, task, flags, folders[0].name).name}"
     shutil.rmtree(target, ignore_errors=True)
     command = ["predict.py", "--task", TASK[task], "--weights", *(folder / "last.pt" for folder in folders), "--source",
-               *files, "--out", target, "--no-overlays", "--workers", 0, *flags.split()]
+               *files, "--out", target, "--workers", 0, *flags.split()]
+    command += [] if task == "letters" else ["--no-overlays"]
     command += ["--threshold", 0.5] if task == "water" else []  # not the one that was found on these very images
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{target.name}: {done.stderr}")
     score = {"water": score_masks, "bccd": score_boxes, "letters": score_classes}[task](files, target, data, out)
     print(f"{target.name}: {score}", flush=True)
     return score
