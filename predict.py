@@ -39,6 +39,7 @@ ONLY = {  # flags that not all tasks have
     "imgsz": ("det", "cls"), "ensemble_weights": ("det", "cls"), "polygons": ("seg",), "detector": ("seg",),
     "conf": ("det",), "iou": ("det",), "max_det": ("det",), "max_mb": ("det",), "probs": ("cls",),
     "fit_weights": ("cls",), "ensemble": ("cls",)}
+OVERLAP = 0.25  # of windows, where the training has none of its own
 TTA = {"seg": ("hflip", "vflip"), "cls": ("rot90", "rot180")}  # what --tta by itself means
 
 
@@ -115,7 +116,6 @@ def main():
     if args.soup:
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     nets = load_nets(args, device, paths, states)
-    args.overlap = states[0]["args"].get("overlap", 0.25) if args.overlap is None else args.overlap
     try:
         {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, paths, states, nets)
     except ConnectionError:  # to a loader worker or to another rank
@@ -281,7 +281,7 @@ def blocks(file, part, predict, tile, args):
     """Yields (row, column, probabilities (K, h, w)) of a part (y, x, height, width) of an image: window by window, read
     and merged in pieces."""
     top, left, height, width = part
-    swaths = tiles.plan(height, width, tile, args.overlap)
+    swaths = tiles.plan(height, width, tile, OVERLAP if args.overlap is None else args.overlap)
     places = [(top + y, left + x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
     workers = args.workers if len(places) > 1 else 0
     loader = torch.utils.data.DataLoader(seg.Tiles([file], places), args.bs, num_workers=workers)
@@ -370,8 +370,10 @@ def predict_det(args, device, paths, states, nets):
 def det_views(args, states, nets, files):
     """What the nets are to look at."""
     imgsz, stride = args.imgsz or max(state["imgsz"] for state in states), max(net.stride for net in nets)
-    tile = args.tile or states[0]["args"].get("tile")
-    return det.Views(files, bands=all_bands(states), imgsz=imgsz, stride=stride, tile=tile, overlap=args.overlap)
+    trained = states[0]["args"]
+    overlap = trained.get("overlap", OVERLAP) if args.overlap is None else args.overlap
+    return det.Views(files, bands=all_bands(states), imgsz=imgsz, stride=stride, tile=args.tile or trained.get("tile"),
+                     overlap=overlap)
 
 
 def detect(args, device, states, nets, views):

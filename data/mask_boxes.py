@@ -19,7 +19,7 @@ VOID = 255  # beside classes above 1 it is no object, else the objects of a bina
 
 def parse(layout):
     """Layout whose labels and images are those of `seg.pairs`, in one order -> label_formats.Parsed."""
-    parsed = Parsed()
+    parsed, found = Parsed(), []
     for i, (file, label) in enumerate(tqdm(list(zip(layout.images, layout.labels)), desc="masks", leave=False,
                                            disable=dist.rank() > 0)):
         mask = seg.read_mask(layout.root / label, classes=256)
@@ -28,16 +28,13 @@ def parse(layout):
             raise UserError(f"{layout.root / label}: is {tuple(mask.shape)} pixels, its image {file} is {tuple(size)}; "
                             f"make them equal")
         parsed.add_image(file, False)
-        for number, (value, box) in enumerate(find(mask.long()), 1):
-            parsed.add_box(i, value, box, (label, number))
-    if set(parsed.category) <= {1, VOID}:
-        parsed.category = [1] * len(parsed.category)
-    values = sorted({*parsed.category} - {VOID})
+        found += [(i, value, box, (label, number)) for number, (value, box) in enumerate(find(mask.long()), 1)]
+    binary = {value for _, value, _, _ in found} <= {1, VOID}
+    for i, value, box, place in found:
+        if binary or value != VOID:
+            parsed.add_box(i, 1 if binary else value, box, place)
+    values = sorted(set(parsed.category))
     parsed.names = {value: "object" if values == [1] else f"class {value}" for value in values}
-    void = [i for i, value in enumerate(parsed.category) if value == VOID]
-    for column in (parsed.owner, parsed.category, parsed.boxes, parsed.places):
-        for i in reversed(void):
-            del column[i]
     return parsed
 
 
