@@ -106,6 +106,23 @@ def test_its_children_are_killed_and_their_death_is_no_news(tmp_path):
         assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_more_of_its_workers_die_while_it_ends(tmp_path):
+    """Each death raises, wherever the process is, until the handlers are off: what came first is told all the same."""
+    def main():
+        set_handler, deaths = signal.signal, iter(range(3))
+
+        def late(signum, handler):
+            if next(deaths, None) is not None:
+                os.kill(os.getpid(), signal.SIGCHLD)
+            return set_handler(signum, handler)
+
+        signal.signal(signal.SIGCHLD, lambda *_: (_ for _ in ()).throw(RuntimeError("DataLoader worker is killed")))
+        signal.signal = late
+        raise UserError("the reason; the remedy")
+
+    assert tuple(Ending(tmp_path, main).wait()) == (2, "error: the reason; the remedy\n")
+
+
 def test_a_rank_lets_torchrun_end_it_before_it_repeats_the_others(tmp_path):
     """Rank 0 speaks at once, the others after 2 s; in them a SIGTERM ends the process silently."""
     group = {"WORLD_SIZE": "2"}

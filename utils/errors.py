@@ -71,8 +71,14 @@ def cli(main):
     except BaseException as caught:
         error = caught
     # nothing is left to be saved: another signal may end the process, and the death of workers is no news
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-        signal.signal(signum, signal.SIG_DFL)
+    deaf = False
+    while not deaf:
+        try:
+            for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, signal.SIG_DFL)
+            deaf = True
+        except BaseException:  # a handler's, that of torch for the next dead worker: it still came first
+            pass
     # a failed process goes at once: the usual shutdown would wait for loader workers and for other ranks
     for child in multiprocessing.active_children():
         child.kill()
