@@ -35,6 +35,7 @@ BASE = {
     "letters": "train_cls.py --data {out}/glyphs --groups {out}/glyphs/writers.csv --folds 5 --net repvgg_a0 --loss ce "
                "--imgsz 32 --bs 32 --optimizer adamw --weight-decay 0.01 --lr 2e-3 --no-rot90 --epochs 2",
 }
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 SCORE = {"water": "iou", "bccd": "ap", "letters": "acc"}
 TASK = {"water": "seg", "bccd": "det", "letters": "cls"}
 ROWS = {
@@ -85,15 +86,9 @@ def folder_of(out, task, flags, seed):
 
 
 def train(task, flags, seed, data, out):
-    """Runs one training unless it is there. -> its score, None if it failed."""
+    """A row of the first table. -> its score, None if the training failed."""
     folder = folder_of(out, task, flags, seed)
-    if not (folder / "results.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        command = f"{BASE[task]} {flags}".format(data=data, out=out).split()
-        command += ["--seed", seed, "--workers", 0, "--cache", "ram", "--project", folder.parent, "--name", folder.name]
-        with open(folder.parent / f"{folder.name}.log", "w") as log:
-            subprocess.run([sys.executable, *map(str, command)], stdout=log, stderr=log,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run_training(task, flags, seed, folder, data, out)
     try:
         score = json.loads((folder / "results.json").read_text())["last"][SCORE[task]]
         if "--swa" in flags:
@@ -104,23 +99,39 @@ def train(task, flags, seed, data, out):
     return score
 
 
-def predict(task, flags, folders, data, out):
-    """Runs predict.py on what the run in the first of the folders has held out, with the weights of all. -> score"""
-    with open(folders[0] / "samples.csv", newline="") as file:
-        files = [Path(row["name"]) for row in csv.DictReader(file)]
-    target = out / "predicted" / f"{task}-{len(folders)}-{folder_of(out, task, flags, folders[0].name).name}"
-    shutil.rmtree(target, ignore_errors=True)
-    command = ["predict.py", "--task", TASK[task], "--weights", *(folder / "last.pt" for folder in folders), "--source",
-               *files, "--out", target, "--workers", 0, *flags.split()]
-    command += [] if task == "letters" else ["--no-overlays"]
-    command += ["--threshold", 0.5] if task == "water" else []  # not the one that was found on these very images
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{target.name}: {done.stderr}")
+def run_training(task, flags, seed, folder, data, out):
+    """Trains unless the run is there."""
+    if not (folder / "results.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        command = f"{BASE[task]} {flags}".format(data=data, out=out).split()
+        command += ["--seed", seed, "--workers", 0, "--cache", "ram", "--project", folder.parent, "--name", folder.name]
+        with open(folder.parent / f"{folder.name}.log", "w") as log:
+            subprocess.run([sys.executable, *map(str, command)], stdout=log, stderr=log, env=ENV)
+
+
+def held_out(run):
+    """The files that a run has not trained on."""
+    with open(run / "samples.csv", newline="") as file:
+        return [Path(row["name"]) for row in csv.DictReader(file)]
+
+
+def predict(task, flags, runs, files, target, data, out):
+    """Runs predict.py on the files with the runs' last weights, a run or several. -> score"""
+    run_prediction(task, flags, runs, ["--source", *files], target)
     score = {"water": score_masks, "bccd": score_boxes, "letters": score_classes}[task](files, target, data, out)
     print(f"{target.name}: {score}", flush=True)
     return score
+
+
+def run_prediction(task, flags, runs, source, target):
+    shutil.rmtree(target, ignore_errors=True)
+    command = ["predict.py", "--task", TASK[task], "--weights", *(run / "last.pt" for run in runs), *source,
+               "--out", target, "--workers", 0, *flags.split()]
+    command += [] if task == "letters" else ["--no-overlays"]
+    command += ["--threshold", 0.5] if task == "water" else []  # not the one that was found on these very images
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=ENV)
+    if done.returncode:
+        raise SystemExit(f"{target.name}: {done.stderr}")
 
 
 def score_masks(files, target, data, out):
@@ -175,8 +186,9 @@ def table(title, rows, seeds, scores, taken=None):
     for flags in rows:
         own = scores[flags]
         if None not in own and None not in base:
-            cells = [f"`{flags}`" if flags else "baseline", *(f"{v:.3f}" for v in own), text(own),
-                     text([a - b for a, b in zip(own, base)], "+"), *([f"{taken[flags]:.1f}"] if taken else [])]
+            name = f"`{flags}`" if flags.startswith("--") else flags or "baseline"
+            cells = [name, *(f"{v:.3f}" for v in own), text(own), text([a - b for a, b in zip(own, base)], "+"),
+                     *([f"{taken[flags]:.1f}"] if taken else [])]
             print(f"| {' | '.join(cells)} |")
 
 
@@ -205,12 +217,14 @@ def main():
         table(f"{task}: {SCORE[task]}", rows[task], args.seeds, scores[task], taken)
         folders = [folder_of(args.out, task, "", seed) for seed in args.seeds]
         with ThreadPoolExecutor(args.jobs) as pool:
-            futures = {flags: [pool.submit(predict, task, flags, [folder], args.data, args.out) for folder in folders]
-                       for flags in PREDICT[task]}
+            futures = {flags: [pool.submit(predict, task, flags, [folder], held_out(folder), folder_of(
+                args.out / "predicted", task, flags, seed), args.data, args.out)
+                for folder, seed in zip(folders, args.seeds)] for flags in PREDICT[task]}
             alone = {flags: [future.result() for future in given] for flags, given in futures.items()}
         table(f"predict.py: {SCORE[task]}", PREDICT[task], args.seeds, alone)
         for flags in TOGETHER[task]:
-            score = predict(task, flags, folders, args.data, args.out)
+            score = predict(task, flags, folders, held_out(folders[0]), folder_of(
+                args.out / "predicted", task, flags, "all"), args.data, args.out)
             print(f"all seeds together, {flags or 'no flag'}: {score:.3f}")
 
 
