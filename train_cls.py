@@ -225,7 +225,7 @@ def final(state, judge, names, folder, device, amp, files):
         scores, classes = metric.compute(), metric.per_class()
         samples = metric.samples(files, names)
         report.write_csv(folder / "samples.csv", samples)
-        ends = [part for part in review.ends([row["score"] for row in samples], 8) if part]
+        ends = [part for part in review.ends([row["score"] for row in samples]) if part]
         pictures.contact_sheet(
             folder / "review.png", [[pictures.to_rgb(images.read(files[i])) for i in part] for part in ends],
             captions=[[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]

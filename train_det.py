@@ -344,7 +344,7 @@ def fit_anchors(head, args, boxes, sizes):
 def draw_ends(path, metric, samples, files, bands, names):
     """The images with the worst F1 and the best: their boxes, and what was detected."""
     rows, captions, threshold = [], [], metric.best_threshold()[0]
-    for i in sum(review.ends([row["score"] for row in samples], 4), []):
+    for i in sum(review.ends([row["score"] for row in samples]), []):
         size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
         shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
         rgb, zoom = pictures.to_rgb(det.read(files[i], bands, shape=shape)), max(shape) / max(size)

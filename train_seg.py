@@ -224,7 +224,7 @@ def final(state, evaluate, draw, folder, device, amp, ignore, files):
     if dist.rank() > 0:
         return
     samples, tables, parts = found.samples(files), found.tables(), {}
-    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples], 4)):
+    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
         rows = engine.judge(state, lambda model, chosen=chosen: list(draw(model, chosen)), device, amp)
         parts[part] = [(files[i].name, samples[i]["score"], row) for i, row in zip(chosen, rows)]
     review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))

@@ -281,9 +281,11 @@ def test_reading_a_ranking_that_was_edited(tmp_path):
 
 def test_the_command(command, refused, tmp_path):
     a, b = runs(tmp_path, {f"größe {i}.png": i / 100 for i in range(15)}, {f"b{i}.png": i / 100 for i in range(15)})
+    (b / "review.png").touch()
     done = command(report, "noise", a, b)
     assert done.code == 0, done.err
-    head, *lines = done.out.splitlines()
+    head, *lines, last = done.out.splitlines()
+    assert last == f"each run's worst with labels and predictions: {b / 'review.png'}"
     assert head == "noise.csv: 30 samples, the worst are" and len(lines) == 20
     assert lines[1].split() == ["2", "0.0000", "größe", "0.png", f"({a})"]
     names = read_noise(tmp_path / "noise.csv")
@@ -455,8 +457,9 @@ def test_noisy_samples_that_cannot_be_predicted(refused, parking, tmp_path, monk
 
 # ---- page ------------------------------------------------------------------------------------------------------------
 def test_the_ends():
-    assert ends([0.5, 0.1, 0.9, 0.1, 0.7], 2) == ([1, 3], [2, 4])
-    assert ends([0.5, 0.1, 0.9], 2) == ([1, 0], [2]) and ends([0.5], 4) == ([0], []) and ends([], 3) == ([], [])
+    assert ends([0.5, 0.1, 0.9, 0.1, 0.7], 2, 2) == ([1, 3], [2, 4]) and ends([0.5, 0.1, 0.9], 2) == ([1, 0], [2])
+    assert ends([0.5]) == ([0], []) and ends([]) == ([], [])
+    assert [len(part) for part in ends(range(20))] == [12, 4]
 
 
 def read(path):

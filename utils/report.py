@@ -231,6 +231,9 @@ def main():
         print(f"{given.out}: {len(ranked)} samples, the worst are")
         for row in ranked[:20]:
             print(f"{row['rank']:4}  {row['score']:8.4f}  {row['name']}  ({row['run']})")
+        pages = [page for page in (Path(run) / "review.png" for run in given.runs) if page.exists()]
+        if pages:
+            print("each run's worst with labels and predictions:", *pages)
         return
     parser.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="where runs are (default: runs)")
     parser.add_argument("--metric", metavar="NAME", help="the column of results.csv to sort by")

@@ -191,10 +191,11 @@ def _halves(rows, sizes):
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
-def ends(scores, count):
-    """-> (indices of the `count` lowest scores, lowest first; of as many of the others, highest first)."""
+def ends(scores, worst=12, best=4):
+    """-> (indices of the lowest scores, lowest first; of the highest of the others, highest first). More of the worst:
+    wrong labels are among them."""
     order = np.argsort(scores, kind="stable").tolist()
-    return order[:count], order[count:][::-1][:count]
+    return order[:worst], order[worst:][::-1][:best]
 
 
 def page(path, parts, *, tables=None, titles=("image", "truth", "prediction", "errors"), legend=None, max_side=256):
