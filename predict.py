@@ -85,7 +85,8 @@ def parse_args():
     add("--detector", metavar="PATH", help="a checkpoint of train_det.py: only its boxes, a little enlarged, are cut "
         "out and segmented")
     add = parser.add_argument_group("detection").add_argument
-    add("--conf", type=real(0, 1), help="lowest score of a detection; without: 0.01, for --detector 0.25")
+    add("--conf", type=real(0, 1), help="lowest score of a detection, before it is fused with others; without: 0.01, "
+        "for --detector 0.25")
     add("--iou", type=real(0, 1), default=0.7, help="overlap from which the lower score goes")
     add("--max-det", type=whole(1, 100000), default=300, help="most detections per image")
     add("--max-mb", type=real(0.001), default=20.0, help="largest submission.json, 10^6 bytes; the best scores stay")
@@ -192,6 +193,8 @@ def predict_seg(args, device, paths, states, nets):
     """Masks as GeoTIFF, overlays, polygons, and the wildfire competition's y_pred.pkl."""
     predict = seg_ensemble(args, device, states, nets)
     files = images.find_sources(args.source, Path(states[0]["args"]["data"]) / "test_img")
+    if len({bool(state.get("resize")) for state in states}) > 1:
+        raise UserError("--weights: some are trained on whole images (--resize), others on crops; predict them apart")
     # trained on whole images, a net gets whole images
     tile = args.tile or (2**31 if states[0].get("resize") else 2 * states[0]["imgsz"])
     bands = all_bands(states)
@@ -201,9 +204,10 @@ def predict_seg(args, device, paths, states, nets):
         if sizes[file][0] < bands[-1]:
             raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
                             f"another --source")
+    args.unsure = pseudo.unsure(states[0]["classes"], states[0]["args"].get("ignore"))
     parts = find_parts(args, device, files) if args.detector else {}
-    out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
     threshold, drawn = best_threshold(args, states), dict(overlay=args.overlays, outlines=args.polygons)
+    out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
     for folder in ("masks", *("overlays",) * args.overlays, *("polygons",) * args.polygons,
                    *("pseudo/train_mask",) * bool(args.pseudo)):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -215,7 +219,7 @@ def predict_seg(args, device, paths, states, nets):
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
-            decided = decide(predict(batch["image"]), threshold, args.pseudo)
+            decided = decide(predict(batch["image"]), threshold, args)
             for k, i in enumerate(batch["index"].tolist()):
                 for folder, masks in decided.items():
                     with submissions.new_mask(small[i], out / folder) as target:
@@ -234,13 +238,15 @@ def predict_seg(args, device, paths, states, nets):
         submissions.write_masks(files, sizes, out)
         if args.pseudo:
             pseudo.link(files, out / "pseudo/train_img")
-            print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {pseudo.UNSURE}")
+            print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {args.unsure}")
         print(f"{len(files)} images: {out}")
 
 
 def best_threshold(args, states):
     """--threshold, or else the mean of those that the runs found best in their last validation; 0.5 without."""
     if args.threshold is not None:
+        if states[0].get("exclusive") or args.task == "seg" and states[0]["classes"] > 1:
+            raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
         return args.threshold
     found = [state.get("threshold") for state in states]
     return 0.5 if None in found else np.mean(found, axis=0)
@@ -271,10 +277,12 @@ def seg_views(args, net, exclusive, x):
     return tta.merge(maps, args.merge or "mean", exclusive=exclusive)[..., :height, :width]
 
 
-def decide(probs, threshold, least=None):
-    """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W) on the CPU}; least: --pseudo."""
+def decide(probs, threshold, args):
+    """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W) on the CPU}."""
     masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
-    return {"masks": masks} | ({"pseudo/train_mask": pseudo.sure_mask(probs, masks, least)} if least else {})
+    if not args.pseudo:
+        return {"masks": masks}
+    return {"masks": masks, "pseudo/train_mask": pseudo.sure_mask(probs, masks, args.pseudo, args.unsure)}
 
 
 def blocks(file, part, predict, tile, args):
@@ -296,7 +304,7 @@ def predict_scene(file, size, predict, threshold, tile, args, out):
     with contextlib.ExitStack() as stack:
         targets = {}
         for y, x, block in blocks(file, (0, 0, *size), predict, tile, args):
-            for folder, [mask] in decide(block[None], threshold, args.pseudo).items():
+            for folder, [mask] in decide(block[None], threshold, args).items():
                 if folder not in targets:
                     targets[folder] = stack.enter_context(submissions.new_mask(file, out / folder))
                 targets[folder].write(mask.numpy(), 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
@@ -305,11 +313,11 @@ def predict_scene(file, size, predict, threshold, tile, args, out):
 def predict_parts(file, size, parts, predict, threshold, tile, args, out):
     """Only what lies in some parts (y, x, height, width), where they overlap the last one's; elsewhere is class 0, and
     no pseudo label: what the detector has missed must not be taught."""
-    blank = {"masks": 0} | ({"pseudo/train_mask": pseudo.UNSURE} if args.pseudo else {})
+    blank = {"masks": 0} | ({"pseudo/train_mask": args.unsure} if args.pseudo else {})
     masks = {folder: np.full(size, value, np.uint8) for folder, value in blank.items()}
     for part in parts:
         for y, x, block in blocks(file, part, predict, tile, args):
-            for folder, [mask] in decide(block[None], threshold, args.pseudo).items():
+            for folder, [mask] in decide(block[None], threshold, args).items():
                 here = masks[folder][y:y + mask.shape[0], x:x + mask.shape[1]]
                 np.copyto(here, mask.numpy(), where=mask.numpy() != blank[folder])
     for folder, mask in masks.items():
@@ -408,7 +416,7 @@ def det_ensemble(args, device, states, nets):
         results = []
         for net, state in zip(nets, states):
             chosen = [bands.index(band) for band in state["bands"]]
-            x = raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]
+            x = (raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]).clamp_(0, 1)
             factor = 1.0 if args.imgsz else state["imgsz"] / largest  # each at the size that it was trained for
             passes = make_passes(args, "det", x.shape[2:], stride=net.stride, factor=factor)
             found = tta.rows(lambda view: run(net, view), x, passes)  # resized in fp32: CPUs cannot in bf16
@@ -479,6 +487,8 @@ def check_ensemble(args, paths):
         raise UserError("--soup: makes one net of the checkpoints, there is nothing to weigh; leave it out, or "
                         "--fit-weights and --ensemble")
     tables = len(args.probs or ())
+    if args.threshold is not None and (args.fit_weights or args.ensemble):
+        raise UserError(f"--threshold: {given[0]} brings thresholds of its own; leave one out")
     if tables and given and not args.ensemble_weights:
         raise UserError(f"{given[0]}: is for checkpoints, --probs come without their held-out images; give "
                         f"--ensemble-weights instead")

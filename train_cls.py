@@ -39,10 +39,10 @@ def parse_args():
     add("--noise", type=whole(0, 255), default=254, help="largest value of the background of --synthesize")
     add("--synthesize-count", type=whole(1, 10**9), default=50000, help="images of an epoch of --synthesize")
     add("--subset", type=whole(2, 10**9), help="train on about so many samples, with the same share of every class")
-    add("--val-interval", type=real(1e-4, 1), default=1.0, help="validate every so many passes, each then shown as an "
-        "epoch")
-    add("--loss", type=loss_term(LOSSES), nargs="+", default=[("bce", 1.0)], metavar="NAME[=WEIGHT]",
-        help=f"sum of {', '.join(LOSSES)}")
+    add("--val-interval", type=real(1e-4, 1), default=1.0, help="validate every so many passes (1, 1/2, 1/3, ...), "
+        "each then shown as an epoch")
+    add("--loss", type=loss_term(LOSSES), nargs="+", metavar="NAME[=WEIGHT]",
+        help=f"sum of {', '.join(LOSSES)}; without: ce where every image has one class, else bce")
     add("--label-smoothing", type=real(0, 0.99), default=0.0, help="pulls labels towards the middle")
     add("--drop", type=real(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=real(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
@@ -55,7 +55,7 @@ def parse_args():
     add("--snapmix", type=real(0, 1), default=0.0, metavar="P", help="the same, labels weighed by where the net looks")
     add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
     add("--cutout", type=real(0, 0.99), default=0.3, help="side of a blank square, share of the image; 0: none")
-    return start(parser)
+    return start(parser, needs={"synthesize": ("letters_per_image", "noise", "synthesize_count")})
 
 
 def main():
@@ -64,11 +64,12 @@ def main():
 
     # ---- data ----
     table = cls.read(args.data, table=args.labels, folder=args.images)
-    if not table.exclusive and "ce" in dict(args.loss):
+    terms = args.loss or [("ce" if table.exclusive else "bce", 1.0)]
+    if not table.exclusive and "ce" in dict(terms):
         raise UserError("--loss ce: is for one class an image, this data has several; take bce or focal")
     bands = args.bands or list(range(1, images.size(table.files[0])[0] + 1))
     cls.check_bands(table.files, bands)
-    scale = args.scale or images.default_scale(images.read(table.files[0]).dtype)
+    scale = args.scale or images.default_scale(images.read(table.files[0], window=(0, 0, 1, 1)).dtype)
     train, val = split(args, folder, table)
     if args.debug:
         train, val, args.synthesize_count = train[:8 * args.bs], val[:args.bs], 8 * args.bs
@@ -80,20 +81,24 @@ def main():
         weights += [weight] * len(chosen)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     if args.synthesize:
-        if args.extra_data:
-            raise UserError("--extra-data: not with --synthesize, which trains on no files; leave one out")
+        for flag in ("extra_data", "subset", "drop_noisy"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag.replace('_', '-')}: not with --synthesize, which trains on no files; leave "
+                                f"one out")
         if table.names != dirty_mnist.HEADER[1:] or bands != [1]:
             raise UserError(f"--synthesize {args.synthesize}: makes grey images of the classes a to z, the data's are "
                             f"others; leave it out, or see --data and --bands")
         source = dirty_mnist.Synthetic(args.synthesize, args.synthesize_count, seed=args.seed,
                                        size=images.size(table.files[0])[1], counts=tuple(args.letters_per_image),
-                                       noise=args.noise)
+                                       noise=args.noise, device=device if device.type == "cuda" else "cpu")
     else:
         source = cls.Images(files, answers, **options)
     train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
                            cutout=args.cutout, p_affine=args.p_affine, p_cutout=0.5 if args.cutout else 0.0)
-    loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=round(1 / args.val_interval), same=args.debug, collate=cls.collate,
+    on_gpu = args.synthesize and device.type == "cuda"  # made there: no workers, and nothing to be pinned
+    parts = round(1 / args.val_interval)
+    loader = train_loader(train_data, args.bs, workers=0 if on_gpu else args.workers, seed=args.seed,
+                          device="cpu" if on_gpu else device, parts=parts, same=args.debug, collate=cls.collate,
                           weights=weights if set(weights) - {1.0} else None)
 
     # ---- net ----
@@ -115,7 +120,7 @@ def main():
         model = dist.sync_batch_norm(model, device)
 
     # ---- loss ----
-    norm = pretrained.normalisation(args.weights, len(bands))
+    norm = resume["norm"] if resume else pretrained.normalisation(args.weights, len(bands))
 
     def inputs(batch):
         return cls.see(batch, args.imgsz, scale, *norm)
@@ -130,8 +135,8 @@ def main():
     def compute_loss(model, batch):
         x, labels = mixed(batch)
         logits = model(x)
-        parts = {name: LOSSES[name](logits, labels, args.label_smoothing) for name, _ in args.loss}
-        return sum(weight * parts[name] for name, weight in args.loss), parts if len(parts) > 1 else {}
+        parts = {name: LOSSES[name](logits, labels, args.label_smoothing) for name, _ in terms}
+        return sum(weight * parts[name] for name, weight in terms), parts if len(parts) > 1 else {}
 
     # ---- validation ----
     if val:
@@ -163,7 +168,7 @@ def main():
         params = sum(p.numel() for p in model.parameters())
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(table.names)} classes; {params:,} "
               f"parameters; {device}")
-        batch = cls.collate([train_data[0, i] for i in range(16)])
+        batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
         shown = [pictures.to_rgb(image) for image in cls.see(batch, args.imgsz, scale)]
         pictures.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
     header = {"task": "cls", "arch": {"name": "backbones.make", "kwargs": arch}, "classes": table.names,
@@ -171,7 +176,7 @@ def main():
               "args": vars(args), "threshold": (resume or {}).get("threshold")}
     state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None, folder=folder,
                        header=header, device=device, resume=resume,
-                       **training(args, folder, model, loader, part=args.val_interval, eps=1e-6))
+                       **training(args, folder, model, loader, part=1 / parts, eps=1e-6))
     if args.debug:
         engine.check_debug(state.history)
     if val:

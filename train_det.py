@@ -7,7 +7,10 @@
         --stages 50,15 --epoch-parts 15 --image-weights --folds 0      # the competition's two stages
 """
 import argparse
+import json
 import os
+import shutil
+import sys
 import time
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -28,7 +31,9 @@ GAINS = {  # per head: weights of the loss's parts
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
     "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
 }
+IDLE = {"free": ("obj", "obj_pw", "cls_pw", "label_smoothing", "focal_gamma"), "anchor": ("dfl",)}  # without effect
 COMMON = dict(obj_pw=1.0, cls_pw=1.0, anchor_threshold=4.0, hsv=[0.015, 0.7, 0.4], translate=0.1, scale=0.5)
+SECOND = "second-stage.json"  # in its folder
 PRESETS = {
     "default": COMMON | dict(head="free", optimizer="adamw", lr=2e-3, lr_floor=0.01, schedule="cosine", momentum=0.9,
                              weight_decay=0.05, warmup_epochs=2.0, warmup_bias_lr=0.0, warmup_momentum=0.9),
@@ -87,7 +92,8 @@ def parse_args():
     add("--focal-gamma", type=real(0, 10), default=0.0, help="focal loss; 0: cross-entropy (anchor)")
     add("--warmup-bias-lr", type=real(0, 10), help="learning rate of the biases at the start")
     add("--warmup-momentum", type=real(0, 0.9999), help="momentum at the start")
-    known, _ = parser.parse_known_args()
+    # without the flag for help: that is to show the recipe's values
+    known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
     parser.set_defaults(**recipe("scratch-low" if known.stages else known.preset, known.head))
     return start(parser)
 
@@ -111,10 +117,13 @@ def stage_list(text):
 
 def main():
     args, device, folder, resume = parse_args()
-    both = args.stages and not (resume and args.preset == "finetune")  # else it is the second stage that goes on
+    again = None if resume else dist.broadcast(dist.rank() == 0 and second_stage(folder))  # by torchrun, if there is
+    vars(args).update(again or {})
+    both = args.stages and not ((resume or again) and args.preset == "finetune")  # else the second stage goes on
     if both:
         stages = [args.epochs] * 2 if args.debug else args.stages
-        args.preset, args.epochs = "scratch-low", stages[0]
+        longer = resume and resume["args"]["epochs"] != args.epochs  # --resume --epochs
+        args.preset, args.epochs = "scratch-low", args.epochs if longer else stages[0]
     experiment(args, device, folder, resume)
     if both and not args.show_augment:
         first, second = recipe("scratch-low", args.head), recipe("finetune", args.head)
@@ -122,8 +131,18 @@ def main():
         changed = {k: v for k, v in second.items() if vars(args)[k] == first[k]}
         changed |= {"preset": "finetune", "epochs": stages[1], "image_weights": False,
                     "weights": str(folder / "last.pt")}
+        before = folder
         folder = Path(dist.broadcast(str(dist.rank() == 0 and runs.create(folder.parent, f"{folder.name}-finetune"))))
+        if dist.rank() == 0:
+            runs.write_json(folder / SECOND, changed)
+            shutil.copyfile(before / "run.json", folder / "run.json")
         experiment(argparse.Namespace(**vars(args) | changed), device, folder, None)
+
+
+def second_stage(folder):
+    """What differs from the first stage, where this is the folder of a second one that has no checkpoint yet; None."""
+    path = folder / SECOND
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def experiment(args, device, folder, resume):
@@ -134,12 +153,17 @@ def experiment(args, device, folder, resume):
 
     if args.grid == 9 and (args.degrees or args.shear):  # pictures at its sides would cover others' objects
         raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
+    usual = recipe(args.preset, args.head) | dict(label_smoothing=0.0, focal_gamma=0.0)
+    for flag in IDLE[args.head]:
+        if vars(args)[flag] != usual[flag]:
+            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --head {args.head}; leave it out, or choose "
+                            f"the other head")
 
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
     train, val = split(args, folder, data)
     bands = args.bands or default_bands(data.files[0])
-    scale = args.band_scale or images.default_scale(images.read(data.files[train[0]], window=(0, 0, 1, 1)).dtype)
+    scale = args.band_scale or det.default_scale(data.files[train[0]], bands)
     if args.debug:
         train, val = train[:8 * args.bs], val[:args.bs]
     sources, weights = pick(data, train), np.ones(len(train))
@@ -170,9 +194,13 @@ def experiment(args, device, folder, resume):
     if args.imgsz % model.stride:
         raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {model.stride}; take "
                         f"{-(-args.imgsz // model.stride) * model.stride}")
+    if args.bs == dist.world_size() and int(args.imgsz * (1 - args.multi_scale)) < 2 * model.stride:
+        raise UserError(f"--bs {args.bs} --imgsz {args.imgsz}: batch norm would see a single pixel; raise one of them")
     if args.weights and not resume:
-        with answers_for("--weights"):
-            dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
+        if dist.rank() == 0:  # other machines need not have the file: a first stage's lies on one
+            with answers_for("--weights"):
+                print(pretrained.describe(pretrained.load(model, args.weights)))
+        dist.same_weights(model)
     if args.head == "anchor" and not resume:
         arch["anchors"] = fit_anchors(model.head, args, *sources[1::2])
     model = model.to(device, memory_format=torch.channels_last)
@@ -183,7 +211,7 @@ def experiment(args, device, folder, resume):
     # ---- loss ----
     def inputs(batch):  # -> (B, C, H, W) float32, 0..1
         if "colour" not in batch:
-            return batch["image"].float() / scale
+            return (batch["image"].float() / scale).clamp_(0, 1)  # as recolour does
         x = augment.recolour(batch["image"], batch["colour"], scale)
         if args.gridmask:
             x, _ = mix.gridmask(x, p=args.gridmask)
@@ -307,8 +335,9 @@ def split(args, folder, data):
 
 
 def default_bands(file):
-    """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK (see det.read)."""
-    return [1, 2, 3] if images.kind(file) == "JPEG" else list(range(1, images.size(file)[0] + 1))
+    """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see det.read)."""
+    rgb = images.kind(file) == "JPEG" or images.size(file)[0] == 1 and images.palette(file) is not None
+    return [1, 2, 3] if rgb else list(range(1, images.size(file)[0] + 1))
 
 
 def pick(data, indices):

@@ -15,7 +15,7 @@ from data import folds, images, mix, seg
 from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
 from nets.unet import UNet, probabilities
-from utils import dist, engine, losses, metrics, pictures, report, review, runs, tta
+from utils import dist, engine, losses, metrics, pictures, report, review, runs, tiles, tta
 from utils.args import band_list, loss_term, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
 
@@ -47,6 +47,9 @@ def parse_args():
     add("--classes", type=whole(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
     add("--ignore", type=whole(0, 255), help="mask value without influence")
     add("--resize", action="store_true", help="whole tiles at --imgsz in place of crops; masks are resized back")
+    add("--tile", type=whole(16, 65536), help="larger images are windows of this side, read alone; crops are cut from "
+        "those")
+    add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows; in the validation none")
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
     add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="of the loss of a second head that tells which "
@@ -82,17 +85,20 @@ def main():
     train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=groups,
                               files=[image for image, _ in paired], drop=args.drop_noisy,
                               strata=folds.area_strata([fact["area"] for fact in facts]))
-    scale = args.scale or images.default_scale(images.read(paired[train[0]][0]).dtype)
+    scale = args.scale or images.default_scale(images.read(paired[train[0]][0], window=(0, 0, 1, 1)).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
     if args.debug:
         train, val = train[:8 * args.bs], val[:args.bs]
-    paired_train, weights = [paired[i] for i in train], [1.0] * len(train)
+    paired_train, sizes, weights = [paired[i] for i in train], [facts[i]["size"] for i in train], [1.0] * len(train)
     for more, weight in args.extra_data:
         found = list(seg.pairs(Path(more) / "train_img", Path(more) / "train_mask").values())
         found = [found[i] for i in folds.unseen([image for image, _ in found], [paired[i][0] for i in val], more)]
-        seg.scan(found, bands=bands, classes=args.classes, ignore=args.ignore)
+        sizes += [fact["size"] for fact in seg.scan(found, bands=bands, classes=args.classes, ignore=args.ignore)]
         paired_train, weights = paired_train + found, weights + [weight] * len(found)
-    train_data = seg.SegData(paired_train, imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
+    seen, windows = zip(*((i, window) for i, size in enumerate(sizes)
+                          for window in tiles.cover(size, args.tile, args.overlap) or [None]))
+    paired_train, weights = [paired_train[i] for i in seen], [weights[i] for i in seen]
+    train_data = seg.SegData(paired_train, windows, imgsz=args.imgsz, repeat=args.repeat, seed=args.seed,
                              gain=args.gain, p_object=args.p_object, resize=args.resize, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
                           same=args.debug, weights=weights * args.repeat if set(weights) - {1.0} else None)
@@ -135,9 +141,12 @@ def main():
 
     # ---- validation ----
     if val:
-        val_data = seg.SegData([paired[i] for i in val], **options)
-        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=[facts[i]["size"] for i in val],
-                                 workers=args.workers, device=device)
+        judged, windows = zip(*((i, window) for i in val
+                                for window in tiles.partition(facts[i]["size"], args.tile) or [None]))
+        val_data = seg.SegData([paired[i] for i in judged], windows, **options)
+        shapes = [window[2:] if window else facts[i]["size"] for i, window in zip(judged, windows)]
+        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=shapes, workers=args.workers,
+                                 device=device)
 
     def predict(model, batch, flips):
         def views(x):
@@ -177,7 +186,8 @@ def main():
     # ---- training ----
     if dist.rank() == 0:
         params = sum(p.numel() for p in model.parameters())
-        print(f"{len(paired_train)} tiles to train, {len(val)} to validate; {params:,} parameters; {device}")
+        print(f"{len(paired_train)} tiles to train, {len(val_data) if val else 0} to validate; {params:,} parameters; "
+              f"{device}")
         batch = [train_data[0, i] for i in range(min(args.bs, 8))]
         pictures.segmentation_sheet(folder / "train_batch.png", torch.stack([b["image"] for b in batch]),
                                   torch.stack([b["mask"] for b in batch]), ignore=args.ignore)
@@ -189,7 +199,7 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, evaluate, draw, folder, device, args.amp, args.ignore, [paired[i][0] for i in val])
+        final(state, evaluate, draw, folder, device, args.amp, args.ignore, [paired[i][0] for i in judged])
 
 
 def show(path, data, mixed, samples=8, epochs=6):
@@ -211,6 +221,12 @@ def check_flags(args):
             raise UserError(f"--loss {name}: not for --classes {args.classes}; choose from {', '.join(known)}")
     if args.classes == 1 and args.ignore in (0, 1):
         raise UserError(f"--ignore {args.ignore}: is one of the two values of a binary mask; see --classes")
+    if args.tile and (args.resize or args.tile < args.imgsz):
+        why = "--resize sees images as a whole; leave one out" if args.resize else \
+            f"smaller than the crops, --imgsz {args.imgsz}; raise it"
+        raise UserError(f"--tile {args.tile}: {why}")
+    if args.p_object and args.resize:
+        raise UserError("--p-object: is for crops, --resize makes none; leave one out")
     if args.imgsz == 16 and args.bs == dist.world_size():  # the coarsest map is a sixteenth of the input
         raise UserError(f"--imgsz 16 --bs {args.bs}: batch norm would see a single pixel; raise one of them")
 

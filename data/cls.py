@@ -42,6 +42,10 @@ def read(root, *, table=None, folder=None, least=2):
                         f"makes sample data)")
     found = sorted(p for p in [*root.glob(f"*{ANSWER}.csv"), root / "train.csv"]
                    if p.is_file() and not p.name.startswith("test"))
+    unanswered = next((p for p in sorted(root.glob("test*")) if p.is_dir()), None)
+    if table is None and not found and unanswered and not (root / "train").is_dir():
+        raise UserError(f"{root}: no *{ANSWER}.csv, no train.csv, and {unanswered.name} is no class; add the answers, "
+                        f"or name them by --labels and --images")
     if table is None and not found:
         return _class_folders(root / "train" if (root / "train").is_dir() else root)
     table = Path(table) if table else found[0]
@@ -261,7 +265,8 @@ def collate(samples):
         _, h, w = s["image"].shape
         if (h, w) != (height, width):
             s["image"] = F.pad(s["image"], (0, width - w, 0, height - h))
-    return torch.utils.data.default_collate(samples)
+    matrices = np.stack([s.pop("matrix") for s in samples])  # no tensor: warp wants them here, not on the GPU
+    return torch.utils.data.default_collate(samples) | {"matrix": matrices}
 
 
 def see(batch, imgsz, scale, mean=(0.0,), std=(1.0,), *, turn=np.eye(3)):
@@ -269,7 +274,7 @@ def see(batch, imgsz, scale, mean=(0.0,), std=(1.0,), *, turn=np.eye(3)):
     resampling. Pixel values are divided by `scale`; then mean and std, one per band or one for all, are applied.
     turn: a matrix after the batch's own, of test-time augmentation."""
     pixels = batch["image"].float() / scale
-    x = geometry.warp(pixels, turn @ batch["matrix"].cpu().numpy(), (imgsz, imgsz))
+    x = geometry.warp(pixels, turn @ batch["matrix"], (imgsz, imgsz))
     line = torch.arange(imgsz, device=x.device) + 0.5
     x1, y1, x2, y2 = batch["hole"].to(x.device).T[..., None]
     inside = ((line > y1) & (line < y2))[:, None, :, None] & ((line > x1) & (line < x2))[:, None, None, :]

@@ -25,7 +25,7 @@ def rect(size, imgsz, stride, pad=0.5):
 
 
 def read(path, bands=None, **options):
-    """`images.read`; where RGB is asked for (bands 1-3), grey images and CMYK ones become that."""
+    """`images.read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images become that."""
     if list(bands or []) != [1, 2, 3]:
         return images.read(path, bands, **options)
     if images.kind(path) == "JPEG":
@@ -34,8 +34,21 @@ def read(path, bands=None, **options):
             ink = image.int()  # 255 is none
             image = (ink[:3] * ink[3] // 255).to(torch.uint8)
     else:
-        image = images.read(path, [1] if images.size(path)[0] == 1 else bands, **options)
+        one = images.size(path)[0] == 1
+        image, colours = images.read(path, [1] if one else bands, **options), images.palette(path) if one else None
+        if colours is not None and image.dtype == torch.uint8:
+            return colours[image[0].long()].permute(2, 0, 1)
     return image.expand(3, -1, -1) if len(image) == 1 else image
+
+
+def default_scale(file, bands):
+    """`images.default_scale` for this file. UserError where its pixels go beyond it: what is trained on ends at 1."""
+    pixels = read(file, bands, shape=reduced(images.size(file)[1:], 1024))
+    scale, most = images.default_scale(pixels.dtype), float(pixels.numpy().max())
+    if most > scale:
+        raise UserError(f"{file}: has {str(pixels.dtype).removeprefix('torch.')} pixels up to {most:g}, and nothing "
+                        f"tells which is white; give --band-scale")
+    return scale
 
 
 def reduced(size, limit):
@@ -50,21 +63,13 @@ def read_small(path, bands, size, window=None):
     return (images.resize(image, size) if size else image).permute(1, 2, 0).contiguous()
 
 
-def windows(size, tile, overlap):
-    """size (height, width) -> the windows (y, x, height, width) of an image that is larger than `tile`, else []."""
-    if not tile or max(size) <= tile:
-        return []
-    sides = [min(tile, side) for side in size]
-    return [(y, x, *sides) for y in tiles.starts(size[0], tile, overlap) for x in tiles.starts(size[1], tile, overlap)]
-
-
 def cut(files, boxes, classes, sizes, *, tile, overlap):
     """Lists of data.labels.Labels -> the same with every larger image's windows in place of it, for training at full
     resolution; a fifth list: window or None; and the index of the image that each entry is of. Boxes are clipped to
     their window, and left out where little of them is in it (`augment.visible`)."""
     entries, image_of = [], []
     for i, (file, rows, labels, size) in enumerate(zip(files, boxes, classes, sizes)):
-        for window in windows(size, tile, overlap) or [None]:
+        for window in tiles.cover(size, tile, overlap) or [None]:
             y, x, *part = window or (0, 0, *size)
             before = rows - [x, y, x, y]
             after = before.clip(0, [*part[::-1]] * 2)
@@ -126,7 +131,7 @@ class DetData(Dataset):
             other, more = self.scene(rng, rng.integers(len(self)), mosaic)
             share = rng.beta(32, 32)
             mixed = image.float() * share + other.float() * (1 - share)
-            image = mixed.round().to(torch.uint8) if image.dtype == torch.uint8 else mixed
+            image = mixed.round().to(torch.uint8) if image.dtype == other.dtype == torch.uint8 else mixed
             boxes = np.concatenate((boxes, more))
         colour = torch.from_numpy(augment.colour(rng, len(image), *self.hsv))
         return {"image": image.permute(1, 2, 0), "boxes": torch.from_numpy(boxes), "colour": colour,
@@ -136,6 +141,8 @@ class DetData(Dataset):
         """Image i, or a mosaic of it with others, under one random affine matrix -> picture (C, H, W), boxes (n, 5)."""
         chosen = [i, *rng.integers(len(self), size=self.grid - 1)] if mosaic else [i]
         sources = [self.load(k) for k in chosen]
+        if len({source.dtype for source in sources}) > 1:  # into a canvas of bytes others would wrap
+            sources = [source.float() for source in sources]
         side, placed = augment.layout(rng, [source.shape[1:] for source in sources], self.imgsz)
         view = augment.affine(rng, side, self.imgsz, **self.affine)
         cells = warp_boxes([cell for _, cell in placed], view).tolist()
@@ -231,7 +238,7 @@ class Views(Dataset):
                                 f"--source")
             self.sizes.append(tuple(size))
             self.first.append(len(self.items))
-            self.items += [(i, window) for window in [None] + windows(size, tile, overlap)]
+            self.items += [(i, window) for window in [None] + tiles.cover(size, tile, overlap)]
         self.first.append(len(self.items))
         self.shapes = [rect(window[2:] if window else self.sizes[i], imgsz, stride) for i, window in self.items]
 

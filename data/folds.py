@@ -90,6 +90,9 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
     """
     noisy = {os.path.realpath(name) for name in review.read_noise(*drop)} if drop else set()
     clean = [i for i, file in enumerate(files) if not noisy or os.path.realpath(file) not in noisy]
+    if noisy and len(clean) == len(files):
+        raise UserError(f"{drop[0]}: none of its {len(noisy)} worst files is among the data's; give the ranking of "
+                        f"runs on this data, and start in the folder that they were started in")
     written = folder / "folds.json"
     spec = written if written.exists() else spec
     if spec is None:

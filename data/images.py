@@ -110,6 +110,18 @@ def size(path):
         return file.count, file.height, file.width
 
 
+def palette(path):
+    """The colours that a file's one band of indices stands for, (256, 3) uint8; None where its numbers are pixels."""
+    if kind(path) == "JPEG":
+        return None
+    with open_raster(path) as file:
+        try:
+            colours = file.colormap(1)
+        except ValueError:
+            return None
+        return torch.tensor([colours.get(i, (0, 0, 0, 0))[:3] for i in range(256)], dtype=torch.uint8)
+
+
 def read(path, bands=None, *, window=None, shape=None):
     """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that.
 

@@ -32,6 +32,11 @@ short.maxstring = 200
 show = short.repr  # what stands in a message stays short, and in one line
 
 
+def same_name(name):
+    """A file's name in one Unicode form: archives from a Mac hold accents and Hangul in another."""
+    return unicodedata.normalize("NFC", name)
+
+
 class Layout(NamedTuple):
     """kind: "competition", "COCO", "YOLO", "VOC" or "masks". labels, images: names relative to `root`, sorted; without
     images where the labels list them."""
@@ -164,13 +169,13 @@ def _parse_json(layout):
 
 def _locator(root, folders):
     """-> function(file_name, place) -> its path relative to root. Lists a folder once: a look-up per image is slow on
-    network disks. Names are compared in one Unicode form: archives from a Mac hold accents and Hangul in another."""
+    network disks. Names are compared by `same_name`."""
     top, listed = os.path.abspath(root), {}
     folders = [f for f in dict.fromkeys(folders) if os.path.isdir(os.path.join(top, f))]
 
     def names(folder):
         try:
-            return {unicodedata.normalize("NFC", n): n for n in os.listdir(os.path.join(top, folder))}
+            return {same_name(n): n for n in os.listdir(os.path.join(top, folder))}
         except (OSError, ValueError):  # the latter: a name with a zero byte
             return {}
 
@@ -185,7 +190,7 @@ def _locator(root, folders):
             folder, file = os.path.split(path)
             if folder not in listed:
                 listed[folder] = names(folder)
-            file = listed[folder].get(unicodedata.normalize("NFC", file))
+            file = listed[folder].get(same_name(file))
             if file and name:
                 return os.path.join(folder, file)
         if folders and not inside:
@@ -237,6 +242,11 @@ def _add_annotations(parsed, data, path, label, index_of):
 
 
 # ---- text and XML ----------------------------------------------------------------------------------------------------
+def yolo_labels(path):
+    """A path within the data, with its folder `labels` in place of `images`."""
+    return re.sub(r"(^|/)images(/|$)", r"\1labels\2", path, count=1)
+
+
 def _parse_yolo(layout):
     parsed, names, labels = Parsed(), [], set(layout.labels)
     for path in (layout.root / name for name in YOLO_NAMES if name in labels):
@@ -244,8 +254,8 @@ def _parse_yolo(layout):
         if not all(names):
             raise UserError(f"{path}: has an empty line, or none at all; it holds the name of one class per line")
     for owner, file in enumerate(layout.images):
-        label = os.path.splitext("labels" + file.removeprefix("images"))[0] + ".txt"
-        parsed.add_image(file, file.startswith("images/val") and file.count("/") > 1)
+        label = os.path.splitext(yolo_labels(file))[0] + ".txt"
+        parsed.add_image(file, file.startswith(("images/val", "val")) and file.count("/") > 1)
         for number, line in enumerate(read_text(layout.root / label) if label in labels else [], 1):
             words = line.split()
             if not words:

@@ -3,6 +3,7 @@
     competition  DATA/train/label/Train.json   DATA/train/images/*.jpg   DATA/Test_Images_Information.json
     COCO         DATA/annotations/instances_train2017.json (and val)   DATA/train2017/*.jpg; or one JSON alone
     YOLO         DATA/labels/train/*.txt (and val)   DATA/images/train/*.jpg   DATA/classes.txt
+                 DATA/train/labels/*.txt (and valid)   DATA/train/images/*.jpg
     VOC          DATA/Annotations/*.xml   DATA/JPEGImages/*.jpg   DATA/ImageSets/Main/val.txt
     masks        DATA/train_mask/*.tif   DATA/train_img/*.tif: see data/mask_boxes.py
 
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import images, label_formats, mask_boxes, seg
-from data.label_formats import PLACE, YOLO_NAMES, Layout, get, part_of, read_json, show
+from data.label_formats import PLACE, YOLO_NAMES, Layout, get, part_of, read_json, same_name, show, yolo_labels
 from utils import dist
 from utils.errors import UserError
 
@@ -86,15 +87,15 @@ def with_names(extra, names, root):
 
 
 def test_ids(root):
-    """{image file's name: image id} from ROOT/Test_Images_Information.json: {"images": [{"id", "file_name"}]}, or that
-    list alone. {} where there is no such file."""
+    """{image file's name, by `same_name`: image id} from ROOT/Test_Images_Information.json: {"images": [{"id",
+    "file_name"}]}, or that list alone. {} where there is no such file."""
     path, found = Path(root) / TEST_INFORMATION, {}
     if not os.path.lexists(path):
         return found
     data = read_json(path)
     for i, entry in enumerate(data if type(data) is list else get(data, "images", (list,), path)):
         key = get(entry, "id", (int, str), path, "images", i)
-        name = os.path.basename(get(entry, "file_name", (str,), path, "images", i))
+        name = same_name(os.path.basename(get(entry, "file_name", (str,), path, "images", i)))
         if name in found:
             raise UserError(f"{path}: images[{i}]: {show(name)} is listed twice; remove one")
         found[name] = key
@@ -120,7 +121,7 @@ def _find(path):
     parts = [n for n in parts if n.startswith("instances")] or parts
     if "train" in map(part_of, parts):
         return Layout("COCO", path, [f"annotations/{n}" for n in parts], [])
-    if (path / "images").is_dir() and (path / "labels").is_dir():
+    if any((path / top / "images").is_dir() and (path / top / "labels").is_dir() for top in ("", "train")):
         return _find_yolo(path)
     if (path / "JPEGImages").is_dir() and (path / "Annotations").is_dir():
         return _find_voc(path)
@@ -147,16 +148,19 @@ def _list(folder, *suffixes):
 
 
 def _find_yolo(root):
-    """Images in images, images/train*, images/val*; those for testing have no labels."""
-    parts = {n for top in ("images", "labels") for n in _list(root / top, "")
-             if n.startswith(("train", "val")) and (root / top / n).is_dir()}
+    """Images in images, images/train*, images/val*, train*/images, val*/images; those for testing have no labels."""
+    def parts(top):
+        return {n for n in _list(root / top, "") if n.startswith(("train", "val")) and (root / top / n).is_dir()}
+
+    folders = ["images", *(f"images/{n}" for n in sorted(parts("images") | parts("labels"))),
+               *(f"{n}/images" for n in sorted(parts(".")))]
     files, labels = [], [name for name in YOLO_NAMES if (root / name).exists()][:1]
-    for part in ["", *(f"/{n}" for n in sorted(parts))]:
-        here = _list(root / f"images{part}", *images.SUFFIXES)
-        texts = [n for n in _list(root / f"labels{part}", ".txt") if n != "classes.txt"]  # labelImg leaves that there
-        _check_pairs(root / f"images{part}", here, root / f"labels{part}", texts)
-        files += [f"images{part}/{n}" for n in here]
-        labels += [f"labels{part}/{n}" for n in texts]
+    for folder in folders:
+        here, beside = _list(root / folder, *images.SUFFIXES), yolo_labels(folder)
+        texts = [n for n in _list(root / beside, ".txt") if n != "classes.txt"]  # labelImg leaves that there
+        _check_pairs(root / folder, here, root / beside, texts)
+        files += [f"{folder}/{n}" for n in here]
+        labels += [f"{beside}/{n}" for n in texts]
     return Layout("YOLO", root, labels, files)
 
 

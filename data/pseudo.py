@@ -2,7 +2,7 @@
 
     python predict.py --task seg --tta --pseudo 0.9        # -> OUT/pseudo, for train_seg.py --extra-data OUT/pseudo
 
-Images are linked, not copied. What the net is not sure of is not taught: pixels get the value UNSURE, to be ignored;
+Images are linked, not copied. What the net is not sure of is not taught: pixels get a value to be ignored;
 images with any class in doubt, or without a sure box, are left out.
 """
 import json
@@ -13,17 +13,21 @@ import torch
 
 from data.submissions import write_rows
 
-UNSURE = 255  # --ignore 255
+
+def unsure(classes, ignore):
+    """The value of pixels that are not taught: what the training ignores, else one that no mask of its data has; 255 is
+    an object in binary masks of 0 and 255, which --ignore 255 would take out of all of them."""
+    return ignore if ignore is not None else 254 if classes < 255 else 255
 
 
-def sure_mask(probs, mask, least):
-    """probs (B, K, H, W), mask (B, H, W) uint8 -> the mask, UNSURE where its own class has a probability below `least`.
-    """
+def sure_mask(probs, mask, least, unsure):
+    """probs (B, K, H, W), mask (B, H, W) uint8 -> the mask, `unsure` where its own class has a probability below
+    `least`."""
     if probs.shape[1] == 1:  # of the class in the mask, whose threshold need not be 0.5
         own = torch.where(mask.to(probs.device) > 0, probs[:, 0], 1 - probs[:, 0])
     else:
         own = probs.amax(1)
-    return mask.masked_fill((own < least).cpu(), UNSURE)
+    return mask.masked_fill((own < least).cpu(), unsure)
 
 
 def link(files, folder):

@@ -39,12 +39,13 @@ def pairs(image_folder, mask_folder):
     return matched
 
 
-def read_mask(path, classes=1, ignore=None):
-    """-> uint8 tensor (H, W) of class indices. In binary masks 255 counts as 1 (unless it is `ignore`).
+def read_mask(path, classes=1, ignore=None, window=None):
+    """-> uint8 tensor (H, W) of class indices. In binary masks 255 counts as 1 (unless it is `ignore`). window: (row,
+    column, height, width), None: all.
 
     Raises UserError for other values: they would be trained as wrong classes, or crash a GPU.
     """
-    mask = images.read(path)
+    mask = images.read(path, window=window)
     if len(mask) != 1:
         raise UserError(f"{path}: a mask has 1 band, this has {len(mask)}; save class indices, not colours")
     mask = mask[0] if mask.is_floating_point() else mask[0].int()
@@ -109,21 +110,24 @@ class SegData(Dataset):
     `data[index]` -> the whole tile as it is.
 
     Both are {"image": float32 (C, H, W), "mask": uint8 (H, W), "index": int}. `len` counts every tile `repeat`
-    times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)]. gain: octaves
-    of random brightness, see `augment.gain`. p_object: how often a crop is laid over a pixel of an object. resize:
-    whole tiles, resized, in place of crops.
+    times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)]. windows: what of
+    each is its tile, (row, column, height, width) or None for all. gain: octaves of random brightness, see
+    `augment.gain`. p_object: how often a crop is laid over a pixel of an object. resize: whole tiles, resized, in place
+    of crops.
     """
 
-    def __init__(self, paired, *, bands=None, scale=1.0, classes=1, ignore=None, imgsz=256, repeat=1, seed=0, gain=0.0,
-                 p_object=0.0, resize=False, cache=None):
+    def __init__(self, paired, windows=None, *, bands=None, scale=1.0, classes=1, ignore=None, imgsz=256, repeat=1,
+                 seed=0, gain=0.0, p_object=0.0, resize=False, cache=None):
         self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
         self.gain, self.p_object, self.ignore, self.resize = gain, p_object, ignore, resize
-        self.read_image = lambda i: images.read(paired[i][0], bands)
-        self.read_mask = lambda i: read_mask(paired[i][1], classes, ignore)
+        windows = windows or [None] * len(paired)
+        self.read_image = lambda i: images.read(paired[i][0], bands, window=windows[i])
+        self.read_mask = lambda i: read_mask(paired[i][1], classes, ignore, windows[i])
         if cache:
             image_files, mask_files = zip(*paired)
-            self.images = Cache(image_files, self.read_image, cache, variant=bands)
-            self.masks = Cache(mask_files, self.read_mask, cache, variant=(classes, ignore))
+            places = tuple(windows) if any(windows) else ()
+            self.images = Cache(image_files, self.read_image, cache, variant=(bands, *places))
+            self.masks = Cache(mask_files, self.read_mask, cache, variant=(classes, ignore, *places))
         else:
             self.images = self.masks = None
 

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from rasterio import features
 
 from data import det, images, labels
+from data.label_formats import same_name
 from utils import boxes, pictures, pictures_det
 from utils.errors import UserError
 
@@ -67,19 +69,22 @@ def draw_mask(file, out, bands, *, overlay, outlines):
 # ---- detection ----
 def image_ids(files, near, *, others=False):
     """The competition's image ids, from Test_Images_Information.json in `near` or at most two folders above; without
-    it the file's stem, as a number where it is one.
+    it the file's stem, as a number where it is one that no other file has.
 
     others: a list that knows none of the images is no error but ignored: they may be training images.
     """
+    names = [same_name(file.name) for file in files]
     for folder in (near, *list(Path(near).resolve().parents)[:2]):
         known = labels.test_ids(folder)
-        if known and not (others and known.keys().isdisjoint(file.name for file in files)):
-            missing = [file for file in files if file.name not in known]
+        if known and not (others and known.keys().isdisjoint(names)):
+            missing = [file for file, name in zip(files, names) if name not in known]
             if missing:
                 raise UserError(f"{missing[0]}: not in {folder / labels.TEST_INFORMATION} ({len(missing)} such); add "
                                 f"it there, or remove the image")
-            return [known[file.name] for file in files]
-    return [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]
+            return [known[name] for name in names]
+    ids = [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]
+    count = Counter(ids)
+    return [key if count[key] == 1 else file.stem for key, file in zip(ids, files)]  # 7 and 007
 
 
 def coco_items(results, ids, category_ids):

@@ -112,11 +112,24 @@ def load(model, path_or_name):
 
 
 def normalisation(path_or_name, bands):
-    """-> [means, deviations] of images in 0..1, for weights by a name in EXPECTS or for any others: a number per band,
-    or one for all where there are not three."""
-    wants = EXPECTS.get(path_or_name, _HALF)
-    values = [list(wants["mean"]), list(wants["std"])]
-    return values if bands == 3 else [[sum(numbers) / 3] for numbers in values]
+    """-> [means, deviations] of images in 0..1, for weights by a name in EXPECTS, for a file, or for none: a number per
+    band, or one for all where there are not as many."""
+    values = EXPECTS.get(path_or_name) or (_of_file(read(path_or_name)) if path_or_name else _HALF)
+    values = [list(values["mean"]), list(values["std"])]
+    return values if len(values[0]) == bands else [[sum(numbers) / len(numbers)] for numbers in values]
+
+
+def _of_file(state):
+    """What the weights of a file want: our own checkpoints tell it, others' layouts show it (B3's do not: in21k)."""
+    if isinstance(state.get("norm"), (list, tuple)):
+        return dict(zip(("mean", "std"), state["norm"]))
+    names = to_timm_names(unwrap(state))
+    stem, first = names.get("conv_stem.weight"), names.get("blocks.0.0.conv.weight")
+    if stem is None or first is None:
+        return _IMAGENET  # RegNet, RepVGG, HRNet
+    # -1..1: torchvision's L, timm's S, M, L
+    halved = len(stem) == 32 if TORCHVISION_STEM in unwrap(state) else len(first) > 16 or len(stem) == 40
+    return _HALF if halved else _IMAGENET
 
 
 def describe(report):

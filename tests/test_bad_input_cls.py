@@ -57,6 +57,19 @@ def test_data_that_is_missing_or_does_not_fit(refused, tmp_path, root):
     table.write_text(good)
     train(refused, "--data", root, "--labels", "no.csv", says="no.csv: not a readable CSV")
     train(refused, "--data", root, "--labels", table, "--images", "none", says="none: no such folder")
+    (root / "test_dirty_mnist_2nd").mkdir(exist_ok=True)
+    table.unlink()  # the two folders of images are no classes
+    train(refused, "--data", root, says=["no *_answer.csv", "test_dirty_mnist_2nd is no class", "--labels"])
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--noise", 9], "--noise: does nothing without --synthesize"), (["--swa-cycle", 2], "--swa-cycle: does nothing"),
+    (["--swa-lr", 0.5], "--swa-lr: does nothing without --swa"),
+    (["--synthesize", "a.csv", "--subset", 2], "--subset: not with --synthesize"),
+    (["--synthesize", "a.csv", "--drop-noisy", "noise.csv:2"], "--drop-noisy: not with --synthesize")])
+def test_flags_that_would_do_nothing(refused, root, tmp_path, flags, says):
+    (tmp_path / "noise.csv").write_text(f"rank,name,score\n1,{root}/dirty_mnist_2nd/00003.png,0\n")
+    train(refused, "--data", root, *flags, says=says)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -75,6 +75,10 @@ def test_pictures_of_other_bands(refused, root):
 @pytest.mark.parametrize("flags, says", [
     (["--imgsz", "80"], ["--imgsz 80", "stride 32", "take 96"]),
     (["--variant", "n6", "--imgsz", "96"], ["--imgsz 96", "64", "take 128"]),
+    (["--label-smoothing", "0.1"], ["--label-smoothing", "--head free"]), (["--obj", "2"], ["--obj", "--head free"]),
+    (["--imgsz", "32", "--bs", "1"], ["--bs 1", "--imgsz 32"]),
+    (["--imgsz", "64", "--bs", "1", "--multi-scale", "0.5"], ["--bs 1", "--imgsz 64"]),
+    (["--head", "anchor", "--dfl", "1"], ["--dfl", "--head anchor"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
     (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]), (["--device", "cuda:99"], ["--device cuda:99"]),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import augment, cls, dirty_mnist, glyphs
 from data.loader import eval_loader, train_loader
-from utils import geometry
+from utils import engine, geometry
 from utils.errors import UserError
 
 
@@ -384,7 +384,7 @@ def test_a_view_depends_on_seed_epoch_and_index_alone(tmp_path):
             images = cls.see(batch, 16, 255.0)
             for n, i in enumerate(batch["index"].tolist()):
                 assert batch["label"][n].argmax() == i and images[n].max() == pytest.approx((20 * i + 10) / 255, 1e-3)
-                seen[i] = (batch["matrix"][n], batch["hole"][n])
+                seen[i] = (torch.from_numpy(batch["matrix"][n]), batch["hole"][n])
         assert set(seen) == set(range(6))
         return torch.cat([torch.cat([part.double().flatten() for part in seen[i]]) for i in range(6)])
 
@@ -423,11 +423,18 @@ def test_images_made_on_the_fly(tmp_path):
     assert [len(batch["image"]) for batch in first] == [2, 2, 2]
     keys = [key for batch in loader.batch_sampler for key in batch]
     for key, image, label, index, matrix in zip(
-            keys, *(torch.cat([b[name] for b in first]) for name in ("image", "label", "index", "matrix"))):
+            keys, *(np.concatenate([b[name] for b in first]) for name in ("image", "label", "index", "matrix"))):
         wanted, letters = source.synthesizer.one(key, 3)
-        assert torch.equal(image, wanted) and torch.equal(label, letters) and index == key[1] % 5
+        assert np.array_equal(image, wanted) and np.array_equal(label, letters) and index == key[1] % 5
         assert 10 <= label.sum() <= 14
         turn, _ = augment.turn(np.random.default_rng((3, *key)), 96, p_affine=0, p_cutout=0)
         assert np.allclose(matrix, turn)
     assert not torch.equal(views[0, 1]["image"], views[1, 1]["image"])
     assert torch.equal(views[4]["image"], source[4]["image"]) and np.allclose(views[4]["matrix"], np.eye(3))
+
+
+def test_matrices_stay_on_the_cpu():
+    """`see` takes them from there: fetched back from a GPU, they would make it wait for all that is queued."""
+    sample = {"image": torch.zeros(1, 8, 8, dtype=torch.uint8), "matrix": torch.eye(3, dtype=torch.float64), "index": 0}
+    batch = engine.to_device(cls.collate([dict(sample), dict(sample)]), torch.device("meta"))
+    assert np.array_equal(batch["matrix"], np.stack([np.eye(3)] * 2)) and batch["image"].device.type == "meta"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train_det
 from data import augment, det
 from data.det import DetData, collate, rect
 from utils import geometry
@@ -163,6 +164,28 @@ def test_images_of_other_kinds(tmp_path):
     (_, x1, y1, x2, y2), = sample["boxes"].tolist()
     ys, xs = np.nonzero(sample["image"][..., 0].numpy() > 30000)
     assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - (x1, y1, x2, y2)).max() <= 1
+
+
+def test_bytes_and_16_bits_in_one_mosaic(tmp_path):
+    """In a canvas of bytes 1000 would be 232."""
+    Image.fromarray(np.full((64, 64), 200, np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray(np.full((64, 64), 1000, np.uint16)).save(tmp_path / "16.png")
+    data = DetData([tmp_path / "8.png", tmp_path / "16.png"], [np.zeros((0, 4))] * 2, [np.zeros(0, int)] * 2,
+                   imgsz=64, hsv=(0, 0, 0), mixup=0.5)
+    values = {float(v) for epoch in range(6) for v in data[epoch, 0]["image"].unique()}
+    assert 1000 in values and 232 not in values
+
+
+def test_palettes_become_rgb(tmp_path):
+    pixels = np.kron(np.array([[[250, 10, 10], [10, 250, 10]], [[10, 10, 250], [250, 250, 10]]], np.uint8),
+                     np.ones((8, 8, 1), np.uint8))
+    picture = Image.fromarray(pixels).convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
+    picture.save(tmp_path / "a.png"), picture.save(tmp_path / "b.tif")
+    for name in ("a.png", "b.tif"):
+        assert train_det.default_bands(tmp_path / name) == [1, 2, 3]
+        found = det.read(tmp_path / name, [1, 2, 3])
+        assert found.dtype == torch.uint8 and np.abs(found.permute(1, 2, 0).numpy().astype(int) - pixels).max() <= 1
+        assert torch.equal(det.read(tmp_path / name, [1, 2, 3], window=(8, 0, 8, 16)), found[:, 8:])
 
 
 def test_images_without_boxes(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from data import augment, images, seg
 from data.cache import Cache
 from tests.conftest import digest, tile, write_tif
-from utils import geometry
+from utils import geometry, tiles
 from utils.errors import UserError
 
 
@@ -354,3 +354,35 @@ def test_a_crop_holds_its_point():
         matrix, _ = augment.crop_flip(rng, height, width, size, point)
         x, y = geometry.warp_points([point[1] + 0.5, point[0] + 0.5], matrix)
         assert 0 < x < size and 0 < y < size
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(16, 90))
+def test_a_partition_has_every_pixel_once(height, width, tile):
+    count, places = np.zeros((height, width), int), tiles.partition((height, width), tile)
+    for y, x, h, w in places:
+        count[y:y + h, x:x + w] += 1
+        assert 0 < h <= tile and 0 < w <= tile
+    assert (count == (1 if max(height, width) > tile else 0)).all() and len(places) in (
+        0, -(-height // tile) * -(-width // tile))
+    for sides in zip(*(place[2:] for place in places)):
+        assert max(sides) - min(sides) <= 1
+
+
+@pytest.mark.parametrize("cache", [None, "ram", "disk"])
+def test_a_window_is_a_tile_of_its_own(mixed, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paired, windows = [mixed[1], mixed[0], mixed[1]], [(0, 50, 40, 40), None, (5, 0, 32, 33)]
+    data = seg.SegData(paired, windows, imgsz=16, repeat=2, cache=cache)
+    for i, (y, x, h, w) in enumerate([windows[0], (0, 0, 64, 64), windows[2]]):
+        whole, mask = images.read(paired[i][0]).float(), seg.read_mask(paired[i][1])
+        assert torch.equal(data[i]["image"], whole[:, y:y + h, x:x + w])
+        assert torch.equal(data[i]["mask"], mask[y:y + h, x:x + w])
+        inside = set(whole[0, y:y + h, x:x + w].unique().tolist())
+        for epoch in range(4):
+            crop = data[epoch, i + 3]
+            assert set(crop["image"][0].unique().tolist()) <= inside and crop["image"].shape == (3, 16, 16)
+            assert torch.equal(crop["image"][2] > 500, crop["mask"] > 0)
+    other = seg.SegData(paired, [None] * 3, imgsz=16, cache=cache)  # the cache of windows is not that of images
+    assert other[0]["mask"].shape == (40, 90)

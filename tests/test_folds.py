@@ -284,3 +284,16 @@ def test_a_file_that_cannot_be_read(tmp_path):
             path.symlink_to(path)
         with pytest.raises(UserError, match=f"{path.name}: cannot be read .*;"):
             folds.leaks(train, [*val, path])
+
+
+def test_a_ranking_of_other_files_drops_nothing_in_silence(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    noise = tmp_path / "noise.csv"
+    noise.write_text("rank,name,score\n1,elsewhere/0.png,0.1\n2,elsewhere/1.png,0.2\n")
+    names = [file.name for file in files]
+    with pytest.raises(UserError, match="noise.csv: none of its 2 worst"):
+        folds.of_run(tmp_path, names, [0.5, 0.5], 0, files=files, drop=(noise, 2))
+    noise.write_text(f"rank,name,score\n1,{files[0]},0.1\n2,elsewhere/1.png,0.2\n")
+    assert 0 not in folds.of_run(tmp_path, names, [0.5, 0.5], 0, files=files, drop=(noise, 2))[0]

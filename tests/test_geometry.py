@@ -351,3 +351,22 @@ def test_gain():
     assert draws.mean(1).var() == pytest.approx(0.8 ** 2 / 3 + 0.2 ** 2 / 3 / 5, rel=0.1)
     assert abs(draws.mean()) < 0.05
     assert (gain(np.random.default_rng(0), 3, 0) == 1).all()
+
+
+@pytest.mark.parametrize("border", ["constant", "reflect", "wrap"])
+def test_places_are_computed_where_the_image_is(border):
+    """On the CPU they would take longer than all else of a GPU's step, and have to travel."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor))
+            return out
+
+    with Watch():
+        warp(torch.empty(2, 1, 32, 32, device="meta"), np.stack([rotate(7)] * 2), (32, 32),
+                      border=border)
+    assert max((t.numel() for t in made if t.device.type == "cpu"), default=0) < 100
+    assert max(t.numel() for t in made) >= 2 * 32 * 32 * 2

@@ -106,8 +106,20 @@ def write_voc(root):
     dump(root / "ImageSets/Main/test.txt", "secret\nnot_even_there\n")
 
 
+def write_roboflow(root):
+    write_yolo(root)
+    for part, name in (("train", "train"), ("val", "valid")):
+        for kind in ("images", "labels"):
+            (root / name).mkdir(exist_ok=True)
+            (root / kind / part).rename(root / name / kind)
+    (root / "images").rmdir(), (root / "labels").rmdir()
+    picture(root / "test/images/t.jpg")
+    dump(root / "test/labels/t.txt", "0 .5 .5 .1 .1")
+
+
 FORMATS = {"competition": (write_competition, [1, 2, 3], False), "coco": (write_coco, [3, 4, 5], True),
            "alone": (write_alone, [3, 4, 5], False), "yolo": (write_yolo, [0, 1, 2], True),
+           "yolo_roboflow": (write_roboflow, [0, 1, 2], True),
            "yolo_flat": (lambda root: write_yolo(root, parts=False), [0, 1, 2], False),
            "voc": (write_voc, [0, 1, 2], True)}
 

@@ -23,7 +23,7 @@ from nets.yolo import YOLOv5
 from tests.conftest import TINY_DET, lot, tile, write_parking, write_tif, write_wildfire
 from tests.test_predict_det import FLAGS, NAMES, Finder, finder, items_of, weights  # noqa: F401, finder is a fixture
 from tests.test_scripts_det import edit, ranks
-from utils import checkpoint
+from utils import checkpoint, tiles
 from utils.errors import Stopped, UserError
 
 
@@ -168,13 +168,13 @@ def test_windows_cover_larger_images_and_leave_the_others(overlap):
     rng = np.random.default_rng(0)
     for _ in range(200):
         size, side = tuple(rng.integers(1, 120, 2).tolist()), int(rng.integers(8, 70))
-        found, count = det.windows(size, side, overlap), np.zeros(size, int)
+        found, count = tiles.cover(size, side, overlap), np.zeros(size, int)
         for y, x, height, width in found:
             assert (height, width) == (min(side, size[0]), min(side, size[1])) and min(x, y) >= 0
             assert y + height <= size[0] and x + width <= size[1]
             count[y:y + height, x:x + width] += 1
         assert (count > 0).all() if max(size) > side else found == []
-        assert det.windows(size, None, overlap) == []
+        assert tiles.cover(size, None, overlap) == []
 
 
 def plain_cut(boxes, window):
@@ -198,7 +198,7 @@ def test_cut_agrees_with_a_plain_loop():
     files = [f"{i}.png" for i in range(5)]
     (got_files, got_boxes, got_classes, got_sizes, got_windows), image_of = det.cut(
         files, boxes, classes, sizes, tile=64, overlap=0.25)
-    want = [(i, window) for i, size in enumerate(sizes) for window in det.windows(size, 64, 0.25) or [None]]
+    want = [(i, window) for i, size in enumerate(sizes) for window in tiles.cover(size, 64, 0.25) or [None]]
     assert list(zip(image_of, got_windows)) == want and Counter(image_of) == {0: 6, 1: 1, 2: 4, 3: 2, 4: 9}
     whole = set()
     for (i, window), file, rows, k, size in zip(want, got_files, got_boxes, got_classes, got_sizes):

@@ -372,3 +372,31 @@ def test_debug(script, small, capsys):
     first, second = (row["loss"] for row in state["history"])
     assert second < first and f"--debug: the loss fell from {first:.4g} to {second:.4g}" in capsys.readouterr().out
     assert not Path("runs/seg/exp/swa.pt").exists()
+
+
+# ---- large images ----------------------------------------------------------------------------------------------------
+def test_large_images_are_learned_and_judged_in_windows(script, refused, tmp_path, monkeypatch):
+    root, read, sides = write_wildfire(tmp_path / "Wildfire", train=3, test=1, size=(80, 100)), images.read, []
+
+    def spy(path, *args, **options):
+        pixels = read(path, *args, **options)
+        sides.append(max(pixels.shape[1:])) if "train_img" in str(path) else None
+        return pixels
+
+    monkeypatch.setattr(images, "read", spy)
+    flags = ["--data", root, *TRAIN, "--tile", 48]
+    script(train_seg, *flags, "--overlap", 0.5)
+    assert max(sides) == 48  # never a whole image
+    with open("runs/seg/exp/samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    [held_out] = {row["name"] for row in rows}
+    mask = read(held_out.replace("img", "mask")).numpy()[0]
+    assert len(rows) == 2 * 3 and sum(int(row["area"]) for row in rows) == mask.sum() > 0
+    scores = [[int(row[name]) for name in ("area", "predicted")] + [float(row["score"])] for row in rows]
+    right = sum(score * (area + predicted) / (1 + score) for area, predicted, score in scores)
+    whole = right / (sum(area + predicted for area, predicted, _ in scores) - right)
+    results = json.loads(Path("runs/seg/exp/results.json").read_text())
+    assert results["last with flips"]["iou"] == pytest.approx(whole, abs=1e-6)
+    for more, says in ((["--imgsz", 64], ["--tile 48", "--imgsz 64"]), (["--resize"], ["--tile 48", "--resize"])):
+        refused(train_seg, *flags, *more, says=says)
+    refused(train_seg, *flags[:-2], "--resize", "--p-object", 0.5, says=["--p-object", "--resize"])

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import unicodedata
 from argparse import Namespace
 from pathlib import Path
 
@@ -148,6 +149,15 @@ def test_ids(tmp_path):
         assert submissions.image_ids([folder / "8.jpg"], near, others=True) == [8]  # training images, for a look
         with pytest.raises(UserError, match="9.jpg.*not in .*Test_Images_Information.json .1 such."):
             submissions.image_ids([names[0], folder / "9.jpg"], near, others=True)
+
+
+def test_ids_of_equal_numbers_and_of_names_from_a_mac(tmp_path):
+    names = [tmp_path / name for name in ("7.jpg", "007.jpg", "8.jpg")]
+    assert submissions.image_ids(names, tmp_path) == ["7", "007", 8]
+    listed, there = (unicodedata.normalize(form, "주차장.jpg") for form in ("NFC", "NFD"))
+    for one, other in ((listed, there), (there, listed)):
+        (tmp_path / "Test_Images_Information.json").write_text(json.dumps([{"id": 3, "file_name": one}]))
+        assert submissions.image_ids([tmp_path / other], tmp_path) == [3]
 
 
 def test_cut_is_the_largest_file_below_the_limit():

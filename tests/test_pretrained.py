@@ -645,3 +645,22 @@ def test_torchvisions_other_nets(wrong, tmp_path):
     with pytest.raises(ValueError) as error:
         pretrained.load(EfficientNetV2("b0", padding="symmetric"), path)
     one_line(error, path, "no match")
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("", "_IMAGENET"), ("repvgg_a0", "_IMAGENET"), ("tf_efficientnetv2_s", "_HALF"), ("tf_efficientnetv2_l", "_HALF"),
+    ("tf_efficientnetv2_b0", "_IMAGENET"), ("regnetx_002", "_IMAGENET")])
+def test_a_file_has_the_normalisation_of_its_source(tmp_path, name, kind):
+    with torch.device("meta"):
+        state = (timm.create_model(name) if name else torchvision.models.efficientnet_v2_s()).state_dict()
+    torch.save({name: torch.zeros(()).expand(t.shape) for name, t in state.items()}, tmp_path / "net.pth")
+    want = getattr(pretrained, kind)
+    assert pretrained.normalisation(str(tmp_path / "net.pth"), 3) == [list(want["mean"]), list(want["std"])]
+
+
+def test_our_own_checkpoints_tell_theirs(tmp_path):
+    norm = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
+    torch.save({"task": "cls", "model": {}, "norm": norm}, tmp_path / "best.pt")
+    assert pretrained.normalisation(str(tmp_path / "best.pt"), 3) == norm
+    assert pretrained.normalisation(str(tmp_path / "best.pt"), 1) == [[pytest.approx(0.2)], [pytest.approx(0.5)]]
+    assert pretrained.normalisation(None, 3) == [[0.5] * 3] * 2

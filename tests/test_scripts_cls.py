@@ -110,7 +110,7 @@ def test_a_run_learns_colours_and_leaves_its_records(script, tmp_path):
     assert Counter(Path(name).parent.name for name in held_out) == {"blue": 6, "green": 6, "red": 6}
     assert {name: c["images"] for name, c in found["classes"].items()} == {"blue": 6, "green": 6, "red": 6}
     assert not any(os.path.isabs(name) for name in folds)
-    script(predict, *FLAGS, "--tta", "--out", "out", "--threshold", 0.99)  # one class an image has no threshold
+    script(predict, *FLAGS, "--tta", "--out", "out")
     keys, probs, decided = results("out")
     names = table_of("out/submission.csv")[0][1:]
     assert (decided.sum(1) == 1).all() and (decided.argmax(1) == probs.argmax(1)).all() and len(keys) == 12
@@ -390,3 +390,31 @@ def test_the_first_guess_is_the_classes_frequency(exclusive, shares):
     logits = linear(torch.randn(500, 64))
     probs = (logits.softmax(1) if exclusive else logits.sigmoid()).mean(0)
     assert (probs - torch.tensor(shares).clamp(min=0.001)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("interval, parts", [(0.4, 2), (0.7, 1)])
+def test_an_interval_that_divides_no_pass_leaves_their_number(script, dirty, interval, parts):
+    script(train_cls, "--data", dirty, *TINY_CLS, "--bs", 2, "--epochs", 2, "--val-interval", interval, "--folds", 3)
+    assert len(last()["history"]) == 2 * parts and last()["step"] == 8
+
+
+def test_synthesis_is_told_the_device(script, tmp_path, monkeypatch):
+    root, seen = sample_letters.letters(tmp_path, train=6, test=1), []
+    monkeypatch.setattr(train_cls.dirty_mnist, "Synthetic", lambda *args, **options: seen.append(options) or stop())
+    with pytest.raises(Stopped):
+        script(train_cls, "--data", root, *TINY_CLS, "--synthesize", "letters.csv", "--bands", 1)
+    assert seen[0]["device"] == "cpu"
+
+
+def test_a_threshold_that_would_do_nothing(refused, script, pictures, tmp_path):
+    flags = [*FLAGS, "--source", "in", "--threshold", 0.3]
+    refused(predict, *flags, "--weights", weights("one.pt"), "--fit-weights", says="--threshold: --fit-weights")
+    refused(predict, *flags, "--weights", weights("two.pt", exclusive=True), says="--threshold: does nothing")
+
+
+def test_the_default_loss_fits_the_data(script, tmp_path, dirty, monkeypatch):
+    """What validation and prediction read as a softmax is trained as one."""
+    for data, idle in ((squares(tmp_path / "squares", train=12, test=0), "bce"), (dirty, "ce")):
+        with monkeypatch.context() as patch:
+            patch.setitem(train_cls.LOSSES, idle, None)
+            script(train_cls, "--data", data, *TINY_CLS, "--folds", 3)

@@ -22,11 +22,16 @@ from utils.errors import Stopped
 PLAIN = "--mosaic 0 --translate 0 --scale 0 --hsv 0 0 0.1 --warmup-epochs 0.5 --no-ema --save-period 0".split()
 
 
-def ranks(module, *flags, cwd, size=2, seconds=100):
-    """The script in `size` forked processes, as torchrun would start them; all must end well. -> their stdout."""
-    port, children = free_port(), []
+def ranks(module, *flags, cwd, size=2, seconds=100, apart=False):
+    """The script in `size` forked processes, as torchrun would start them; all must end well. -> their stdout.
+
+    apart: on machines of their own, which share no files: each in a folder `cwd`/rank.
+    """
+    port, children, top = free_port(), [], Path(cwd)
     for rank in range(size):
-        log = Path(cwd) / f"rank{rank}"
+        log = top / f"rank{rank}"
+        cwd = top / str(rank) if apart else top
+        cwd.mkdir(exist_ok=True)
         pid = os.fork()
         if pid == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
@@ -147,6 +152,30 @@ def test_pictures_of_16_bits_and_five_bands(script, tmp_path):
     assert np.isfinite(state["history"][-1]["loss"]) and state["model"]["model.0.conv.weight"].shape[1] == 5
 
 
+def test_pixels_beyond_white(script, refused, tmp_path, monkeypatch):
+    """What is seen in training ends at 1, and in the validation too; numbers of no known range are asked for."""
+    import rasterio
+    root = write_parking(tmp_path / "DATA", train=6)
+    for path in sorted((root / "train/images").iterdir()):
+        pixels = train_det.images.read(path).numpy().astype(np.int16) * 20
+        with rasterio.open(path, "w", driver="GTiff", count=3, height=64, width=96, dtype="int16") as file:
+            file.write(pixels)
+    refused(train_det, "--data", root, *TINY_DET, says=["int16", "--band-scale"])
+    seen, forward = [], train_det.YOLOv5.forward
+    monkeypatch.setattr(train_det.YOLOv5, "forward", lambda net, x: seen.append((net.training, float(x.max()))) or
+                        forward(net, x))
+    script(train_det, "--data", root, *TINY_DET, "--band-scale", 2000, "--name", "scaled")
+    assert {training for training, _ in seen} == {True, False} and {most for _, most in seen} == {1.0}
+
+
+def test_help_shows_the_recipes_values(monkeypatch, capsys):
+    for flags, rate in (([], "0.002"), (["--preset", "finetune"], "0.0032"), (["--stages", "2,1"], "0.01")):
+        monkeypatch.setattr("sys.argv", ["train_det.py", *flags, "--help"])
+        with pytest.raises(SystemExit):
+            train_det.parse_args()
+        assert f"initial learning rate (default: {rate})" in " ".join(capsys.readouterr().out.split())
+
+
 # ---- splits ----------------------------------------------------------------------------------------------------------
 def split_of(name):
     return json.loads(Path(f"runs/det/{name}/folds.json").read_text())
@@ -239,6 +268,32 @@ def test_the_second_stage_is_resumed_as_such(script, parking):
     script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 2)
     assert [p.name for p in sorted(Path("runs/det").iterdir())] == ["exp", "exp-finetune"]
     assert len(last("exp-finetune")["history"]) == 2 and settings("exp-finetune")["lr"] == 0.0032
+
+
+def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking, monkeypatch):
+    """By torchrun, with the first stage's command line: it must not begin with the first stage again."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    fit = train_det.engine.fit
+
+    def dies(*args, folder, **options):
+        return fit(*args, folder=folder, **options) if folder.name == "exp" else stop()
+
+    monkeypatch.setattr(train_det.engine, "fit", dies)
+    flags = ["--data", parking, *TINY_DET, "--stages", "1,2"]
+    with pytest.raises(Stopped):
+        script(train_det, *flags)
+    monkeypatch.setattr(train_det.engine, "fit", fit)
+    script(train_det, *flags)
+    assert [p.name for p in sorted(Path("runs/det").iterdir())] == ["exp", "exp-finetune"]
+    second = settings("exp-finetune")
+    assert (second["preset"], second["lr"], second["weights"]) == ("finetune", 0.0032, "runs/det/exp/last.pt")
+    assert len(last("exp-finetune")["history"]) == 2 and Path("runs/det/exp-finetune/run.json").exists()
+
+
+def test_a_first_stage_gets_more_epochs(script, parking):
+    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1")
+    script(train_det, "--resume", "runs/det/exp", "--epochs", 2)
+    assert len(last("exp")["history"]) == 2
 
 
 def test_own_weights_with_another_number_of_classes(script, parking, tmp_path, capsys):
@@ -378,6 +433,12 @@ def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flag
     before, one, two = (torch.cat([t.flatten().double() for t in tensors]) for tensors in weights)
     step = (one - before).norm()
     assert (one - two).norm() < 2e-3 * step and step > 0.01  # rounding, and a true step
+
+
+def test_two_stages_on_two_machines(tmp_path, parking):
+    """Only the first one's first process has a run folder, and the first stage's weights in it."""
+    ranks(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", cwd=tmp_path, apart=True)
+    assert (tmp_path / "0/runs/det/exp-finetune/last.pt").exists() and not (tmp_path / "1/runs/det").exists()
 
 
 def test_show_augment_draws_and_does_not_train(script, parking):

@@ -332,3 +332,10 @@ def test_the_loop_and_this_file_mean_the_same_batches():
     loader.batch_sampler.set_epoch(3)
     for batch, images in zip(loader, epoch_images(3), strict=True):
         assert torch.equal(engine.to_device(batch, CPU)["image"], images)
+
+
+def test_a_rate_of_zero_divides_nothing():
+    for share in (0, 0.5):
+        options = dict(steps_per_epoch=2, epochs=8, share=share, lr=0.0, cycle=2, floor=0)
+        schedule = with_swa(lambda step, scores=(): 1.0, **options)
+        assert schedule(15) == (0 if share else 1)

@@ -132,12 +132,17 @@ def train_parser(description, task, **defaults):
     return parser
 
 
-def start(parser, argv=None):
+def start(parser, argv=None, *, needs=None):
     """Parses, joins the process group, opens the run. Returns (args, device, run folder, state or None).
 
+    needs: {flag: others that do nothing without it}; UserError where one of those is given alone.
     With --resume the run's own flags hold; those given again on the command line override, and are reported.
     """
     args = parser.parse_args(argv)
+    for flag, others in ({"swa": ("swa_lr", "swa_cycle")} | (needs or {})).items():
+        idle = [other for other in others if getattr(args, other) != parser.get_default(other)]
+        if idle and not getattr(args, flag) and args.resume is None:  # a resumed run has flags of its own
+            raise UserError(f"--{idle[0].replace('_', '-')}: does nothing without --{flag}; leave it out, or give both")
     device = dist.setup(args.device)
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:

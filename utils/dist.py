@@ -134,6 +134,13 @@ def same_buffers(module):
             dist.broadcast(buffer, src=0)
 
 
+def same_weights(module):
+    """Rank 0's parameters and buffers on every rank."""
+    if world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, src=0)
+
+
 def barrier():
     if world_size() > 1:
         dist.barrier()

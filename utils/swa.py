@@ -36,7 +36,7 @@ def with_swa(schedule, *, steps_per_epoch, epochs, share, lr=0.2, cycle=0, floor
         raise UserError(f"--swa-lr {lr:g}: cycles come down from it to --lr-floor {floor:g}; raise it")
     start = (swa_epochs(epochs, share, cycle).start - max(cycle, 1)) * steps_per_epoch
     rate = make_schedule("cyclic" if cycle else "constant", steps_per_epoch=steps_per_epoch, epochs=epochs,
-                         period=cycle, floor=floor / lr if cycle else 1)
+                         period=cycle, floor=floor / lr if cycle and lr else 1)
     return lambda step, scores=(): schedule(step, scores) if step < start else lr * rate(step - start)
 
 

@@ -22,6 +22,23 @@ def starts(length, tile, overlap):
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
+def cover(size, tile, overlap):
+    """size (height, width) -> the windows (y, x, height, width) of an image that is larger than `tile`, else []."""
+    if not tile or max(size) <= tile:
+        return []
+    sides = [min(tile, side) for side in size]
+    return [(y, x, *sides) for y in starts(size[0], tile, overlap) for x in starts(size[1], tile, overlap)]
+
+
+def partition(size, tile):
+    """As `cover`, but every pixel is in one window only, and the windows' sides differ by a pixel at most."""
+    if not tile or max(size) <= tile:
+        return []
+    edges = [[round(i * side / count) for i in range(count + 1)] for side in size for count in [-(-side // tile)]]
+    return [(y, x, below - y, right - x) for y, below in zip(edges[0], edges[0][1:])
+            for x, right in zip(edges[1], edges[1][1:])]
+
+
 def plan(height, width, tile, overlap, swath=SWATH):
     """-> [(first column, end column, rows, columns)]: per swath, the windows' first rows and first columns.
 

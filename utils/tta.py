@@ -17,7 +17,7 @@ NAMES = ("hflip", "vflip", "rot90", "rot180", "scale")
 SCALES = (0.83, 1.0, 1.2)
 MERGES = {  # what is done to each pass, how two are joined, what is done to the result of n passes
     "mean": (lambda p: p, torch.add, lambda total, n: total / n),
-    "gmean": (torch.log, torch.add, lambda total, n: (total / n).exp()),
+    "gmean": (lambda p: p.clamp(min=torch.finfo(p.dtype).tiny).log(), torch.add, lambda total, n: (total / n).exp()),
     "sum": (lambda p: p, torch.add, lambda total, n: total),
     "max": (lambda p: p, torch.maximum, lambda total, n: total),
     "min": (lambda p: p, torch.minimum, lambda total, n: total),
@@ -118,4 +118,6 @@ def merge(probs, how="mean", *, exclusive=False):
         p = before(p)
         total, count = p if total is None else join(total, p), count + 1
     merged = after(total, count)
-    return F.normalize(merged, p=1, dim=1) if exclusive else merged.clamp(max=1)
+    if exclusive:
+        return merged / merged.sum(1, keepdim=True).clamp(min=torch.finfo(merged.dtype).tiny)
+    return merged.clamp(max=1)

@@ -1,6 +1,6 @@
 """The playbook's tables of what comes between two trainings: pseudo labels, folds together, wrong labels.
 
-    python -m tests.bench.playbook_labels --data DIR --out runs/playbook --only water letters
+    python -m tests.bench.relabelling --data DIR --out runs/playbook --only water letters
 
 The sets and commands are those of tests.bench.playbook. For each seed the places, writers or images are dealt anew: a
 quarter to test on, another with labels, the other half without. Scores are predict.py's, on the test quarter, with the
@@ -18,7 +18,7 @@ from data.submissions import write_rows
 from tests.bench.playbook import BASE, SCORE, predict, run_prediction, run_training, table, write_glyphs
 from utils import review
 
-MORE = {"water": "--ignore 255", "bccd": "", "letters": ""}  # for pseudo labels
+MORE = {"water": "--ignore 254", "bccd": "", "letters": ""}  # for pseudo labels
 EPOCHS = {"water": 8, "bccd": 15, "letters": 2}
 KNOWN = "the labelled quarter"
 ROWS = [KNOWN, "as many steps as with the other half", "pseudo labels of the other half",
