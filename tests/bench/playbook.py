@@ -41,9 +41,9 @@ TASK = {"water": "seg", "bccd": "det", "letters": "cls"}
 ROWS = {
     "water": ["", "--loss dice focal", "--loss dice topk", "--loss lovasz_elu", "--gain 0", "--mixup 0.5",
               "--cutmix 0.5", "--gridmask 0.5", "--p-object 0.5", "--presence 0.5", "--lookahead 5", "--swa 0.25",
-              "--optimizer adamp", "--encoder efficientnetv2_b0", "--cutout 0.5", "--label-smoothing 0.1",
-              "--optimizer radam", "--no-ema", "--schedule restarts", "--encoder repvgg_a0",
-              "--encoder hrnet_w18_small", "--resize"],
+              "--swa 0.5 --swa-cycle 2", "--optimizer adamp", "--encoder efficientnetv2_b0", "--cutout 0.5",
+              "--label-smoothing 0.1", "--optimizer radam", "--no-ema", "--schedule restarts",
+              "--encoder repvgg_a0", "--encoder hrnet_w18_small", "--resize"],
     "bccd": ["", "--mixup 0.15", "--lookahead 5", "--swa 0.25", "--gridmask 0.5"],
     "letters": ["", "--label-smoothing 0.1", "--mixup 0.5", "--cutmix 0.5", "--snapmix 0.5", "--gridmask 0.5",
                 "--net efficientnetv2_b0 --drop 0 --drop-path 0", "--cutout 0", "--lookahead 5", "--swa 0.5",
