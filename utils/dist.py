@@ -137,8 +137,9 @@ def same_buffers(module):
 def same_weights(module):
     """Rank 0's parameters and buffers on every rank."""
     if world_size() > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.data, src=0)
+        for parameter in module.parameters():
+            dist.broadcast(parameter.data, src=0)
+    same_buffers(module)
 
 
 def barrier():

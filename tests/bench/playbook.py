@@ -191,13 +191,19 @@ def table(title, rows, seeds, scores, taken=None):
             print(f"| {' | '.join(cells)} |")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def campaign(description):
+    """-> the parser of a script that fills such tables."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/playbook"))
     parser.add_argument("--only", nargs="+", choices=list(BASE), default=list(BASE))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
+    return parser
+
+
+def main():
+    parser = campaign(__doc__)
     parser.add_argument("--rows", type=int, help="only so many of each task")
     args = parser.parse_args()
     write_glyphs(args.data / "letters", args.out / "glyphs")

@@ -6,7 +6,6 @@ The sets and commands are those of tests.bench.playbook. For each seed the place
 quarter to test on, another with labels, the other half without. Scores are predict.py's, on the test quarter, with the
 last epoch's weights. For the second table, 15 % of the samples that are not tested on get the label of another one.
 """
-import argparse
 import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data.submissions import write_rows
-from tests.bench.playbook import BASE, SCORE, predict, run_prediction, run_training, table, write_glyphs
+from tests.bench.playbook import SCORE, campaign, predict, run_prediction, run_training, table, write_glyphs
 from utils import review
 
 MORE = {"water": "--ignore 254", "bccd": "", "letters": ""}  # for pseudo labels
@@ -127,13 +126,7 @@ def measure(task, seed, data, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/playbook"))
-    parser.add_argument("--only", nargs="+", choices=list(BASE), default=list(BASE))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
-    args = parser.parse_args()
+    args = campaign(__doc__).parse_args()
     write_glyphs(args.data / "letters", args.out / "glyphs")
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {task: [pool.submit(measure, task, seed, args.data, args.out) for seed in args.seeds]
