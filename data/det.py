@@ -103,7 +103,7 @@ class DetData(Dataset):
         self.mosaic, self.grid, self.mixup, self.hsv, self.affine = mosaic, grid, mixup, hsv, affine
         self.close_mosaic = np.inf if close_mosaic is None else close_mosaic
         limit = imgsz if shapes else math.ceil(imgsz * (1 + affine.get("scale", 0.5)))  # no view shows more
-        small = [reduced(size, limit) for size in sizes] if sizes else [None] * len(files)
+        self.small = small = [reduced(size, limit) for size in sizes] if sizes else [None] * len(files)
         # matrices from pixels of the file to those of what is read
         self.shrink = [scale(new[1] / w, new[0] / h) for new, (h, w) in zip(small, sizes)] if sizes else \
             [np.eye(3)] * len(files)
@@ -140,16 +140,19 @@ class DetData(Dataset):
     def scene(self, rng, i, mosaic):
         """Image i, or a mosaic of it with others, under one random affine matrix -> picture (C, H, W), boxes (n, 5)."""
         chosen = [i, *rng.integers(len(self), size=self.grid - 1)] if mosaic else [i]
+        side, placed = augment.layout(rng, [self.small[k] or self.load(k).shape[1:] for k in chosen], self.imgsz)
+        view = augment.affine(rng, side, self.imgsz, **self.affine)
+        cells = warp_boxes([cell for _, cell in placed], view)
+        if self.affine.get("degrees") or self.affine.get("shear"):
+            # turned cells are no rectangles: each picture is drawn whole, over those before it
+            cells[:] = (0, 0, self.imgsz, self.imgsz)
+        # of a mosaic that is zoomed into, not all is in sight; the rest need not be decoded
+        seen = np.flatnonzero((cells[:, :2] < self.imgsz).all(1) & (cells[:, 2:] > 0).all(1)).tolist() or [0]
+        chosen, matrices = [chosen[j] for j in seen], [view @ placed[j][0] for j in seen]
         sources = [self.load(k) for k in chosen]
         if len({source.dtype for source in sources}) > 1:  # into a canvas of bytes others would wrap
             sources = [source.float() for source in sources]
-        side, placed = augment.layout(rng, [source.shape[1:] for source in sources], self.imgsz)
-        view = augment.affine(rng, side, self.imgsz, **self.affine)
-        cells = warp_boxes([cell for _, cell in placed], view).tolist()
-        if self.affine.get("degrees") or self.affine.get("shear"):
-            # turned cells are no rectangles: each picture is drawn whole, over those before it
-            cells = [(0, 0, self.imgsz, self.imgsz)] * len(placed)
-        return self.compose(sources, chosen, [view @ matrix for matrix, _ in placed], cells)
+        return self.compose(sources, chosen, matrices, cells[seen].tolist())
 
     def compose(self, sources, chosen, matrices, cells):
         """Draws sources (C, H, W), which are the images `chosen`, by their matrices, each into its cell (x1, y1, x2,

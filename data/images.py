@@ -73,16 +73,7 @@ def find_sources(patterns, default):
 
 def kind(path):
     """"GTiff", "PNG" or "JPEG", from the first bytes of a regular file."""
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)  # a pipe or a device would block or never end
-        head = open(path, "rb").read(4) if regular else b""
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check path and permissions") from None
-    found = KINDS.get(head, "JPEG" if head[:2] == b"\xff\xd8" else None)
-    if found is None:
-        what = "not a regular file" if not regular else "empty" if not head else "not a TIFF, PNG or JPEG"
-        raise UserError(f"{path}: {what}; replace or remove it")
-    return found
+    return _kind(*_version(path))
 
 
 def open_raster(path):
@@ -97,17 +88,7 @@ def open_raster(path):
 
 def size(path):
     """(bands, height, width) from the file's header."""
-    if kind(path) == "JPEG":
-        try:
-            with Image.open(path, formats=("JPEG",)) as file:  # the header only
-                turned = file.getexif().get(0x0112, 1) >= 5
-                return (len(file.getbands()),) + (file.size if turned else file.size[::-1])
-        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-            raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
-    with open_raster(path) as file:
-        if file.height * file.width > MAX_SCENE:
-            raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
-        return file.count, file.height, file.width
+    return _header(*_version(path))
 
 
 def palette(path):
@@ -174,6 +155,45 @@ def default_scale(dtype):
     return {torch.uint8: 255.0, torch.uint16: 65535.0}.get(dtype, 1.0)
 
 
+# ---- headers: read once for a file as it is, for an epoch asks for each of them several times ------------------------
+def _version(path):
+    """What tells a file's contents from what it held before: (path, time, length, regular file?)."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check path and permissions") from None
+    return path, found.st_mtime_ns, found.st_size, stat.S_ISREG(found.st_mode)
+
+
+@functools.lru_cache(maxsize=2**18)
+def _kind(path, changed, length, regular):
+    try:
+        head = open(path, "rb").read(4) if regular else b""  # a pipe or a device would block or never end
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check path and permissions") from None
+    found = KINDS.get(head, "JPEG" if head[:2] == b"\xff\xd8" else None)
+    if found is None:
+        what = "not a regular file" if not regular else "empty" if not head else "not a TIFF, PNG or JPEG"
+        raise UserError(f"{path}: {what}; replace or remove it")
+    return found
+
+
+@functools.lru_cache(maxsize=2**18)
+def _header(path, *version):
+    if _kind(path, *version) == "JPEG":
+        try:
+            with Image.open(path, formats=("JPEG",)) as file:  # the header only
+                turned = file.getexif().get(0x0112, 1) >= 5
+                return (len(file.getbands()),) + (file.size if turned else file.size[::-1])
+        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+            raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
+    with open_raster(path) as file:
+        if file.height * file.width > MAX_SCENE:
+            raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
+        return file.count, file.height, file.width
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
 def _decode(path, changed):
     """PNG and JPEG know no windows: the whole picture as an array (C, H, W)."""
     if kind(path) == "JPEG":

@@ -63,6 +63,26 @@ def test_boxes_in_mosaics_are_where_the_pixels_are(tmp_path, grid):
     assert np.mean(counts) > 1.5 and max(counts) >= 4
 
 
+def test_pictures_out_of_sight_are_not_read(tmp_path):
+    """The mosaic without them is the one with all of them, by the same random numbers."""
+    files, boxes, classes = write_images(tmp_path, SIZES)
+    data = DetData(files, boxes, classes, SIZES, imgsz=96, hsv=(0, 0, 0), flip_ud=0.5)
+    read, kept = [], data.read
+    data.read = lambda i: read.append(i) or kept(i)
+    for i in range(30):
+        rng = np.random.default_rng((0, 0, i))
+        rng.random()  # mosaic or not
+        chosen = [i % 6, *rng.integers(6, size=3)]
+        sources = [kept(k).permute(2, 0, 1) for k in chosen]
+        side, placed = augment.layout(rng, [source.shape[1:] for source in sources], 96)
+        view = augment.affine(rng, side, 96, flip_ud=0.5)
+        image, rows = data.compose(sources, chosen, [view @ matrix for matrix, _ in placed],
+                                   geometry.warp_boxes([cell for _, cell in placed], view).tolist())
+        sample = data[0, i]
+        assert torch.equal(sample["image"], image.permute(1, 2, 0)) and np.array_equal(sample["boxes"], rows)
+    assert 60 < len(read) < 115  # of 120
+
+
 def test_boxes_of_single_images(tmp_path):
     data = DetData(*write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), scale=0.5, flip_ud=0.5)
     counts = [check(data[0, i]) for i in range(40)]

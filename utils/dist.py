@@ -37,7 +37,7 @@ def keep_memory():
     libraries do without."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)      # M_MMAP_THRESHOLD
+        mallopt(-3, 2**30) or mallopt(-4, 0)  # M_MMAP_THRESHOLD; before glibc 2.35, which refuses: M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 

@@ -52,9 +52,10 @@ def warp_points(points, matrix):
 
 def warp_boxes(boxes, matrix):
     """Boxes (N, 4) of x1, y1, x2, y2 -> the boxes around their moved corners."""
-    x1, y1, x2, y2 = np.asarray(boxes, np.float64).reshape(-1, 4).T
-    corners = warp_points(np.stack((x1, y1, x2, y1, x2, y2, x1, y2), 1).reshape(-1, 4, 2), matrix)
-    return np.concatenate((corners.min(1), corners.max(1)), 1)
+    corners = np.asarray(boxes, np.float64).reshape(-1, 2, 1, 2) * matrix[:2, :2]  # (N, corner, x or y, its two terms)
+    first, second = corners[:, 0], corners[:, 1]
+    return np.concatenate((np.minimum(first, second).sum(-1) + matrix[:2, 2],
+                           np.maximum(first, second).sum(-1) + matrix[:2, 2]), 1)
 
 
 def shear(x_degrees, y_degrees):
