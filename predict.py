@@ -35,7 +35,7 @@ NETS = {"seg": UNet, "det": YOLOv5, "cls": backbones.make}
 NEEDED = {"seg": {"mean_planes"}, "det": {"category_ids"}, "cls": {"exclusive", "norm"}}  # of a checkpoint, and:
 COMMON = {"classes", "bands", "scale", "imgsz", "args"}
 ONLY = {  # flags that not all tasks have
-    "tile": ("seg", "det"), "overlap": ("seg", "det"), "overlays": ("seg", "det"), "threshold": ("seg", "cls"),
+    "tile": ("seg", "det"), "overlap": ("seg", "det"), "overlays": ("seg", "det"),
     "imgsz": ("det", "cls"), "ensemble_weights": ("det", "cls"), "polygons": ("seg",), "detector": ("seg",),
     "conf": ("det",), "iou": ("det",), "max_det": ("det",), "max_mb": ("det",), "probs": ("cls",),
     "fit_weights": ("cls",), "ensemble": ("cls",)}
@@ -71,8 +71,8 @@ def parse_args():
         "training size for seg, the training's --tile for det")
     add("--overlap", type=real(0, 0.9), help="of neighbouring windows; without: 0.25, for det the training's")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
-    add("--threshold", type=real(0, 1), help="seg, cls: probability from which a pixel, a class is there; without: the "
-        "best ones of the trainings' validations")
+    add("--threshold", type=real(0, 1), help="probability from which a pixel, a class is there; det: score from which a "
+        "box is drawn; without: the best ones of the trainings' validations")
     add("--pseudo", type=real(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
         "--extra-data")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
@@ -243,13 +243,15 @@ def predict_seg(args, device, paths, states, nets):
 
 
 def best_threshold(args, states):
-    """--threshold, or else the mean of those that the runs found best in their last validation; 0.5 without."""
+    """--threshold, or else the mean of those that the runs found best in their last validation; 0.5 without (det: 0.25).
+    """
     if args.threshold is not None:
         if states[0].get("exclusive") or args.task == "seg" and states[0]["classes"] > 1:
             raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
         return args.threshold
     found = [state.get("threshold") for state in states]
-    return 0.5 if None in found else np.mean(found, axis=0)
+    default = 0.25 if args.task == "det" else 0.5
+    return default if None in found else np.mean(found, axis=0)
 
 
 def seg_ensemble(args, device, states, nets):
@@ -355,13 +357,14 @@ def predict_det(args, device, paths, states, nets):
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
     results = detect(args, device, states, nets, views)
 
-    names = states[0]["classes"]
+    names, threshold = states[0]["classes"], best_threshold(args, states)
     for folder in ("labels", "overlays") if args.overlays else ("labels",):
         (out / folder).mkdir(exist_ok=True)
     for file, size, rows in list(zip(files, views.sizes, results))[dist.rank()::dist.world_size()]:
         (out / "labels" / f"{file.stem}.txt").write_text(submissions.yolo_lines(rows, *size))
         if args.overlays:
-            submissions.draw_boxes(out / "overlays" / f"{file.stem}.jpg", file, size, rows, names, states[0]["bands"])
+            drawn = rows[rows[:, 4] >= threshold]
+            submissions.draw_boxes(out / "overlays" / f"{file.stem}.jpg", file, size, drawn, names, states[0]["bands"])
     if dist.rank() == 0:
         items = submissions.coco_items(results, ids, states[0]["category_ids"])
         (out / "coco.json").write_text(json.dumps(items))

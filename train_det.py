@@ -8,6 +8,7 @@
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -276,7 +277,10 @@ def experiment(args, device, folder, resume):
 
     def evaluate(model):
         began = time.monotonic()
-        return judge(model).compute() | {"val_seconds": time.monotonic() - began}
+        metric = judge(model)
+        threshold, _ = metric.best_threshold()  # predict.py takes it from the checkpoint: what is drawn
+        header["threshold"] = None if math.isnan(threshold) else threshold
+        return metric.compute() | {"val_seconds": time.monotonic() - began}
 
     if args.show_augment:
         if dist.rank() == 0:
@@ -299,7 +303,7 @@ def experiment(args, device, folder, resume):
                   momentum=args.warmup_momentum)
     header = {"task": "det", "arch": {"name": "YOLOv5", "kwargs": arch}, "classes": names,
               "category_ids": data.category_ids, "bands": bands, "scale": scale, "imgsz": args.imgsz,
-              "args": vars(args)}
+              "args": vars(args), "threshold": (resume or {}).get("threshold")}
     state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None,
                        folder=folder, header=header, device=device, resume=resume, **options)
     if args.debug:

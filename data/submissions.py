@@ -119,11 +119,10 @@ def yolo_lines(rows, height, width):
                    for (x, y, w, h), (score, label) in zip(xywh.tolist(), rows[:, 4:].tolist()))
 
 
-def draw_boxes(path, file, size, rows, names, bands, limit=1920, score=0.25):
-    """A JPEG of the image, at most `limit` pixels a side, with the detections of at least this score."""
+def draw_boxes(path, file, size, rows, names, bands, limit=1920):
+    """A JPEG of the image, at most `limit` pixels a side, with its detections."""
     shape = det.reduced(size, limit)
     rgb = pictures.to_rgb(det.read(file, bands, shape=shape))
-    rows = rows[rows[:, 4] >= score]
     rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * (max(shape) / max(size)), rows[:, 5].long(), names, rows[:, 4])
     Image.fromarray(rgb).save(path, quality=90)
 

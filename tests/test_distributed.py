@@ -190,7 +190,7 @@ def test_two_agents_survive_a_kill(tmp_path, straight, rank):
     for run in runs:
         assert run.wait(120) == 0, run.err
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["exp"]
-    assert close(straight, tmp_path / "exp" / "last.pt")
+    assert close(straight, tmp_path / "exp" / "last.pt", 1e-5)  # each agent's process has all cores: other sums
 
 
 def agents(project, *argv):

@@ -398,6 +398,20 @@ def test_the_true_net_on_training_images(script, tmp_path, parking):
     assert not Path("out/overlays").exists()
 
 
+@pytest.mark.parametrize("flags, stored, drawn", [((), 0.6, 2), ((), 0.8, 1), ((), None, 3), (("--threshold", 0), 0.8, 3),
+                                                  (("--threshold", 0.6), 0.8, 2)])
+def test_boxes_are_drawn_from_the_trainings_best_score_on(script, finder, monkeypatch, flags, stored, drawn):
+    """The three colours' scores are 0.9, 0.7 and 0.5; the files keep what is drawn and what is not."""
+    picture, truth = next(found for found in (scene(i) for i in range(100)) if len(found[1]) == 3)
+    save("in/1.png", picture)
+    path, seen = weights(), []
+    state = torch.load(path, weights_only=True)
+    checkpoint.save(path, state | {"threshold": stored})
+    monkeypatch.setattr(predict.submissions, "draw_boxes", lambda path, file, size, rows, *rest: seen.append(len(rows)))
+    script(predict, *FLAGS, "--weights", path, "--source", "in", "--out", "out", *flags)
+    assert seen == [drawn] and len(items_of("out")) == 3
+
+
 def test_two_processes_predict_what_one_does(script, tmp_path, finder, parking):
     for i in range(5):
         save(f"in/{i}.png", scene(i, *((96, 128), (70, 90))[i % 2])[0])

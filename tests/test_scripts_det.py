@@ -82,6 +82,7 @@ def test_a_run_finds_boxes_and_leaves_its_records(script, tmp_path):
     assert results["last"]["ap50"] == pytest.approx(float(rows[-1]["ap50"]), abs=1e-6)
     best = checkpoint.load(run / "best.pt")
     assert best["scores"][-1] == max(best["scores"]) and "optimizer" not in best
+    assert last("exp")["threshold"] == results["best F1"]["score threshold"]  # both of the last epoch
 
 
 @pytest.mark.parametrize("head", ["free", "anchor"])
