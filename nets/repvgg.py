@@ -34,13 +34,16 @@ class Block(nn.Module):
         super().__init__()
         self.identity = nn.BatchNorm2d(cout) if stride == 1 and cin == cout else None
         self.conv_kxk = ConvNorm(cin, cout, 3, stride, groups, act=None)
-        self.conv_1x1 = ConvNorm(cin, cout, 1, stride, groups, act=None)
+        # of every second pixel, not with stride 2: with fewer than 16 input channels, as in the stem, oneDNN writes
+        # beyond the gradient of such weights and may crash (torch 2.14, a CPU with AVX512 and bf16)
+        self.conv_1x1 = ConvNorm(cin, cout, 1, 1, groups, act=None)
+        self.stride = stride
         self.reparam_conv = None
 
     def forward(self, x):
         if self.reparam_conv is not None:
             return relu(self.reparam_conv(x))
-        y = self.conv_kxk(x) + self.conv_1x1(x)
+        y = self.conv_kxk(x) + self.conv_1x1(x[:, :, ::self.stride, ::self.stride])
         return relu(y if self.identity is None else y + self.identity(x))
 
     def fuse_(self):
