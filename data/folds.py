@@ -1,6 +1,5 @@
 """Splits, written once as JSON: {sample name: fold}. Whoever reads the file sees the same split."""
 import csv
-import hashlib
 import json
 import math
 import os
@@ -9,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from data import images
 from utils import dist, review, runs
 from utils.errors import UserError
 
@@ -141,9 +142,9 @@ def split(fold_of, fold, untrained=False):
 def leaks(train, val, *, groups=None, shown=3):
     """Lines to print when a split does not divide what it should: [] for a clean one.
 
-    train, val: image files of the two sides. groups: {file: its group}, when there are groups. Found are files with the
-    same bytes on both sides (not the same pixels in another encoding), and groups on both. `shown` examples each.
-    Raises UserError for a file that cannot be read. For one process only: it reads files.
+    train, val: image files of the two sides. groups: {file: its group}, when there are groups. Found are equal pixels
+    on both sides (see images.digest), also in another format, compression or with other metadata, and groups on both.
+    `shown` examples each. Raises UserError for a file that cannot be read. For one process only: it reads files.
     """
     lines = []
 
@@ -166,9 +167,9 @@ def leaks(train, val, *, groups=None, shown=3):
 
 
 def unseen(files, held_out, root):
-    """-> indices of the files of --extra-data `root` that are no copies of validation images (the same bytes): those
-    are not trained on. Raises UserError for a file that cannot be read."""
-    copies = dict(_copies(held_out, files))
+    """-> indices of the files of --extra-data `root` that are no copies of validation images (the same pixels): those
+    are not trained on. Rank 0 reads, for all. Raises UserError for a file that cannot be read."""
+    copies = dict(dist.broadcast(dist.rank() == 0 and _copies(held_out, files)))
     if copies:
         dist.print0(f"{root}: {len(copies)} of {len(files)} images are copies of validation images and left out, such "
                     f"as {next(iter(copies))}")
@@ -176,36 +177,17 @@ def unseen(files, held_out, root):
 
 
 def _copies(train, val):
-    """[(validation file, a training file with the same bytes)]. What tells files apart is looked at from cheap to dear:
-    size, a piece of the middle (of raw pixels, every size is the same), all bytes; each time, those files stay that
-    have a counterpart on the other side."""
-    def size(path):
-        return os.stat(path).st_size
-
-    def middle(path):
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size // 2 - 2048))
-            return hashlib.blake2b(file.read(4096), digest_size=16).digest()
-
-    def content(path):
-        digest = hashlib.blake2b(digest_size=16)
-        with open(path, "rb") as file:
-            while piece := file.read(2**20):
-                digest.update(piece)
-        return digest.digest()
-
-    def told(look, path):
-        try:
-            return look(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from None
-
-    suspects = {(): (list(train), list(val))}
-    with ThreadPoolExecutor(8) as pool:  # reading and hashing leave Python's lock alone
-        for look in (size, middle, content):
+    """[(validation file, a training file with equal pixels)]. What tells files apart is looked at from cheap to dear:
+    bands, height and width, a few rows of the middle, all pixels; each time, those files stay that have a counterpart
+    on the other side."""
+    suspects = {(): (list(train), list(val))} if train and val else {}
+    with ThreadPoolExecutor(8) as pool:  # reading, decoding and hashing leave Python's lock alone
+        for look in (images.size, lambda path: images.digest(path, middle=4), images.digest):
             files = [(key, side, path) for key, pair in suspects.items() for side in (0, 1) for path in pair[side]]
+            values = tqdm(pool.map(look, [path for *_, path in files]), total=len(files), desc="copies", leave=False,
+                          disable=dist.rank() > 0 or not files)
             suspects = defaultdict(lambda: ([], []))
-            for (key, side, path), value in zip(files, pool.map(told, [look] * len(files), [f[2] for f in files])):
+            for value, (key, side, path) in zip(values, files):  # in this order the bar sees its end
                 suspects[(*key, value)][side].append(path)
             suspects = {key: pair for key, pair in suspects.items() if all(pair)}
     seen_of = {held: pair[0][0] for pair in suspects.values() for held in pair[1]}

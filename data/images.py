@@ -13,6 +13,7 @@ unset memory for palettes of less than 8 bits, and takes twice as long. For JPEG
 """
 import functools
 import glob
+import hashlib
 import math
 import os
 import stat
@@ -41,6 +42,9 @@ KINDS = {b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTi
 # a file of a few bytes can claim to be 2e9 x 2e9
 MAX_SCENE = 2**36  # pixels, however it is read
 MAX_VALUES = 2**30  # pixels times bands of one read
+STRIP = 2**25  # the same, of a piece where all is read in pieces
+# GDAL looks for files beside the one that it opens, half of the time that this takes; they say nothing about pixels
+ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
 
 
 def find(folder):
@@ -117,7 +121,7 @@ def read(path, bands=None, *, window=None, shape=None):
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
     try:
         if kind(path) == "GTiff":
-            with open_raster(path) as file:
+            with rasterio.Env(**ALONE), open_raster(path) as file:
                 view = Window(window[1], window[0], window[3], window[2]) if window else None
                 image = file.read(bands, window=view, out_shape=shape and (len(bands or range(count)), *shape))
         else:
@@ -134,6 +138,43 @@ def read(path, bands=None, *, window=None, shape=None):
     except (RasterioError, RuntimeError):
         raise UserError(f"{path}: truncated or damaged; replace or remove it") from None
     return _check(image, path)
+
+
+def digest(path, middle=None):
+    """-> 16 bytes, the same for the same pixels: of one shape and dtype, and equal in every bit, in whatever format and
+    compression. Where they are indices, the colours count too. A JPEG beyond MAX_VALUES is told by its bytes.
+
+    middle: only so many rows in the middle count. All bands are read, in pieces (a JPEG whole): memory does not grow
+    with the scene. Numbers that `read` refuses are fine. Raises UserError naming the file.
+    """
+    hashed = hashlib.blake2b(digest_size=16)
+
+    def add(shape, read):
+        count, height, width = shape
+        rows = min(middle or height, height)
+        first = (height - rows) // 2
+        # the shape alone decides, so that every format is cut alike; a power of two, as tiles within files are
+        step = 1 << max(1, STRIP // (count * width)).bit_length() - 1
+        for row in range(first, first + rows, step):
+            pixels = read(row, min(row + step, first + rows))
+            hashed.update(f"{shape} {pixels.dtype}".encode())
+            hashed.update(pixels.ravel().view(np.uint8))
+
+    try:
+        if kind(path) == "JPEG" and math.prod(size(path)) > MAX_VALUES:
+            hashed.update(Path(path).read_bytes())
+        elif kind(path) == "JPEG":
+            image = _decode(path, None)
+            add(image.shape, lambda first, stop: image[:, first:stop])
+        else:
+            with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **ALONE), open_raster(path) as file:  # NO: see _decode
+                add((file.count, *file.shape), lambda first, stop: file.read(window=((first, stop), (0, file.width))))
+    except (RasterioError, RuntimeError):
+        raise UserError(f"{path}: truncated or damaged; replace or remove it") from None
+    colours = None if middle else palette(path)
+    if colours is not None:
+        hashed.update(colours.numpy().ravel())
+    return hashed.digest()
 
 
 def resize(image, size):
@@ -187,7 +228,7 @@ def _header(path, *version):
                 return (len(file.getbands()),) + (file.size if turned else file.size[::-1])
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
             raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
-    with open_raster(path) as file:
+    with rasterio.Env(**ALONE), open_raster(path) as file:
         if file.height * file.width > MAX_SCENE:
             raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
         return file.count, file.height, file.width
@@ -203,7 +244,7 @@ def _decode(path, changed):
         data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
     # GDAL's shortcut for whole PNGs does not notice that data is missing, and returns wrong pixels (version 3.10)
-    with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO"), open_raster(path) as file:
+    with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **ALONE), open_raster(path) as file:
         if file.count * file.height * file.width > MAX_VALUES:
             raise UserError(f"{path}: {file.width} x {file.height} pixels are too many to read; cut it into tiles")
         return file.read()

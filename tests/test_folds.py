@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from data import folds
+from data import folds, images
+from tests.conftest import write_tif
 from utils.errors import UserError
 
 KFOLD = st.integers(2, 10).map(lambda k: [1 / k] * k)
@@ -205,61 +207,188 @@ def test_split_into_training_and_validation():
 
 
 # ---- leaks -----------------------------------------------------------------------------------------------------------
-def files(folder, contents):
+def files(folder, pictures):
+    """PNGs of arrays (H, W), or of numbers: of nine pixels that are so bright."""
     folder.mkdir()
-    for i, content in enumerate(contents):
-        (folder / f"{i}.png").write_bytes(content)
-    return [folder / f"{i}.png" for i in range(len(contents))]
+    for i, picture in enumerate(pictures):
+        array = np.full((3, 3), picture, np.uint8) if np.isscalar(picture) else picture
+        Image.fromarray(array).save(folder / f"{i}.png")
+    return [folder / f"{i}.png" for i in range(len(pictures))]
 
 
-def test_copies_are_found_among_files_that_differ_in_little(tmp_path):
-    rng, blocks = random.Random(0), [random.Random(i).randbytes(5000) for i in range(3)]
-    made = [rng.choice(blocks) * rng.randint(0, 3) + rng.choice((b"", b"a", b"b")) for _ in range(60)]
-    made += [b"x" * 30_000 + end for end in (b"1", b"2", b"3")]  # equal in size and in the middle
-    made += [end + b"x" * 30_000 for end in (b"1", b"2", b"3")]
-    made += [b"x" * 9000 + end + b"x" * 9000 for end in (b"1", b"2")]
-    for attempt in range(5):
-        rng.shuffle(made)
-        train, val = (files(tmp_path / f"{side}{attempt}", part) for side, part in (("t", made[:40]), ("v", made[40:])))
-        expected = {v for v in val if v.read_bytes() in [t.read_bytes() for t in train]}
-        lines = folds.leaks(train, val, shown=100)
+def save_somehow(path, array, rng):
+    """(C, H, W) in one of the encodings that lose nothing. Returns the path."""
+    options = rng.choice([{}, {"compress": "deflate", "predictor": 2}, {"compress": "lzw", "interleave": "band"},
+                          {"tiled": True, "blockxsize": 16, "blockysize": 16}, {"ENDIANNESS": "BIG"}, None, None])
+    if options is None and len(array) in (1, 3) and array.dtype == np.uint8:
+        path = path.with_suffix(".png")
+        Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0)).save(
+            path, compress_level=rng.randint(0, 9), **rng.choice([{}, {"dpi": (rng.randint(1, 999), 9)}]))
+        return path
+    return write_tif(path.with_suffix(".tif"), array, **options or {})
+
+
+def pictures_that_differ_in_little():
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 24), np.uint8)
+    for bands, rows, columns in ((1, 40, 24), (3, 40, 24), (3, 24, 24), (1, 24, 40)):
+        base = np.resize(noise, (bands, rows, columns))
+        yield base
+        yield base.astype(np.uint16)  # the same numbers
+        yield base.astype(np.int16)
+        for spot in ((0, 0, 0), (-1, -1, -1), (0, rows // 2, 5)):  # one pixel; most leave the middle rows as they are
+            changed = base.copy()
+            changed[spot] ^= 1
+            yield changed
+    flat = np.zeros((1, 40, 24), np.uint8)  # nothing in the middle
+    yield flat
+    for row in (3, 37):
+        flat = flat.copy()
+        flat[0, row] = 9
+        yield flat
+
+
+def test_copies_are_found_among_images_that_differ_in_little(tmp_path):
+    rng, made = random.Random(0), list(pictures_that_differ_in_little())
+    assert len({(a.shape, a.dtype, a.tobytes()) for a in made}) == len(made) == 27
+    for attempt in range(4):
+        sides = []
+        for side, count in (("t", 30), ("v", 15)):
+            (tmp_path / f"{side}{attempt}").mkdir()
+            chosen = [rng.choice(made) for _ in range(count)]
+            sides.append({save_somehow(tmp_path / f"{side}{attempt}/{i}", array, rng): array
+                          for i, array in enumerate(chosen)})
+        train, val = sides
+
+        def equal(a, b):
+            return a.dtype == b.dtype and np.array_equal(a, b)
+
+        expected = [str(v) for v, array in val.items() if any(equal(array, other) for other in train.values())]
+        lines = folds.leaks(list(train), list(val), shown=100)
         pairs = [line.strip().split(" = ") for line in lines[1:]]
-        assert 5 < len(expected) < len(val) and [held for held, _ in pairs] == [str(v) for v in val if v in expected]
-        assert all(Path(held).read_bytes() == Path(seen).read_bytes() and Path(seen) in train for held, seen in pairs)
+        assert 3 < len(expected) < len(val) and [held for held, _ in pairs] == expected
+        assert all(equal(val[Path(held)], train[Path(seen)]) for held, seen in pairs)
+        assert any(Path(held).read_bytes() != Path(seen).read_bytes() for held, seen in pairs)
         assert lines[0].startswith(f"warning: {len(expected)} of {len(val)} validation files are copies")
 
 
+def jpegs(folder):
+    """-> a JPEG, the same with other metadata, and one of other pixels"""
+    smooth = np.add.outer(np.arange(32), np.arange(48)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x010E] = "another description"
+    Image.fromarray(smooth).save(folder / "a.jpg", quality=90)
+    Image.fromarray(smooth).save(folder / "b.jpg", quality=90, exif=exif, comment=b"another comment")
+    Image.fromarray(smooth + 3).save(folder / "c.jpg", quality=90)
+    return [folder / f"{name}.jpg" for name in "abc"]
+
+
+def test_jpegs_of_other_metadata_and_pngs_made_of_them(tmp_path):
+    a, b, c = jpegs(tmp_path)
+    assert a.read_bytes() != b.read_bytes()
+    decoded = tmp_path / "decoded.png"
+    Image.fromarray(images.read(a).numpy()[0]).save(decoded)
+    assert folds.leaks([a], [c, b, decoded])[1:] == [f"  {b} = {a}", f"  {decoded} = {a}"]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned: other pixels
+    Image.open(a).save(tmp_path / "turned.jpg", quality=90, exif=exif)
+    Image.fromarray(images.read(tmp_path / "turned.jpg").numpy()[0]).save(tmp_path / "turned.png")
+    lines = folds.leaks([a, tmp_path / "turned.jpg"], [tmp_path / "turned.png"])
+    assert lines[1:] == [f"  {tmp_path / 'turned.png'} = {tmp_path / 'turned.jpg'}"]
+
+
+def test_palettes_and_inks(tmp_path):
+    """The same indices are the same picture where the colours are the same; CMYK is no RGBA."""
+    indices = np.arange(48, dtype=np.uint8).reshape(6, 8) % 4
+    colours = [bytes(np.random.default_rng(seed).integers(0, 256, 12, np.uint8)) for seed in (0, 1)]
+    for name, palette, level in (("a", 0, 1), ("b", 0, 9), ("c", 1, 1)):
+        picture = Image.fromarray(indices).convert("P")
+        picture.putpalette(colours[palette])
+        picture.info["name"] = name
+        picture.save(tmp_path / f"{name}.png", compress_level=level, dpi=(level, level))
+    Image.fromarray(indices).save(tmp_path / "grey.png")
+    flat = Image.new("CMYK", (16, 16), (10, 80, 150, 220))
+    for name in ("d", "e"):
+        flat.save(tmp_path / f"{name}.jpg", comment=name.encode())
+    Image.fromarray(images.read(tmp_path / "d.jpg").numpy().transpose(1, 2, 0)).save(tmp_path / "rgba.png")
+    a, b, c, d, e, grey, rgba = (tmp_path / name for name in (
+        "a.png", "b.png", "c.png", "d.jpg", "e.jpg", "grey.png", "rgba.png"))
+    assert folds.leaks([a, d], [b, c, grey, e])[1:] == [f"  {b} = {a}", f"  {e} = {d}"]
+    assert images.size(rgba) == images.size(d)  # told by their numbers only: they are the same
+
+
+def test_numbers_that_nobody_can_train_on_are_compared_too(tmp_path):
+    """Of bands, perhaps, that are not asked for."""
+    empty = np.full((2, 8, 8), np.nan, np.float32)
+    a, b = (write_tif(tmp_path / f"{name}.tif", empty, compress=name) for name in ("lzw", "deflate"))
+    c, d = (write_tif(tmp_path / f"c{name}.tif", empty.astype(np.complex64), compress=name)
+            for name in ("lzw", "deflate"))
+    assert folds.leaks([a, c], [b, d])[1:] == [f"  {b} = {a}", f"  {d} = {c}"]
+
+
 def test_a_clean_split_and_copies_on_one_side(tmp_path):
-    train, val = files(tmp_path / "a", [b"1", b"1", b"22"]), files(tmp_path / "b", [b"2", b"33", b"33"])
+    train, val = files(tmp_path / "a", [1, 1, 22]), files(tmp_path / "b", [2, 33, 33])
     assert folds.leaks(train, val) == folds.leaks(train, []) == folds.leaks([], val) == folds.leaks([], []) == []
 
 
-def test_only_files_that_may_be_copies_are_opened(tmp_path, monkeypatch):
-    train = files(tmp_path / "a", [b"x" * n for n in range(50)] + [b"same"])
-    val = files(tmp_path / "b", [b"x" * n for n in range(50, 99)] + [b"same", b"diff"])
-    opened = []
-    monkeypatch.setattr("builtins.open", lambda path, *_, real=open: opened.append(Path(path)) or real(path, "rb"))
-    assert len(folds.leaks(train, val)) == 2
-    # the training file of four bytes among the x is looked at, and no other x
-    assert Counter(opened) == {train[50]: 2, val[49]: 2, val[50]: 1, train[4]: 1}
+def test_only_files_that_may_be_copies_are_read(tmp_path, monkeypatch):
+    border = np.zeros((40, 8), np.uint8)  # nothing in the middle
+    ends = [border.copy() for _ in range(2)]
+    ends[1][0] = 9
+    train = files(tmp_path / "a", [np.ones((n, 5), np.uint8) for n in range(1, 30)] + [7, 8, ends[0]])
+    val = files(tmp_path / "b", [np.ones((n, 6), np.uint8) for n in range(1, 30)] + [7, 9, ends[1]])
+    sizes, rows = [], []
+    monkeypatch.setattr(images, "size", lambda path, real=images.size: sizes.append(path) or real(path))
+    monkeypatch.setattr(images, "digest", lambda path, middle=None, real=images.digest:
+                        rows.append((path, middle)) or real(path, middle))
+    assert folds.leaks(train, val)[1:] == [f"  {val[29]} = {train[29]}"]
+    assert sorted(sizes) == sorted(train + val)
+    assert Counter(rows) == Counter([(path, 4) for path in train[29:] + val[29:]]
+                                    + [(path, None) for path in (train[29], val[29], train[31], val[31])])
+    sizes.clear(), rows.clear()
+    assert folds.leaks([], val) == folds.leaks(train, []) == sizes == rows == []
+
+
+def test_a_bar_that_leaves_nothing(tmp_path, capsys, monkeypatch):
+    train, val = files(tmp_path / "a", [1, 2]), files(tmp_path / "b", [1])
+    folds.leaks(train, val)
+    said = capsys.readouterr().err
+    assert "copies:" in said and said.endswith("\r") and "\n" not in said
+    folds.leaks(train, [])
+    monkeypatch.setenv("RANK", "1")
+    folds.leaks(train, val)
+    assert capsys.readouterr().err == ""
+
+
+def test_extra_data_is_read_by_one_process_for_all(tmp_path, monkeypatch, capsys):
+    held, more = files(tmp_path / "a", [1, 2]), files(tmp_path / "b", [3, 2, 1, 4])
+    for rank, said in ((0, 1), (1, 0)):
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", str(rank))
+            patch.setattr(folds.dist, "broadcast", lambda value, rank=rank: [(more[1], held[1]), (more[2], held[0])]
+                          if rank else value)
+            if rank:
+                patch.setattr(folds, "_copies", None)
+            assert folds.unseen(more, held, "more") == [0, 3]
+        assert capsys.readouterr().out.count(f"more: 2 of 4 images are copies of validation images and left out, such "
+                                             f"as {more[1]}") == said
 
 
 def test_the_same_file_and_a_link_to_it_are_copies(tmp_path):
-    a, b = files(tmp_path / "a", [b"1", b"2"])
+    a, b = files(tmp_path / "a", [1, 2])
     (tmp_path / "link.png").symlink_to(b)
     lines = folds.leaks([a, b], [a, tmp_path / "link.png"])
     assert lines[1:] == [f"  {a} = {a}", f"  {tmp_path / 'link.png'} = {b}"]
 
 
 def test_few_examples_are_shown(tmp_path):
-    train, val = (files(tmp_path / side, [b"%d" % i for i in range(n)]) for side, n in (("a", 9), ("b", 7)))
+    train, val = (files(tmp_path / side, range(n)) for side, n in (("a", 9), ("b", 7)))
     lines = folds.leaks(train, val)
     assert len(lines) == 5 and lines[1] == f"  {val[0]} = {train[0]}" and lines[4] == "  and 4 more"
     assert len(folds.leaks(train, val[:3])) == 4
 
 
 def test_groups_on_both_sides(tmp_path):
-    train, val = files(tmp_path / "a", [b"1", b"2", b"3"]), files(tmp_path / "b", [b"4", b"5", b"6"])
+    train, val = files(tmp_path / "a", [1, 2, 3]), files(tmp_path / "b", [4, 5, 6])
     group_of = dict(zip(train + val, ("x", "y", "y", "z", "y", "w")))
     lines = folds.leaks(train, val, groups=group_of)
     assert len(lines) == 2 and lines[0].startswith("warning: 1 groups are on both sides")
@@ -270,26 +399,43 @@ def test_groups_on_both_sides(tmp_path):
 
 
 def test_a_split_with_groups_does_not_leak(tmp_path):
-    paths = files(tmp_path / "a", [b"%d" % (i % 7) for i in range(40)])
-    names, group_of = [p.name for p in paths], {p: p.read_bytes().decode() for p in paths}
+    paths = files(tmp_path / "a", [i % 7 for i in range(40)])
+    names, group_of = [p.name for p in paths], {p: str(i % 7) for i, p in enumerate(paths)}
     fold_of = folds.assign(names, [0.2] * 5, groups=list(group_of.values()))
     train, val = ([p for p in paths if p.name in part] for part in folds.split(fold_of, 1))
     assert folds.leaks(train, val, groups=group_of) == [] != folds.leaks(val[1:], val[:1] + train, groups=group_of)
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    train, val = files(tmp_path / "a", [b"1"]), files(tmp_path / "b", [b"1"])
+    train, val = files(tmp_path / "a", [1]), files(tmp_path / "b", [1])
     for path in (tmp_path / "gone.png", tmp_path / "loop.png"):
         if path.stem == "loop":
             path.symlink_to(path)
-        with pytest.raises(UserError, match=f"{path.name}: cannot be read .*;"):
-            folds.leaks(train, [*val, path])
+        for split in ((train, [*val, path]), ([*train, path], val)):
+            with pytest.raises(UserError, match=f"{path.name}: cannot be read .*;"):
+                folds.leaks(*split)
+    (tmp_path / "text.png").write_text("name,group")
+    with pytest.raises(UserError, match="text.png: not a TIFF, PNG or JPEG;"):
+        folds.unseen(train, [*val, tmp_path / "text.png"], "more")
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "jpg"])
+def test_a_file_that_is_cut_off_is_named_where_it_may_be_a_copy(tmp_path, capsys, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (1, 60, 60), np.uint8)
+    other, whole, cut = (tmp_path / f"{name}.{suffix}" for name in ("other", "whole", "cut"))
+    for path, array in ((other, noise[:, :, :50]), (whole, noise), (cut, noise)):
+        write_tif(path, array) if suffix == "tif" else Image.fromarray(array[0]).save(path)
+    cut.write_bytes(cut.read_bytes()[:-400])
+    assert folds.leaks([other], [cut]) == []  # no reason to look: training will
+    with pytest.raises(UserError, match=f"cut.{suffix}: truncated or damaged;"):
+        folds.leaks([other, whole], [cut])
+    assert capsys.readouterr().err.endswith("\r")
 
 
 def test_a_ranking_of_other_files_drops_nothing_in_silence(tmp_path):
     files = [tmp_path / f"{i}.png" for i in range(4)]
-    for file in files:
-        file.write_bytes(file.name.encode())
+    for i, file in enumerate(files):
+        Image.new("L", (4, 4), i).save(file)
     noise = tmp_path / "noise.csv"
     noise.write_text("rank,name,score\n1,elsewhere/0.png,0.1\n2,elsewhere/1.png,0.2\n")
     names = [file.name for file in files]

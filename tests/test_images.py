@@ -153,6 +153,50 @@ def test_windows_and_reduced_reads_are_slices_of_the_whole(picture_files, y, x, 
         same(images.read(paths[1], bands, window=(y, x, h, w), shape=shape), reduced)
 
 
+# ---- digests: equal pixels ------------------------------------------------------------------------------------------
+def test_a_digest_is_of_the_pixels_and_not_of_their_file(picture_files, tmp_path):
+    array, *paths = picture_files
+    paths += [write_tif(tmp_path / f"{i}.tif", array, **options) for i, options in enumerate((
+        dict(compress="deflate"), dict(compress="lzw", predictor=2, interleave="band", crs="EPSG:4326"),
+        dict(tiled=True, blockxsize=16, blockysize=16), dict(BIGTIFF="YES")))]
+    assert len({images.digest(path) for path in paths}) == len({images.digest(path, 4) for path in paths}) == 1
+    for spot in ((0, 0, 0), (2, 19, 29), (1, 10, 3)):
+        other = array.copy()
+        other[spot] ^= 1
+        path = write_tif(tmp_path / "x.tif", other)
+        assert images.digest(path) != images.digest(paths[0])
+        assert (images.digest(path, 4) == images.digest(paths[0], 4)) == (spot[1] != 10)  # of the rows 8 to 11
+        assert images.digest(path, 999) == images.digest(path, 20)
+    tall = array[0].reshape(30, 20)
+    same_bytes = [array[0], tall, *(tall.view(dtype) for dtype in ("int16", "uint16", "uint32", "int32", "float32"))]
+    found = {images.digest(write_tif(tmp_path / f"same{i}.tif", each)) for i, each in enumerate(same_bytes)}
+    assert len(found) == len(same_bytes)
+
+
+def test_a_digest_in_pieces(tmp_path, monkeypatch):
+    """Pieces are cut alike in every format, and a scene that cannot be read whole has a digest."""
+    array = np.random.default_rng(0).integers(0, 256, (3, 70, 50), np.uint8)
+    smooth = np.add.outer(np.arange(70), np.arange(50)).astype(np.uint8)[None].repeat(3, 0)
+    jpeg = save(tmp_path / "a.jpg", smooth)
+    decoded = images.read(jpeg).numpy()
+    monkeypatch.setattr(images, "STRIP", 3 * 50 * 20)
+    wanted, by_jpeg = images.digest(write_tif(tmp_path / "a.tif", array)), images.digest(jpeg)
+    assert images.digest(save(tmp_path / "png", decoded, format="PNG")) == by_jpeg
+    for values in (1, 3 * 50 * 7, 3 * 50 * 69):
+        monkeypatch.setattr(images, "STRIP", values)
+        assert images.digest(tmp_path / "a.tif", 20) == images.digest(save(tmp_path / "a.png", array), 20)
+        assert images.digest(tmp_path / "png") == images.digest(jpeg)
+    monkeypatch.setattr(images, "STRIP", 3 * 50 * 20)
+    monkeypatch.setattr(images, "MAX_VALUES", array.size - 1)
+    for path in (tmp_path / "a.tif", save(tmp_path / "a.png", array),
+                 write_tif(tmp_path / "b.tif", array, tiled=True, blockxsize=16, blockysize=16)):
+        refused(path, "too many", bands=None)
+        assert images.digest(path) == wanted
+    copy, other = tmp_path / "copy.jpg", save(tmp_path / "other.jpg", smooth, comment=b"1")
+    copy.write_bytes(jpeg.read_bytes())
+    assert images.digest(jpeg) == images.digest(copy) != images.digest(other) and images.digest(jpeg) != by_jpeg
+
+
 def test_whole_divisors_reduce_to_the_same_grid(picture_files):
     array, *paths = picture_files
     for path in paths:
@@ -354,6 +398,8 @@ def test_truncated_files_are_refused(tmp_path):
         for part in (0.001, 0.01, 0.2, 0.5, 0.9, 0.95):
             path.write_bytes(original[:int(part * len(original))])
             refused(path)
+            with pytest.raises(UserError, match=path.name):
+                images.digest(path)
 
 
 def test_mutated_files_give_an_image_or_a_usererror(tmp_path):
@@ -371,7 +417,7 @@ def test_mutated_files_give_an_image_or_a_usererror(tmp_path):
             try:
                 shape = images.size(path)
                 image = images.read(path)
-                assert image.shape == shape
+                assert image.shape == shape and len(images.digest(path)) == 16
                 if path.suffix == ".png":
                     same(image, pixels)
                 result = "read"

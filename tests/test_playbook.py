@@ -296,12 +296,12 @@ def training_set(module, data):
 
 @TASKS
 def test_copies_of_validation_images_in_extra_data(script, tmp_path, monkeypatch, capsys, module, flags, make):
-    """Under other names and through links too; of what stays, each image keeps its labels and its weight."""
+    """Under other names, in other bytes, through links; of what stays, each image keeps its labels and weight."""
     file_of, more, other = make(tmp_path / "data"), make(tmp_path / "more"), make(tmp_path / "other")
     files, theirs, others = (list(found.values()) for found in (file_of, more, other))
     (tmp_path / "folds.json").write_text(json.dumps({name: int(i >= 2) for i, name in enumerate(file_of)}))
     contents = [file.read_bytes() for file in files]  # those of `more` and `other` are the same: the seeds are
-    for target, content in ((theirs[0], contents[2]), (theirs[1], contents[3] + b"0"), (theirs[2], contents[0]),
+    for target, content in ((theirs[0], contents[2]), (theirs[1], contents[3] + b"0"), (theirs[2], contents[0] + b"0"),
                             (others[0], contents[4] + b"0"), (others[1], contents[5])):
         target.write_bytes(content)
     theirs[3].unlink()

@@ -266,8 +266,10 @@ def test_a_grey_first_jpeg_does_not_make_all_images_grey(tmp_path):
 
 def test_the_second_stage_is_resumed_as_such(script, parking):
     script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1")
+    assert sorted(line.split(",")[0] for line in Path("runs/det/summary.csv").read_text().splitlines()) == [
+        "exp", "exp-finetune", "run"]
     script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 2)
-    assert [p.name for p in sorted(Path("runs/det").iterdir())] == ["exp", "exp-finetune"]
+    assert [p.name for p in sorted(Path("runs/det").iterdir()) if p.is_dir()] == ["exp", "exp-finetune"]
     assert len(last("exp-finetune")["history"]) == 2 and settings("exp-finetune")["lr"] == 0.0032
 
 
@@ -285,7 +287,7 @@ def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking,
         script(train_det, *flags)
     monkeypatch.setattr(train_det.engine, "fit", fit)
     script(train_det, *flags)
-    assert [p.name for p in sorted(Path("runs/det").iterdir())] == ["exp", "exp-finetune"]
+    assert [p.name for p in sorted(Path("runs/det").iterdir()) if p.is_dir()] == ["exp", "exp-finetune"]
     second = settings("exp-finetune")
     assert (second["preset"], second["lr"], second["weights"]) == ("finetune", 0.0032, "runs/det/exp/last.pt")
     assert len(last("exp-finetune")["history"]) == 2 and Path("runs/det/exp-finetune/run.json").exists()

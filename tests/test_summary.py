@@ -4,6 +4,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import toy, toys
 from tests.test_runs import free
-from utils import report, summary
+from tests.test_runs import written as checkpoints
+from utils import checkpoint, report, runs, summary
 from utils.args import band_list, loss_term, start, train_parser
 from utils.errors import UserError
 from utils.summary import COLUMNS, flags, render, tables, write_note
@@ -131,6 +134,147 @@ def test_no_runs(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=f"{folder.name}: no runs below .*;"):
             tables([folder])
+
+
+# ---- summary.csv -----------------------------------------------------------------------------------------------------
+def written(project):
+    """{run's name: row} of a summary.csv"""
+    with open(project / "summary.csv", newline="", encoding="utf-8") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def test_the_file_is_the_table_of_one_project(tmp_path):
+    for name, scores in (("a", [0.25]), ("b", [0.5, 0.75]), ("größe, \"火\"", ())):
+        run = make(tmp_path / "seg" / name, scores, lr=0.01)
+    make(tmp_path / "cls/c", [0.9], key="acc")
+    make(tmp_path / "seg/a/predict/below", [0.9])  # of no project here
+    summary.write(run)
+    assert list(written(tmp_path / "seg")) == ["b", "a", "größe, \"火\""] and not (tmp_path / "cls/summary.csv").exists()
+    assert written(tmp_path / "seg")["b"] == dict(
+        run="b", date="2026-01-02 03:04", metric="iou", best="0.75", epoch="2", last="0.75", minutes="4",
+        commit="abc1234", flags="--lr 0.01")
+    table = tables([tmp_path])[tmp_path / "seg"]
+    text = (tmp_path / "seg/summary.csv").read_text()
+    assert text == render({"seg": [row | {"run": Path(row["run"]).name} for row in table]}, "csv")
+    make(tmp_path / "cls/d")
+    summary.write(tmp_path / "cls/d")
+    assert [*written(tmp_path / "cls")] == ["c", "d"] and (tmp_path / "seg/summary.csv").read_text() == text
+
+
+def test_the_file_follows_its_runs(tmp_path, monkeypatch):
+    """Resumed, renamed, copied, deleted; and whatever stood in it."""
+    for name in "abc":
+        make(tmp_path / name, [0.5])
+    summary.write(tmp_path / "a")
+    assert [*written(tmp_path)] == ["a", "b", "c"]
+    report.write_csv(tmp_path / "a/results.csv", [{"epoch": i, "iou": i / 8} for i in range(6)])
+    (tmp_path / "b").rename(tmp_path / "x")
+    shutil.rmtree(tmp_path / "c")
+    shutil.copytree(tmp_path / "x", tmp_path / "y")
+    (tmp_path / "summary.csv").write_text("by hand")
+    monkeypatch.chdir(tmp_path / "x")
+    summary.write(Path("."))  # as --resume . has it
+    assert {run: row["best"] for run, row in written(tmp_path).items()} == {"a": "0.625", "x": "0.5", "y": "0.5"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".summary.lock", "a", "summary.csv", "x", "y"]
+
+
+def test_a_project_with_a_summary_is_a_project_as_before(tmp_path, capsys):
+    checkpoints(make(tmp_path / "seg/exp", [0.5]), "last.pt")
+    before = tables([tmp_path])
+    summary.write(tmp_path / "seg/exp")
+    assert tables([tmp_path]) == before and runs.newest(tmp_path / "seg", "last.pt") == tmp_path / "seg/exp/last.pt"
+    assert runs.restarted(tmp_path / "seg") is None and runs.create(tmp_path / "seg", "exp").name == "exp2"
+    assert runs.create(tmp_path / "seg", "summary.csv").name == "summary.csv2"
+    free()
+    summary.write(tmp_path / "seg/exp")
+    assert [*written(tmp_path / "seg")] == ["exp"] and capsys.readouterr().err == ""  # the new ones have no records yet
+
+
+def test_damaged_runs_do_not_keep_the_file_from_being_written(tmp_path, capsys):
+    make(tmp_path / "good", [0.5])
+    contents = (b"", b"[" * 100_000, b"\xff\xfe\0", b"{\"lr\": \"\\ud800\"}", b"{\"started\": {}, \"defaults\": 3}",
+                b"epoch,iou\n1,2,3\n", None)
+    for i, content in enumerate(contents):
+        for name in ("args.json", "results.csv", "run.json"):
+            path = make(tmp_path / f"{i}{name}", [0.25]) / name
+            path.unlink()
+            path.write_bytes(content) if content is not None else path.mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    (tmp_path / os.fsdecode(b"\xff") / "args.json").write_text("{}")
+    summary.write(tmp_path / "good")
+    found = written(tmp_path)
+    assert len(found) == 2 + 3 * len(contents) and found["\\udcff"]["flags"] == ""
+    assert found["3args.json"]["flags"] == "--lr '\\ud800'"
+    assert (found["good"]["best"], found["0run.json"]["best"], found["0results.csv"]["best"]) == ("0.5", "0.25", "")
+    assert "0args.json/args.json: damaged, left out" in capsys.readouterr().err
+
+
+def test_a_run_that_is_deleted_meanwhile(tmp_path, monkeypatch):
+    make(tmp_path / "exp", [0.5])
+    make(tmp_path / "gone", [0.75], note=False)
+    monkeypatch.setattr(summary, "_most_common", lambda dicts: shutil.rmtree(tmp_path / "gone") or {})
+    summary.write(tmp_path / "exp")
+    assert written(tmp_path)["exp"]["best"] == "0.5" and written(tmp_path)["gone"]["date"] == ""
+
+
+def test_runs_that_end_together(tmp_path):
+    """Each writes what it knows; the last one knows all."""
+    for i in range(12):
+        make(tmp_path / f"run{i}")
+    begin = time.time() + 0.3
+
+    def child(run):
+        code = 1
+        try:
+            time.sleep(max(begin - time.time(), 0))
+            for epoch in (1, 2, 3):
+                report.write_csv(run / "results.csv", [{"epoch": epoch, "iou": 0.5}])
+                summary.write(run)
+            code = 0
+        finally:
+            os._exit(code)
+
+    pids = [os.fork() or child(tmp_path / f"run{i}") for i in range(12)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * 12
+    assert {run: row["epoch"] for run, row in written(tmp_path).items()} == {f"run{i}": "3" for i in range(12)}
+    assert not list(tmp_path.glob(".new-*"))
+
+
+def test_places_where_it_cannot_be_written(tmp_path):
+    make(tmp_path / "a/exp")
+    (tmp_path / "a/summary.csv").mkdir()
+    make(tmp_path / "b/exp")
+    (tmp_path / "b/.summary.lock").mkdir()
+    for project in ("a", "b", "missing"):
+        with pytest.raises(UserError, match=f"{project}/summary.csv: cannot be written .*;"):
+            summary.write(tmp_path / project / "exp")
+    assert not (tmp_path / "missing").exists()
+
+
+def test_every_training_that_ends_writes_it(tmp_path):
+    toy(tmp_path, "--epochs", 2)
+    toy(tmp_path, "--epochs", 1, "--lr", 0.01, "--val", 0)
+    toy(tmp_path, "--epochs", 9, "--fault", "term@batch:3", code=143)
+    found = written(tmp_path)
+    assert {run: row["flags"].replace("--device cpu", "").split() for run, row in found.items()} == {
+        "exp": ["--epochs", "2"], "exp2": "--epochs 1 --lr 0.01 --val 0".split()}
+    history = checkpoint.load(tmp_path / "exp/last.pt")["history"]
+    assert (found["exp"]["metric"], found["exp2"]["metric"]) == ("score", "")
+    assert float(found["exp"]["best"]) == pytest.approx(max(row["score"] for row in history), rel=1e-5)
+    assert float(found["exp"]["minutes"]) == pytest.approx(sum(row["seconds"] for row in history) / 60, rel=1e-3)
+    (tmp_path / "exp2/run.json").write_text("{")
+    both = toys(tmp_path, "--resume", tmp_path / "exp3", "--epochs", 1)
+    assert [sum("damaged" in line for line in run.err) for run in both] == [1, 0]  # of two processes, the first writes
+    assert written(tmp_path)["exp3"]["epoch"] == "1" and len(written(tmp_path)) == 3
+
+
+def test_a_training_ends_well_without_it(tmp_path):
+    (tmp_path / "summary.csv").mkdir()
+    run = toy(tmp_path, "--epochs", 1, "--fault", "error@end:1", code=2)  # what comes behind the loop is reached
+    assert len(run.err) == 2 and run.err[0].startswith(f"warning: {tmp_path}/summary.csv: cannot be written (Is a dir")
+    toy(tmp_path, "--resume")
+    assert not list((tmp_path / "summary.csv").iterdir())
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils import checkpoint, dist, report
+from utils import checkpoint, dist, report, summary
 from utils.errors import NumericalError, Stopped, UserError
 from utils.optim import set_lr
 
@@ -173,7 +173,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     to go on from. clip: largest gradient norm, 0: any. patience: epochs without a better score before the run ends,
     0: all epochs. boards: `report.make_boards`.
 
-    Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, results.csv, results.png.
+    Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, results.csv, results.png; at the end
+    beside it summary.csv, the table of all runs there.
     Raises NumericalError when loss or gradients are not finite, Stopped after SIGTERM or Ctrl-C.
     """
     dtype = precision(amp, device)
@@ -241,6 +242,11 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             _stop_if(dist.any_rank(signals.signum), state)
     if boards:
         boards.close()
+    if dist.rank() == 0:
+        try:
+            summary.write(folder)
+        except UserError as error:  # all else is written, and the next run's end makes this table anew
+            print(f"warning: {error}", file=sys.stderr)
     return state
 
 

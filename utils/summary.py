@@ -2,14 +2,18 @@
 
     python -m utils.report runs/                        # all runs below, the best first; --format csv | markdown
 
-No table is kept beside the runs: it would be out of step with a run that was resumed, renamed, copied or deleted. What
-a run knows already stands in args.json and results.csv; what it would forget (when it began, the code's commit, the
-defaults of that day) `write_note` adds as run.json.
+Every training that ends also writes its project's into runs/<task>/summary.csv. It is made anew each time: a table that
+is only added to would be out of step with a run that was resumed, renamed, copied or deleted. What a run knows already
+stands in args.json and results.csv; what it would forget (when it began, the code's commit, the defaults of that day)
+`write_note` adds as run.json.
 """
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -21,9 +25,11 @@ from pathlib import Path
 
 from utils import runs
 from utils.errors import UserError
+from utils.files import whole_file
 
 COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "minutes", "commit", "flags")
 NUMBERS = ("best", "epoch", "last", "minutes")
+RECORDS = ("args.json", "results.csv")  # a folder with one of them is a run
 WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
 
 
@@ -84,22 +90,42 @@ def tables(folders, metric=None):
     run.json, the flags shown are those that differ from most of the project's runs.
     Raises UserError when there is no run. What is damaged is left out, with a line on stderr.
     """
-    found = sorted({path.parent for folder in folders for name in ("args.json", "results.csv")
-                    for path in Path(folder).rglob(name)})
+    found = sorted({path.parent for folder in folders for name in RECORDS for path in Path(folder).rglob(name)})
     if not found:
-        raise UserError(f"{' '.join(map(str, folders))}: no runs below (args.json, results.csv); give the folder that "
+        raise UserError(f"{' '.join(map(str, folders))}: no runs below ({', '.join(RECORDS)}); give the folder that "
                         f"--project names")
     projects = {}
     for run in found:
-        projects.setdefault(run.parent, []).append((run, _read_json(run / "args.json"), _read_json(run / "run.json")))
-    result = {}
-    for project, entries in projects.items():
-        usual = _most_common([chosen for _, chosen, _ in entries])
-        rows = [_row(run, chosen, note, usual, metric) for run, chosen, note in entries]
-        result[project] = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+        projects.setdefault(run.parent, []).append(run)
+    result = {project: _rows(inside, metric) for project, inside in projects.items()}
     if metric and not any(row["metric"] for rows in result.values() for row in rows):
         raise UserError(f"--metric {metric}: no results.csv has this column; choose one of theirs")
     return result
+
+
+def write(folder):
+    """Writes summary.csv beside a run's folder: the table of all runs there, by their names.
+
+    Raises UserError when it cannot be written. What is damaged is left out, with a line on stderr.
+    """
+    path = Path(os.path.abspath(folder)).parent / "summary.csv"  # of "." too
+    try:
+        with open(path.with_name(".summary.lock"), "a") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # who writes last has read last, and sees the others that end just now
+            rows = _rows(sorted({file.parent for name in RECORDS for file in path.parent.glob(f"*/{name}")}))
+            text = render({path.parent: [row | {"run": Path(row["run"]).name} for row in rows]}, "csv")
+            with whole_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # folders' names are any bytes
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); check folder and space") from None
+
+
+def _rows(found, metric=None):
+    """The rows of one project's runs, the best first."""
+    entries = [(run, _read_json(run / "args.json"), _read_json(run / "run.json")) for run in found]
+    usual = _most_common([chosen for _, chosen, _ in entries])
+    rows = [_row(run, chosen, note, usual, metric) for run, chosen, note in entries]
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
 def _row(run, chosen, note, usual, metric):
@@ -141,8 +167,11 @@ def _most_common(dicts):
 
 def _date(run):
     """When the oldest of a run's tables was last written: about its start, for a run without run.json."""
-    times = [path.stat().st_mtime for path in (run / "args.json", run / "results.csv") if path.exists()]
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(min(times)))
+    times = []
+    for name in RECORDS:
+        with contextlib.suppress(OSError):  # not there, or deleted just now
+            times.append((run / name).stat().st_mtime)
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(min(times))) if times else ""
 
 
 def _read_json(path):
