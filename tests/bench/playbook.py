@@ -43,8 +43,9 @@ ROWS = {
               "--cutmix 0.5", "--gridmask 0.5", "--p-object 0.5", "--presence 0.5", "--lookahead 5", "--swa 0.25",
               "--swa 0.5 --swa-cycle 2", "--optimizer adamp", "--encoder efficientnetv2_b0", "--cutout 0.5",
               "--label-smoothing 0.1", "--optimizer radam", "--no-ema", "--schedule restarts",
-              "--encoder repvgg_a0", "--encoder hrnet_w18_small", "--resize"],
-    "bccd": ["", "--mixup 0.15", "--lookahead 5", "--swa 0.25", "--gridmask 0.5"],
+              "--encoder repvgg_a0", "--encoder hrnet_w18_small", "--resize", "--schedule plateau --period 2"],
+    "bccd": ["", "--mixup 0.15", "--lookahead 5", "--swa 0.25", "--gridmask 0.5", "--close-mosaic 3",
+             "--schedule plateau --period 3"],
     "letters": ["", "--label-smoothing 0.1", "--mixup 0.5", "--cutmix 0.5", "--snapmix 0.5", "--gridmask 0.5",
                 "--net efficientnetv2_b0 --drop 0 --drop-path 0", "--cutout 0", "--lookahead 5", "--swa 0.5",
                 "--no-ema"],
@@ -52,11 +53,12 @@ ROWS = {
 PREDICT = {  # with the baseline's weights of each seed
     "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
               "--tta hflip vflip rot90 scale", *(f"--tta hflip vflip --merge {how}" for how in (
-                  "gmean", "max", "min", "tsharpen"))],
+                  "gmean", "max", "min", "tsharpen")), *(f"--detector DETECTOR --conf {conf}" for conf in (0.25, 0.05))],
     "bccd": ["", "--tta", "--tta hflip", "--tta hflip scale", "--tta hflip scale --merge wbf", "--imgsz 192",
              "--iou 0.5"],
     "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40"],
 }
+DETECTOR = "train_det.py --data {data}/water --band-scale 10000 --variant n --imgsz 128 --bs 16 --epochs 20"
 TOGETHER = {  # with the weights of all seeds at once
     "water": ["", "--soup", "--tta hflip vflip"], "bccd": ["", "--tta hflip scale"], "letters": ["", "--soup"]}
 
@@ -99,13 +101,27 @@ def train(task, flags, seed, data, out):
 
 
 def run_training(task, flags, seed, folder, data, out):
+    run_command(f"{BASE[task]} {flags} --seed {seed}".format(data=data, out=out), folder)
+
+
+def run_command(command, folder):
     """Trains unless the run is there."""
     if not (folder / "results.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        command = f"{BASE[task]} {flags}".format(data=data, out=out).split()
-        command += ["--seed", seed, "--workers", 0, "--cache", "ram", "--project", folder.parent, "--name", folder.name]
+        command = command.split()
+        command += ["--workers", 0, "--cache", "ram", "--project", folder.parent, "--name", folder.name]
         with open(folder.parent / f"{folder.name}.log", "w") as log:
             subprocess.run([sys.executable, *map(str, command)], stdout=log, stderr=log, env=ENV)
+
+
+def train_detector(run, data):
+    """Detect, crop, segment: a detector of the masks' objects, which holds out what the segmentation does."""
+    folder = run.with_name(f"{run.name}-detector")
+    split = json.loads((run / "folds.json").read_text())
+    written = run.with_name(f"{run.name}-detector.json")
+    written.write_text(json.dumps({f"train_img/{name}.tif": fold for name, fold in split.items()}))
+    seed = json.loads((run / "args.json").read_text())["seed"]
+    run_command(f"{DETECTOR.format(data=data)} --folds {written} --seed {seed}", folder)
 
 
 def held_out(run):
@@ -116,6 +132,7 @@ def held_out(run):
 
 def predict(task, flags, runs, files, target, data, out):
     """Runs predict.py on the files with the runs' last weights, a run or several. -> score"""
+    flags = flags.replace("DETECTOR", f"{runs[0]}-detector/last.pt")
     run_prediction(task, flags, runs, ["--source", *files], target)
     score = {"water": score_masks, "bccd": score_boxes, "letters": score_classes}[task](files, target, data, out)
     print(f"{target.name}: {score}", flush=True)
@@ -222,6 +239,8 @@ def main():
         table(f"{task}: {SCORE[task]}", rows[task], args.seeds, scores[task], taken)
         folders = [folder_of(args.out, task, "", seed) for seed in args.seeds]
         with ThreadPoolExecutor(args.jobs) as pool:
+            if task == "water":
+                list(pool.map(train_detector, folders, [args.data] * len(folders)))
             futures = {flags: [pool.submit(predict, task, flags, [folder], held_out(folder), folder_of(
                 args.out / "predicted", task, flags, seed), args.data, args.out)
                 for folder, seed in zip(folders, args.seeds)] for flags in PREDICT[task]}
