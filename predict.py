@@ -6,6 +6,7 @@
     python predict.py --task seg --detector runs/det/exp/best.pt     # detect, crop, segment
     python predict.py --task det --weights runs/det/exp/best.pt --tta --imgsz 1536 --source photos --tile 1024
     python predict.py --task cls --tta --weights runs/cls/*/best.pt --fit-weights
+    python predict.py --task cls --probs a.csv b.csv --ensemble-weights 1.5 1    # tables alone, of any predictions
     torchrun --nproc_per_node 4 predict.py --task seg --tta   # the inputs shared out among four GPUs
 
 Several checkpoints are averaged: folds, seeds and epochs make an ensemble.
@@ -71,8 +72,8 @@ def parse_args():
         "training size for seg, the training's --tile for det")
     add("--overlap", type=real(0, 0.9), help="of neighbouring windows; without: 0.25, for det the training's")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
-    add("--threshold", type=real(0, 1), help="probability from which a pixel, a class is there; det: score from which a "
-        "box is drawn; without: the best ones of the trainings' validations")
+    add("--threshold", type=real(0, 1), help="probability from which a pixel, a class is there; det: score from which "
+        "a box is drawn; without: the best ones of the trainings' validations")
     add("--pseudo", type=real(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
         "--extra-data")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
@@ -108,6 +109,8 @@ def main():
     args = parse_args()
     check_tta(args)
     device = dist.setup(args.device)
+    if args.probs and not args.weights:
+        return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     args.source = noisy_samples(args, paths) if args.noisy else args.source
     states = [checkpoint.load(path) for path in paths]
@@ -243,7 +246,7 @@ def predict_seg(args, device, paths, states, nets):
 
 
 def best_threshold(args, states):
-    """--threshold, or else the mean of those that the runs found best in their last validation; 0.5 without (det: 0.25).
+    """--threshold, or else the mean of those that the runs found best in their last validation; without, 0.5, det 0.25.
     """
     if args.threshold is not None:
         if states[0].get("exclusive") or args.task == "seg" and states[0]["classes"] > 1:
@@ -437,7 +440,7 @@ def predict_cls(args, device, paths, states, nets):
     """The competition's submission, probabilities, weighted ensembles of checkpoints and tables."""
     check_ensemble(args, paths)
     names, exclusive = states[0]["classes"], states[0]["exclusive"]
-    tables = [submissions.read_probabilities(path, names) for path in args.probs or ()]
+    tables = [submissions.read_probabilities(path, names)[1] for path in args.probs or ()]
     shares, thresholds = args.ensemble_weights or [1.0] * (len(paths) + len(tables)), best_threshold(args, states)
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive)
@@ -469,15 +472,35 @@ def predict_cls(args, device, paths, states, nets):
     members += [np.array([table[key] for key in keys]) for table in tables]
     probs = ensemble.average(members, shares)
     if dist.rank() == 0:
-        decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if exclusive else (probs > thresholds).astype(int)
-        header = ["index", *names]
-        for name, rows in {"submission.csv": decided.tolist(),
-                           "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
-            submissions.write_rows(out / name, header, [[key, *row] for key, row in zip(keys, rows)])
+        submissions.write_classes(out, keys, probs, names, exclusive, thresholds)
         if args.pseudo:
             count = pseudo.write_classes(out / "pseudo", files, probs, names, exclusive, args.pseudo)
             print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}")
         print(f"{len(files)} images: {out}")
+
+
+def combine_tables(args):
+    """--probs without --weights: the weighted mean of tables alone, of other systems too. Classes exclude each other
+    where every row adds up to 1."""
+    for flag in ("source", "noisy", "tta", "soup", "pseudo", "fit_weights", "ensemble"):
+        if getattr(args, flag) not in (None, False):
+            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --probs without --weights; leave it out")
+    check_ensemble(args, [])
+    names, first = submissions.read_probabilities(args.probs[0])
+    tables = [first, *(submissions.read_probabilities(path, names)[1] for path in args.probs[1:])]
+    for path, table in zip(args.probs, tables):
+        other = next(iter(table.keys() ^ tables[0].keys()), None)
+        if other is not None:
+            raise UserError(f"{path}: {other} has a row here or in {args.probs[0]}, not in both; predict the same "
+                            f"images")
+    keys = list(tables[0])
+    members = [np.array([table[key] for key in keys]) for table in tables]
+    exclusive = bool((abs(np.sum(members, 2) - 1) < 1e-4 + 1e-6 * len(names)).all())  # they are rounded
+    probs = ensemble.average(members, args.ensemble_weights or [1.0] * len(members))
+    out = runs.new_folder(args.out, Path(args.probs[0]).parent / "predict")
+    if dist.rank() == 0:
+        submissions.write_classes(out, keys, probs, names, exclusive, 0.5 if args.threshold is None else args.threshold)
+        print(f"{len(keys)} rows: {out}")
 
 
 def check_ensemble(args, paths):

@@ -195,7 +195,8 @@ def split(args, folder, table):
         chosen = cls.subset(table.labels[train], args.subset, seed=args.seed)
         smaller = [train[i] for i in chosen]
         change = table.labels[smaller].mean(0) - table.labels[train].mean(0)
-        dist.print0(f"subset of {len(smaller)}: the classes' shares change by at most {np.abs(change).max():.4f}")
+        dist.print0(f"subset of {len(smaller)}: the classes' shares change by at most {np.abs(change).max():.4f}: "
+                    + ", ".join(f"{name} {value:+.4f}" for name, value in zip(table.names, change)))
         train = smaller
     return train, val
 

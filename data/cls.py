@@ -102,7 +102,10 @@ def read_table(path, least=2):
             raise UserError(f"{path}: line {i}: {key} stands in line {seen[key]} too; remove one")
     if len(header) == 2:
         values = [row[1].strip() for _, row in rows]
-        names = sorted(set(values), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+        def order(name):  # numbers first, in their order; by their digits, for Python reads no more than 4,300 of them
+            return (False, len(name.lstrip("0")), name) if name.isdecimal() else (True, 0, name)
+
+        names = sorted(set(values), key=order)
         if "" in names:
             raise UserError(f"{path}: line {rows[values.index('')][0]} has no class; add it, or remove the row")
         if len(names) < least:
@@ -237,6 +240,8 @@ class Views(Dataset):
     def __getitems__(self, keys):  # a DataLoader asks for a batch at once if it can; synthesis is faster so
         if hasattr(self.source, "__getitems__"):
             samples = self.source.__getitems__(keys)
+            for sample in samples:  # as `Images` does with those that validate
+                sample["image"] = reduce(sample["image"], 2 * self.imgsz)
         else:
             samples = [self.source[(key[1] if isinstance(key, tuple) else key) % len(self)] for key in keys]
         return [sample | self.place(key, *sample["image"].shape[1:]) for key, sample in zip(keys, samples)]
@@ -257,14 +262,14 @@ def reduce(image, limit):
 
 
 def collate(samples):
-    """Stacks; images of several sizes are filled up with zeros at the right and at the bottom, which no view shows."""
+    """Stacks; images of several sizes are filled up by reflection at the right and at the bottom."""
     height, width = (max(s["image"].shape[i] for s in samples) for i in (1, 2))
     mixed = len({s["image"].dtype for s in samples}) > 1  # 8 and 16 bits do not stack
     for s in samples:
         s["image"] = s["image"].float() if mixed else s["image"]
         _, h, w = s["image"].shape
         if (h, w) != (height, width):
-            s["image"] = F.pad(s["image"], (0, width - w, 0, height - h))
+            s["image"] = geometry.warp(s["image"], np.eye(3), (height, width), border="reflect")
     matrices = np.stack([s.pop("matrix") for s in samples])  # no tensor: warp wants them here, not on the GPU
     return torch.utils.data.default_collate(samples) | {"matrix": matrices}
 
@@ -274,7 +279,7 @@ def see(batch, imgsz, scale, mean=(0.0,), std=(1.0,), *, turn=np.eye(3)):
     resampling. Pixel values are divided by `scale`; then mean and std, one per band or one for all, are applied.
     turn: a matrix after the batch's own, of test-time augmentation."""
     pixels = batch["image"].float() / scale
-    x = geometry.warp(pixels, turn @ batch["matrix"], (imgsz, imgsz))
+    x = geometry.warp(pixels, turn @ batch["matrix"], (imgsz, imgsz), border="reflect")
     line = torch.arange(imgsz, device=x.device) + 0.5
     x1, y1, x2, y2 = batch["hole"].to(x.device).T[..., None]
     inside = ((line > y1) & (line < y2))[:, None, :, None] & ((line > x1) & (line < x2))[:, None, None, :]

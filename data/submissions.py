@@ -128,20 +128,35 @@ def draw_boxes(path, file, size, rows, names, bands, limit=1920):
 
 
 # ---- classification ----
-def read_probabilities(path, names):
-    """probabilities.csv of an earlier run -> {index: row}."""
+def read_probabilities(path, names=None):
+    """probabilities.csv of an earlier run -> its classes, {index: their probabilities}. names: the classes that it must
+    have. UserError naming the file and the row."""
+    table, wrong = {}, None
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row]
-        if header[1:] != names:
-            raise UserError(f"{path}: has other columns than the checkpoint's classes; give one of this task")
-        table = {row[0]: np.array([float(v) for v in row[1:]]) for row in rows}
-        wrong = next((k for k, row in table.items() if row.shape != (len(names),) or not np.isfinite(row).all()), None)
+        if header[1:] != (names or header[1:]) or len(set(header)) < len(header) or len(header) < 2:
+            raise UserError(f"{path}: has other columns than the classes of the rest; give one of this task")
+        for key, *values in rows:
+            values = np.array([float(value) for value in values])
+            if key in table or len(values) != len(header) - 1 or not ((values >= 0) & (values <= 1)).all():
+                wrong = wrong or key
+            table[key] = values
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise UserError(f"{path}: not a readable table of probabilities ({error}); give a probabilities.csv") from None
-    if wrong is not None:
-        raise UserError(f"{path}: the row {wrong} is damaged; predict again")
-    return table
+    if wrong is not None or not table:
+        what = "has no rows" if wrong is None else f"the row {wrong} is damaged, or there twice"
+        raise UserError(f"{path}: {what}; predict again")
+    return header[1:], table
+
+
+def write_classes(out, keys, probs, names, exclusive, thresholds):
+    """probs (N, classes) of the images `keys` -> submission.csv, of 0 and 1, and probabilities.csv in the folder `out`.
+    thresholds: one, or one per class; of exclusive classes the most probable is there."""
+    decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if exclusive else (probs > thresholds).astype(int)
+    for name, rows in {"submission.csv": decided.tolist(),
+                       "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
+        write_rows(out / name, ["index", *names], [[key, *row] for key, row in zip(keys, rows)])
 
 
 def write_rows(path, header, rows):

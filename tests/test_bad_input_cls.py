@@ -201,7 +201,10 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
                        ("index,a,b,d,c\n50000,0,0,0,0\n50001,0,0,0,0\n", "other columns"),
                        ("index,a,b,c,d\n50000,0,0,0,x\n50001,0,0,0,0\n", "not a readable table"),
                        ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,nan\n", "row 50001 is damaged"),
-                       ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0\n", "row 50001 is damaged")):
+                       ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0\n", "row 50001 is damaged"),
+                       ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,7\n", "row 50001 is damaged"),
+                       ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,0\n50001,0,0,0,1\n", "50001 is damaged, or there"),
+                       ("index,a,b,c,d\n", "has no rows")):
         table.write_text(text)
         predicts(refused, "--weights", one, "--probs", table, says=["table.csv: ", says])
     predicts(refused, "--weights", one, "--probs", "none.csv", says="none.csv: not a readable table")

@@ -291,6 +291,32 @@ def test_fitted_on_the_images_held_out_and_used_again(script, root, tmp_path, ca
     assert "b:" in bars and "a:" not in bars
 
 
+def test_tables_alone(script, refused, tmp_path, monkeypatch):
+    """The seeds' last step: probabilities that others have written, weighted, without a net or an image."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    one, two = rng.random((2, 5, 3))
+    for name, probs in {"one": one, "two": two[::-1], "sure": one / one.sum(1, keepdims=True)}.items():
+        order = range(5) if name != "two" else range(4, -1, -1)  # by their names, not by their places
+        Path(f"{name}.csv").write_text("index,x,y,z\n" + "".join(
+            f"{i}," + ",".join(f"{p:.6f}" for p in row) + "\n" for i, row in zip(order, probs)))
+    flags = ["--task", "cls", "--probs", "one.csv", "two.csv"]
+    script(predict, *flags, "--ensemble-weights", 1.5, 1, "--out", "out")
+    keys, probs, decided = results("out")
+    np.testing.assert_allclose(probs, (1.5 * one + two) / 2.5, atol=2e-6)
+    assert keys == list("01234") and (decided == (probs > 0.5)).all()
+    script(predict, *flags, "--threshold", 0.3, "--out", "low")
+    assert (results("low")[2] == ((one + two) / 2 > 0.3)).all()
+    script(predict, "--task", "cls", "--probs", "sure.csv", "--out", "sure")
+    assert (results("sure")[2] == np.eye(3)[one.argmax(1)]).all()  # rows that add up to 1: one class each
+    Path("four.csv").write_text("".join(Path("one.csv").read_text().splitlines(keepends=True)[:-1]))
+    refused(predict, "--task", "cls", "--probs", "one.csv", "four.csv", "--out", "no", says="four.csv: 4 has a row")
+    for flag in (["--source", "in"], ["--tta"], ["--fit-weights"], ["--soup"], ["--pseudo", 0.9]):
+        refused(predict, *flags, *flag, "--out", "no", says=[flag[0], "--probs without --weights"])
+    refused(predict, *flags, "--ensemble-weights", 1, "--out", "no", says="1 for 0 checkpoints and 2 tables")
+    assert not Path("no").exists()
+
+
 def member(script, net, files, out):
     script(predict, *FLAGS, "--weights", net, "--source", *files, "--out", out)
     return results(out)[1]

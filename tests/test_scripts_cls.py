@@ -213,7 +213,9 @@ def test_a_subset_is_trained_on_and_what_it_changes_is_told(script, tmp_path, mo
     whole = np.mean([rows[str(int(Path(name).stem))] for name in train], 0)
     part = np.mean([rows[str(int(Path(name).stem))] for name in files], 0)
     assert np.allclose(np.mean(labels, 0), part) and 10 <= len(files) <= 14
-    assert f"subset of {len(files)}: the classes' shares change by at most {np.abs(part - whole).max():.4f}" in out
+    change = dict(zip("abcdefghijklmnopqrstuvwxyz", part - whole))
+    assert f"subset of {len(files)}: the classes' shares change by at most {np.abs(part - whole).max():.4f}: " in out
+    assert all(f" {name} {value:+.4f}" in out for name, value in change.items()) and len(change) == len(whole)
     assert f"{len(files)} images to train, {len(held_out)} to validate" in out
 
 
@@ -396,6 +398,15 @@ def test_the_first_guess_is_the_classes_frequency(exclusive, shares):
 def test_an_interval_that_divides_no_pass_leaves_their_number(script, dirty, interval, parts):
     script(train_cls, "--data", dirty, *TINY_CLS, "--bs", 2, "--epochs", 2, "--val-interval", interval, "--folds", 3)
     assert len(last()["history"]) == 2 * parts and last()["step"] == 8
+
+
+def test_periods_are_passes_whatever_the_validations_interval(script, dirty):
+    rates = {}
+    for interval in (1.0, 0.5):
+        script(train_cls, "--data", dirty, *TINY_CLS, "--bs", 2, "--epochs", 4, "--schedule", "step", "--period", 2,
+               "--val-interval", interval, "--folds", 3, "--name", f"every{interval}")
+        rates[interval] = [row["lr"] for row in last(f"every{interval}")["history"]]
+    assert rates[0.5][1::2] == rates[1.0] and rates[1.0][0] == rates[1.0][1] > rates[1.0][2]
 
 
 def test_synthesis_is_told_the_device(script, tmp_path, monkeypatch):

@@ -167,15 +167,15 @@ def start(parser, argv=None, *, needs=None):
 def training(args, folder, model, loader, *, part=1.0, weight_decay=None, eps=1e-8):
     """-> the keyword arguments of engine.fit that the shared flags decide: optimizer, schedule, averages, records.
 
-    part: share of a pass over the data that the loader's epoch is; --epochs, --warmup-epochs and --swa-cycle count
-    passes. weight_decay: in place of --weight-decay.
+    part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
+    count passes. weight_decay: in place of --weight-decay.
     """
     steps, epochs = -(-len(loader) // args.accumulate), round(args.epochs / part)
     decay = args.weight_decay if weight_decay is None else weight_decay
     optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay), lr=args.lr,
                                      momentum=args.momentum, eps=eps)
-    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, period=args.period,
-                                   warmup_epochs=args.warmup_epochs / part, floor=args.lr_floor)
+    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
+                                   period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
     swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
     return dict(
         optimizer=optim.lookahead(optimizer, args.lookahead), epochs=epochs,

@@ -162,36 +162,39 @@ def _move(image, steps, offset, size, border, fill):
     return image.view(dtype) if dtype == torch.uint16 else image  # view() would cut the gradient
 
 
-def _to_grid(image):
-    """The matrix from pixels to grid_sample's -1..1."""
+def _to_grid(image, corners=False):
+    """The matrix from pixels to grid_sample's -1..1: the image's edges, or the centres of its outermost pixels."""
     height, width = image.shape[-2:]
+    if corners:
+        return translate(-1, -1) @ scale(2 / (width - 1), 2 / (height - 1)) @ translate(-0.5, -0.5)
     return translate(-1, -1) @ scale(2 / width, 2 / height)
 
 
 def _resample(image, inverse, size, mode, border, fill):
     batched = image if image.ndim == 4 else image[None]
     values = batched if batched.dtype == torch.float64 else batched.float()  # half precision is too coarse for places
+    if border == "reflect":  # one row or column between itself and itself: grid_sample would divide by 0
+        values = values.repeat(1, 1, *(2 if side == 1 else 1 for side in values.shape[-2:]))
     height, width = values.shape[-2:]
     inverse = np.reshape(inverse, (-1, 3, 3))
-    if border == "constant":
-        values, dtype = values - float(fill), values.dtype  # wide sums only where places are brought back inside
-        inverse = _to_grid(values) @ inverse
-    else:
+    values, dtype = (values - float(fill) if border == "constant" else values), values.dtype
+    if border == "wrap":  # places are brought back inside, for which sums must be wide
         dtype = torch.float32 if image.device.type == "mps" else torch.float64
+    else:
+        inverse = _to_grid(values, corners=border == "reflect") @ inverse
     # where the image is: places of 32 views of 384 x 384 pixels are 40 MB, and take a CPU longer than their pixels
     across, down, start = torch.as_tensor(inverse[:, :2], dtype=dtype, device=image.device)[..., None, None].unbind(2)
     y, x = (torch.arange(side, dtype=dtype, device=image.device) + 0.5 for side in size)
     grid = torch.empty(len(inverse), *size, 2, dtype=dtype, device=image.device)
     for i in (0, 1):
         torch.add(across[:, i] * x, down[:, i] * y[:, None] + start[:, i], out=grid[..., i])
-    if border != "constant":
-        grid = torch.stack([_inside(grid[..., i] - 0.5, n, border) + 0.5 for i, n in enumerate((width, height))], -1)
-        if border == "wrap":  # between the last pixel and the first one
-            values = F.pad(values, (0, 1, 0, 1), mode="circular")
+    if border == "wrap":  # between the last pixel and the first one
+        grid = torch.stack([(grid[..., i] - 0.5) % n + 0.5 for i, n in enumerate((width, height))], -1)
+        values = F.pad(values, (0, 1, 0, 1), mode="circular")
         grid = grid * 2 / grid.new_tensor((values.shape[-1], values.shape[-2])) - 1
     grid = grid.to(values).expand(len(values), -1, -1, -1)
-    out = F.grid_sample(values, grid, mode=mode, padding_mode="zeros" if border == "constant" else "border",
-                        align_corners=False)
+    padding = {"constant": "zeros", "reflect": "reflection", "wrap": "border"}[border]
+    out = F.grid_sample(values, grid, mode=mode, padding_mode=padding, align_corners=border == "reflect")
     if border == "constant":
         out = out + float(fill)
     out = (out if image.is_floating_point() else out.round()).to(image.dtype)
