@@ -1,15 +1,32 @@
 """What the speed benchmarks share: a clock, runs in turn, a training step in three parts."""
+import contextlib
+import ctypes
 import time
 
 import torch
 
-from utils import engine
+from utils import dist, engine
 
 
 def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def with_plain_memory(run):
+    """The function without `dist.keep_memory`: with the limits that glibc's malloc comes to by itself where large
+    blocks are freed."""
+    def plain():
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
+        try:
+            return run()
+        finally:
+            dist.keep_memory()
+    return plain
 
 
 def in_turn(runs, rounds):
