@@ -118,8 +118,10 @@ def stage_list(text):
 
 def main():
     args, device, folder, resume = parse_args()
-    again = None if resume else dist.broadcast(dist.rank() == 0 and second_stage(folder))  # by torchrun, if there is
-    vars(args).update(again or {})
+    again = dist.broadcast(dist.rank() == 0 and second_stage(folder))
+    if again:
+        vars(args).update(again)
+        dist.print0(f"restarted in the second stage: {folder / SECOND} holds, not the command line")
     both = args.stages and not ((resume or again) and args.preset == "finetune")  # else the second stage goes on
     if both:
         stages = [args.epochs] * 2 if args.debug else args.stages
@@ -135,15 +137,22 @@ def main():
         before = folder
         folder = Path(dist.broadcast(str(dist.rank() == 0 and runs.create(folder.parent, f"{folder.name}-finetune"))))
         if dist.rank() == 0:
-            runs.write_json(folder / SECOND, changed)
+            runs.write_json(folder / SECOND, vars(args) | changed)
             shutil.copyfile(before / "run.json", folder / "run.json")
         experiment(argparse.Namespace(**vars(args) | changed), device, folder, None)
 
 
 def second_stage(folder):
-    """What differs from the first stage, where this is the folder of a second one that has no checkpoint yet; None."""
+    """The second stage's flags, where this is its folder and torchrun has restarted the command that began it: what
+    stands there is for the first stage. None where a user resumes it: then the command line is for this one."""
     path = folder / SECOND
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    flags = json.loads(path.read_text())
+    # a lock names the torchrun that works in its folder; who began the second stage has worked in the first's
+    locks = folder / "lock", Path(flags["weights"]).with_name("lock")
+    here, first = (lock.read_text() if lock.exists() else "" for lock in locks)
+    return flags if here and here == first else None
 
 
 def experiment(args, device, folder, resume):

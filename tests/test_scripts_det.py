@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.harness import differences, free_port, read
 from utils import checkpoint, optim
 from utils.errors import Stopped
 
+STAGED = " ".join(TINY_DET).replace("--epochs 1", "").split()
 # single pictures as they are: few steps teach something
 PLAIN = "--mosaic 0 --translate 0 --scale 0 --hsv 0 0 0.1 --warmup-epochs 0.5 --no-ema --save-period 0".split()
 
@@ -238,7 +240,7 @@ def test_presets_and_gains(script, parking):
 
 
 def test_two_stages(script, parking, capsys):
-    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", "--image-weights", "--hsv", 0, 0, 0, "--no-ema")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--image-weights", "--hsv", 0, 0, 0, "--no-ema")
     first, second = settings("exp"), settings("exp-finetune")
     assert (first["preset"], first["lr"], first["scale"], first["epochs"]) == ("scratch-low", 0.01, 0.5, 1)
     want = dict(preset="finetune", lr=0.0032, momentum=0.843, scale=0.9, epochs=1, obj_pw=0.911)
@@ -251,7 +253,7 @@ def test_two_stages(script, parking, capsys):
 
 
 def test_the_second_stage_keeps_the_loss_weights_of_the_free_head(script, parking):
-    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", "--head", "free")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--head", "free")
     second = settings("exp-finetune")
     assert (second["head"], second["lr"]) == ("free", 0.0032)
     assert [second[k] for k in ("box", "dfl", "cls")] == [7.5, 1.5, 0.5]  # 0.243 is for the anchor head
@@ -265,7 +267,7 @@ def test_a_grey_first_jpeg_does_not_make_all_images_grey(tmp_path):
 
 
 def test_the_second_stage_is_resumed_as_such(script, parking):
-    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1")
     assert sorted(line.split(",")[0] for line in Path("runs/det/summary.csv").read_text().splitlines()) == [
         "exp", "exp-finetune", "run"]
     script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 2)
@@ -282,7 +284,7 @@ def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking,
         return fit(*args, folder=folder, **options) if folder.name == "exp" else stop()
 
     monkeypatch.setattr(train_det.engine, "fit", dies)
-    flags = ["--data", parking, *TINY_DET, "--stages", "1,2"]
+    flags = ["--data", parking, *STAGED, "--stages", "1,2"]
     with pytest.raises(Stopped):
         script(train_det, *flags)
     monkeypatch.setattr(train_det.engine, "fit", fit)
@@ -293,8 +295,55 @@ def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking,
     assert len(last("exp-finetune")["history"]) == 2 and Path("runs/det/exp-finetune/run.json").exists()
 
 
+def test_the_second_stage_restarted_after_a_checkpoint(script, parking, monkeypatch):
+    """By torchrun too: not the command line holds, which is the first stage's, but what the second one began with. A
+    user's own --resume of it is another matter, also under torchrun."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    loss, count = train_det.losses_det.anchor_loss, iter(range(100))
+
+    def dies(*args, **options):
+        if next(count) == 6:  # 2 steps in the first stage, 2 in each epoch of the second
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args, **options)
+
+    monkeypatch.setattr(train_det.losses_det, "anchor_loss", dies)
+    flags = ["--data", parking, *STAGED, "--stages", "1,3", "--image-weights", "--extra-data", f"{parking}:2"]
+    with pytest.raises(Stopped):
+        script(train_det, *flags)
+    begun = settings("exp-finetune")
+    assert (begun["preset"], begun["epochs"], begun["image_weights"]) == ("finetune", 3, False)
+    assert last("exp-finetune")["step"] > 2
+    script(train_det, *flags)
+    assert [p.name for p in sorted(Path("runs/det").iterdir()) if p.is_dir()] == ["exp", "exp-finetune"]
+    assert settings("exp-finetune") == begun and len(last("exp-finetune")["history"]) == 3
+    monkeypatch.setattr(train_det.runs.os, "getppid", lambda: 1)  # another torchrun
+    script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 4)
+    script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 4)  # which it restarts
+    assert settings("exp-finetune") == begun | {"epochs": 4, "resume": "runs/det/exp-finetune"}
+    assert len(last("exp-finetune")["history"]) == 4
+
+
+def test_the_second_stage_of_a_resumed_first_one_is_restarted(script, parking, monkeypatch):
+    """The command line then holds nothing but --resume, and names the first stage's folder."""
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,2", "--imgsz", 96, "--image-weights")
+    shutil.rmtree("runs/det/exp-finetune")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    fit = train_det.engine.fit
+    monkeypatch.setattr(train_det.engine, "fit", lambda *args, folder, **options: fit(
+        *args, folder=folder, **options) if folder.name == "exp" else stop())
+    flags = ["--resume", "runs/det/exp", "--epochs", 2]
+    with pytest.raises(Stopped):
+        script(train_det, *flags)
+    begun = settings("exp-finetune")
+    monkeypatch.setattr(train_det.engine, "fit", fit)
+    script(train_det, *flags)
+    assert (begun["epochs"], begun["imgsz"], begun["image_weights"]) == (2, 96, False)
+    assert settings("exp-finetune") == begun and len(last("exp-finetune")["history"]) == 2
+    assert len(last("exp")["history"]) == 2
+
+
 def test_a_first_stage_gets_more_epochs(script, parking):
-    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1")
     script(train_det, "--resume", "runs/det/exp", "--epochs", 2)
     assert len(last("exp")["history"]) == 2
 
@@ -440,7 +489,7 @@ def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flag
 
 def test_two_stages_on_two_machines(tmp_path, parking):
     """Only the first one's first process has a run folder, and the first stage's weights in it."""
-    ranks(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", cwd=tmp_path, apart=True)
+    ranks(train_det, "--data", parking, *STAGED, "--stages", "1,1", cwd=tmp_path, apart=True)
     assert (tmp_path / "0/runs/det/exp-finetune/last.pt").exists() and not (tmp_path / "1/runs/det").exists()
 
 
