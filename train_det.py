@@ -172,7 +172,7 @@ def experiment(args, device, folder, resume):
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
     train, val = split(args, folder, data)
-    bands = args.bands or default_bands(data.files[0])
+    bands = args.bands or default_bands(data.files)
     scale = args.band_scale or det.default_scale(data.files[train[0]], bands)
     if args.debug:
         train, val = train[:8 * args.bs], val[:args.bs]
@@ -347,10 +347,13 @@ def split(args, folder, data):
                         drop=args.drop_noisy)
 
 
-def default_bands(file):
-    """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see det.read)."""
-    rgb = images.kind(file) == "JPEG" or images.size(file)[0] == 1 and images.palette(file) is not None
-    return [1, 2, 3] if rgb else list(range(1, images.size(file)[0] + 1))
+def default_bands(files):
+    """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see det.read), and a
+    grey image where another has three bands."""
+    first, count = files[0], images.size(files[0])[0]
+    rgb = images.kind(first) == "JPEG" or count == 1 and (
+        images.palette(first) is not None or any(images.size(file)[0] >= 3 for file in files))
+    return [1, 2, 3] if rgb else list(range(1, count + 1))
 
 
 def pick(data, indices):

@@ -1,11 +1,14 @@
 """train_det.py from files to files, on tiny lots: records, recipes, stages, resuming, several processes."""
 import csv
 import json
+import math
 import os
+import re
 import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from PIL import Image
 
 import train_det
 from data.loader import EpochBatches
-from tests.conftest import TINY_DET, _child, write_parking
+from tests.conftest import TINY_DET, _child, write_parking, write_tif
 from tests.harness import differences, free_port, read
 from utils import checkpoint, optim
 from utils.errors import Stopped
@@ -89,7 +92,8 @@ def test_a_run_finds_boxes_and_leaves_its_records(script, tmp_path):
 
 @pytest.mark.parametrize("head", ["free", "anchor"])
 def test_the_checkpoint_says_what_prediction_needs(script, parking, head, capsys):
-    script(train_det, "--data", parking, *TINY_DET, "--head", head, "--anchor-threshold", 1.5)
+    script(train_det, "--data", parking, *TINY_DET, "--head", head,
+           *(["--anchor-threshold", 1.5] if head == "anchor" else []))
     state = torch.load("runs/det/exp/last.pt", weights_only=True)
     assert (state["task"], state["arch"]["name"]) == ("det", "YOLOv5")
     assert (state["classes"], state["category_ids"]) == (["sedan", "bus", "adult"], [1, 2, 3])
@@ -259,11 +263,23 @@ def test_the_second_stage_keeps_the_loss_weights_of_the_free_head(script, parkin
     assert [second[k] for k in ("box", "dfl", "cls")] == [7.5, 1.5, 0.5]  # 0.243 is for the anchor head
 
 
-def test_a_grey_first_jpeg_does_not_make_all_images_grey(tmp_path):
-    for name, mode in (("a.jpg", "L"), ("b.jpg", "CMYK"), ("c.png", "L"), ("d.png", "RGBA")):
+@pytest.mark.parametrize("names, want", [
+    ("a.jpg", 3), ("b.jpg", 3), ("c.png", 1), ("d.png", 4), ("a.jpg c.png", 3), ("c.png a.jpg", 1), ("c.png e.png", 1),
+    ("c.png c.png a.jpg d.png", 3), ("c.png b.jpg", 3), ("e.png d.png", 2), ("d.png c.png", 4)])
+def test_a_grey_first_image_does_not_make_all_images_grey(tmp_path, names, want):
+    for name, mode in (("a.jpg", "L"), ("b.jpg", "CMYK"), ("c.png", "L"), ("d.png", "RGBA"), ("e.png", "LA")):
         Image.new(mode, (8, 8)).save(tmp_path / name)
-    assert [train_det.default_bands(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.png", "d.png")] == \
-        [[1, 2, 3], [1, 2, 3], [1], [1, 2, 3, 4]]
+    assert train_det.default_bands([tmp_path / name for name in names.split()]) == list(range(1, want + 1))
+
+
+def test_a_grey_png_among_colours(script, tmp_path):
+    """Which comes first: its boxes are learned as the others' are, from grey in three bands."""
+    root = write_parking(tmp_path / "DATA", train=6)
+    for path in sorted((root / "train/images").iterdir()):
+        with Image.open(path) as image:  # by their first bytes they are PNGs
+            image.convert("L" if path.name == "000.jpg" else "RGB").save(path, "PNG")
+    script(train_det, "--data", root, *TINY_DET, "--folds", 3)
+    assert last("exp")["bands"] == [1, 2, 3] and last("exp")["arch"]["kwargs"]["in_chans"] == 3
 
 
 def test_the_second_stage_is_resumed_as_such(script, parking):
@@ -438,18 +454,19 @@ def test_warm_up(name):
 
 
 # ---- stopped, and several processes ----------------------------------------------------------------------------------
-def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, parking, monkeypatch):
+@pytest.mark.parametrize("head", ["free", "anchor"])
+def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, parking, monkeypatch, head):
     flags = ["--data", parking, *TINY_DET, "--bs", 2, "--epochs", 2, "--multi-scale", 0.5, "--mixup", 0.5,
-             "--image-weights", "--close-mosaic", 1]
+             "--image-weights", "--close-mosaic", 1, "--head", head]
     script(train_det, *flags, "--name", "straight")
-    loss, count = train_det.losses_det.free_loss, iter(range(100))
+    loss, count = getattr(train_det.losses_det, f"{head}_loss"), iter(range(100))
 
     def stopping(*args, **options):
         if next(count) in (2, 5):
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(*args, **options)
 
-    monkeypatch.setattr(train_det.losses_det, "free_loss", stopping)
+    monkeypatch.setattr(train_det.losses_det, f"{head}_loss", stopping)
     with pytest.raises(Stopped):
         script(train_det, *flags, "--name", "broken")
     assert last("broken")["step"] == 3
