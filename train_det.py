@@ -417,7 +417,8 @@ def final(state, judge, names, folder, device, amp, files, bands):
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
     for name, c in zip(names, classes):
-        print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")
+        line = f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes"
+        print(line.encode(errors="backslashreplace").decode())  # what JSON escapes need not be text
 
 
 if __name__ == "__main__":

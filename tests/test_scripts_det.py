@@ -175,6 +175,24 @@ def test_pixels_beyond_white(script, refused, tmp_path, monkeypatch):
     assert {training for training, _ in seen} == {True, False} and {most for _, most in seen} == {1.0}
 
 
+def test_names_that_are_no_text(script, tmp_path, capsys):
+    """Bytes that are not UTF-8 in a file's name, half a character in a class's: all results of the run are written."""
+    root = write_parking(tmp_path / "DATA", train=6, most=1)
+    names = {f"{i:03}.jpg": os.fsdecode(b"\xe9\xff%d.jpg" % i) for i in range(6)}
+    for old, new in names.items():
+        (root / "train/images" / old).rename(root / "train/images" / new)
+    edit(root, lambda labels: [image.update(file_name=names[image["file_name"]]) for image in labels["images"]]
+         + [category.update(name=f"\ud800{category['id']}") for category in labels["categories"]])
+    script(train_det, "--data", root, *TINY_DET, "--folds", 2)
+    run, out = Path("runs/det/exp"), capsys.readouterr().out
+    with open(run / "samples.csv", newline="", encoding="utf-8") as file:
+        found = [Path(row["name"]).name for row in csv.DictReader(file)]
+    assert len(found) == 3 and all(re.fullmatch(r"\\udce9\\udcff[0-5]\.jpg", name) for name in found)
+    assert all((run / name).exists() for name in ("review.png", "pr.png", "confusion.png", "results.json"))
+    assert out.count("\n  \\ud800") == 3 and list(json.loads((run / "results.json").read_text())["classes"]) == [
+        "\ud8001", "\ud8002", "\ud8003"]
+
+
 def test_help_shows_the_recipes_values(monkeypatch, capsys):
     for flags, rate in (([], "0.002"), (["--preset", "finetune"], "0.0032"), (["--stages", "2,1"], "0.01")):
         monkeypatch.setattr("sys.argv", ["train_det.py", *flags, "--help"])
