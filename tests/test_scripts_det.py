@@ -175,6 +175,26 @@ def test_pixels_beyond_white(script, refused, tmp_path, monkeypatch):
     assert {training for training, _ in seen} == {True, False} and {most for _, most in seen} == {1.0}
 
 
+def test_pixels_below_black(refused, script, tmp_path):
+    """Decibels, all of them: training would see nothing. Moved up they are seen; a flag cuts off stray ones."""
+    root = write_parking(tmp_path / "DATA", train=6)
+    files = sorted((root / "train/images").iterdir())
+
+    def write(low):
+        for i, path in enumerate(files):
+            write_tif(path, np.random.default_rng(i).random((1, 64, 96), np.float32) * 0.9 + np.float32(low))
+
+    write(-20)
+    flags = ["--data", root, *TINY_DET]
+    refused(train_det, *flags, says=[".jpg: has float32 pixels down to -19.9", "add a number", "--band-scale"])
+    write(0)
+    script(train_det, *flags, "--name", "moved")
+    write(-0.001)
+    refused(train_det, *flags, says=[".jpg: has float32 pixels down to -0.00"])
+    script(train_det, *flags, "--band-scale", 1, "--name", "cut")
+    assert last("moved")["scale"] == last("cut")["scale"] == 1
+
+
 def test_names_that_are_no_text(script, tmp_path, capsys):
     """Bytes that are not UTF-8 in a file's name, half a character in a class's: all results of the run are written."""
     root = write_parking(tmp_path / "DATA", train=6, most=1)
