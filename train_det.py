@@ -27,6 +27,7 @@ from nets.yolo import BINS, VARIANTS, YOLOv5
 from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures, pictures_det, report, review, runs
 from utils.args import band_list, real, start, train_parser, training, whole
 from utils.errors import UserError, answers_for, cli
+from utils.average_precision import AREAS
 
 GAINS = {  # per head: weights of the loss's parts
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
@@ -386,23 +387,37 @@ def fit_anchors(head, args, boxes, sizes):
     return pixels.tolist()
 
 
-def draw_ends(path, metric, samples, files, bands, names):
-    """The images with the worst F1 and the best: their boxes, and what was detected."""
-    rows, captions, threshold = [], [], metric.best_threshold()[0]
-    for i in sum(review.ends([row["score"] for row in samples]), []):
-        size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
-        shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
-        rgb, zoom = pictures.to_rgb(det.read(files[i], bands, shape=shape)), max(shape) / max(size)
-        found = found[found[:, 4] >= threshold]
-        rows.append([pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
-                     pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])])
-        captions.append(f"F1 {samples[i]['score']:.3f}   {files[i].name}")
-    pictures.contact_sheet(path, rows, titles=["labels", "detections"], captions=captions, max_side=640)
+def draw_ends(path, metric, samples, files, bands, *, names, tables):
+    """The images with the worst F1 and the best: their boxes, and what was detected; below, the tables."""
+    threshold, parts = metric.best_threshold()[0], {}
+    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
+        parts[part] = []
+        for i in chosen:
+            size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
+            shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
+            rgb, zoom = pictures.to_rgb(det.read(files[i], bands, shape=shape)), max(shape) / max(size)
+            found = found[found[:, 4] >= threshold]
+            row = [pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
+                   pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
+            parts[part].append((files[i].name, samples[i]["score"], row))
+    review.page(path, parts, tables=tables, titles=("labels", "detections"), max_side=640)
+
+
+def tables(metric, scores, classes, names):
+    """{title: rows} for `review.page`, from what a metric has computed: AP and boxes by class, and by their area."""
+    boxes = np.concatenate(metric.truths)
+    area = (boxes[:, 2:4] - boxes[:, :2]).prod(1)
+    by_class = [{"class": pictures_det.class_name(names, k), "AP": c["ap"], "AP50": c["ap50"], "boxes": c["truths"]}
+                for k, c in enumerate(classes)]
+    by_size = [{"size": name.removeprefix("ap_"), "pixels": f"{low} to {high}" if high < 1e10 else f"from {low}",
+                "AP": scores[name], "boxes": int(((low <= area) & (area <= high)).sum())}
+               for name, (low, high) in AREAS.items() if name != "ap"]
+    return {"Classes": by_class, "Boxes by area": by_size}
 
 
 def final(state, judge, names, folder, device, amp, files, bands):
     """The run's last weights judged class by class (results.json, precision-recall curves, confusion matrix) and image
-    by image (samples.csv; the worst and the best in review.png)."""
+    by image (samples.csv; the worst and the best, and tables, in review.png)."""
     metric = engine.judge(state, judge, device, amp)
     if dist.rank() > 0:
         return
@@ -412,7 +427,8 @@ def final(state, judge, names, folder, device, amp, files, bands):
     runs.write_json(folder / "results.json", {"last": last, "best F1": best, "classes": dict(zip(names, per_class))})
     samples = metric.samples(files)
     report.write_csv(folder / "samples.csv", samples)
-    draw_ends(folder / "review.png", metric, samples, files, bands, names)
+    draw_ends(folder / "review.png", metric, samples, files, bands, names=names,
+              tables=tables(metric, scores, classes, names))
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

@@ -213,6 +213,33 @@ def test_names_that_are_no_text(script, tmp_path, capsys):
         "\ud8001", "\ud8002", "\ud8003"]
 
 
+def test_review_has_tables(script, parking, monkeypatch):
+    """Of the classes and of sizes, with what results.json has and counts of the held-out boxes."""
+    pages, page = [], train_det.review.page
+    monkeypatch.setattr(train_det.review, "page", lambda *args, **options: pages.append((args, options)) or page(
+        *args, **options))
+    script(train_det, "--data", parking, *TINY_DET, "--folds", 2)
+    [((path, parts), options)] = pages
+    results = json.loads(Path("runs/det/exp/results.json").read_text())
+    assert str(path) == "runs/det/exp/review.png" and [len(samples) for samples in parts.values()] == [5, 0]
+    by_class, by_size = options["tables"].values()
+    assert [row["class"] for row in by_class] == ["sedan", "bus", "adult"]
+    for row, want in zip(by_class, results["classes"].values()):
+        assert [row["AP"], row["AP50"], row["boxes"]] == [want["ap"], want["ap50"], want["truths"]]
+    held_out = [int(Path(name).stem) for name, fold in split_of("exp").items() if fold == 0]
+    labels = json.loads((parking / "train/label/Train.json").read_text())["annotations"]
+    areas = np.array([box["area"] for box in labels if box["image_id"] in held_out])
+    limits = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 1e9)}
+    assert {row["size"]: row["boxes"] for row in by_size} == {
+        name: ((low <= areas) & (areas <= high)).sum() for name, (low, high) in limits.items()}
+    assert [row["pixels"] for row in by_size] == ["0 to 1024", "1024 to 9216", "from 9216"]
+    for row in by_size:
+        want = results["last"][f"ap_{row['size']}"]
+        assert row["AP"] == want if want is not None else math.isnan(row["AP"])
+    with Image.open(path) as picture:
+        assert picture.height > 5 * 64 + (3 + 2 + 3 + 2) * 20
+
+
 def test_help_shows_the_recipes_values(monkeypatch, capsys):
     for flags, rate in (([], "0.002"), (["--preset", "finetune"], "0.0032"), (["--stages", "2,1"], "0.01")):
         monkeypatch.setattr("sys.argv", ["train_det.py", *flags, "--help"])
