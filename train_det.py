@@ -24,16 +24,22 @@ from data import augment, det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures, pictures_det, report, review, runs
+from utils import anchors, boxes, dist, engine, losses_det, metrics, optim
+from utils import pictures, pictures_det, report, review, runs, summary
 from utils.args import band_list, real, start, train_parser, training, whole
-from utils.errors import UserError, answers_for, cli
 from utils.average_precision import AREAS
+from utils.errors import UserError, answers_for, cli
 
 GAINS = {  # per head: weights of the loss's parts
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
     "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
 }
-IDLE = {"free": ("obj", "obj_pw", "cls_pw", "label_smoothing", "focal_gamma"), "anchor": ("dfl",)}  # without effect
+IDLE = {  # per head: flags without effect
+    "free": ("obj", "obj_pw", "cls_pw", "label_smoothing", "focal_gamma", "anchor_threshold", "autoanchor"),
+    "anchor": ("dfl",),
+}
+NEEDS = {"tile": ("overlap",), "mosaic": ("mixup", "grid", "close_mosaic"),
+         "warmup_epochs": ("warmup_bias_lr", "warmup_momentum")}
 COMMON = dict(obj_pw=1.0, cls_pw=1.0, anchor_threshold=4.0, hsv=[0.015, 0.7, 0.4], translate=0.1, scale=0.5)
 SECOND = "second-stage.json"  # in its folder
 PRESETS = {
@@ -68,7 +74,7 @@ def parse_args():
     add("--image-weights", action="store_true", help="images with rare classes come more often")
     add("--multi-scale", type=real(0, 0.9), default=0.0, help="batches at 1 - F to 1 + F times --imgsz")
     add("--autoanchor", action=BooleanOptionalAction, default=True,
-        help="new anchors where the net's do not fit the data")
+        help="new anchors where the net's do not fit the data (anchor)")
     add = parser.add_argument_group("augmentation").add_argument
     add("--mosaic", type=real(0, 1), default=1.0, help="probability")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
@@ -89,15 +95,21 @@ def parse_args():
         add(f"--{name}", type=real(0), help=f"weight {what}")
     add("--obj-pw", type=real(0), help="weight of positives in objectness (anchor)")
     add("--cls-pw", type=real(0), help="weight of positives in the classes (anchor)")
-    add("--anchor-threshold", type=real(1, 100), help="largest ratio of a box's side to its anchor's")
+    add("--anchor-threshold", type=real(1, 100), help="largest ratio of a box's side to its anchor's (anchor)")
     add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of the classes (anchor)")
     add("--focal-gamma", type=real(0, 10), default=0.0, help="focal loss; 0: cross-entropy (anchor)")
     add("--warmup-bias-lr", type=real(0, 10), help="learning rate of the biases at the start")
     add("--warmup-momentum", type=real(0, 0.9999), help="momentum at the start")
     # without the flag for help: that is to show the recipe's values
     known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    parser.set_defaults(**recipe("scratch-low" if known.stages else known.preset, known.head))
-    return start(parser)
+    preset = "scratch-low" if known.stages else known.preset
+    # another head changes the gains' defaults, and is none itself: the table of runs is to show it
+    parser.set_defaults(**recipe(preset, known.head) | {"head": PRESETS[preset]["head"]})
+    for flag in ("epochs", "preset"):
+        if known.stages and known.resume is None and vars(known)[flag] != parser.get_default(flag):
+            raise UserError(f"--{flag}: does nothing with --stages, which tells the epochs of two presets; leave one "
+                            f"of them out")
+    return start(parser, needs=NEEDS)
 
 
 def recipe(preset, head=None):
@@ -164,11 +176,12 @@ def experiment(args, device, folder, resume):
 
     if args.grid == 9 and (args.degrees or args.shear):  # pictures at its sides would cover others' objects
         raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
-    usual = recipe(args.preset, args.head) | dict(label_smoothing=0.0, focal_gamma=0.0)
+    usual = recipe(args.preset, args.head) | dict(label_smoothing=0.0, focal_gamma=0.0, autoanchor=True)
+    stored = resume["args"] if resume else {}  # of an older version, which took such flags
     for flag in IDLE[args.head]:
-        if vars(args)[flag] != usual[flag]:
-            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --head {args.head}; leave it out, or choose "
-                            f"the other head")
+        if vars(args)[flag] not in (usual[flag], stored.get(flag, usual[flag])):
+            raise UserError(f"{summary.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
+                            f"leave it out, or choose the other head")
 
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)

@@ -308,6 +308,17 @@ def test_presets_and_gains(script, parking):
     assert settings("c")["box"] == 7.5  # the competition's 0.05 is for the anchor head
 
 
+def test_the_table_of_runs_shows_the_head(script, parking):
+    """As every flag that is not the default's; the gains that come with a head are its defaults."""
+    for name, flags in (("a", ["--head", "anchor"]), ("b", ["--preset", "finetune", "--head", "free", "--dfl", 1]),
+                        ("c", ["--head", "free"])):
+        script(train_det, "--data", parking, *TINY_DET, "--folds", 0, "--name", name, *flags)
+    with open("runs/det/summary.csv", newline="") as file:
+        found = {row["run"]: row["flags"] for row in csv.DictReader(file)}
+    assert [re.findall("--(?:head|preset|box|obj|dfl|lr)(?: [^-]+)?\\b", found[name]) for name in "abc"] == [
+        ["--head anchor"], ["--preset finetune", "--head free", "--dfl 1"], []]
+
+
 def test_two_stages(script, parking, capsys):
     script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--image-weights", "--hsv", 0, 0, 0, "--no-ema")
     first, second = settings("exp"), settings("exp-finetune")
