@@ -452,6 +452,96 @@ def test_own_weights_with_another_number_of_classes(script, parking, tmp_path, c
     assert old["model.24.m.0.bias"].shape != new["model.24.m.0.bias"].shape
 
 
+# ---- what the net and the loss are given -----------------------------------------------------------------------------
+def given(script, monkeypatch, *flags):
+    """-> the model, a batch, and what else train_det.py gives to the loop."""
+    seen = []
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train_det.engine, "fit", lambda model, loader, **options: seen.append(
+            (model, next(iter(loader)), options)) or stop())
+        script(train_det, *flags)
+    return seen[0]
+
+
+@pytest.mark.parametrize("head, variant, imgsz, levels", [
+    ("anchor", "n", 96, 3), ("anchor", "n6", 128, 4), ("free", "n", 96, 3)])
+def test_gains_are_for_640_pixels_80_classes_and_3_levels(script, parking, monkeypatch, head, variant, imgsz, levels):
+    """The anchor head's; the loss of a step is a sum over its images, for which the rates are."""
+    own = {"anchor": ["--obj", 1.3, "--label-smoothing", 0.1], "free": ["--dfl", 1.1]}[head]
+    model, batch, options = given(script, monkeypatch, "--data", parking, *TINY_DET, "--variant", variant, "--imgsz",
+                                  imgsz, "--accumulate", 3, "--head", head, "--box", 0.07, "--cls", 0.6, *own)
+    weights = []
+    monkeypatch.setattr(train_det.losses_det, f"{head}_loss", lambda *_, **found: weights.append(found) or (
+        torch.tensor(2.0), {}))
+    assert float(options["compute_loss"](model, batch)[0]) == 2 * 4 * 3
+    want = dict(box=0.07, dfl=1.1, cls=0.6) if head == "free" else dict(
+        box=0.07 * 3 / levels, obj=1.3 * (imgsz / 640) ** 2 * 3 / levels, cls=0.6 * 3 / 80 * 3 / levels, obj_pw=1,
+        cls_pw=1, threshold=4, smoothing=0.1, gamma=0)
+    assert weights == [pytest.approx(want)]
+
+
+@pytest.mark.parametrize("optimizer, share", [("sgd", 4 * 3 / 64), ("adamw", 1)])
+def test_weight_decay_of_sgd_is_for_64_images(script, parking, monkeypatch, optimizer, share):
+    _, _, options = given(script, monkeypatch, "--data", parking, *TINY_DET, "--accumulate", 3, "--optimizer",
+                          optimizer, "--weight-decay", 0.02)
+    found = {group["name"]: group["weight_decay"] for group in options["optimizer"].param_groups}
+    assert found == {"weights": pytest.approx(0.02 * share), "scales": 0, "biases": 0}
+
+
+def test_boxes_are_resized_with_the_batch(script, parking, monkeypatch):
+    model, batch, options = given(script, monkeypatch, "--data", parking, *TINY_DET, "--multi-scale", 0.5)
+    seen, sides = [], set()
+    monkeypatch.setattr(train_det.losses_det, "free_loss", lambda maps, targets, *_, **options: seen.append(
+        (maps[0].shape[1] * 8, targets)) or (torch.tensor(0.0), {}))
+    assert len(batch["boxes"]) > 3
+    for seed in range(12):
+        torch.manual_seed(seed)
+        options["compute_loss"](model, batch)
+        side, targets = seen[-1]
+        sides.add(side)
+        assert torch.equal(targets[:, :2], batch["boxes"][:, :2])
+        torch.testing.assert_close(targets[:, 2:], batch["boxes"][:, 2:] * (side / 64))
+    assert sides == {32, 64, 96}
+
+
+def test_anchors_are_fitted_to_boxes_as_the_net_sees_them(monkeypatch):
+    """The longer side of an image at --imgsz."""
+    seen, head = [], SimpleNamespace(anchors=torch.ones(3, 3, 2), strides=[8, 16, 32])
+    new = np.arange(18, dtype=np.float32).reshape(3, 3, 2)
+    monkeypatch.setattr(train_det.anchors, "auto", lambda *args, **options: seen.append((args, options)) or (new, ""))
+    args = SimpleNamespace(autoanchor=True, imgsz=320, anchor_threshold=2.91, seed=5)
+    boxes = [np.array([[0, 0, 10, 20.0], [3, 4, 8, 5]]), np.zeros((0, 4)), np.array([[5, 5, 105, 25.0]])]
+    pixels = train_det.fit_anchors(head, args, boxes, [(40, 80), (9, 9), (200, 100)])
+    [((wh, old), options)] = seen
+    assert wh.tolist() == [[40, 80], [20, 4], [160, 32]] and options == dict(threshold=2.91, seed=5)
+    assert old.tolist() == [[[stride] * 2] * 3 for stride in (8, 16, 32)] and pixels == new.tolist()
+    assert torch.equal(head.anchors, torch.tensor(new) / torch.tensor([8, 16, 32.0])[:, None, None])
+
+
+@pytest.mark.parametrize("flag, most", [("--gridmask", 96), ("--cutout", 48)])
+def test_pixels_are_dropped_in_training_and_in_nothing_else(script, parking, monkeypatch, flag, most):
+    """most: extent of what is dropped from a picture of 96 x 96."""
+    seen, forward = {False: [], True: []}, train_det.YOLOv5.forward
+    monkeypatch.setattr(train_det.YOLOv5, "forward", lambda net, x: seen[net.training].append(x.clone()) or forward(
+        net, x))
+    found = []
+    for flags in ([], [flag, 1], [flag, 0.5]):
+        script(train_det, "--data", parking, *TINY_DET, "--imgsz", 96, *flags)
+        found.append({training: torch.cat(inputs) for training, inputs in seen.items()})
+        for inputs in seen.values():
+            inputs.clear()
+    plain, masked, half = found
+    assert len(plain[True]) == 8 and len(plain[False]) > 0
+    assert torch.equal(plain[False], masked[False]) and torch.equal(plain[False], half[False])
+    for some, count in ((masked[True], [8]), (half[True], range(1, 8))):
+        dropped = (some != plain[True]).any(1)
+        assert (some.movedim(1, -1)[dropped] == 0).all()
+        assert sum(bool(mask.any()) for mask in dropped) in count
+    for mask in (masked[True] != plain[True]).any(1):
+        rows, columns = mask.nonzero(as_tuple=True)
+        assert 0.04 < mask.float().mean() < 0.3 and max(rows.max() - rows.min(), columns.max() - columns.min()) < most
+
+
 # ---- samplers and warmup ---------------------------------------------------------------------------------------------
 def drawn(epochs, *args, **options):
     sampler, out = EpochBatches(*args, **options), []
