@@ -24,15 +24,22 @@ from data import augment, det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import anchors, boxes, dist, engine, losses_det, metrics, optim, pictures, pictures_det, report, review, runs
+from utils import anchors, boxes, dist, engine, losses_det, metrics, optim
+from utils import pictures, pictures_det, report, review, runs, summary
 from utils.args import band_list, real, start, train_parser, training, whole
+from utils.average_precision import AREAS
 from utils.errors import UserError, answers_for, cli
 
 GAINS = {  # per head: weights of the loss's parts
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
     "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
 }
-IDLE = {"free": ("obj", "obj_pw", "cls_pw", "label_smoothing", "focal_gamma"), "anchor": ("dfl",)}  # without effect
+IDLE = {  # per head: flags without effect
+    "free": ("obj", "obj_pw", "cls_pw", "label_smoothing", "focal_gamma", "anchor_threshold", "autoanchor"),
+    "anchor": ("dfl",),
+}
+NEEDS = {"tile": ("overlap",), "mosaic": ("mixup", "grid", "close_mosaic"),
+         "warmup_epochs": ("warmup_bias_lr", "warmup_momentum")}
 COMMON = dict(obj_pw=1.0, cls_pw=1.0, anchor_threshold=4.0, hsv=[0.015, 0.7, 0.4], translate=0.1, scale=0.5)
 SECOND = "second-stage.json"  # in its folder
 PRESETS = {
@@ -67,7 +74,7 @@ def parse_args():
     add("--image-weights", action="store_true", help="images with rare classes come more often")
     add("--multi-scale", type=real(0, 0.9), default=0.0, help="batches at 1 - F to 1 + F times --imgsz")
     add("--autoanchor", action=BooleanOptionalAction, default=True,
-        help="new anchors where the net's do not fit the data")
+        help="new anchors where the net's do not fit the data (anchor)")
     add = parser.add_argument_group("augmentation").add_argument
     add("--mosaic", type=real(0, 1), default=1.0, help="probability")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
@@ -88,15 +95,21 @@ def parse_args():
         add(f"--{name}", type=real(0), help=f"weight {what}")
     add("--obj-pw", type=real(0), help="weight of positives in objectness (anchor)")
     add("--cls-pw", type=real(0), help="weight of positives in the classes (anchor)")
-    add("--anchor-threshold", type=real(1, 100), help="largest ratio of a box's side to its anchor's")
+    add("--anchor-threshold", type=real(1, 100), help="largest ratio of a box's side to its anchor's (anchor)")
     add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of the classes (anchor)")
     add("--focal-gamma", type=real(0, 10), default=0.0, help="focal loss; 0: cross-entropy (anchor)")
     add("--warmup-bias-lr", type=real(0, 10), help="learning rate of the biases at the start")
     add("--warmup-momentum", type=real(0, 0.9999), help="momentum at the start")
     # without the flag for help: that is to show the recipe's values
     known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    parser.set_defaults(**recipe("scratch-low" if known.stages else known.preset, known.head))
-    return start(parser)
+    preset = "scratch-low" if known.stages else known.preset
+    # another head changes the gains' defaults, and is none itself: the table of runs is to show it
+    parser.set_defaults(**recipe(preset, known.head) | {"head": PRESETS[preset]["head"]})
+    for flag in ("epochs", "preset"):
+        if known.stages and known.resume is None and vars(known)[flag] != parser.get_default(flag):
+            raise UserError(f"--{flag}: does nothing with --stages, which tells the epochs of two presets; leave one "
+                            f"of them out")
+    return start(parser, needs=NEEDS)
 
 
 def recipe(preset, head=None):
@@ -118,8 +131,10 @@ def stage_list(text):
 
 def main():
     args, device, folder, resume = parse_args()
-    again = None if resume else dist.broadcast(dist.rank() == 0 and second_stage(folder))  # by torchrun, if there is
-    vars(args).update(again or {})
+    again = dist.broadcast(dist.rank() == 0 and second_stage(folder))
+    if again:
+        vars(args).update(again)
+        dist.print0(f"restarted in the second stage: {folder / SECOND} holds, not the command line")
     both = args.stages and not ((resume or again) and args.preset == "finetune")  # else the second stage goes on
     if both:
         stages = [args.epochs] * 2 if args.debug else args.stages
@@ -135,15 +150,22 @@ def main():
         before = folder
         folder = Path(dist.broadcast(str(dist.rank() == 0 and runs.create(folder.parent, f"{folder.name}-finetune"))))
         if dist.rank() == 0:
-            runs.write_json(folder / SECOND, changed)
+            runs.write_json(folder / SECOND, vars(args) | changed)
             shutil.copyfile(before / "run.json", folder / "run.json")
         experiment(argparse.Namespace(**vars(args) | changed), device, folder, None)
 
 
 def second_stage(folder):
-    """What differs from the first stage, where this is the folder of a second one that has no checkpoint yet; None."""
+    """The second stage's flags, where this is its folder and torchrun has restarted the command that began it: what
+    stands there is for the first stage. None where a user resumes it: then the command line is for this one."""
     path = folder / SECOND
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    flags = json.loads(path.read_text())
+    # a lock names the torchrun that works in its folder; who began the second stage has worked in the first's
+    locks = folder / "lock", Path(flags["weights"]).with_name("lock")
+    here, first = (lock.read_text() if lock.exists() else "" for lock in locks)
+    return flags if here and here == first else None
 
 
 def experiment(args, device, folder, resume):
@@ -154,16 +176,17 @@ def experiment(args, device, folder, resume):
 
     if args.grid == 9 and (args.degrees or args.shear):  # pictures at its sides would cover others' objects
         raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
-    usual = recipe(args.preset, args.head) | dict(label_smoothing=0.0, focal_gamma=0.0)
+    usual = recipe(args.preset, args.head) | dict(label_smoothing=0.0, focal_gamma=0.0, autoanchor=True)
+    stored = resume["args"] if resume else {}  # of an older version, which took such flags
     for flag in IDLE[args.head]:
-        if vars(args)[flag] != usual[flag]:
-            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --head {args.head}; leave it out, or choose "
-                            f"the other head")
+        if vars(args)[flag] not in (usual[flag], stored.get(flag, usual[flag])):
+            raise UserError(f"{summary.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
+                            f"leave it out, or choose the other head")
 
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
     train, val = split(args, folder, data)
-    bands = args.bands or default_bands(data.files[0])
+    bands = args.bands or default_bands(data.files)
     scale = args.band_scale or det.default_scale(data.files[train[0]], bands)
     if args.debug:
         train, val = train[:8 * args.bs], val[:args.bs]
@@ -338,10 +361,13 @@ def split(args, folder, data):
                         drop=args.drop_noisy)
 
 
-def default_bands(file):
-    """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see det.read)."""
-    rgb = images.kind(file) == "JPEG" or images.size(file)[0] == 1 and images.palette(file) is not None
-    return [1, 2, 3] if rgb else list(range(1, images.size(file)[0] + 1))
+def default_bands(files):
+    """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see det.read), and a
+    grey image where another has three bands."""
+    first, count = files[0], images.size(files[0])[0]
+    rgb = images.kind(first) == "JPEG" or count == 1 and (
+        images.palette(first) is not None or any(images.size(file)[0] >= 3 for file in files))
+    return [1, 2, 3] if rgb else list(range(1, count + 1))
 
 
 def pick(data, indices):
@@ -374,23 +400,37 @@ def fit_anchors(head, args, boxes, sizes):
     return pixels.tolist()
 
 
-def draw_ends(path, metric, samples, files, bands, names):
-    """The images with the worst F1 and the best: their boxes, and what was detected."""
-    rows, captions, threshold = [], [], metric.best_threshold()[0]
-    for i in sum(review.ends([row["score"] for row in samples]), []):
-        size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
-        shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
-        rgb, zoom = pictures.to_rgb(det.read(files[i], bands, shape=shape)), max(shape) / max(size)
-        found = found[found[:, 4] >= threshold]
-        rows.append([pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
-                     pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])])
-        captions.append(f"F1 {samples[i]['score']:.3f}   {files[i].name}")
-    pictures.contact_sheet(path, rows, titles=["labels", "detections"], captions=captions, max_side=640)
+def draw_ends(path, metric, samples, files, bands, *, names, tables):
+    """The images with the worst F1 and the best: their boxes, and what was detected; below, the tables."""
+    threshold, parts = metric.best_threshold()[0], {}
+    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
+        parts[part] = []
+        for i in chosen:
+            size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
+            shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
+            rgb, zoom = pictures.to_rgb(det.read(files[i], bands, shape=shape)), max(shape) / max(size)
+            found = found[found[:, 4] >= threshold]
+            row = [pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
+                   pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
+            parts[part].append((files[i].name, samples[i]["score"], row))
+    review.page(path, parts, tables=tables, titles=("labels", "detections"), max_side=640)
+
+
+def tables(metric, scores, classes, names):
+    """{title: rows} for `review.page`, from what a metric has computed: AP and boxes by class, and by their area."""
+    boxes = np.concatenate(metric.truths)
+    area = (boxes[:, 2:4] - boxes[:, :2]).prod(1)
+    by_class = [{"class": pictures_det.class_name(names, k), "AP": c["ap"], "AP50": c["ap50"], "boxes": c["truths"]}
+                for k, c in enumerate(classes)]
+    by_size = [{"size": name.removeprefix("ap_"), "pixels": f"{low} to {high}" if high < 1e10 else f"from {low}",
+                "AP": scores[name], "boxes": int(((low <= area) & (area <= high)).sum())}
+               for name, (low, high) in AREAS.items() if name != "ap"]
+    return {"Classes": by_class, "Boxes by area": by_size}
 
 
 def final(state, judge, names, folder, device, amp, files, bands):
     """The run's last weights judged class by class (results.json, precision-recall curves, confusion matrix) and image
-    by image (samples.csv; the worst and the best in review.png)."""
+    by image (samples.csv; the worst and the best, and tables, in review.png)."""
     metric = engine.judge(state, judge, device, amp)
     if dist.rank() > 0:
         return
@@ -400,12 +440,14 @@ def final(state, judge, names, folder, device, amp, files, bands):
     runs.write_json(folder / "results.json", {"last": last, "best F1": best, "classes": dict(zip(names, per_class))})
     samples = metric.samples(files)
     report.write_csv(folder / "samples.csv", samples)
-    draw_ends(folder / "review.png", metric, samples, files, bands, names)
+    draw_ends(folder / "review.png", metric, samples, files, bands, names=names,
+              tables=tables(metric, scores, classes, names))
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
     for name, c in zip(names, classes):
-        print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")
+        line = f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes"
+        print(line.encode(errors="backslashreplace").decode())  # what JSON escapes need not be text
 
 
 if __name__ == "__main__":

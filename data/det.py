@@ -42,12 +42,17 @@ def read(path, bands=None, **options):
 
 
 def default_scale(file, bands):
-    """`images.default_scale` for this file. UserError where its pixels go beyond it: what is trained on ends at 1."""
+    """`images.default_scale` for this file. UserError where its pixels go beyond it, or below 0: what is trained on is
+    cut off at 0 and 1."""
     pixels = read(file, bands, shape=reduced(images.size(file)[1:], 1024))
-    scale, most = images.default_scale(pixels.dtype), float(pixels.numpy().max())
+    scale, kind = images.default_scale(pixels.dtype), str(pixels.dtype).removeprefix("torch.")
+    least, most = float(pixels.numpy().min()), float(pixels.numpy().max())
+    if least < 0:  # such as decibels, of which nothing would be left
+        raise UserError(f"{file}: has {kind} pixels down to {least:g}, and all below 0 is black; add a number to the "
+                        f"pixels of all images so that they begin at 0, or let it be black by --band-scale")
     if most > scale:
-        raise UserError(f"{file}: has {str(pixels.dtype).removeprefix('torch.')} pixels up to {most:g}, and nothing "
-                        f"tells which is white; give --band-scale")
+        raise UserError(f"{file}: has {kind} pixels up to {most:g}, and nothing tells which is white; give "
+                        f"--band-scale")
     return scale
 
 

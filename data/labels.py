@@ -29,7 +29,7 @@ from data.label_formats import PLACE, YOLO_NAMES, Layout, get, part_of, read_jso
 from utils import dist
 from utils.errors import UserError
 
-VERSION = 1  # of what is kept: to be raised when this file or label_formats.py finds something else
+VERSION = 2  # of what is kept: to be raised when this file or label_formats.py finds something else
 TEST_INFORMATION = "Test_Images_Information.json"
 LABEL_FOLDERS = ("annotations", "label", "labels")  # whose images lie beside them, not in them
 # Less than a pixel is nothing to see, and the logarithms of its sides run away. 0.1 is for YOLO's rounding: with four
@@ -195,6 +195,11 @@ def _check(layout):
         sizes = list(tqdm(pool.map(lambda file: images.size(layout.root / file)[1:], parsed.files), desc="sizes",
                           total=len(parsed.files), leave=False, disable=dist.rank() > 0))
     category_ids = sorted(parsed.names)
+    for name, count in Counter(parsed.names.values()).most_common(1):
+        if count > 1:  # results are kept by name
+            same = [n for n in category_ids if parsed.names[n] == name]
+            raise UserError(f"{layout.root / layout.labels[0]}: the categories {same[0]} and {same[1]} are both named "
+                            f"{show(name)}; rename one, or give all their boxes one category")
     boxes, reasons, clipped = _clip(parsed, np.array(sizes), category_ids, normalised=layout.kind == "YOLO")
     kept = np.flatnonzero(reasons == "")
     owner, category = (np.array(values, np.int64)[kept] for values in (parsed.owner, parsed.category))

@@ -13,6 +13,7 @@ import train_det
 from nets.unet import UNet
 from tests.conftest import TINY_DET, write_parking, write_tif
 from tests.test_predict_det import weights
+from utils import checkpoint
 
 
 @pytest.fixture
@@ -76,6 +77,15 @@ def test_pictures_of_other_bands(refused, root):
     (["--imgsz", "80"], ["--imgsz 80", "stride 32", "take 96"]),
     (["--variant", "n6", "--imgsz", "96"], ["--imgsz 96", "64", "take 128"]),
     (["--label-smoothing", "0.1"], ["--label-smoothing", "--head free"]), (["--obj", "2"], ["--obj", "--head free"]),
+    (["--anchor-threshold", "3"], ["--anchor-threshold 3", "--head free"]),
+    (["--no-autoanchor"], ["--no-autoanchor", "--head free"]),
+    (["--overlap", "0.5"], ["--overlap", "--tile"]), (["--mosaic", "0", "--mixup", "1"], ["--mixup", "--mosaic"]),
+    (["--mosaic", "0", "--grid", "9"], ["--grid", "--mosaic"]),
+    (["--mosaic", "0", "--close-mosaic", "1"], ["--close-mosaic", "--mosaic"]),
+    (["--warmup-epochs", "0", "--warmup-bias-lr", "0.1"], ["--warmup-bias-lr", "warmup"]),
+    (["--warmup-epochs", "0", "--warmup-momentum", "0.5"], ["--warmup-momentum", "warmup"]),
+    (["--stages", "1,1"], ["--epochs", "--stages"]),  # TINY_DET's
+    (["--stages", "1,1", "--epochs", "50", "--preset", "finetune"], ["--preset", "--stages"]),
     (["--imgsz", "32", "--bs", "1"], ["--bs 1", "--imgsz 32"]),
     (["--imgsz", "64", "--bs", "1", "--multi-scale", "0.5"], ["--bs 1", "--imgsz 64"]),
     (["--head", "anchor", "--dfl", "1"], ["--dfl", "--head anchor"]),
@@ -85,6 +95,18 @@ def test_pictures_of_other_bands(refused, root):
     (["--resume", "nowhere"], ["nowhere"]), (["--resume"], ["runs/det", "train one first"])])
 def test_flags_that_do_not_fit(refused, root, flags, says):
     train(refused, "--data", root, *flags, says=says)
+
+
+def test_runs_of_versions_that_took_such_flags(refused, script, root):
+    """What a run has stored is not refused when it is resumed; what is given anew is."""
+    script(train_det, *TINY_DET, "--data", root)
+    path = root.parent / "runs/det/exp/last.pt"
+    state = checkpoint.load(path)
+    state["args"] |= {"autoanchor": False, "obj": 2.0, "overlap": 0.5, "mosaic": 0.0, "mixup": 0.5}
+    checkpoint.save(path, state)
+    script(train_det, "--resume", "runs/det/exp", "--epochs", 2)
+    assert len(checkpoint.load(path)["history"]) == 2
+    train(refused, "--resume", "runs/det/exp", "--epochs", 3, "--obj", 3, says=["--obj 3", "--head free"])
 
 
 @pytest.mark.parametrize("flag, values", [

@@ -202,7 +202,7 @@ def test_palettes_become_rgb(tmp_path):
     picture = Image.fromarray(pixels).convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
     picture.save(tmp_path / "a.png"), picture.save(tmp_path / "b.tif")
     for name in ("a.png", "b.tif"):
-        assert train_det.default_bands(tmp_path / name) == [1, 2, 3]
+        assert train_det.default_bands([tmp_path / name]) == [1, 2, 3]
         found = det.read(tmp_path / name, [1, 2, 3])
         assert found.dtype == torch.uint8 and np.abs(found.permute(1, 2, 0).numpy().astype(int) - pixels).max() <= 1
         assert torch.equal(det.read(tmp_path / name, [1, 2, 3], window=(8, 0, 8, 16)), found[:, 8:])

@@ -543,6 +543,16 @@ def test_bad_test_ids(tmp_path, content, says):
     refused(tmp_path, dump(tmp_path / "Test_Images_Information.json", content), says, call=labels.test_ids)
 
 
+def test_two_categories_of_one_name(lot, tmp_path):
+    path = lot / "train/label/Train.json"
+    content = json.loads(path.read_text())
+    dump(path, content | {"categories": content["categories"] + [{"id": 7, "name": "bus"}]})
+    refused(lot, path, "the categories 1 and 7 are both named 'bus'; rename one")
+    write_yolo(tmp_path / "yolo")
+    names = dump(tmp_path / "yolo/classes.txt", "car\nbus\nbus\n")
+    refused(tmp_path / "yolo", names, "the categories 1 and 2 are both named 'bus'")
+
+
 def test_files_of_one_set_that_disagree(tmp_path):
     write_coco(tmp_path)
     path = tmp_path / "annotations/instances_val2017.json"

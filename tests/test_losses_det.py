@@ -11,6 +11,7 @@ from utils.losses_det import anchor_loss, assign, distribution_focal, free_loss,
 STRIDES = [8, 16, 32]
 ANCHORS = torch.tensor([[[1.25, 1.6], [2.0, 3.75], [4.1, 2.9]], [[1.9, 3.8], [3.9, 2.8], [3.7, 7.4]],
                         [[3.6, 2.8], [4.9, 6.2], [11.7, 10.2]]], dtype=torch.float64)
+P6 = torch.cat((ANCHORS, torch.tensor([[[1.0, 0.8], [0.5, 1.1], [1.4, 1.2]]], dtype=torch.float64)))  # and stride 64
 
 
 def scene(seed, *, images=3, size=96, classes=4, most=6):
@@ -25,10 +26,10 @@ def scene(seed, *, images=3, size=96, classes=4, most=6):
     return torch.tensor(rows, dtype=torch.float64).view(-1, 6)
 
 
-def anchor_maps(seed, *, images=3, size=96, classes=4):
+def anchor_maps(seed, *, images=3, size=96, classes=4, strides=STRIDES):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(images, 3, size // s, size // s, 5 + classes, generator=g, dtype=torch.float64)
-            for s in STRIDES]
+            for s in strides]
 
 
 def sigmoid(v):
@@ -55,15 +56,16 @@ def ciou(a, b):
     return v - d / (cw ** 2 + ch ** 2) - s / (1 - v + s + 1e-7) * s
 
 
-def slow_anchor_loss(maps, rows, *, threshold=4.0, box=.05, obj=1.0, cls=.5, obj_pw=1.0, cls_pw=1.0, smoothing=0.0,
-                     gamma=0.0):
+def slow_anchor_loss(maps, rows, anchors=ANCHORS, *, threshold=4.0, box=.05, obj=1.0, cls=.5, obj_pw=1.0, cls_pw=1.0,
+                     smoothing=0.0, gamma=0.0):
     total = {"box": 0.0, "obj": 0.0, "cls": 0.0}
-    for level, (m, stride, balance) in enumerate(zip(maps, STRIDES, (4.0, 1.0, 0.4))):
+    balances = (4.0, 1.0, 0.4) if len(maps) == 3 else (4.0, 1.0, 0.25, 0.06)
+    for m, level, stride, balance in zip(maps, anchors.tolist(), (8, 16, 32, 64), balances):
         height, width, classes = m.shape[2], m.shape[3], m.shape[4] - 5
         target, boxes, labels = np.zeros(m.shape[:4]), [], []
         for image, label, x1, y1, x2, y2 in rows.tolist():
             x, y, w, h = (x1 + x2) / 2 / stride, (y1 + y2) / 2 / stride, (x2 - x1) / stride, (y2 - y1) / stride
-            for a, (aw, ah) in enumerate(ANCHORS[level].tolist()):
+            for a, (aw, ah) in enumerate(level):
                 if max(w / aw, aw / w, h / ah, ah / h) >= threshold:
                     continue
                 cells = [(int(x), int(y)), (int(x) + (-1 if x % 1 < .5 else 1), int(y)),
@@ -109,6 +111,16 @@ def test_anchor_loss_is_the_loops(seed, options):
     slow = slow_anchor_loss(maps, rows, **options)
     assert {k: float(v) for k, v in parts.items()} == pytest.approx(slow, rel=1e-6)
     assert float(loss) == pytest.approx(sum(slow.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_anchor_loss_of_four_levels_is_the_loops(seed):
+    """The coarsest one has matches, or its share would not be seen."""
+    strides = [*STRIDES, 64]
+    maps, rows = anchor_maps(seed, size=128, strides=strides), scene(seed, size=128)
+    assert len(match_anchors(maps[3].shape, rows, P6[3], 64, 4.0)[2])
+    _, parts = anchor_loss(maps, rows, P6, strides)
+    assert {k: float(v) for k, v in parts.items()} == pytest.approx(slow_anchor_loss(maps, rows, P6), rel=1e-6)
 
 
 def test_anchor_loss_without_boxes_has_a_gradient():

@@ -22,7 +22,7 @@ from data import det, images, labels, mask_boxes
 from nets.yolo import YOLOv5
 from tests.conftest import TINY_DET, lot, tile, write_parking, write_tif, write_wildfire
 from tests.test_predict_det import FLAGS, NAMES, Finder, finder, items_of, weights  # noqa: F401, finder is a fixture
-from tests.test_scripts_det import edit, ranks
+from tests.test_scripts_det import STAGED, edit, ranks
 from utils import checkpoint, tiles
 from utils.errors import Stopped, UserError
 
@@ -125,9 +125,9 @@ def test_debug_runs_two_epochs_also_of_stages(script, tmp_path, monkeypatch):
         script(train_det, *flags)
     assert seen.pop() == 15  # of 20, five are held out: fewer than eight batches of two
     monkeypatch.setattr(train_det, "experiment", lambda args, *_: seen.append((args.preset, args.epochs)))
-    script(train_det, *flags, "--stages", "30,20")
     script(train_det, *flags, "--epochs", 30)
-    assert seen == [("scratch-low", 2), ("finetune", 2), ("default", 2)]
+    script(train_det, "--data", root, *STAGED, "--folds", 4, "--debug", "--stages", "30,20")
+    assert seen == [("default", 2), ("scratch-low", 2), ("finetune", 2)]
 
 
 def stop():

@@ -38,6 +38,11 @@ def test_csv_has_the_union_of_keys_in_order_and_six_digits(tmp_path):
         assert list(csv.DictReader(file)) == [{"epoch": "1", "loss": "0.123457", "lr": "1e-07"}]
 
 
+def test_names_that_are_no_text(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"name": "\udce9é.jpg", "\ud800": 0.5}])
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "name,\\ud800\n\\udce9é.jpg,0.5\n"
+
+
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     class Broken:
         def __str__(self):

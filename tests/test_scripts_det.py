@@ -1,10 +1,14 @@
 """train_det.py from files to files, on tiny lots: records, recipes, stages, resuming, several processes."""
 import csv
 import json
+import math
 import os
+import re
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +17,12 @@ from PIL import Image
 
 import train_det
 from data.loader import EpochBatches
-from tests.conftest import TINY_DET, _child, write_parking
+from tests.conftest import TINY_DET, _child, write_parking, write_tif
 from tests.harness import differences, free_port, read
 from utils import checkpoint, optim
 from utils.errors import Stopped
 
+STAGED = " ".join(TINY_DET).replace("--epochs 1", "").split()
 # single pictures as they are: few steps teach something
 PLAIN = "--mosaic 0 --translate 0 --scale 0 --hsv 0 0 0.1 --warmup-epochs 0.5 --no-ema --save-period 0".split()
 
@@ -87,7 +92,8 @@ def test_a_run_finds_boxes_and_leaves_its_records(script, tmp_path):
 
 @pytest.mark.parametrize("head", ["free", "anchor"])
 def test_the_checkpoint_says_what_prediction_needs(script, parking, head, capsys):
-    script(train_det, "--data", parking, *TINY_DET, "--head", head, "--anchor-threshold", 1.5)
+    script(train_det, "--data", parking, *TINY_DET, "--head", head,
+           *(["--anchor-threshold", 1.5] if head == "anchor" else []))
     state = torch.load("runs/det/exp/last.pt", weights_only=True)
     assert (state["task"], state["arch"]["name"]) == ("det", "YOLOv5")
     assert (state["classes"], state["category_ids"]) == (["sedan", "bus", "adult"], [1, 2, 3])
@@ -169,6 +175,71 @@ def test_pixels_beyond_white(script, refused, tmp_path, monkeypatch):
     assert {training for training, _ in seen} == {True, False} and {most for _, most in seen} == {1.0}
 
 
+def test_pixels_below_black(refused, script, tmp_path):
+    """Decibels, all of them: training would see nothing. Moved up they are seen; a flag cuts off stray ones."""
+    root = write_parking(tmp_path / "DATA", train=6)
+    files = sorted((root / "train/images").iterdir())
+
+    def write(low):
+        for i, path in enumerate(files):
+            write_tif(path, np.random.default_rng(i).random((1, 64, 96), np.float32) * 0.9 + np.float32(low))
+
+    write(-20)
+    flags = ["--data", root, *TINY_DET]
+    refused(train_det, *flags, says=[".jpg: has float32 pixels down to -19.9", "add a number", "--band-scale"])
+    write(0)
+    script(train_det, *flags, "--name", "moved")
+    write(-0.001)
+    refused(train_det, *flags, says=[".jpg: has float32 pixels down to -0.00"])
+    script(train_det, *flags, "--band-scale", 1, "--name", "cut")
+    assert last("moved")["scale"] == last("cut")["scale"] == 1
+
+
+def test_names_that_are_no_text(script, tmp_path, capsys):
+    """Bytes that are not UTF-8 in a file's name, half a character in a class's: all results of the run are written."""
+    root = write_parking(tmp_path / "DATA", train=6, most=1)
+    names = {f"{i:03}.jpg": os.fsdecode(b"\xe9\xff%d.jpg" % i) for i in range(6)}
+    for old, new in names.items():
+        (root / "train/images" / old).rename(root / "train/images" / new)
+    edit(root, lambda labels: [image.update(file_name=names[image["file_name"]]) for image in labels["images"]]
+         + [category.update(name=f"\ud800{category['id']}") for category in labels["categories"]])
+    script(train_det, "--data", root, *TINY_DET, "--folds", 2)
+    run, out = Path("runs/det/exp"), capsys.readouterr().out
+    with open(run / "samples.csv", newline="", encoding="utf-8") as file:
+        found = [Path(row["name"]).name for row in csv.DictReader(file)]
+    assert len(found) == 3 and all(re.fullmatch(r"\\udce9\\udcff[0-5]\.jpg", name) for name in found)
+    assert all((run / name).exists() for name in ("review.png", "pr.png", "confusion.png", "results.json"))
+    assert out.count("\n  \\ud800") == 3 and list(json.loads((run / "results.json").read_text())["classes"]) == [
+        "\ud8001", "\ud8002", "\ud8003"]
+
+
+def test_review_has_tables(script, parking, monkeypatch):
+    """Of the classes and of sizes, with what results.json has and counts of the held-out boxes."""
+    pages, page = [], train_det.review.page
+    monkeypatch.setattr(train_det.review, "page", lambda *args, **options: pages.append((args, options)) or page(
+        *args, **options))
+    script(train_det, "--data", parking, *TINY_DET, "--folds", 2)
+    [((path, parts), options)] = pages
+    results = json.loads(Path("runs/det/exp/results.json").read_text())
+    assert str(path) == "runs/det/exp/review.png" and [len(samples) for samples in parts.values()] == [5, 0]
+    by_class, by_size = options["tables"].values()
+    assert [row["class"] for row in by_class] == ["sedan", "bus", "adult"]
+    for row, want in zip(by_class, results["classes"].values()):
+        assert [row["AP"], row["AP50"], row["boxes"]] == [want["ap"], want["ap50"], want["truths"]]
+    held_out = [int(Path(name).stem) for name, fold in split_of("exp").items() if fold == 0]
+    labels = json.loads((parking / "train/label/Train.json").read_text())["annotations"]
+    areas = np.array([box["area"] for box in labels if box["image_id"] in held_out])
+    limits = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 1e9)}
+    assert {row["size"]: row["boxes"] for row in by_size} == {
+        name: ((low <= areas) & (areas <= high)).sum() for name, (low, high) in limits.items()}
+    assert [row["pixels"] for row in by_size] == ["0 to 1024", "1024 to 9216", "from 9216"]
+    for row in by_size:
+        want = results["last"][f"ap_{row['size']}"]
+        assert row["AP"] == want if want is not None else math.isnan(row["AP"])
+    with Image.open(path) as picture:
+        assert picture.height > 5 * 64 + (3 + 2 + 3 + 2) * 20
+
+
 def test_help_shows_the_recipes_values(monkeypatch, capsys):
     for flags, rate in (([], "0.002"), (["--preset", "finetune"], "0.0032"), (["--stages", "2,1"], "0.01")):
         monkeypatch.setattr("sys.argv", ["train_det.py", *flags, "--help"])
@@ -237,8 +308,19 @@ def test_presets_and_gains(script, parking):
     assert settings("c")["box"] == 7.5  # the competition's 0.05 is for the anchor head
 
 
+def test_the_table_of_runs_shows_the_head(script, parking):
+    """As every flag that is not the default's; the gains that come with a head are its defaults."""
+    for name, flags in (("a", ["--head", "anchor"]), ("b", ["--preset", "finetune", "--head", "free", "--dfl", 1]),
+                        ("c", ["--head", "free"])):
+        script(train_det, "--data", parking, *TINY_DET, "--folds", 0, "--name", name, *flags)
+    with open("runs/det/summary.csv", newline="") as file:
+        found = {row["run"]: row["flags"] for row in csv.DictReader(file)}
+    assert [re.findall("--(?:head|preset|box|obj|dfl|lr)(?: [^-]+)?\\b", found[name]) for name in "abc"] == [
+        ["--head anchor"], ["--preset finetune", "--head free", "--dfl 1"], []]
+
+
 def test_two_stages(script, parking, capsys):
-    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", "--image-weights", "--hsv", 0, 0, 0, "--no-ema")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--image-weights", "--hsv", 0, 0, 0, "--no-ema")
     first, second = settings("exp"), settings("exp-finetune")
     assert (first["preset"], first["lr"], first["scale"], first["epochs"]) == ("scratch-low", 0.01, 0.5, 1)
     want = dict(preset="finetune", lr=0.0032, momentum=0.843, scale=0.9, epochs=1, obj_pw=0.911)
@@ -251,21 +333,33 @@ def test_two_stages(script, parking, capsys):
 
 
 def test_the_second_stage_keeps_the_loss_weights_of_the_free_head(script, parking):
-    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", "--head", "free")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--head", "free")
     second = settings("exp-finetune")
     assert (second["head"], second["lr"]) == ("free", 0.0032)
     assert [second[k] for k in ("box", "dfl", "cls")] == [7.5, 1.5, 0.5]  # 0.243 is for the anchor head
 
 
-def test_a_grey_first_jpeg_does_not_make_all_images_grey(tmp_path):
-    for name, mode in (("a.jpg", "L"), ("b.jpg", "CMYK"), ("c.png", "L"), ("d.png", "RGBA")):
+@pytest.mark.parametrize("names, want", [
+    ("a.jpg", 3), ("b.jpg", 3), ("c.png", 1), ("d.png", 4), ("a.jpg c.png", 3), ("c.png a.jpg", 1), ("c.png e.png", 1),
+    ("c.png c.png a.jpg d.png", 3), ("c.png b.jpg", 3), ("e.png d.png", 2), ("d.png c.png", 4)])
+def test_a_grey_first_image_does_not_make_all_images_grey(tmp_path, names, want):
+    for name, mode in (("a.jpg", "L"), ("b.jpg", "CMYK"), ("c.png", "L"), ("d.png", "RGBA"), ("e.png", "LA")):
         Image.new(mode, (8, 8)).save(tmp_path / name)
-    assert [train_det.default_bands(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.png", "d.png")] == \
-        [[1, 2, 3], [1, 2, 3], [1], [1, 2, 3, 4]]
+    assert train_det.default_bands([tmp_path / name for name in names.split()]) == list(range(1, want + 1))
+
+
+def test_a_grey_png_among_colours(script, tmp_path):
+    """Which comes first: its boxes are learned as the others' are, from grey in three bands."""
+    root = write_parking(tmp_path / "DATA", train=6)
+    for path in sorted((root / "train/images").iterdir()):
+        with Image.open(path) as image:  # by their first bytes they are PNGs
+            image.convert("L" if path.name == "000.jpg" else "RGB").save(path, "PNG")
+    script(train_det, "--data", root, *TINY_DET, "--folds", 3)
+    assert last("exp")["bands"] == [1, 2, 3] and last("exp")["arch"]["kwargs"]["in_chans"] == 3
 
 
 def test_the_second_stage_is_resumed_as_such(script, parking):
-    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1")
     assert sorted(line.split(",")[0] for line in Path("runs/det/summary.csv").read_text().splitlines()) == [
         "exp", "exp-finetune", "run"]
     script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 2)
@@ -282,7 +376,7 @@ def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking,
         return fit(*args, folder=folder, **options) if folder.name == "exp" else stop()
 
     monkeypatch.setattr(train_det.engine, "fit", dies)
-    flags = ["--data", parking, *TINY_DET, "--stages", "1,2"]
+    flags = ["--data", parking, *STAGED, "--stages", "1,2"]
     with pytest.raises(Stopped):
         script(train_det, *flags)
     monkeypatch.setattr(train_det.engine, "fit", fit)
@@ -293,8 +387,55 @@ def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking,
     assert len(last("exp-finetune")["history"]) == 2 and Path("runs/det/exp-finetune/run.json").exists()
 
 
+def test_the_second_stage_restarted_after_a_checkpoint(script, parking, monkeypatch):
+    """By torchrun too: not the command line holds, which is the first stage's, but what the second one began with. A
+    user's own --resume of it is another matter, also under torchrun."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    loss, count = train_det.losses_det.anchor_loss, iter(range(100))
+
+    def dies(*args, **options):
+        if next(count) == 10:  # of four steps per epoch: in the second stage's second one
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args, **options)
+
+    monkeypatch.setattr(train_det.losses_det, "anchor_loss", dies)
+    flags = ["--data", parking, *STAGED, "--stages", "1,3", "--image-weights", "--extra-data", f"{parking}:2"]
+    with pytest.raises(Stopped):
+        script(train_det, *flags)
+    begun = settings("exp-finetune")
+    assert (begun["preset"], begun["epochs"], begun["image_weights"]) == ("finetune", 3, False)
+    assert last("exp-finetune")["step"] == 7
+    script(train_det, *flags)
+    assert [p.name for p in sorted(Path("runs/det").iterdir()) if p.is_dir()] == ["exp", "exp-finetune"]
+    assert settings("exp-finetune") == begun and len(last("exp-finetune")["history"]) == 3
+    monkeypatch.setattr(train_det.runs.os, "getppid", lambda: 1)  # another torchrun
+    for _ in range(2):  # at first, and as it restarts it
+        script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 4, "--device", "cpu")
+    assert settings("exp-finetune") == begun | {"epochs": 4, "resume": "runs/det/exp-finetune"}
+    assert len(last("exp-finetune")["history"]) == 4
+
+
+def test_the_second_stage_of_a_resumed_first_one_is_restarted(script, parking, monkeypatch):
+    """The command line then holds nothing but --resume, and names the first stage's folder."""
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,2", "--imgsz", 96, "--image-weights")
+    shutil.rmtree("runs/det/exp-finetune")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    fit = train_det.engine.fit
+    monkeypatch.setattr(train_det.engine, "fit", lambda *args, folder, **options: fit(
+        *args, folder=folder, **options) if folder.name == "exp" else stop())
+    flags = ["--resume", "runs/det/exp", "--epochs", 2]
+    with pytest.raises(Stopped):
+        script(train_det, *flags)
+    begun = settings("exp-finetune")
+    monkeypatch.setattr(train_det.engine, "fit", fit)
+    script(train_det, *flags)
+    assert (begun["epochs"], begun["imgsz"], begun["image_weights"]) == (2, 96, False)
+    assert settings("exp-finetune") == begun and len(last("exp-finetune")["history"]) == 2
+    assert len(last("exp")["history"]) == 2
+
+
 def test_a_first_stage_gets_more_epochs(script, parking):
-    script(train_det, "--data", parking, *TINY_DET, "--stages", "1,1")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1")
     script(train_det, "--resume", "runs/det/exp", "--epochs", 2)
     assert len(last("exp")["history"]) == 2
 
@@ -309,6 +450,96 @@ def test_own_weights_with_another_number_of_classes(script, parking, tmp_path, c
     old, new = checkpoint.load("runs/det/exp/last.pt")["ema"], last("more")["model"]
     assert torch.equal(old["model.0.conv.weight"], new["model.0.conv.weight"])
     assert old["model.24.m.0.bias"].shape != new["model.24.m.0.bias"].shape
+
+
+# ---- what the net and the loss are given -----------------------------------------------------------------------------
+def given(script, monkeypatch, *flags):
+    """-> the model, a batch, and what else train_det.py gives to the loop."""
+    seen = []
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train_det.engine, "fit", lambda model, loader, **options: seen.append(
+            (model, next(iter(loader)), options)) or stop())
+        script(train_det, *flags)
+    return seen[0]
+
+
+@pytest.mark.parametrize("head, variant, imgsz, levels", [
+    ("anchor", "n", 96, 3), ("anchor", "n6", 128, 4), ("free", "n", 96, 3)])
+def test_gains_are_for_640_pixels_80_classes_and_3_levels(script, parking, monkeypatch, head, variant, imgsz, levels):
+    """The anchor head's; the loss of a step is a sum over its images, for which the rates are."""
+    own = {"anchor": ["--obj", 1.3, "--label-smoothing", 0.1], "free": ["--dfl", 1.1]}[head]
+    model, batch, options = given(script, monkeypatch, "--data", parking, *TINY_DET, "--variant", variant, "--imgsz",
+                                  imgsz, "--accumulate", 3, "--head", head, "--box", 0.07, "--cls", 0.6, *own)
+    weights = []
+    monkeypatch.setattr(train_det.losses_det, f"{head}_loss", lambda *_, **found: weights.append(found) or (
+        torch.tensor(2.0), {}))
+    assert float(options["compute_loss"](model, batch)[0]) == 2 * 4 * 3
+    want = dict(box=0.07, dfl=1.1, cls=0.6) if head == "free" else dict(
+        box=0.07 * 3 / levels, obj=1.3 * (imgsz / 640) ** 2 * 3 / levels, cls=0.6 * 3 / 80 * 3 / levels, obj_pw=1,
+        cls_pw=1, threshold=4, smoothing=0.1, gamma=0)
+    assert weights == [pytest.approx(want)]
+
+
+@pytest.mark.parametrize("optimizer, share", [("sgd", 4 * 3 / 64), ("adamw", 1)])
+def test_weight_decay_of_sgd_is_for_64_images(script, parking, monkeypatch, optimizer, share):
+    _, _, options = given(script, monkeypatch, "--data", parking, *TINY_DET, "--accumulate", 3, "--optimizer",
+                          optimizer, "--weight-decay", 0.02)
+    found = {group["name"]: group["weight_decay"] for group in options["optimizer"].param_groups}
+    assert found == {"weights": pytest.approx(0.02 * share), "scales": 0, "biases": 0}
+
+
+def test_boxes_are_resized_with_the_batch(script, parking, monkeypatch):
+    model, batch, options = given(script, monkeypatch, "--data", parking, *TINY_DET, "--multi-scale", 0.5)
+    seen, sides = [], set()
+    monkeypatch.setattr(train_det.losses_det, "free_loss", lambda maps, targets, *_, **options: seen.append(
+        (maps[0].shape[1] * 8, targets)) or (torch.tensor(0.0), {}))
+    assert len(batch["boxes"]) > 3
+    for seed in range(12):
+        torch.manual_seed(seed)
+        options["compute_loss"](model, batch)
+        side, targets = seen[-1]
+        sides.add(side)
+        assert torch.equal(targets[:, :2], batch["boxes"][:, :2])
+        torch.testing.assert_close(targets[:, 2:], batch["boxes"][:, 2:] * (side / 64))
+    assert sides == {32, 64, 96}
+
+
+def test_anchors_are_fitted_to_boxes_as_the_net_sees_them(monkeypatch):
+    """The longer side of an image at --imgsz."""
+    seen, head = [], SimpleNamespace(anchors=torch.ones(3, 3, 2), strides=[8, 16, 32])
+    new = np.arange(18, dtype=np.float32).reshape(3, 3, 2)
+    monkeypatch.setattr(train_det.anchors, "auto", lambda *args, **options: seen.append((args, options)) or (new, ""))
+    args = SimpleNamespace(autoanchor=True, imgsz=320, anchor_threshold=2.91, seed=5)
+    boxes = [np.array([[0, 0, 10, 20.0], [3, 4, 8, 5]]), np.zeros((0, 4)), np.array([[5, 5, 105, 25.0]])]
+    pixels = train_det.fit_anchors(head, args, boxes, [(40, 80), (9, 9), (200, 100)])
+    [((wh, old), options)] = seen
+    assert wh.tolist() == [[40, 80], [20, 4], [160, 32]] and options == dict(threshold=2.91, seed=5)
+    assert old.tolist() == [[[stride] * 2] * 3 for stride in (8, 16, 32)] and pixels == new.tolist()
+    assert torch.equal(head.anchors, torch.tensor(new) / torch.tensor([8, 16, 32.0])[:, None, None])
+
+
+@pytest.mark.parametrize("flag, most", [("--gridmask", 96), ("--cutout", 48)])
+def test_pixels_are_dropped_in_training_and_in_nothing_else(script, parking, monkeypatch, flag, most):
+    """most: extent of what is dropped from a picture of 96 x 96."""
+    seen, forward = {False: [], True: []}, train_det.YOLOv5.forward
+    monkeypatch.setattr(train_det.YOLOv5, "forward", lambda net, x: seen[net.training].append(x.clone()) or forward(
+        net, x))
+    found = []
+    for flags in ([], [flag, 1], [flag, 0.5]):
+        script(train_det, "--data", parking, *TINY_DET, "--imgsz", 96, *flags)
+        found.append({training: torch.cat(inputs) for training, inputs in seen.items()})
+        for inputs in seen.values():
+            inputs.clear()
+    plain, masked, half = found
+    assert len(plain[True]) == 8 and len(plain[False]) > 0
+    assert torch.equal(plain[False], masked[False]) and torch.equal(plain[False], half[False])
+    for some, count in ((masked[True], [8]), (half[True], range(1, 8))):
+        dropped = (some != plain[True]).any(1)
+        assert (some.movedim(1, -1)[dropped] == 0).all()
+        assert sum(bool(mask.any()) for mask in dropped) in count
+    for mask in (masked[True] != plain[True]).any(1):
+        rows, columns = mask.nonzero(as_tuple=True)
+        assert 0.04 < mask.float().mean() < 0.3 and max(rows.max() - rows.min(), columns.max() - columns.min()) < most
 
 
 # ---- samplers and warmup ---------------------------------------------------------------------------------------------
@@ -389,18 +620,19 @@ def test_warm_up(name):
 
 
 # ---- stopped, and several processes ----------------------------------------------------------------------------------
-def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, parking, monkeypatch):
+@pytest.mark.parametrize("head", ["free", "anchor"])
+def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, parking, monkeypatch, head):
     flags = ["--data", parking, *TINY_DET, "--bs", 2, "--epochs", 2, "--multi-scale", 0.5, "--mixup", 0.5,
-             "--image-weights", "--close-mosaic", 1]
+             "--image-weights", "--close-mosaic", 1, "--head", head]
     script(train_det, *flags, "--name", "straight")
-    loss, count = train_det.losses_det.free_loss, iter(range(100))
+    loss, count = getattr(train_det.losses_det, f"{head}_loss"), iter(range(100))
 
     def stopping(*args, **options):
         if next(count) in (2, 5):
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(*args, **options)
 
-    monkeypatch.setattr(train_det.losses_det, "free_loss", stopping)
+    monkeypatch.setattr(train_det.losses_det, f"{head}_loss", stopping)
     with pytest.raises(Stopped):
         script(train_det, *flags, "--name", "broken")
     assert last("broken")["step"] == 3
@@ -440,7 +672,7 @@ def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flag
 
 def test_two_stages_on_two_machines(tmp_path, parking):
     """Only the first one's first process has a run folder, and the first stage's weights in it."""
-    ranks(train_det, "--data", parking, *TINY_DET, "--stages", "1,1", cwd=tmp_path, apart=True)
+    ranks(train_det, "--data", parking, *STAGED, "--stages", "1,1", cwd=tmp_path, apart=True)
     assert (tmp_path / "0/runs/det/exp-finetune/last.pt").exists() and not (tmp_path / "1/runs/det").exists()
 
 

@@ -33,7 +33,7 @@ def _brightness(colour):
     return np.dot(colour, (0.299, 0.587, 0.114))
 
 
-def _name(names, k):
+def class_name(names, k):
     """The name of class k in one line of ASCII, all that Pillow's own font has: accents are dropped, and a name in
     another script is told by its number."""
     k = int(k)
@@ -62,7 +62,7 @@ def draw_boxes(rgb, boxes, classes, names, scores=None):
         left, top = (min(round(max(v, 0)), n - 1) for v, n in ((x1, width), (y1, height)))
         right, bottom = (max(round(min(v, n)) - 1, low) for v, n, low in ((x2, width, left), (y2, height, top)))
         draw.rectangle([left, top, right, bottom], outline=_colour(classes[i]), width=line)
-        text = _name(names, classes[i]) + ("" if scores is None else f" {float(scores[i]):.2f}")
+        text = class_name(names, classes[i]) + ("" if scores is None else f" {float(scores[i]):.2f}")
         tags.append((left, top, bottom, text, _colour(classes[i])))
     _draw_tags(draw, tags[::-1], width, height)
     return np.array(picture)
@@ -115,7 +115,7 @@ def detection_sheet(path, images, truths, predictions=None, *, names, bands=None
     width = 1 if predictions is None else 2  # pictures per image; several images abreast give a sheet roughly square
     across = max(1, round((len(groups) / width) ** 0.5))
     titles = ["truth", f"prediction, score >= {score:g}"] * min(across, len(groups)) if width == 2 else None
-    legend = {_name(names, k): _colour(k) for k in sorted(present)} if len(present) <= MOST else None
+    legend = {class_name(names, k): _colour(k) for k in sorted(present)} if len(present) <= MOST else None
     starts = range(0, len(groups), across)
     rows = [[picture for group in groups[s:s + across] for picture in group] for s in starts]
     if captions is not None:
@@ -200,7 +200,8 @@ def pr_curves(path, recall, precision, names, ap50):
     named = classes[-MOST:]  # NaN sorts last
     for k in classes[:-MOST]:
         curve(precision[k], (205, 210, 217), 1)
-    entries = [(_name(names, k), ap50[k], dark(k if len(precision) <= MOST else i), 1.5) for i, k in enumerate(named)]
+    entries = [(class_name(names, k), ap50[k], dark(k if len(precision) <= MOST else i), 1.5)
+               for i, k in enumerate(named)]
     for k, (_, _, colour, thick) in zip(named, entries):
         curve(precision[k], colour, thick)
     if len(classes) > 1:
@@ -230,7 +231,7 @@ def confusion_matrix(path, matrix, names):
     matrix, count = _array(matrix), len(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     colours = np.where(np.eye(count, dtype=bool)[..., None], _shade(shares, LINE), _shade(shares, BEST))
-    labels = [_name(names, k) for k in range(count - 1)] + ["background"]
+    labels = [class_name(names, k) for k in range(count - 1)] + ["background"]
     cell = max(3, min(96, 880 // count))
     size = min(13, max(9, cell - 2))
     longest = max(map(font(size).getlength, labels))
@@ -346,7 +347,7 @@ def _class_bars(sheet, area, counts, names):
         low, high = round(y + 0.12 * pitch), round(y + 0.88 * pitch) - 1
         draw.rectangle([left, low, max(left + 1, round(end)), max(low, high)], LINE if counts[k] else BEST)
         if i % step == 0:
-            text_line(draw, (left - 8, y + pitch / 2), _name(names, k), anchor="rm", size=size, width=left - 20)
+            text_line(draw, (left - 8, y + pitch / 2), class_name(names, k), anchor="rm", size=size, width=left - 20)
             text_line(draw, (end + 7, y + pitch / 2), f"{counts[k]:,}", size=size, fill=FAINT if counts[k] else BEST)
 
 

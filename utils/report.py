@@ -41,12 +41,14 @@ def write_csv(path, rows):
     """Writes the rows (one dict per epoch) as one table, replacing the file: a resumed run has no duplicate rows.
 
     The columns are all keys in order of first appearance; a missing key or None is an empty cell. Floats get six
-    significant digits, whole numbers stay exact. Raises UserError if the file cannot be written.
+    significant digits, whole numbers stay exact. What is no text in a file's name is written as an escape: "\\udce9".
+    Raises UserError if the file cannot be written.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [{k: _plain(v) for k, v in row.items()} for row in rows]
     cells = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in cells]
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
+                                             errors="backslashreplace") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(cells)
