@@ -74,7 +74,7 @@ def parse_args():
     add("--threshold", type=real(0, 1), help="probability from which a pixel, a class is there; det: score from which a "
         "box is drawn; without: the best ones of the trainings' validations")
     add("--pseudo", type=real(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
-        "--extra-data")
+        "--extra-data; not with --merge sum, max, min, tsharpen")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
     add("--imgsz", type=whole(32, 65536), help="det, cls, --detector: side of the net's input; without: that of the "
         "training")
@@ -135,6 +135,9 @@ def check_tta(args):
                         f"probabilities")
     if args.merge and args.tta is None:
         raise UserError("--merge: says how the views of --tta are joined; give that too")
+    # of exclusive classes too: that they are scaled to add up to 1 makes only sum the mean, which has a name of its own
+    if args.pseudo and args.merge in ("sum", "max", "min", "tsharpen"):
+        raise UserError(f"--pseudo: what --merge {args.merge} makes are no probabilities; take mean or gmean")
     if args.tta_scales and "scale" not in (args.tta or ()):
         raise UserError("--tta-scales: are the sizes of --tta scale; give that too")
 
