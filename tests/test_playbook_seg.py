@@ -4,6 +4,7 @@ Mixing, pseudo labels, extra data and splits are in test_playbook.py.
 """
 import csv
 import json
+from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from nets.unet import UNet, probabilities
 from tests.conftest import TINY, write_wildfire
 from tests.test_scripts_seg import masks_of
 from utils import checkpoint, metrics, optim, report
+from utils.errors import UserError
 
 TRAIN = [*TINY, "--amp", "off", "--folds", "3", "--lr", "0.01"]
 PREDICT = ["--task", "seg", "--device", "cpu", "--amp", "off", "--workers", 0]
@@ -333,6 +335,46 @@ def test_prediction_takes_the_stored_threshold(script, averaged, small, tmp_path
         out = f"out-{'-'.join(names)}{len(flags)}"
         script(predict, *PREDICT, "--weights", *(f"{name}.pt" for name in names), *flags, "--out", out, "--no-overlays")
         agree(np.stack([masks_of(out)[path.name] for path in files_of(small)]), want, threshold)
+
+
+def test_stored_thresholds_are_of_plain_probabilities(script, refused, averaged, small, tmp_path):
+    """tsharpen is a mean of square roots, so that with a single view the masks stay as they are."""
+    state = centred(averaged, small, "epoch_4.pt")
+    probs = np.stack([said(state, path)[0] for path in files_of(small)])
+    threshold = float(np.quantile(probs, 0.4))
+    for name, stored in (("net", threshold), ("none", None)):
+        checkpoint.save(tmp_path / f"{name}.pt", state | {"threshold": stored})
+    one_view = ["--tta", "scale", "--tta-scales", 1, "--no-overlays", "--merge"]
+    for name, how, flags, want in (("net", "tsharpen", [], threshold), ("none", "tsharpen", [], 0.5),
+                                   ("net", "tsharpen", ["--threshold", threshold], threshold ** 2),
+                                   ("net", "max", [], threshold), ("net", "sum", ["--threshold", 0.6], 0.6)):
+        out = f"{name}-{how}{len(flags)}"
+        script(predict, *PREDICT, "--weights", f"{name}.pt", *one_view, how, *flags, "--out", out)
+        agree(np.stack([masks_of(out)[path.name] for path in files_of(small)]), probs, want)
+    refused(predict, *PREDICT, "--weights", "net.pt", *one_view, "sum", "--out", "out", says=["--merge sum",
+                                                                                              "--threshold"])
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("task, classes", [("seg", 1), ("seg", 3), ("cls", ["a", "b"])])
+def test_the_threshold_of_each_merge(task, classes):
+    def found(how, exclusive=False, stored=([0.25, 0.36], [0.49, 0.36]), **flags):
+        args = Namespace(**dict(task=task, merge=how, threshold=None, fit_weights=False, ensemble=None) | flags)
+        return np.asarray(predict.best_threshold(args, [{"classes": classes, "exclusive": exclusive, "threshold": t}
+                                                        for t in stored])).tolist()
+
+    assert found(None) == found("mean") == found("max") == found("min") == pytest.approx([0.37, 0.36])
+    assert found("tsharpen") == pytest.approx([0.37 ** 0.5, 0.6])
+    assert found("tsharpen", stored=(None, [0.2, 0.2])) == pytest.approx(0.5 ** 0.5)
+    if classes == 3:
+        return found("sum")  # the mean: there is no threshold
+    with pytest.raises(UserError, match="--merge sum: .*; give --threshold"):
+        found("sum")
+    assert found("sum", threshold=0.8) == 0.8 == found("tsharpen", threshold=0.8)
+    if task == "cls":
+        found("sum", exclusive=True)
+        found("sum", fit_weights=True)  # these come with thresholds of what is merged
+        found("sum", ensemble="ensemble.json")
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
