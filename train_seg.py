@@ -53,7 +53,7 @@ def parse_args():
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
     add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="of the loss of a second head that tells which "
-        "classes are there at all, and empties masks; 0: none")
+        "classes are there at all, and empties masks; where pixels are ignored, only of classes that are seen; 0: none")
     add("--p-object", type=real(0, 1), default=0.0, help="probability that a crop is laid over an object")
     add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
     add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
@@ -134,8 +134,8 @@ def main():
                            for mask, share in targets) for name, _ in terms}
         loss = sum(weight * parts[name] for name, weight in terms)
         if args.presence:
-            parts["presence"] = sum(share * losses.bce(present, seg.presence(mask, args.classes, args.ignore))
-                                    for mask, share in targets)
+            parts["presence"] = sum(share * losses.bce(present, seg.presence(mask, args.classes, args.ignore),
+                                                       ignore=seg.UNKNOWN) for mask, share in targets)
             loss = loss + args.presence * parts["presence"]
         return loss, parts if len(parts) > 1 else {}
 

@@ -7,9 +7,11 @@ import json
 from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 
 import predict
@@ -18,7 +20,7 @@ from data import images, seg
 from nets.unet import UNet, probabilities
 from tests.conftest import TINY, write_wildfire
 from tests.test_scripts_seg import masks_of
-from utils import checkpoint, metrics, optim, report
+from utils import checkpoint, losses, metrics, optim, report
 from utils.errors import UserError
 
 TRAIN = [*TINY, "--amp", "off", "--folds", "3", "--lr", "0.01"]
@@ -221,12 +223,40 @@ def test_presence_of_classes_in_masks():
     rng = np.random.default_rng(0)
     for classes in (1, 4):
         masks = rng.choice([0, 1, 255] if classes == 1 else [0, 1, 2, 3, 255], (30, 2, 2)).astype(np.uint8)
-        want = [[float((mask == k).any()) for k in ([1] if classes == 1 else range(classes))] for mask in masks]
+        want = [[1.0 if (mask == k).any() else -1.0 if (mask == 255).any() else 0.0
+                 for k in ([1] if classes == 1 else range(classes))] for mask in masks]
         got = seg.presence(torch.from_numpy(masks), classes, 255)
         assert got.dtype == torch.float32 and got.tolist() == want
+        assert {value for row in want for value in row} == {1, 0, -1}
     masks = torch.tensor([[[0, 2]], [[2, 2]], [[1, 0]]], dtype=torch.uint8)
-    assert seg.presence(masks, 3, 2).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 0]]  # an ignored class is not there
+    # whether a class is among ignored pixels is not known, nor whether the ignored one is there
+    assert seg.presence(masks, 3, 2).tolist() == [[1, -1, -1], [-1, -1, -1], [1, 1, 0]]
     assert seg.presence(masks, 3).tolist() == [[1, 0, 1], [0, 0, 1], [1, 1, 0]]
+
+
+@pytest.mark.parametrize("known", [[True, False, True], [False] * 3], ids=["some", "none"])
+def test_the_head_learns_nothing_of_what_is_not_known(script, monkeypatch, tmp_path, known):
+    """Masks without an object but with unsure pixels, as pseudo labels have them."""
+    root, heard = write_wildfire(tmp_path / "data", train=3, test=0, size=(32, 32)), []
+    for file, sure in zip(sorted((root / "train_mask").iterdir()), known):
+        with rasterio.open(file, "r+", driver="GTiff") as target:
+            mask = target.read(1)
+            target.write(mask if sure else np.where(mask == 1, 255, mask), 1)
+
+    def bce(logits, labels, ignore=None, **options):
+        value = losses.bce(logits, labels, ignore=ignore, **options)
+        if logits.ndim == 2:
+            logits.register_hook(lambda grad: heard.append((labels.clone(), grad.clone(), float(value))))
+        return value
+
+    monkeypatch.setattr(train_seg, "losses", SimpleNamespace(**vars(losses) | {"bce": bce}))
+    script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--ignore", 255, "--presence", 1, "--bs", 3, "--loss",
+           "dice")
+    [(labels, grad, value)] = heard
+    assert sorted(labels[:, 0].tolist()) == sorted(1.0 if sure else -1.0 for sure in known)
+    assert ((grad != 0) == (labels == 1)).all() and np.isfinite(value) and (value > 0) == any(known)
+    row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
+    assert row["presence"] == pytest.approx(value) and row["loss"] == pytest.approx(row["dice"] + value, rel=1e-5)
 
 
 @pytest.mark.parametrize("classes", [1, 4])
