@@ -88,7 +88,7 @@ def main():
     scale = args.scale or images.default_scale(images.read(paired[train[0]][0], window=(0, 0, 1, 1)).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
     if args.debug:
-        train, val = train[:8 * args.bs], val[:args.bs]
+        train, val, args.repeat = train[:8 * args.bs], val[:args.bs], 1
     paired_train, sizes, weights = [paired[i] for i in train], [facts[i]["size"] for i in train], [1.0] * len(train)
     for more, weight in args.extra_data:
         found = list(seg.pairs(Path(more) / "train_img", Path(more) / "train_mask").values())

@@ -7,7 +7,6 @@ import json
 from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,7 +248,7 @@ def test_the_head_learns_nothing_of_what_is_not_known(script, monkeypatch, tmp_p
             logits.register_hook(lambda grad: heard.append((labels.clone(), grad.clone(), float(value))))
         return value
 
-    monkeypatch.setattr(train_seg, "losses", SimpleNamespace(**vars(losses) | {"bce": bce}))
+    monkeypatch.setattr(train_seg, "losses", Namespace(**vars(losses) | {"bce": bce}))
     script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--ignore", 255, "--presence", 1, "--bs", 3, "--loss",
            "dice")
     [(labels, grad, value)] = heard
@@ -438,9 +437,10 @@ def _flags(text):
 
 
 def test_debug(script, small, capsys):
-    script(train_seg, "--data", small, *TRAIN, "--loss", "bce", "--debug", "--epochs", 50, "--repeat", 2, "--swa", 0.5,
-           "--patience", 1, "--warmup-epochs", 9)
+    script(train_seg, "--data", small, *TRAIN, "--loss", "bce", "--debug", "--epochs", 50, "--repeat", 50, "--swa", 0.5,
+           "--patience", 1, "--warmup-epochs", 9, "--lr", 0.02)
     state = checkpoint.load("runs/seg/exp/last.pt")
+    assert state["step"] == 2  # an epoch of each tile once: four tiles, four a batch
     first, second = (row["loss"] for row in state["history"])
     assert second < first and f"--debug: the loss fell from {first:.4g} to {second:.4g}" in capsys.readouterr().out
     assert not Path("runs/seg/exp/swa.pt").exists()
