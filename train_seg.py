@@ -34,6 +34,7 @@ SEVERAL = {  # the same for logits (B, classes, H, W) and masks of class indices
     "focal": lambda z, y, ignore, s: losses.focal_softmax(z, y, ignore=ignore),
     "topk": lambda z, y, ignore, s: losses.top_k_softmax(z, y, ignore=ignore),
 }
+SMOOTHED = {"bce", "focal"}, {"ce"}  # those that take --label-smoothing, of BINARY, of SEVERAL
 
 
 def parse_args():
@@ -68,12 +69,12 @@ def parse_args():
     add("--conv0", type=whole(1, 4096), nargs="*", default=[32, 32], help="widths of 1x1 convolutions before it")
     add("--decoder", type=whole(1, 4096), nargs="*", default=[128, 64, 48, 32], help="widths, coarse to fine; none: "
         "all maps concatenated, with an HRNet that is HRNetV2")
-    return start(parser)
+    return start(parser, needs={"tile": ("overlap",)})
 
 
 def main():
     args, device, folder, resume = parse_args()
-    check_flags(args)
+    check_flags(args, resumed=bool(resume))
     engine.seed_everything(args.seed, args.deterministic)
 
     # ---- data ----
@@ -213,9 +214,9 @@ def show(path, data, mixed, samples=8, epochs=6):
     print(path)
 
 
-def check_flags(args):
-    """Flags that are right by themselves and wrong together."""
-    known = BINARY if args.classes == 1 else SEVERAL
+def check_flags(args, resumed):
+    """Flags that are right by themselves and wrong together; of a resumed run idle ones may stay."""
+    known, smoothed = (BINARY, SMOOTHED[0]) if args.classes == 1 else (SEVERAL, SMOOTHED[1])
     for name, _ in args.loss or ():
         if name not in known:
             raise UserError(f"--loss {name}: not for --classes {args.classes}; choose from {', '.join(known)}")
@@ -227,6 +228,9 @@ def check_flags(args):
         raise UserError(f"--tile {args.tile}: {why}")
     if args.p_object and args.resize:
         raise UserError("--p-object: is for crops, --resize makes none; leave one out")
+    if args.label_smoothing and args.loss and not smoothed & dict(args.loss).keys() and not resumed:
+        raise UserError(f"--label-smoothing: does nothing without a --loss of {', '.join(sorted(smoothed))}; leave it "
+                        f"out, or add one")
     if args.imgsz == 16 and args.bs == dist.world_size():  # the coarsest map is a sixteenth of the input
         raise UserError(f"--imgsz 16 --bs {args.bs}: batch norm would see a single pixel; raise one of them")
 

@@ -204,7 +204,7 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
 
 
 @pytest.mark.parametrize("classes, terms", [(1, {"dice": 1, "focal": 2, "topk": 0.5}),
-                                            (3, {"dice": 1, "topk": 3, "focal": 1})])
+                                            (3, {"dice": 1, "topk": 3, "focal": 1, "ce": 0.5})])
 def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms):
     root = write_wildfire(tmp_path / "data", train=4, test=1, size=(32, 32), classes=classes)
     known, seen = train_seg.BINARY if classes == 1 else train_seg.SEVERAL, []
@@ -215,6 +215,15 @@ def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms)
     row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
     assert row["loss"] == pytest.approx(sum(weight * row[name] for name, weight in terms.items()), rel=1e-5)
     assert all(0 < row[name] < 10 for name in terms) and set(seen) == {(255, 0.1)}
+
+
+def test_smoothing_without_a_loss_that_smooths(script, refused, small):
+    flags = ["--data", small, *TRAIN, "--label-smoothing", 0.1, "--loss"]
+    refused(train_seg, *flags, "lovasz_elu", "dice", says=["--label-smoothing", "bce, focal"])
+    refused(train_seg, *flags, "focal", "lovasz", "--classes", 3, says=["--label-smoothing", "--loss of ce"])
+    script(train_seg, *flags, "focal", "--name", "kept")
+    script(train_seg, "--resume", "--epochs", 2, "--loss", "dice")  # the run's own flags may become idle
+    assert len(checkpoint.load("runs/seg/kept/last.pt")["history"]) == 2
 
 
 # ---- presence --------------------------------------------------------------------------------------------------------
@@ -249,8 +258,8 @@ def test_the_head_learns_nothing_of_what_is_not_known(script, monkeypatch, tmp_p
         return value
 
     monkeypatch.setattr(train_seg, "losses", Namespace(**vars(losses) | {"bce": bce}))
-    script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--ignore", 255, "--presence", 1, "--bs", 3, "--loss",
-           "dice")
+    script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--ignore", 255, "--presence", 1, "--bs", 3, "--resize",
+           "--loss", "dice")
     [(labels, grad, value)] = heard
     assert sorted(labels[:, 0].tolist()) == sorted(1.0 if sure else -1.0 for sure in known)
     assert ((grad != 0) == (labels == 1)).all() and np.isfinite(value) and (value > 0) == any(known)
@@ -472,3 +481,5 @@ def test_large_images_are_learned_and_judged_in_windows(script, refused, tmp_pat
     for more, says in ((["--imgsz", 64], ["--tile 48", "--imgsz 64"]), (["--resize"], ["--tile 48", "--resize"])):
         refused(train_seg, *flags, *more, says=says)
     refused(train_seg, *flags[:-2], "--resize", "--p-object", 0.5, says=["--p-object", "--resize"])
+    refused(train_seg, *flags[:-2], "--overlap", 0.5, says=["--overlap: does nothing without --tile"])
+    script(train_seg, "--resume", "--epochs", 2)
