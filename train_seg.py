@@ -237,13 +237,15 @@ def check_flags(args, resumed):
 
 def final(state, evaluate, draw, folder, device, amp, ignore, files):
     """The run's last weights judged with flips, as they will predict: results.json; tile by tile samples.csv; the worst
-    and the best tiles, and scores by size, in review.png."""
+    and the best tiles, and scores by class and by size, in review.png."""
     found = review.SegmentationReview(ignore)
     scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found), device, amp)
     found.reduce()
     if dist.rank() > 0:
         return
-    samples, tables, parts = found.samples(files), found.tables(), {}
+    by_class = [{"class": int(k[4:]), "iou": v} for k, v in scores.items() if k.startswith("iou_") and k[4:].isdigit()]
+    samples, tables, parts = found.samples(files), {"Classes": by_class} if by_class else {}, {}
+    tables |= found.tables()  # of all classes together
     for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
         rows = engine.judge(state, lambda model, chosen=chosen: list(draw(model, chosen)), device, amp)
         parts[part] = [(files[i].name, samples[i]["score"], row) for i, row in zip(chosen, rows)]
