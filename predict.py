@@ -60,8 +60,8 @@ def parse_args():
     add("--tta-scales", type=real(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale; without: "
         f"{' '.join(f'{scale:g}' for scale in tta.SCALES)}")
     add("--merge", choices=(*tta.MERGES, "wbf"), help="how the views are joined; seg, cls: their probabilities, "
-        "without: mean; sum ends at 1, after tsharpen (mean of the square roots) a --threshold of 0.5 is one of 0.25; "
-        "det: weighted boxes fusion, without: suppression")
+        "without: mean; sum ends at 1 and asks for a --threshold, after tsharpen (mean of the square roots) one of 0.5 "
+        "is one of 0.25; det: weighted boxes fusion, without: suppression")
     add("--bs", type=whole(1, 65536), default=8, help="images per forward pass")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
@@ -73,9 +73,10 @@ def parse_args():
     add("--overlap", type=real(0, 0.9), help="of neighbouring windows; without: 0.25, for det the training's")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
     add("--threshold", type=real(0, 1), help="probability from which a pixel, a class is there; det: score from which "
-        "a box is drawn; without: the best ones of the trainings' validations")
+        "a box is drawn; without: the best ones of the trainings' validations, with --merge tsharpen their square roots")
     add("--pseudo", type=real(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
-        "--extra-data")
+        "--extra-data; in doubt, pixels are ignored, images left out, boxes background; not with --merge sum, max, min, "
+        "tsharpen")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
     add("--imgsz", type=whole(32, 65536), help="det, cls, --detector: side of the net's input; without: that of the "
         "training")
@@ -138,6 +139,9 @@ def check_tta(args):
                         f"probabilities")
     if args.merge and args.tta is None:
         raise UserError("--merge: says how the views of --tta are joined; give that too")
+    # of exclusive classes too: that they are scaled to add up to 1 makes only sum the mean, which has a name of its own
+    if args.pseudo and args.merge in ("sum", "max", "min", "tsharpen"):
+        raise UserError(f"--pseudo: what --merge {args.merge} makes are no probabilities; take mean or gmean")
     if args.tta_scales and "scale" not in (args.tta or ()):
         raise UserError("--tta-scales: are the sizes of --tta scale; give that too")
 
@@ -208,8 +212,8 @@ def predict_seg(args, device, paths, states, nets):
             raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
                             f"another --source")
     args.unsure = pseudo.unsure(states[0]["classes"], states[0]["args"].get("ignore"))
-    parts = find_parts(args, device, files) if args.detector else {}
     threshold, drawn = best_threshold(args, states), dict(overlay=args.overlays, outlines=args.polygons)
+    parts = find_parts(args, device, files) if args.detector else {}
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
     for folder in ("masks", *("overlays",) * args.overlays, *("polygons",) * args.polygons,
                    *("pseudo/train_mask",) * bool(args.pseudo)):
@@ -247,14 +251,21 @@ def predict_seg(args, device, paths, states, nets):
 
 def best_threshold(args, states):
     """--threshold, or else the mean of those that the runs found best in their last validation; without, 0.5, det 0.25.
+    They are of plain probabilities: of tsharpen, a mean of square roots, their square roots say the same.
     """
+    exclusive = states[0].get("exclusive") or args.task == "seg" and states[0]["classes"] > 1
     if args.threshold is not None:
-        if states[0].get("exclusive") or args.task == "seg" and states[0]["classes"] > 1:
+        if exclusive:
             raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
         return args.threshold
+    fitted = args.fit_weights or args.ensemble  # to what the views are merged to: they bring thresholds of their own
+    if args.merge == "sum" and not exclusive and not fitted:
+        raise UserError("--merge sum: the trainings' thresholds are of single probabilities, not of sums; give "
+                        "--threshold")
     found = [state.get("threshold") for state in states]
     default = 0.25 if args.task == "det" else 0.5
-    return default if None in found else np.mean(found, axis=0)
+    threshold = default if None in found else np.mean(found, axis=0)
+    return np.sqrt(threshold) if args.merge == "tsharpen" else threshold
 
 
 def seg_ensemble(args, device, states, nets):

@@ -225,17 +225,17 @@ def first_guess(linear, shares, exclusive):
 
 def final(state, judge, names, folder, device, amp, files):
     """The run's last weights: class by class results.json, image by image samples.csv; the worst and the best images
-    with labels and predictions, review.png."""
+    with labels and predictions, and scores by class, in review.png."""
     metric = engine.judge(state, judge, device, amp)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
         samples = metric.samples(files, names)
         report.write_csv(folder / "samples.csv", samples)
         ends = [part for part in review.ends([row["score"] for row in samples]) if part]
-        pictures.contact_sheet(
+        review.sheet(
             folder / "review.png", [[pictures.to_rgb(images.read(files[i])) for i in part] for part in ends],
             captions=[[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]
-                      for part in ends])
+                      for part in ends], tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

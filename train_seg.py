@@ -34,6 +34,7 @@ SEVERAL = {  # the same for logits (B, classes, H, W) and masks of class indices
     "focal": lambda z, y, ignore, s: losses.focal_softmax(z, y, ignore=ignore),
     "topk": lambda z, y, ignore, s: losses.top_k_softmax(z, y, ignore=ignore),
 }
+SMOOTHED = {"bce", "focal"}, {"ce"}  # those that take --label-smoothing, of BINARY, of SEVERAL
 
 
 def parse_args():
@@ -53,7 +54,7 @@ def parse_args():
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
     add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="of the loss of a second head that tells which "
-        "classes are there at all, and empties masks; 0: none")
+        "classes are there at all, and empties masks; where pixels are ignored, only of classes that are seen; 0: none")
     add("--p-object", type=real(0, 1), default=0.0, help="probability that a crop is laid over an object")
     add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
     add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
@@ -68,12 +69,12 @@ def parse_args():
     add("--conv0", type=whole(1, 4096), nargs="*", default=[32, 32], help="widths of 1x1 convolutions before it")
     add("--decoder", type=whole(1, 4096), nargs="*", default=[128, 64, 48, 32], help="widths, coarse to fine; none: "
         "all maps concatenated, with an HRNet that is HRNetV2")
-    return start(parser)
+    return start(parser, needs={"tile": ("overlap",)})
 
 
 def main():
     args, device, folder, resume = parse_args()
-    check_flags(args)
+    check_flags(args, resumed=bool(resume))
     engine.seed_everything(args.seed, args.deterministic)
 
     # ---- data ----
@@ -88,7 +89,7 @@ def main():
     scale = args.scale or images.default_scale(images.read(paired[train[0]][0], window=(0, 0, 1, 1)).dtype)
     options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
     if args.debug:
-        train, val = train[:8 * args.bs], val[:args.bs]
+        train, val, args.repeat = train[:8 * args.bs], val[:args.bs], 1
     paired_train, sizes, weights = [paired[i] for i in train], [facts[i]["size"] for i in train], [1.0] * len(train)
     for more, weight in args.extra_data:
         found = list(seg.pairs(Path(more) / "train_img", Path(more) / "train_mask").values())
@@ -134,8 +135,8 @@ def main():
                            for mask, share in targets) for name, _ in terms}
         loss = sum(weight * parts[name] for name, weight in terms)
         if args.presence:
-            parts["presence"] = sum(share * losses.bce(present, seg.presence(mask, args.classes, args.ignore))
-                                    for mask, share in targets)
+            parts["presence"] = sum(share * losses.bce(present, seg.presence(mask, args.classes, args.ignore),
+                                                       ignore=seg.UNKNOWN) for mask, share in targets)
             loss = loss + args.presence * parts["presence"]
         return loss, parts if len(parts) > 1 else {}
 
@@ -213,9 +214,9 @@ def show(path, data, mixed, samples=8, epochs=6):
     print(path)
 
 
-def check_flags(args):
-    """Flags that are right by themselves and wrong together."""
-    known = BINARY if args.classes == 1 else SEVERAL
+def check_flags(args, resumed):
+    """Flags that are right by themselves and wrong together; of a resumed run idle ones may stay."""
+    known, smoothed = (BINARY, SMOOTHED[0]) if args.classes == 1 else (SEVERAL, SMOOTHED[1])
     for name, _ in args.loss or ():
         if name not in known:
             raise UserError(f"--loss {name}: not for --classes {args.classes}; choose from {', '.join(known)}")
@@ -227,19 +228,24 @@ def check_flags(args):
         raise UserError(f"--tile {args.tile}: {why}")
     if args.p_object and args.resize:
         raise UserError("--p-object: is for crops, --resize makes none; leave one out")
+    if args.label_smoothing and args.loss and not smoothed & dict(args.loss).keys() and not resumed:
+        raise UserError(f"--label-smoothing: does nothing without a --loss of {', '.join(sorted(smoothed))}; leave it "
+                        f"out, or add one")
     if args.imgsz == 16 and args.bs == dist.world_size():  # the coarsest map is a sixteenth of the input
         raise UserError(f"--imgsz 16 --bs {args.bs}: batch norm would see a single pixel; raise one of them")
 
 
 def final(state, evaluate, draw, folder, device, amp, ignore, files):
     """The run's last weights judged with flips, as they will predict: results.json; tile by tile samples.csv; the worst
-    and the best tiles, and scores by size, in review.png."""
+    and the best tiles, and scores by class and by size, in review.png."""
     found = review.SegmentationReview(ignore)
     scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found), device, amp)
     found.reduce()
     if dist.rank() > 0:
         return
-    samples, tables, parts = found.samples(files), found.tables(), {}
+    by_class = [{"class": int(k[4:]), "iou": v} for k, v in scores.items() if k.startswith("iou_") and k[4:].isdigit()]
+    samples, tables, parts = found.samples(files), {"Classes": by_class} if by_class else {}, {}
+    tables |= found.tables()  # of all classes together
     for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
         rows = engine.judge(state, lambda model, chosen=chosen: list(draw(model, chosen)), device, amp)
         parts[part] = [(files[i].name, samples[i]["score"], row) for i, row in zip(chosen, rows)]

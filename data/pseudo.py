@@ -2,8 +2,8 @@
 
     python predict.py --task seg --tta --pseudo 0.9        # -> OUT/pseudo, for train_seg.py --extra-data OUT/pseudo
 
-Images are linked, not copied. What the net is not sure of is not taught: pixels get a value to be ignored;
-images with any class in doubt, or without a sure box, are left out.
+Images are linked, not copied. Pixels that the net is not sure of get a value to be ignored, images with any class in
+doubt are left out. So are images without a sure box; in one with a sure box, all others are taught as background.
 """
 import json
 import os

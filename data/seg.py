@@ -15,6 +15,8 @@ from utils import dist
 from utils.errors import UserError
 from utils.geometry import warp
 
+UNKNOWN = -1  # of `presence`
+
 
 def pairs(image_folder, mask_folder):
     """-> {image stem: (image path, mask path)}: equal stems, or stems equal but for `img` <-> `mask`.
@@ -87,11 +89,13 @@ def scan(paired, *, bands=None, classes=1, ignore=None):
 
 
 def presence(mask, classes=1, ignore=None):
-    """Masks (B, H, W) of class indices -> float32 (B, classes), 1 for a class that has a pixel; of binary masks (B, 1).
+    """Masks (B, H, W) of class indices -> float32 (B, classes), of binary masks (B, 1): 1 for a class that has a pixel,
+    0 for one that has none, UNKNOWN where ignored pixels may be of it, as in pseudo labels those of unsure objects are.
     """
-    valid = torch.ones_like(mask, dtype=torch.bool) if ignore is None else mask != ignore
+    void = torch.zeros_like(mask, dtype=torch.bool) if ignore is None else mask == ignore
     wanted = [1] if classes == 1 else range(classes)
-    return torch.stack([((mask == k) & valid).flatten(1).any(1) for k in wanted], 1).float()
+    seen = torch.stack([((mask == k) & ~void).flatten(1).any(1) for k in wanted], 1)
+    return seen.float().masked_fill(~seen & void.flatten(1).any(1, keepdim=True), UNKNOWN)
 
 
 def add_mean_planes(image):

@@ -4,11 +4,13 @@ Mixing, pseudo labels, extra data and splits are in test_playbook.py.
 """
 import csv
 import json
+from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 
 import predict
@@ -17,7 +19,8 @@ from data import images, seg
 from nets.unet import UNet, probabilities
 from tests.conftest import TINY, write_wildfire
 from tests.test_scripts_seg import masks_of
-from utils import checkpoint, metrics, optim, report
+from utils import checkpoint, losses, metrics, optim, report
+from utils.errors import UserError
 
 TRAIN = [*TINY, "--amp", "off", "--folds", "3", "--lr", "0.01"]
 PREDICT = ["--task", "seg", "--device", "cpu", "--amp", "off", "--workers", 0]
@@ -201,7 +204,7 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
 
 
 @pytest.mark.parametrize("classes, terms", [(1, {"dice": 1, "focal": 2, "topk": 0.5}),
-                                            (3, {"dice": 1, "topk": 3, "focal": 1})])
+                                            (3, {"dice": 1, "topk": 3, "focal": 1, "ce": 0.5})])
 def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms):
     root = write_wildfire(tmp_path / "data", train=4, test=1, size=(32, 32), classes=classes)
     known, seen = train_seg.BINARY if classes == 1 else train_seg.SEVERAL, []
@@ -214,17 +217,54 @@ def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms)
     assert all(0 < row[name] < 10 for name in terms) and set(seen) == {(255, 0.1)}
 
 
+def test_smoothing_without_a_loss_that_smooths(script, refused, small):
+    flags = ["--data", small, *TRAIN, "--label-smoothing", 0.1, "--loss"]
+    refused(train_seg, *flags, "lovasz_elu", "dice", says=["--label-smoothing", "bce, focal"])
+    refused(train_seg, *flags, "focal", "lovasz", "--classes", 3, says=["--label-smoothing", "--loss of ce"])
+    script(train_seg, *flags, "focal", "--name", "kept")
+    script(train_seg, "--resume", "--epochs", 2, "--loss", "dice")  # the run's own flags may become idle
+    assert len(checkpoint.load("runs/seg/kept/last.pt")["history"]) == 2
+
+
 # ---- presence --------------------------------------------------------------------------------------------------------
 def test_presence_of_classes_in_masks():
     rng = np.random.default_rng(0)
     for classes in (1, 4):
         masks = rng.choice([0, 1, 255] if classes == 1 else [0, 1, 2, 3, 255], (30, 2, 2)).astype(np.uint8)
-        want = [[float((mask == k).any()) for k in ([1] if classes == 1 else range(classes))] for mask in masks]
+        want = [[1.0 if (mask == k).any() else -1.0 if (mask == 255).any() else 0.0
+                 for k in ([1] if classes == 1 else range(classes))] for mask in masks]
         got = seg.presence(torch.from_numpy(masks), classes, 255)
         assert got.dtype == torch.float32 and got.tolist() == want
+        assert {value for row in want for value in row} == {1, 0, -1}
     masks = torch.tensor([[[0, 2]], [[2, 2]], [[1, 0]]], dtype=torch.uint8)
-    assert seg.presence(masks, 3, 2).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 0]]  # an ignored class is not there
+    # whether a class is among ignored pixels is not known, nor whether the ignored one is there
+    assert seg.presence(masks, 3, 2).tolist() == [[1, -1, -1], [-1, -1, -1], [1, 1, 0]]
     assert seg.presence(masks, 3).tolist() == [[1, 0, 1], [0, 0, 1], [1, 1, 0]]
+
+
+@pytest.mark.parametrize("known", [[True, False, True], [False] * 3], ids=["some", "none"])
+def test_the_head_learns_nothing_of_what_is_not_known(script, monkeypatch, tmp_path, known):
+    """Masks without an object but with unsure pixels, as pseudo labels have them."""
+    root, heard = write_wildfire(tmp_path / "data", train=3, test=0, size=(32, 32)), []
+    for file, sure in zip(sorted((root / "train_mask").iterdir()), known):
+        with rasterio.open(file, "r+", driver="GTiff") as target:
+            mask = target.read(1)
+            target.write(mask if sure else np.where(mask == 1, 255, mask), 1)
+
+    def bce(logits, labels, ignore=None, **options):
+        value = losses.bce(logits, labels, ignore=ignore, **options)
+        if logits.ndim == 2:
+            logits.register_hook(lambda grad: heard.append((labels.clone(), grad.clone(), float(value))))
+        return value
+
+    monkeypatch.setattr(train_seg, "losses", Namespace(**vars(losses) | {"bce": bce}))
+    script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--ignore", 255, "--presence", 1, "--bs", 3, "--resize",
+           "--loss", "dice")
+    [(labels, grad, value)] = heard
+    assert sorted(labels[:, 0].tolist()) == sorted(1.0 if sure else -1.0 for sure in known)
+    assert ((grad != 0) == (labels == 1)).all() and np.isfinite(value) and (value > 0) == any(known)
+    row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
+    assert row["presence"] == pytest.approx(value) and row["loss"] == pytest.approx(row["dice"] + value, rel=1e-5)
 
 
 @pytest.mark.parametrize("classes", [1, 4])
@@ -335,6 +375,46 @@ def test_prediction_takes_the_stored_threshold(script, averaged, small, tmp_path
         agree(np.stack([masks_of(out)[path.name] for path in files_of(small)]), want, threshold)
 
 
+def test_stored_thresholds_are_of_plain_probabilities(script, refused, averaged, small, tmp_path):
+    """tsharpen is a mean of square roots, so that with a single view the masks stay as they are."""
+    state = centred(averaged, small, "epoch_4.pt")
+    probs = np.stack([said(state, path)[0] for path in files_of(small)])
+    threshold = float(np.quantile(probs, 0.4))
+    for name, stored in (("net", threshold), ("none", None)):
+        checkpoint.save(tmp_path / f"{name}.pt", state | {"threshold": stored})
+    one_view = ["--tta", "scale", "--tta-scales", 1, "--no-overlays", "--merge"]
+    for name, how, flags, want in (("net", "tsharpen", [], threshold), ("none", "tsharpen", [], 0.5),
+                                   ("net", "tsharpen", ["--threshold", threshold], threshold ** 2),
+                                   ("net", "max", [], threshold), ("net", "sum", ["--threshold", 0.6], 0.6)):
+        out = f"{name}-{how}{len(flags)}"
+        script(predict, *PREDICT, "--weights", f"{name}.pt", *one_view, how, *flags, "--out", out)
+        agree(np.stack([masks_of(out)[path.name] for path in files_of(small)]), probs, want)
+    refused(predict, *PREDICT, "--weights", "net.pt", *one_view, "sum", "--out", "out", says=["--merge sum",
+                                                                                              "--threshold"])
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("task, classes", [("seg", 1), ("seg", 3), ("cls", ["a", "b"])])
+def test_the_threshold_of_each_merge(task, classes):
+    def found(how, exclusive=False, stored=([0.25, 0.36], [0.49, 0.36]), **flags):
+        args = Namespace(**dict(task=task, merge=how, threshold=None, fit_weights=False, ensemble=None) | flags)
+        return np.asarray(predict.best_threshold(args, [{"classes": classes, "exclusive": exclusive, "threshold": t}
+                                                        for t in stored])).tolist()
+
+    assert found(None) == found("mean") == found("max") == found("min") == pytest.approx([0.37, 0.36])
+    assert found("tsharpen") == pytest.approx([0.37 ** 0.5, 0.6])
+    assert found("tsharpen", stored=(None, [0.2, 0.2])) == pytest.approx(0.5 ** 0.5)
+    if classes == 3:
+        return found("sum")  # the mean: there is no threshold
+    with pytest.raises(UserError, match="--merge sum: .*; give --threshold"):
+        found("sum")
+    assert found("sum", threshold=0.8) == 0.8 == found("tsharpen", threshold=0.8)
+    if task == "cls":
+        found("sum", exclusive=True)
+        found("sum", fit_weights=True)  # these come with thresholds of what is merged
+        found("sum", ensemble="ensemble.json")
+
+
 # ---- records ---------------------------------------------------------------------------------------------------------
 def test_samples_are_the_ious_of_the_last_weights_with_flips(script, averaged, small, tmp_path):
     """Of weights that say yes to about half of the pixels, and stay as they are."""
@@ -366,9 +446,10 @@ def _flags(text):
 
 
 def test_debug(script, small, capsys):
-    script(train_seg, "--data", small, *TRAIN, "--loss", "bce", "--debug", "--epochs", 50, "--repeat", 2, "--swa", 0.5,
-           "--patience", 1, "--warmup-epochs", 9)
+    script(train_seg, "--data", small, *TRAIN, "--loss", "bce", "--debug", "--epochs", 50, "--repeat", 50, "--swa", 0.5,
+           "--patience", 1, "--warmup-epochs", 9, "--lr", 0.02)
     state = checkpoint.load("runs/seg/exp/last.pt")
+    assert state["step"] == 2  # an epoch of each tile once: four tiles, four a batch
     first, second = (row["loss"] for row in state["history"])
     assert second < first and f"--debug: the loss fell from {first:.4g} to {second:.4g}" in capsys.readouterr().out
     assert not Path("runs/seg/exp/swa.pt").exists()
@@ -400,3 +481,5 @@ def test_large_images_are_learned_and_judged_in_windows(script, refused, tmp_pat
     for more, says in ((["--imgsz", 64], ["--tile 48", "--imgsz 64"]), (["--resize"], ["--tile 48", "--resize"])):
         refused(train_seg, *flags, *more, says=says)
     refused(train_seg, *flags[:-2], "--resize", "--p-object", 0.5, says=["--p-object", "--resize"])
+    refused(train_seg, *flags[:-2], "--overlap", 0.5, says=["--overlap: does nothing without --tile"])
+    script(train_seg, "--resume", "--epochs", 2)

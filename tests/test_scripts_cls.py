@@ -20,7 +20,7 @@ from tests.harness import differences, read
 from tests.test_bad_input_cls import FLAGS as CPU
 from tests.test_bad_input_cls import weights
 from tests.test_scripts_det import ranks
-from utils import checkpoint
+from utils import checkpoint, review
 from utils.errors import Stopped
 
 FLAGS = [*CPU, "--amp", "off"]
@@ -92,7 +92,9 @@ def test_the_competition_from_letters_to_a_weighted_ensemble(script, tmp_path, c
     assert np.abs(results("plain")[1] - one).max() > 1e-4  # the turns were looked at
 
 
-def test_a_run_learns_colours_and_leaves_its_records(script, tmp_path):
+def test_a_run_learns_colours_and_leaves_its_records(script, tmp_path, monkeypatch):
+    drawn, draw = {}, review._table
+    monkeypatch.setattr(review, "_table", lambda title, rows: drawn.update({title: rows}) or draw(title, rows))
     squares("photos", train=72)
     script(train_cls, "--data", "photos", *TINY_CLS, "--bs", 12, "--epochs", 8, "--lr", "3e-3", "--no-ema", "--loss",
            "ce", "--folds", 4, "--save-period", 4, "--cutout", 0)
@@ -105,6 +107,7 @@ def test_a_run_learns_colours_and_leaves_its_records(script, tmp_path):
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
     found = json.loads((run / "results.json").read_text())
     assert found["last"]["acc"] > 0.9 and found["last"]["acc"] == pytest.approx(float(rows[-1]["acc"]), abs=1e-6)
+    assert drawn == {"Classes": [{"class": name} | c for name, c in found["classes"].items()]}
     folds = json.loads((run / "folds.json").read_text())
     held_out = [name for name, fold in folds.items() if fold == 0]
     assert Counter(Path(name).parent.name for name in held_out) == {"blue": 6, "green": 6, "red": 6}

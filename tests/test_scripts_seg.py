@@ -46,6 +46,7 @@ def test_a_run_learns_and_leaves_its_records(trained):
     assert [int(row["epoch"]) for row in rows] == list(range(1, 11))
     assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])
     scores = json.loads((trained / "results.json").read_text())["last with flips"]
+    assert "Classes" not in json.loads((trained / "results.json").read_text())  # there is one
     assert scores["iou"] > 0.5  # a ninth of every tile is positive: all-positive scores 0.11
     best = checkpoint.load(trained / "best.pt")
     assert best["scores"][-1] == max(best["scores"]) and "optimizer" not in best
@@ -73,6 +74,10 @@ def test_several_classes_and_ignored_pixels(script, tmp_path):
             file.write(mask, 1)
     script(train_seg, "--data", root, *TINY, "--classes", 3, "--ignore", 255, "--loss", "ce", "lovasz", "--epochs", 2)
     assert {"miou", "iou_0"} <= checkpoint.load("runs/seg/exp/last.pt")["history"][-1].keys()
+    found = json.loads(Path("runs/seg/exp/results.json").read_text())
+    last, by_class = found["last with flips"], found["Classes"]
+    assert [row["class"] for row in by_class] == [0, 1, 2] and [*found][2] == "Classes"
+    assert [row["iou"] for row in by_class] == [last[f"iou_{k}"] for k in range(3)]
     script(predict, "--task", "seg", "--workers", 0)
     assert all(set(np.unique(mask)) <= {0, 1, 2} for mask in masks_of("runs/seg/exp/predict").values())
 

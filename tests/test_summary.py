@@ -48,7 +48,8 @@ def test_a_row_by_hand(tmp_path):
     make(tmp_path / "seg/exp", [0.5, 0.75, 0.625], lr=0.01, ema=False, name="exp", loss=[["bce", 1.0], ["dice", 0.5]])
     assert tables([tmp_path]) == {tmp_path / "seg": [{
         "run": str(tmp_path / "seg/exp"), "date": "2026-01-02 03:04", "metric": "iou", "best": 0.75, "epoch": 2,
-        "last": 0.625, "minutes": 6.0, "commit": "abc1234", "flags": "--lr 0.01 --no-ema --loss bce=1 dice=0.5"}]}
+        "last": 0.625, "swa": None, "minutes": 6.0, "commit": "abc1234",
+        "flags": "--lr 0.01 --no-ema --loss bce=1 dice=0.5"}]}
     assert tuple(rows(tmp_path)["exp"]) == COLUMNS
 
 
@@ -63,6 +64,22 @@ def test_the_best_run_first_and_those_without_a_score_last(tmp_path):
     last = rows(tmp_path)["c"]
     assert (last["metric"], last["best"], last["epoch"], last["last"], last["minutes"]) == ("", None, None, None, None)
     assert rows(tmp_path)["e"]["best"] is None and rows(tmp_path)["e"]["minutes"] == 2
+
+
+def test_averaged_weights_have_a_column_of_their_own(tmp_path, capsys):
+    """Which moves no run, and follows --metric."""
+    for name, scores in (("a", [0.75]), ("b", [0.5, 0.25]), ("c", ())):
+        run = make(tmp_path / "seg" / name, scores)
+        (run / "swa.json").write_text(json.dumps({"iou": {"a": 0.625, "b": 0.875, "c": 1.0}[name], "f1": 0.5}))
+    found = rows(tmp_path)
+    assert [(row["best"], row["last"], row["swa"]) for row in found.values()] == [
+        (0.75, 0.75, 0.625), (0.5, 0.25, 0.875), (None, None, None)] and list(found) == ["a", "b", "c"]
+    assert [row["swa"] for row in rows(tmp_path, metric="f1").values()] == [0.5, 0.5, None]
+    assert "0.2500  0.8750      4.0" in render(tables([tmp_path]))
+    for content, said in ((b"{", 1), (b"[]", 1), (b"{}", 0), (b'{"iou": NaN}', 0), (b'{"iou": "1"}', 0)):
+        (tmp_path / "seg/b/swa.json").write_bytes(content)
+        assert rows(tmp_path)["b"] == found["b"] | {"swa": None}
+        assert capsys.readouterr().err.count("swa.json: damaged, left out\n") == said
 
 
 def test_a_run_and_a_folder_above_it_are_the_same_runs(tmp_path):
@@ -151,7 +168,7 @@ def test_the_file_is_the_table_of_one_project(tmp_path):
     summary.write(run)
     assert list(written(tmp_path / "seg")) == ["b", "a", "größe, \"火\""] and not (tmp_path / "cls/summary.csv").exists()
     assert written(tmp_path / "seg")["b"] == dict(
-        run="b", date="2026-01-02 03:04", metric="iou", best="0.75", epoch="2", last="0.75", minutes="4",
+        run="b", date="2026-01-02 03:04", metric="iou", best="0.75", epoch="2", last="0.75", swa="", minutes="4",
         commit="abc1234", flags="--lr 0.01")
     table = tables([tmp_path])[tmp_path / "seg"]
     text = (tmp_path / "seg/summary.csv").read_text()

@@ -1,5 +1,7 @@
 """utils/swa.py and the loop's part in it: means in float64, norms recomputed by hand, runs killed and resumed."""
 import copy
+import csv
+import json
 import math
 import os
 import signal
@@ -131,7 +133,13 @@ def test_the_plain_mean_of_the_weights_at_the_ends_of_epochs(tmp_path, epochs, s
             assert (mean - torch.stack([s[name].double() for s in seen[:epochs]]).mean(0)).abs().max() > 1e-5
     assert last["swa_count"] == len(taken)
     assert differences(seen[-1], dict(saved["model"])) == []
-    assert saved["swa_scores"] == {"score": 1 + (epochs + 1) / 8, "other": 2.0}
+    assert saved["swa_scores"] == {"score": 1 + (epochs + 1) / 8, "other": 2.0} == json.loads(
+        (tmp_path / "swa.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert len(rows) == epochs and rows[-1]["score"] == f"{1 + epochs / 8:.6g}"  # the history is of the other weights
+    table = csv.DictReader((tmp_path.parent / "summary.csv").read_text().splitlines())
+    [row] = [row for row in table if row["run"] == tmp_path.name]
+    assert (row["last"], row["swa"]) == (f"{1 + epochs / 8:.6g}", f"{1 + (epochs + 1) / 8:.6g}")
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == f"swa.pt, the mean of {len(taken)} epochs: score {1 + (epochs + 1) / 8:.4g}  other 2"
 
@@ -171,7 +179,7 @@ def test_averaging_changes_nothing_else(tmp_path, amp):
 
 def test_without_validation_and_without_norms(tmp_path, capsys):
     state = averaged(tmp_path, net=Net(norm="none"), evaluate=None, share=0.25)
-    assert read(tmp_path / "swa.pt")["swa_scores"] == {}
+    assert read(tmp_path / "swa.pt")["swa_scores"] == {} and not (tmp_path / "swa.json").exists()
     assert differences(state.swa.module.state_dict(), state.model.state_dict()) == []  # of one epoch
 
 
@@ -224,6 +232,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, straight, batc
     averaged(tmp_path, compute_loss=noisy_loss(), resume=True)
     for name in ("last.pt", "best.pt", "swa.pt"):
         assert differences(read(straight / name), read(tmp_path / name)) == [], name
+    assert (tmp_path / "swa.json").read_text() == (straight / "swa.json").read_text()
 
 
 def test_the_pass_for_the_norms_draws_from_the_seed(tmp_path, straight):
@@ -284,7 +293,7 @@ def test_what_is_not_finite_is_not_written(tmp_path):
 
     with pytest.raises(NumericalError):
         averaged(tmp_path, epochs=3, compute_loss=compute_loss)
-    assert not (tmp_path / "swa.pt").exists() and len(read(tmp_path / "last.pt")["history"]) == 3
+    assert not list(tmp_path.glob("swa.*")) and len(read(tmp_path / "last.pt")["history"]) == 3
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------

@@ -384,6 +384,11 @@ def test_flags_that_do_not_fit(refused):
     refused(predict, "--task", "det", "--merge", "wbf", says=["--merge", "--tta"])
     refused(predict, "--task", "seg", "--tta", "--merge", "median", says=["--merge", "'median'"])
     refused(predict, "--task", "cls", "--merge", "mean", says=["--merge", "--tta"])
+    for task, merge in itertools.product(("seg", "cls"), set(tta.MERGES) - {"mean", "gmean"}):
+        refused(predict, "--task", task, "--tta", "--merge", merge, "--pseudo", 0.75,
+                says=["--pseudo", f"--merge {merge}", "mean or gmean"])
+    for merge in ("mean", "gmean"):  # these end later, for there is no run
+        refused(predict, "--task", "seg", "--tta", "--merge", merge, "--pseudo", 0.75, says="no run")
 
 
 def test_at_another_size_maps_come_back():

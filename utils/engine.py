@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils import checkpoint, dist, report, summary
+from utils import checkpoint, dist, report, runs, summary
 from utils.errors import NumericalError, Stopped, UserError
 from utils.optim import set_lr
 
@@ -173,8 +173,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     to go on from. clip: largest gradient norm, 0: any. patience: epochs without a better score before the run ends,
     0: all epochs. boards: `report.make_boards`.
 
-    Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, results.csv, results.png; at the end
-    beside it summary.csv, the table of all runs there.
+    Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, swa.json (its scores), results.csv,
+    results.png; at the end beside it summary.csv, the table of all runs there.
     Raises NumericalError when loss or gradients are not finite, Stopped after SIGTERM or Ctrl-C.
     """
     dtype = precision(amp, device)
@@ -237,6 +237,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
                 _stop_if(signals.signum, state)
             averaged = {"model": swa.module.state_dict(), "ema": None, "ema_steps": 0, "swa_scores": scores}
             save("swa.pt", _slim(header | state.state_dict()) | averaged)
+            if dist.rank() == 0 and scores:  # no row of results.csv: that is the history, of other weights
+                runs.write_json(folder / "swa.json", scores)
             dist.print0(f"swa.pt, the mean of {int(swa.n_averaged)} epochs: "
                         + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
             _stop_if(dist.any_rank(signals.signum), state)

@@ -199,19 +199,23 @@ def ends(scores, worst=12, best=4):
 
 
 def page(path, parts, *, tables=None, titles=("image", "truth", "prediction", "errors"), legend=None, max_side=256):
-    """Writes samples and tables as one picture.
+    """Writes samples and tables as one picture, see `sheet`.
 
     parts: {"worst": samples, "best": samples, ...}; a sample is (name, score, pictures), pictures uint8 (H, W, 3), one
-    per title. tables: {title: [{column: value}]}, below, of a model's metrics per class and by size.
-    legend, max_side: of `pictures.contact_sheet`. Raises UserError when it cannot be written.
+    per title. legend, max_side: of `pictures.contact_sheet`.
     """
     rows = [pictures for samples in parts.values() for _, _, pictures in samples]
     captions = [f"{part} {i}:   {score:.4f}   {name}" for part, samples in parts.items()
                 for i, (name, score, _) in enumerate(samples, 1)]
+    sheet(path, rows, tables=tables, titles=titles, captions=captions, legend=legend, max_side=max_side)
+
+
+def sheet(path, rows, *, tables=None, **options):
+    """Writes what `pictures.contact_sheet(path, rows, **options)` does, and tables below: {title: [{column: value}]},
+    of a model's metrics per class and by size. Raises UserError when it cannot be written."""
     drawn = [_table(title, entries) for title, entries in (tables or {}).items()]
     with tempfile.TemporaryDirectory() as scratch:
-        contact_sheet(Path(scratch) / "sheet.png", rows, titles=titles, captions=captions, legend=legend,
-                      max_side=max_side)
+        contact_sheet(Path(scratch) / "sheet.png", rows, **options)
         with Image.open(Path(scratch) / "sheet.png") as image:
             stack = [image.convert("RGB"), *drawn]
     whole = Image.new("RGB", (max(p.width for p in stack), sum(p.height for p in stack)), "white")

@@ -4,8 +4,8 @@
 
 Every training that ends also writes its project's into runs/<task>/summary.csv. It is made anew each time: a table that
 is only added to would be out of step with a run that was resumed, renamed, copied or deleted. What a run knows already
-stands in args.json and results.csv; what it would forget (when it began, the code's commit, the defaults of that day)
-`write_note` adds as run.json.
+stands in args.json, results.csv and swa.json; what it would forget (when it began, the code's commit, the defaults of
+that day) `write_note` adds as run.json.
 """
 import contextlib
 import csv
@@ -27,8 +27,8 @@ from utils import runs
 from utils.errors import UserError
 from utils.files import whole_file
 
-COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "minutes", "commit", "flags")
-NUMBERS = ("best", "epoch", "last", "minutes")
+COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "swa", "minutes", "commit", "flags")
+NUMBERS = ("best", "epoch", "last", "swa", "minutes")
 RECORDS = ("args.json", "results.csv")  # a folder with one of them is a run
 WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
 
@@ -86,8 +86,9 @@ def tables(folders, metric=None):
 
     metric: the column of results.csv to sort by (the higher the better, with "loss" in its name the lower); by default
     the first one whose name says that higher is better and which is no term of --loss. A run's best value is that over
-    its epochs; runs with different metrics are not compared, those without any value come last. For runs without
-    run.json, the flags shown are those that differ from most of the project's runs.
+    its epochs, of the last or EMA weights; `swa` is that of swa.pt, by which no run is sorted. Runs with different
+    metrics are not compared, those without any value come last. For runs without run.json, the flags shown are those
+    that differ from most of the project's runs.
     Raises UserError when there is no run. What is damaged is left out, with a line on stderr.
     """
     found = sorted({path.parent for folder in folders for name in RECORDS for path in Path(folder).rglob(name)})
@@ -142,8 +143,14 @@ def _row(run, chosen, note, usual, metric):
         "run": str(run), "date": str(note.get("started") or _date(run)), "metric": name or "",
         "best": best[name] if best else None, "epoch": int(best["epoch"]) if best else None,
         "last": known[-1][name] if known and known[-1] is results[-1] else None,
+        "swa": _number(_read_json(run / "swa.json").get(name)),
         "minutes": sum(seconds) / 60 if seconds else None, "commit": str(note.get("commit") or ""),
         "flags": flags(chosen, defaults if isinstance(defaults, dict) else usual)}
+
+
+def _number(value):
+    """A finite number of a JSON as it is, anything else as None."""
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def _metric(results, chosen, wanted):
@@ -218,7 +225,7 @@ def render(projects, form="text"):
 
 
 def _cells(row):
-    digits = {"best": ".4f", "last": ".4f", "minutes": ".1f", "epoch": "d"}
+    digits = {"best": ".4f", "last": ".4f", "swa": ".4f", "minutes": ".1f", "epoch": "d"}
     texts = ["" if row[c] is None else format(row[c], digits.get(c, "")) for c in COLUMNS]
     return [" ".join(text.split()) for text in texts]  # a flag's text may have several lines
 
