@@ -73,10 +73,11 @@ def parse_args():
     add("--overlap", type=real(0, 0.9), help="of neighbouring windows; without: 0.25, for det the training's")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
     add("--threshold", type=real(0, 1), help="probability from which a pixel, a class is there; det: score from which "
-        "a box is drawn; without: the best ones of the trainings' validations, with --merge tsharpen their square roots")
+        "a box is drawn; without: the best ones of the trainings' validations, of which --merge tsharpen takes the "
+        "square roots")
     add("--pseudo", type=real(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
-        "--extra-data; in doubt, pixels are ignored, images left out, boxes background; not with --merge sum, max, min, "
-        "tsharpen")
+        "--extra-data; in doubt, pixels are ignored, images left out, boxes background; not with --merge sum, max, "
+        "min, tsharpen")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
     add("--imgsz", type=whole(32, 65536), help="det, cls, --detector: side of the net's input; without: that of the "
         "training")

@@ -398,8 +398,8 @@ def test_the_true_net_on_training_images(script, tmp_path, parking):
     assert not Path("out/overlays").exists()
 
 
-@pytest.mark.parametrize("flags, stored, drawn", [((), 0.6, 2), ((), 0.8, 1), ((), None, 3), (("--threshold", 0), 0.8, 3),
-                                                  (("--threshold", 0.6), 0.8, 2)])
+@pytest.mark.parametrize("flags, stored, drawn", [
+    ((), 0.6, 2), ((), 0.8, 1), ((), None, 3), (("--threshold", 0), 0.8, 3), (("--threshold", 0.6), 0.8, 2)])
 def test_boxes_are_drawn_from_the_trainings_best_score_on(script, finder, monkeypatch, flags, stored, drawn):
     """The three colours' scores are 0.9, 0.7 and 0.5; the files keep what is drawn and what is not."""
     picture, truth = next(found for found in (scene(i) for i in range(100)) if len(found[1]) == 3)

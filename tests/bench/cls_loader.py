@@ -80,8 +80,8 @@ def main():
             for name, (total, load, convert) in best.items():
                 ratio, ratio_load = (old / new for old, new in zip(best["OpenCV"], (total, load)))
                 print(f"{args.size} px from {'RAM' if keep else 'files'}, {name}: {1 / total:.0f} img/s, ratio "
-                      f"{ratio:.2f} (bytes {1000 * load:.2f} ms, ratio {ratio_load:.1f}; float {1000 * convert:.2f} ms)",
-                      flush=True)
+                      f"{ratio:.2f} (bytes {1000 * load:.2f} ms, ratio {ratio_load:.1f}; float {1000 * convert:.2f} "
+                      f"ms)", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ ROWS = {
 PREDICT = {  # with the baseline's weights of each seed
     "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
               "--tta hflip vflip rot90 scale", *(f"--tta hflip vflip --merge {how}" for how in (
-                  "gmean", "max", "min", "tsharpen")), *(f"--detector DETECTOR --conf {conf}" for conf in (0.25, 0.05))],
+                  "gmean", "max", "min", "tsharpen")), "--detector DETECTOR", "--detector DETECTOR --conf 0.05"],
     "bccd": ["", "--tta", "--tta hflip", "--tta hflip scale", "--tta hflip scale --merge wbf", "--imgsz 192",
              "--iou 0.5"],
     "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40"],
