@@ -142,7 +142,8 @@ def start(parser, argv=None, *, needs=None):
     for flag, others in ({"swa": ("swa_lr", "swa_cycle")} | (needs or {})).items():
         idle = [other for other in others if getattr(args, other) != parser.get_default(other)]
         if idle and not getattr(args, flag) and args.resume is None:  # a resumed run has flags of its own
-            raise UserError(f"--{idle[0].replace('_', '-')}: does nothing without --{flag}; leave it out, or give both")
+            given, missing = (name.replace("_", "-") for name in (idle[0], flag))
+            raise UserError(f"--{given}: does nothing without --{missing}; leave it out, or give both")
     device = dist.setup(args.device)
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:
