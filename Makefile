@@ -27,7 +27,7 @@ test-slow: $(VENV)/installed-dev
 	$(PYTHON) -m pytest -m slow
 
 bench: $(VENV)/installed-dev
-	for file in tests/bench/[a-z]*_*.py; do $(PYTHON) -m tests.bench.$$(basename $$file .py) || exit; done
+	for file in tests/bench/*_speed.py tests/bench/*_loader.py; do $(PYTHON) -m tests.bench.$$(basename $$file .py) || exit; done
 
 clean:
 	rm -rf $(VENV) runs
