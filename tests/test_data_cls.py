@@ -408,13 +408,17 @@ def test_a_disk_cache_knows_bands_and_limit(tmp_path, monkeypatch):
         assert torch.equal(cached, fresh)
 
 
-def test_images_made_on_the_fly(tmp_path):
-    """Synthetic through Views: new images each epoch, and views drawn from other numbers than the images."""
+def write_letters(path):
     pixels, letters = glyphs.render(1)
-    path = tmp_path / "letters.csv"
     with open(path, "w", newline="") as file:
         rows = [[chr(65 + letter), *row] for letter, row in zip(letters, pixels.reshape(26, -1).tolist())]
         csv.writer(file).writerows([["letter", *map(str, range(784))], *rows])
+    return path
+
+
+def test_images_made_on_the_fly(tmp_path):
+    """Synthetic through Views: new images each epoch, and views drawn from other numbers than the images."""
+    path = write_letters(tmp_path / "letters.csv")
     source = dirty_mnist.Synthetic(path, 5, seed=3, size=96)
     views = cls.Views(source, 96, seed=3, p_affine=0, p_cutout=0)
     assert len(views) == 5
@@ -442,11 +446,7 @@ def test_matrices_stay_on_the_cpu():
 
 def test_images_made_on_the_fly_are_reduced_like_files(tmp_path):
     """A canvas far larger than the net's input: what trains looks like what validates, noise averaged."""
-    pixels, letters = glyphs.render(1)
-    path = tmp_path / "letters.csv"
-    with open(path, "w", newline="") as file:
-        rows = [[chr(65 + letter), *row] for letter, row in zip(letters, pixels.reshape(26, -1).tolist())]
-        csv.writer(file).writerows([["letter", *map(str, range(784))], *rows])
+    path = write_letters(tmp_path / "letters.csv")
     source = dirty_mnist.Synthetic(path, 4, size=128)
     pictures = [source[i]["image"] for i in range(4)]
     for i, picture in enumerate(pictures):
