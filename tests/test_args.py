@@ -140,6 +140,20 @@ def test_the_device_is_chosen_anew(tmp_path, capsys):
     assert args.device == device.type == "cpu" and "--device" not in capsys.readouterr().out
 
 
+def test_what_waits_for_a_score_needs_a_validation(tmp_path):
+    for folds in ("0", "0.0"):
+        for flags, named in ((["--patience", "3"], "--patience"), (["--schedule", "plateau"], "--schedule plateau")):
+            with pytest.raises(UserError, match=f"{named}: does nothing with --folds 0.*;"):
+                opened(tmp_path, "--folds", folds, *flags)
+    assert not list(tmp_path.iterdir())
+    saved(tmp_path, "--folds", "0.2", "--patience", "3", "--schedule", "plateau")
+    opened(tmp_path, "--folds", "split.json", "--patience", "3")
+    state = checkpoint.load(tmp_path / "exp/last.pt")
+    state["args"]["folds"] = "0"  # of a run from before this was refused
+    checkpoint.save(tmp_path / "exp/last.pt", state)
+    assert opened(tmp_path, "--resume", str(tmp_path / "exp"))[0].patience == 3
+
+
 def test_devices_that_are_not_there(tmp_path):
     for device in ("cuda:99", "nonsense", "", "cpu:x", "meta", "xpu", "cuda:-1", "mps:7", "a\nb"):
         with pytest.raises(UserError) as caught:

@@ -144,6 +144,9 @@ def start(parser, argv=None, *, needs=None):
         if idle and not getattr(args, flag) and args.resume is None:  # a resumed run has flags of its own
             given, missing = (name.replace("_", "-") for name in (idle[0], flag))
             raise UserError(f"--{given}: does nothing without --{missing}; leave it out, or give both")
+    for idle, given in (("--patience", args.patience), ("--schedule plateau", args.schedule == "plateau")):
+        if given and _is_zero(args.folds) and args.resume is None:
+            raise UserError(f"{idle}: does nothing with --folds 0, which gives no score; leave one out")
     device = dist.setup(args.device)
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:
@@ -163,6 +166,14 @@ def start(parser, argv=None, *, needs=None):
         summary.write_note(folder, vars(parser.parse_args([])))
         print(f"{'resuming' if state else 'run'}: {folder}" + (f" at step {state['step']}" if state else ""))
     return args, device, folder, state
+
+
+def _is_zero(folds):
+    """Whether --folds is 0, as data.folds.parse reads it: no validation."""
+    try:
+        return float(folds) == 0
+    except (TypeError, ValueError):  # None, a file
+        return False
 
 
 def training(args, folder, model, loader, *, part=1.0, weight_decay=None, eps=1e-8):
