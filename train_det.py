@@ -435,9 +435,8 @@ def final(state, judge, names, folder, device, amp, files, bands):
     if dist.rank() > 0:
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
-    last, best, *per_class = [{k: None if v != v else v for k, v in values.items()}  # JSON has no NaN
-                              for values in (scores, {"score threshold": threshold, "f1": f1}, *classes)]
-    runs.write_json(folder / "results.json", {"last": last, "best F1": best, "classes": dict(zip(names, per_class))})
+    runs.write_json(folder / "results.json", {
+        "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
     samples = metric.samples(files)
     report.write_csv(folder / "samples.csv", samples)
     draw_ends(folder / "review.png", metric, samples, files, bands, names=names,

@@ -216,3 +216,11 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert json.loads(path.read_text())["name"] == "größe"
     with pytest.raises(UserError):
         runs.write_json(tmp_path / "gone" / "args.json", {})
+
+
+def test_files_are_strict_json(tmp_path):
+    """A class without truths has no AP; other languages' readers refuse Python's NaN."""
+    nan = float("nan")
+    runs.write_json(tmp_path / "results.json", {"a": [nan, 1.5, {"b": nan}], "c": (1, "x", None, True)})
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5, {"b": None}], "c": [1, "x", None, True]}
