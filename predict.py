@@ -112,7 +112,8 @@ def main():
     check_tta(args)
     device = dist.setup(args.device)
     if args.probs and not args.weights:
-        return combine_tables(args)
+        with writing(args):
+            return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     args.source = noisy_samples(args, paths) if args.noisy else args.source
     states = [checkpoint.load(path) for path in paths]
@@ -122,15 +123,22 @@ def main():
     if args.soup:
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     nets = load_nets(args, device, paths, states)
-    try:
+    with writing(args):
         {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, paths, states, nets)
+    dist.barrier()
+
+
+@contextlib.contextmanager
+def writing(args):
+    """Answers for results that cannot be written; what cannot be read has been answered before."""
+    try:
+        yield
     except ConnectionError:  # to a loader worker or to another rank
         raise
-    except OSError as error:  # what cannot be read has been answered before
+    except OSError as error:
         what = error.filename or args.out or "the results"
         raise UserError(f"{what}: cannot be written ({error.strerror or error}); make room, or choose another --out"
                         ) from None
-    dist.barrier()
 
 
 def check_tta(args):

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from data import augment, folds, images
@@ -102,10 +101,7 @@ def read_table(path, least=2):
             raise UserError(f"{path}: line {i}: {key} stands in line {seen[key]} too; remove one")
     if len(header) == 2:
         values = [row[1].strip() for _, row in rows]
-        def order(name):  # numbers first, in their order; by their digits, for Python reads no more than 4,300 of them
-            return (False, len(name.lstrip("0")), name) if name.isdecimal() else (True, 0, name)
-
-        names = sorted(set(values), key=order)
+        names = sorted(set(values), key=_numbers_first)
         if "" in names:
             raise UserError(f"{path}: line {rows[values.index('')][0]} has no class; add it, or remove the row")
         if len(names) < least:
@@ -121,6 +117,11 @@ def read_table(path, least=2):
             raise UserError(f"{path}: line {i} has the value {bad[:20]!r}; labels are 0 or 1")
     labels = np.array([[float(value) for value in row[1:]] for _, row in rows], np.float32)
     return keys, labels, names, False
+
+
+def _numbers_first(name):
+    """Sorts names: numbers by their size, told by their digits, for Python reads no more than 4,300 of them."""
+    return (False, len(name.lstrip("0")), name) if name.isdecimal() else (True, 0, name)
 
 
 def _class_folders(root):

@@ -181,9 +181,9 @@ def resize(image, size):
     """(C, H, W) -> (C, *size), antialiased. Bytes stay bytes, all else becomes float32."""
     if image.shape[1:] == tuple(size):
         return image
-    values = image if image.dtype == torch.uint8 and image.device.type == "cpu" else image.float()
-    small = F.interpolate(values[None], size, mode="bilinear", antialias=True)[0]
-    return small.round().to(torch.uint8) if image.dtype == torch.uint8 else small  # GPUs do not know it for bytes
+    bytes_here = image.dtype == torch.uint8 and image.device.type == "cpu"  # GPUs resize no bytes
+    small = F.interpolate((image if bytes_here else image.float())[None], size, mode="bilinear", antialias=True)[0]
+    return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
 
 
 def nearest(mask, size):

@@ -315,6 +315,10 @@ def test_tables_alone(script, refused, tmp_path, monkeypatch):
         refused(predict, *flags, *flag, "--out", "no", says=[flag[0], "--probs without --weights"])
     refused(predict, *flags, "--ensemble-weights", 1, "--out", "no", says="1 for 0 checkpoints and 2 tables")
     assert not Path("no").exists()
+    Path("full").mkdir()
+    Path("full/submission.csv").mkdir()  # what cannot be written is answered
+    monkeypatch.setattr(predict.runs, "new_folder", lambda *_: Path("full"))
+    refused(predict, *flags, says=["full/submission.csv: cannot be written", "--out"])
 
 
 def member(script, net, files, out):

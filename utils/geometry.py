@@ -132,7 +132,7 @@ def _whole(values, tolerance):
 
 
 def _inside(index, length, border):
-    """Indices beyond 0..length-1 brought back inside; works on fractions too."""
+    """Indices beyond 0..length-1 brought back inside."""
     if border == "wrap":
         return index % length
     if border == "reflect":

@@ -10,7 +10,6 @@ processor: others may share it. "bytes": what loader workers do; "float": what t
 """
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import cv2
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 from data import cls
+from tests.bench.timing import loading_round
 from utils import dist
 
 
@@ -42,18 +42,6 @@ class OpenCVViews:
         return torch.from_numpy((image.astype(np.float32) / 255 - 0.5) / 0.5)[None]
 
 
-def one_round(data, collate, inputs, count, bs):
-    """-> seconds per image: in all, up to the workers' batch, from there to the net's input."""
-    load = convert = 0
-    for start in range(0, count, bs):
-        began = time.process_time()
-        batch = collate([data[0, k] for k in range(start, start + bs)])
-        loaded = time.process_time()
-        inputs(batch)
-        load, convert = load + loaded - began, convert + time.process_time() - loaded
-    return (load + convert) / count, load / count, convert / count
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=384)
@@ -75,7 +63,7 @@ def main():
             best = {name: (float("inf"), 0, 0) for name in runs}
             for i in range(args.rounds + 1):
                 for name, run in runs.items():
-                    taken = one_round(*run, len(files), args.bs)
+                    taken = loading_round(*run, range(len(files)), args.bs)
                     best[name] = min(best[name], taken) if i else best[name]  # the first one warms up
             for name, (total, load, convert) in best.items():
                 ratio, ratio_load = (old / new for old, new in zip(best["OpenCV"], (total, load)))

@@ -12,7 +12,6 @@ device does, here the same thread. Without --data: 640 x 480 JPEGs of noise.
 """
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import cv2
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 
 from data import augment, det, labels
+from tests.bench.timing import loading_round
 from utils import dist
 
 CASES = [(640, None), (640, "ram"), (320, "ram")]
@@ -91,18 +91,6 @@ def our_inputs(batch):
     return augment.recolour(batch["image"], batch["colour"], 255.0)
 
 
-def one_round(data, collate, inputs, samples, bs):
-    """-> seconds per image: in all, up to the batch of bytes, from there to the net's input."""
-    load = convert = 0
-    for start in range(0, samples, bs):
-        began = time.process_time()
-        batch = collate([data[0, k % len(data.files)] for k in range(start, start + bs)])
-        loaded = time.process_time()
-        inputs(batch)
-        load, convert = load + loaded - began, convert + time.process_time() - loaded
-    return (load + convert) / samples, load / samples, convert / samples
-
-
 def noise(folder, count=64):
     """JPEGs of smooth noise with grain, about as large as photographs -> files, boxes, classes, sizes."""
     rng = np.random.default_rng(0)
@@ -143,7 +131,7 @@ def main():
             best = {name: (float("inf"), 0, 0) for name in runs}
             for i in range(args.rounds + 1):
                 for name, run in runs.items():
-                    taken = one_round(*run, args.samples, args.bs)
+                    taken = loading_round(*run, [k % len(made[0]) for k in range(args.samples)], args.bs)
                     best[name] = min(best[name], taken) if i else best[name]  # the first one warms up
             for name, (total, load, inputs) in best.items():
                 ratio, ratio_load = (old / new for old, new in zip(best["OpenCV"], (total, load)))

@@ -69,3 +69,16 @@ def show(kind, steps, bs, base):
         print(f"{kind} {name}: {bs / total:.2f} img/s, ratio {sum(best[base]) / total:.2f} (forward and loss "
               f"{forward:.3f} s, backward {backward:.3f} s, optimizer {update:.3f} s)", flush=True)
     return {name: sum(taken) for name, taken in best.items()}
+
+
+def loading_round(data, collate, inputs, keys, bs):
+    """Batches of data[0, key] -> seconds of the processor per image: in all, up to the workers' batch, from there to
+    the net's input."""
+    load = convert = 0
+    for start in range(0, len(keys), bs):
+        began = time.process_time()
+        batch = collate([data[0, key] for key in keys[start:start + bs]])
+        loaded = time.process_time()
+        inputs(batch)
+        load, convert = load + loaded - began, convert + time.process_time() - loaded
+    return (load + convert) / len(keys), load / len(keys), convert / len(keys)
