@@ -1,4 +1,5 @@
 """Fixtures: tiny data sets in the competitions' layouts, and scripts run as from a shell but without one."""
+import faulthandler
 import fcntl
 import json
 import os
@@ -19,6 +20,8 @@ from rasterio.transform import from_origin
 from tqdm import tqdm
 
 from utils import errors
+
+tqdm.monitor_interval = 0  # its thread may hold anything while `command` forks this process
 
 # the smallest UNet that --encoder allows, and the fewest steps
 TINY = "--conv0 8 --decoder 8 8 8 8 --imgsz 32 --bs 4 --epochs 1 --repeat 1 --workers 0 --device cpu".split()
@@ -182,9 +185,10 @@ def command(tmp_path):
         end = time.monotonic() + seconds
         while (status := os.waitpid(pid, os.WNOHANG)) == (0, 0):
             if time.monotonic() > end:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGABRT)  # faulthandler says where it stands
                 os.waitpid(pid, 0)
-                pytest.fail(f"{module.__name__} {flags}: still running after {seconds} s")
+                out, err = map(_drain, pipes)
+                pytest.fail(f"{module.__name__} {flags}: still running after {seconds} s\n{err}")
             time.sleep(0.002)
         out, err = map(_drain, pipes)
         lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", err)
@@ -206,6 +210,7 @@ def _child(module, flags, cwd, outputs):
         for number, output in enumerate(outputs, 1):
             os.dup2(output, number)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        faulthandler.enable(file=2)
         torch.set_num_threads(1)  # OpenMP's threads did not come along
         tqdm.set_lock(threading.RLock())  # its own is shared between processes: one that dies with it stops all others
         os.chdir(cwd)
