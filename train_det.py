@@ -43,7 +43,7 @@ NEEDS = {"tile": ("overlap",), "mosaic": ("mixup", "grid", "close_mosaic"),
 COMMON = dict(obj_pw=1.0, cls_pw=1.0, anchor_threshold=4.0, hsv=[0.015, 0.7, 0.4], translate=0.1, scale=0.5)
 SECOND = "second-stage.json"  # in its folder
 PRESETS = {
-    "default": COMMON | dict(head="free", optimizer="adamw", lr=2e-3, lr_floor=0.01, schedule="cosine", momentum=0.9,
+    "default": COMMON | dict(head="free", optimizer="adamw", lr=2e-3, lr_floor=0.01, schedule="flat", momentum=0.9,
                              weight_decay=0.05, warmup_epochs=2.0, warmup_bias_lr=0.0, warmup_momentum=0.9),
     # the competition's two stages, with the anchor head that its weights were made for
     "scratch-low": COMMON | dict(

@@ -40,6 +40,7 @@ def test_schedules_by_hand():
         "restarts": {0: 1, 5: 0.55, 9: 0.1 + 0.9 * (1 + math.cos(math.pi * 0.9)) / 2, 10: 1, 15: 0.55, 30: 1},
         "cyclic": {0: 0.91, 1: 0.82, 4: 0.55, 9: 0.1, 10: 0.91, 19: 0.1, 39: 0.1},
         "cosine": {0: 1, 10: 0.1 + 0.9 * (1 + 0.5 ** 0.5) / 2, 20: 0.55, 40: 0.1, 50: 0.1},
+        "flat": {0: 1, 20: 1, 25: 0.1 + 0.9 * (1 + 0.5 ** 0.5) / 2, 30: 0.55, 40: 0.1, 50: 0.1},
         "linear": {0: 1, 10: 0.775, 20: 0.55, 40: 0.1, 50: 0.1},
         "step": {0: 1, 9: 1, 10: 0.75, 19: 0.75, 20: 0.5625, 80: 0.75 ** 8, 81: 0.75 ** 8, 90: 0.1, 1000: 0.1},
         "poly": {0: 1, 20: 0.5 ** 0.9, 30: 0.25 ** 0.9, 39: 0.1, 40: 0.1, 50: 0.1},
@@ -47,7 +48,7 @@ def test_schedules_by_hand():
     }.items():
         schedule = make_schedule(name, **options)
         assert {step: schedule(step) for step in points} == pytest.approx(points, rel=1e-12), name
-    assert set(SCHEDULES) == {"restarts", "cyclic", "cosine", "linear", "step", "poly", "plateau", "constant"}
+    assert set(SCHEDULES) == {"restarts", "cyclic", "cosine", "flat", "linear", "step", "poly", "plateau", "constant"}
 
 
 def test_the_wildfire_systems_schedule():
@@ -67,6 +68,10 @@ def test_schedules_are_torchs():
     steps, options = 60, dict(steps_per_epoch=4, epochs=15, period=3, floor=1e-9)
     assert factors("cosine", steps, **options | {"floor": 0.01}) == pytest.approx(
         torchs(lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=60, eta_min=0.01), steps), rel=1e-9)
+    assert factors("flat", steps, **options | {"floor": 0.01}) == pytest.approx(
+        torchs(lambda o: lr_scheduler.SequentialLR(o, [
+            lr_scheduler.ConstantLR(o, factor=1.0), lr_scheduler.CosineAnnealingLR(o, T_max=30, eta_min=0.01)],
+            milestones=[30]), steps), rel=1e-9)
     assert factors("step", steps, **options) == pytest.approx(
         torchs(lambda o: lr_scheduler.StepLR(o, step_size=12, gamma=0.75), steps), rel=1e-9)
     assert factors("poly", steps, **options) == pytest.approx(
@@ -116,7 +121,7 @@ def test_warmup(name, epochs):
     assert seen[:warm] == pytest.approx([(i + 1) / warm for i in range(warm)])
     assert max(seen) == 1 and min(seen) > 0
     assert seen[warm] == (1 - 0.99 / 15 if name == "cyclic" else 1)  # eq. 1 begins with its first step down
-    if name in ("cosine", "linear", "poly"):  # these end with the run
+    if name in ("cosine", "flat", "linear", "poly"):  # these end with the run
         rest = make_schedule(name, steps_per_epoch=1, epochs=100 - warm, floor=0.01)
         assert seen[warm:] == pytest.approx([rest(i) for i in range(100 - warm)])
     else:

@@ -144,7 +144,7 @@ def warm_up(optimizer, steps, *, bias_lr=0.0, momentum=None):
     return optimizer
 
 
-SCHEDULES = ("restarts", "cyclic", "cosine", "linear", "step", "poly", "plateau", "constant")
+SCHEDULES = ("restarts", "cyclic", "cosine", "flat", "linear", "step", "poly", "plateau", "constant")
 
 
 def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10, floor=1e-3):
@@ -153,6 +153,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
     restarts  cosine from 1 to `floor` every `period` epochs (Loshchilov & Hutter 2017)
     cyclic    a line from 1 to `floor` every `period` epochs, which its last step reaches (Izmailov et al. 2018, eq. 1)
     cosine    one cosine from 1 to `floor` over the run
+    flat      1, then over the second half of the run one cosine from 1 to `floor` (RTMDet, Lyu et al. 2022)
     linear    a line from 1 to `floor` over the run
     step      x 0.75 every `period` epochs, not below `floor`
     poly      (1 - progress) ** 0.9, not below `floor`
@@ -172,6 +173,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
         "restarts": lambda t, scores: cosine(t % length / length),
         "cyclic": lambda t, scores: 1 - (1 - floor) * min((t % length + 1) / length, 1),
         "cosine": lambda t, scores: cosine(min(t / total, 1)),
+        "flat": lambda t, scores: cosine(min(max(2 * t / total - 1, 0), 1)),
         "linear": lambda t, scores: floor + (1 - floor) * (1 - min(t / total, 1)),
         "step": lambda t, scores: max(0.75 ** (t // length), floor),
         "poly": lambda t, scores: max((1 - min(t / total, 1)) ** 0.9, floor),

@@ -43,19 +43,23 @@ ROWS = {
               "--cutmix 0.5", "--gridmask 0.5", "--p-object 0.5", "--presence 0.5", "--lookahead 5", "--swa 0.25",
               "--swa 0.5 --swa-cycle 2", "--optimizer adamp", "--encoder efficientnetv2_b0", "--cutout 0.5",
               "--label-smoothing 0.1", "--optimizer radam", "--no-ema", "--schedule restarts",
-              "--encoder repvgg_a0", "--encoder hrnet_w18_small", "--resize", "--schedule plateau --period 2"],
-    "bccd": ["", "--mixup 0.15", "--lookahead 5", "--swa 0.25", "--gridmask 0.5", "--close-mosaic 3",
-             "--schedule plateau --period 3"],
+              "--encoder repvgg_a0", *(f"--encoder hrnet_{w}" for w in ("w18_small", "w18", "w32")), "--resize",
+              "--schedule plateau --period 2", "--schedule flat", "--optimizer sgd --lr 0.02"],
+    "bccd": ["", "--mixup 0.15", "--lookahead 5", "--swa 0.25", "--gridmask 0.5", "--cutout 0.5", "--close-mosaic 3",
+             "--schedule plateau --period 3", "--schedule cosine", "--image-weights", "--grid 9", "--optimizer adamp",
+             "--optimizer radam", "--optimizer adam --weight-decay 5e-4", "--optimizer sgd --lr 0.02", "--no-ema",
+             "--tile 320 --epochs 4"],
     "letters": ["", "--label-smoothing 0.1", "--mixup 0.5", "--cutmix 0.5", "--snapmix 0.5", "--gridmask 0.5",
                 "--net efficientnetv2_b0 --drop 0 --drop-path 0", "--cutout 0", "--lookahead 5", "--swa 0.5",
-                "--no-ema"],
+                "--no-ema", "--schedule plateau --period 1", "--schedule flat", "--optimizer adamp",
+                "--optimizer radam", "--optimizer adam --weight-decay 1e-5", "--optimizer sgd --lr 0.05"],
 }
 PREDICT = {  # with the baseline's weights of each seed
     "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
               "--tta hflip vflip rot90 scale", *(f"--tta hflip vflip --merge {how}" for how in (
                   "gmean", "max", "min", "tsharpen")), "--detector DETECTOR", "--detector DETECTOR --conf 0.05"],
     "bccd": ["", "--tta", "--tta hflip", "--tta hflip scale", "--tta hflip scale --merge wbf", "--imgsz 192",
-             "--iou 0.5"],
+             "--iou 0.5", "--tile 320"],
     "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40"],
 }
 DETECTOR = "train_det.py --data {data}/water --band-scale 10000 --variant n --imgsz 128 --bs 16 --epochs 20"
