@@ -54,13 +54,15 @@ ROWS = {
                 "--no-ema", "--schedule plateau --period 1", "--schedule flat", "--optimizer adamp",
                 "--optimizer radam", "--optimizer adam --weight-decay 1e-5", "--optimizer sgd --lr 0.05"],
 }
-PREDICT = {  # with the baseline's weights of each seed
+PREDICT = {  # with the baseline's weights of each seed; EPOCHS: its last three, of letters both
     "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
               "--tta hflip vflip rot90 scale", *(f"--tta hflip vflip --merge {how}" for how in (
-                  "gmean", "max", "min", "tsharpen")), "--detector DETECTOR", "--detector DETECTOR --conf 0.05"],
+                  "gmean", "max", "min", "tsharpen")), "--detector DETECTOR", "--detector DETECTOR --conf 0.05",
+              "--weights EPOCHS", "--weights EPOCHS --soup"],
     "bccd": ["", "--tta", "--tta hflip", "--tta hflip scale", "--tta hflip scale --merge wbf", "--imgsz 192",
-             "--iou 0.5", "--tile 320"],
-    "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40"],
+             "--iou 0.5", "--tile 320", "--weights EPOCHS", "--weights EPOCHS --soup"],
+    "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40",
+                "--weights EPOCHS", "--weights EPOCHS --soup"],
 }
 DETECTOR = "train_det.py --data {data}/water --band-scale 10000 --variant n --imgsz 128 --bs 16 --epochs 20"
 TOGETHER = {  # with the weights of all seeds at once
@@ -105,7 +107,8 @@ def train(task, flags, seed, data, out):
 
 
 def run_training(task, flags, seed, folder, data, out):
-    run_command(f"{BASE[task]} {flags} --seed {seed}".format(data=data, out=out), folder)
+    kept = flags or "--save-period 1"  # the baseline's epochs are averaged in the end
+    run_command(f"{BASE[task]} {kept} --seed {seed}".format(data=data, out=out), folder)
 
 
 def run_command(command, folder):
@@ -136,7 +139,8 @@ def held_out(run):
 
 def predict(task, flags, runs, files, target, data, out):
     """Runs predict.py on the files with the runs' last weights, a run or several. -> score"""
-    flags = flags.replace("DETECTOR", f"{runs[0]}-detector/last.pt")
+    epochs = sorted(runs[0].glob("epoch_*.pt"), key=lambda path: int(path.stem[6:]))[-3:]
+    flags = flags.replace("DETECTOR", f"{runs[0]}-detector/last.pt").replace("EPOCHS", " ".join(map(str, epochs)))
     run_prediction(task, flags, runs, ["--source", *files], target)
     score = {"water": score_masks, "bccd": score_boxes, "letters": score_classes}[task](files, target, data, out)
     print(f"{target.name}: {score}", flush=True)
