@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -461,6 +462,7 @@ def predict_cls(args, device, paths, states, nets):
     check_ensemble(args, paths)
     names, exclusive = states[0]["classes"], states[0]["exclusive"]
     tables = [submissions.read_probabilities(path, names)[1] for path in args.probs or ()]
+    tables = [{str(int(key)) if key.isdecimal() else key: row for key, row in table.items()} for table in tables]
     shares, thresholds = args.ensemble_weights or [1.0] * (len(paths) + len(tables)), best_threshold(args, states)
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive)
@@ -502,7 +504,7 @@ def predict_cls(args, device, paths, states, nets):
 def combine_tables(args):
     """--probs without --weights: the weighted mean of tables alone, of other systems too. Classes exclude each other
     where every row adds up to 1."""
-    for flag in ("source", "noisy", "tta", "soup", "pseudo", "fit_weights", "ensemble"):
+    for flag in ("source", "noisy", "tta", "soup", "pseudo", "fit_weights", "ensemble", "imgsz"):
         if getattr(args, flag) not in (None, False):
             raise UserError(f"--{flag.replace('_', '-')}: does nothing for --probs without --weights; leave it out")
     check_ensemble(args, [])
@@ -516,6 +518,8 @@ def combine_tables(args):
     keys = list(tables[0])
     members = [np.array([table[key] for key in keys]) for table in tables]
     exclusive = bool((abs(np.sum(members, 2) - 1) < 1e-4 + 1e-6 * len(names)).all())  # they are rounded
+    if exclusive and args.threshold is not None:
+        raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
     probs = ensemble.average(members, args.ensemble_weights or [1.0] * len(members))
     out = runs.new_folder(args.out, Path(args.probs[0]).parent / "predict")
     if dist.rank() == 0:
@@ -529,6 +533,8 @@ def check_ensemble(args, paths):
              if getattr(args, flag)]
     if len(given) > 1:
         raise UserError(f"{given[0]}, {given[1]}: both say how the checkpoints are weighted; leave one out")
+    if args.fit_weights and len(set(map(os.path.realpath, paths))) < len(paths):
+        raise UserError("--fit-weights: one of the checkpoints is given twice; leave it out once")
     if args.soup and (args.fit_weights or args.ensemble):
         raise UserError("--soup: makes one net of the checkpoints, there is nothing to weigh; leave it out, or "
                         "--fit-weights and --ensemble")

@@ -67,18 +67,20 @@ def main():
     terms = args.loss or [("ce" if table.exclusive else "bce", 1.0)]
     if not table.exclusive and "ce" in dict(terms):
         raise UserError("--loss ce: is for one class an image, this data has several; take bce or focal")
-    bands = args.bands or list(range(1, images.size(table.files[0])[0] + 1))
-    cls.check_bands(table.files, bands)
-    scale = args.scale or images.default_scale(images.read(table.files[0], window=(0, 0, 1, 1)).dtype)
+    bands = args.bands or images.default_bands(table.files)
     train, val = split(args, folder, table)
     if args.debug:
-        train, val, args.synthesize_count = train[:8 * args.bs], val[:args.bs], 8 * args.bs
+        train, val = folds.some(train, 8 * args.bs), folds.some(val, args.bs)
+        args.synthesize_count = 8 * args.bs
     files, answers, weights = [table.files[i] for i in train], table.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
         extra = cls.with_names(cls.read(more, least=1), table, more)
         chosen = folds.unseen(extra.files, [table.files[i] for i in val], more)
         files, answers = files + [extra.files[i] for i in chosen], np.concatenate((answers, extra.labels[chosen]))
         weights += [weight] * len(chosen)
+    known = table.files + files[len(train):]
+    cls.check_bands(known, bands)
+    scale = args.scale or images.default_scale(known)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     if args.synthesize:
         for flag in ("extra_data", "subset", "drop_noisy"):
@@ -97,6 +99,9 @@ def main():
                            cutout=args.cutout, p_affine=args.p_affine, p_cutout=0.5 if args.cutout else 0.0)
     on_gpu = args.synthesize and device.type == "cuda"  # made there: no workers, and nothing to be pinned
     parts = round(1 / args.val_interval)
+    if parts > -(-len(train_data) // args.bs):
+        raise UserError(f"--val-interval {args.val_interval:g}: of {len(train_data)} images that is less than a batch; "
+                        f"raise it, or lower --bs")
     loader = train_loader(train_data, args.bs, workers=0 if on_gpu else args.workers, seed=args.seed,
                           device="cpu" if on_gpu else device, parts=parts, same=args.debug, collate=cls.collate,
                           weights=weights if set(weights) - {1.0} else None)
@@ -111,10 +116,14 @@ def main():
         raise UserError(f"--drop, --drop-path: {args.net} has neither; leave them out, or take an EfficientNetV2")
     model = backbones.make(**arch, **drop, grad_checkpoint=args.grad_checkpoint)
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-    first_guess(linear, (table.labels if args.synthesize else answers).mean(0), table.exclusive)
+    frequencies = (table.labels if args.synthesize else answers).mean(0)
+    first_guess(linear, frequencies, table.exclusive)
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
+            if pretrained.classes(args.weights) not in (None, (table.names, table.exclusive)):
+                first_guess(linear, frequencies, table.exclusive)
+                dist.print0("weights: of other classes, the classifier begins anew")
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
@@ -180,7 +189,7 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, judge, table.names, folder, device, args.amp, [table.files[i] for i in val])
+        final(state, judge, table.names, folder, device, args.amp, [table.files[i] for i in val], bands)
 
 
 def split(args, folder, table):
@@ -223,7 +232,7 @@ def first_guess(linear, shares, exclusive):
     linear.bias.data.copy_(shares.log() if exclusive else shares.logit())
 
 
-def final(state, judge, names, folder, device, amp, files):
+def final(state, judge, names, folder, device, amp, files, bands):
     """The run's last weights: class by class results.json, image by image samples.csv; the worst and the best images
     with labels and predictions, and scores by class, in review.png."""
     metric = engine.judge(state, judge, device, amp)
@@ -233,7 +242,8 @@ def final(state, judge, names, folder, device, amp, files):
         report.write_csv(folder / "samples.csv", samples)
         ends = [part for part in review.ends([row["score"] for row in samples]) if part]
         review.sheet(
-            folder / "review.png", [[pictures.to_rgb(images.read(files[i])) for i in part] for part in ends],
+            folder / "review.png", [[pictures.to_rgb(images.read_picture(files[i], bands)) for i in part]
+                                    for part in ends],
             captions=[[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]
                       for part in ends], tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})

@@ -171,7 +171,7 @@ def second_stage(folder):
 def experiment(args, device, folder, resume):
     """One run, from the labels to the last epoch's results; the competition's two stages are two of them."""
     engine.seed_everything(args.seed, args.deterministic)
-    if dist.rank() == 0:
+    if dist.rank() == 0 and not resume:
         runs.write_json(folder / "args.json", vars(args))  # of a second stage, what has changed too
 
     if args.grid == 9 and (args.degrees or args.shear):  # pictures at its sides would cover others' objects
@@ -186,16 +186,16 @@ def experiment(args, device, folder, resume):
     # ---- data ----
     data = labels.read(args.data, allow_bad=args.allow_bad_labels)
     train, val = split(args, folder, data)
-    bands = args.bands or default_bands(data.files)
-    scale = args.band_scale or det.default_scale(data.files[train[0]], bands)
+    bands = args.bands or images.default_bands(data.files)
     if args.debug:
-        train, val = train[:8 * args.bs], val[:args.bs]
+        train, val = folds.some(train, 8 * args.bs), folds.some(val, args.bs)
     sources, weights = pick(data, train), np.ones(len(train))
     for more, weight in args.extra_data:
         extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
         chosen = folds.unseen(extra.files, [data.files[i] for i in val], more)
         sources = [ours + theirs for ours, theirs in zip(sources, pick(extra, chosen))]
         weights = np.concatenate((weights, np.full(len(chosen), weight)))
+    scale = args.band_scale or det.default_scale(sources[0] + [data.files[i] for i in val], bands)
     if args.tile:
         sources, image_of = det.cut(*sources, tile=args.tile, overlap=args.overlap)
         weights = weights[image_of]
@@ -329,7 +329,10 @@ def experiment(args, device, folder, resume):
               "args": vars(args), "threshold": (resume or {}).get("threshold")}
     state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None,
                        folder=folder, header=header, device=device, resume=resume, **options)
-    if args.debug:
+    first, last = state.history[0], state.history[-1]
+    if args.debug and args.head == "free" and first["box"] < last["box"]:
+        dist.print0("--debug: as yet the net finds too little for its loss to tell anything; look at train_batch.png")
+    elif args.debug:
         engine.check_debug(state.history)
     if val:
         final(state, judge, names, folder, device, args.amp, [data.files[i] for i in val], bands)
@@ -359,15 +362,6 @@ def split(args, folder, data):
     groups = folds.read_groups(args.groups, names) if args.groups else None
     return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=groups,
                         drop=args.drop_noisy)
-
-
-def default_bands(files):
-    """Of the data's first image; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see det.read), and a
-    grey image where another has three bands."""
-    first, count = files[0], images.size(files[0])[0]
-    rgb = images.kind(first) == "JPEG" or count == 1 and (
-        images.palette(first) is not None or any(images.size(file)[0] >= 3 for file in files))
-    return [1, 2, 3] if rgb else list(range(1, count + 1))
 
 
 def pick(data, indices):
@@ -408,7 +402,7 @@ def draw_ends(path, metric, samples, files, bands, *, names, tables):
         for i in chosen:
             size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
             shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
-            rgb, zoom = pictures.to_rgb(det.read(files[i], bands, shape=shape)), max(shape) / max(size)
+            rgb, zoom = pictures.to_rgb(images.read_picture(files[i], bands, shape=shape)), max(shape) / max(size)
             found = found[found[:, 4] >= threshold]
             row = [pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
                    pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]

@@ -86,16 +86,16 @@ def main():
     train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=groups,
                               files=[image for image, _ in paired], drop=args.drop_noisy,
                               strata=folds.area_strata([fact["area"] for fact in facts]))
-    scale = args.scale or images.default_scale(images.read(paired[train[0]][0], window=(0, 0, 1, 1)).dtype)
-    options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
     if args.debug:
-        train, val, args.repeat = train[:8 * args.bs], val[:args.bs], 1
+        train, val, args.repeat = folds.some(train, 8 * args.bs), folds.some(val, args.bs), 1
     paired_train, sizes, weights = [paired[i] for i in train], [facts[i]["size"] for i in train], [1.0] * len(train)
     for more, weight in args.extra_data:
         found = list(seg.pairs(Path(more) / "train_img", Path(more) / "train_mask").values())
         found = [found[i] for i in folds.unseen([image for image, _ in found], [paired[i][0] for i in val], more)]
         sizes += [fact["size"] for fact in seg.scan(found, bands=bands, classes=args.classes, ignore=args.ignore)]
         paired_train, weights = paired_train + found, weights + [weight] * len(found)
+    scale = args.scale or images.default_scale([image for image, _ in (*paired_train, *paired)])
+    options = dict(bands=bands, scale=scale, classes=args.classes, ignore=args.ignore, cache=args.cache)
     seen, windows = zip(*((i, window) for i, size in enumerate(sizes)
                           for window in tiles.cover(size, args.tile, args.overlap) or [None]))
     paired_train, weights = [paired_train[i] for i in seen], [weights[i] for i in seen]
@@ -109,6 +109,8 @@ def main():
                 conv0=args.conv0, decoder=args.decoder, presence=args.presence > 0)
     with answers_for("--decoder"):
         model = UNet(**arch, grad_checkpoint=args.grad_checkpoint)
+    if args.imgsz <= model.stride and args.bs == dist.world_size():
+        raise UserError(f"--imgsz {args.imgsz} --bs {args.bs}: batch norm would see a single pixel; raise one of them")
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
@@ -231,8 +233,6 @@ def check_flags(args, resumed):
     if args.label_smoothing and args.loss and not smoothed & dict(args.loss).keys() and not resumed:
         raise UserError(f"--label-smoothing: does nothing without a --loss of {', '.join(sorted(smoothed))}; leave it "
                         f"out, or add one")
-    if args.imgsz == 16 and args.bs == dist.world_size():  # the coarsest map is a sixteenth of the input
-        raise UserError(f"--imgsz 16 --bs {args.bs}: batch norm would see a single pixel; raise one of them")
 
 
 def final(state, evaluate, draw, folder, device, amp, ignore, files):

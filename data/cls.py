@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from data import augment, folds, images
 from data.cache import Cache
+from data.label_formats import same_name
 from utils import checkpoint, geometry
 from utils.errors import UserError
 
@@ -46,14 +47,16 @@ def read(root, *, table=None, folder=None, least=2):
         raise UserError(f"{root}: no *{ANSWER}.csv, no train.csv, and {unanswered.name} is no class; add the answers, "
                         f"or name them by --labels and --images")
     if table is None and not found:
-        return _class_folders(root / "train" if (root / "train").is_dir() else root)
+        if folder:
+            raise UserError(f"--images {folder}: is for a table, and {root} has none; name it by --labels")
+        return _class_folders(root / "train" if (root / "train").is_dir() else root, least)
     table = Path(table) if table else found[0]
     folder = Path(folder) if folder else root / table.stem.removesuffix(ANSWER)
     keys, labels, names, exclusive = read_table(table, least)
     file_of = find_files(folder)
     files = {}
     for key in keys:
-        file = file_of.get(key) or (file_of.get(int(key)) if key.isdecimal() and len(key) < 20 else None)
+        file = file_of.get(same_name(key)) or (file_of.get(int(key)) if key.isdecimal() and len(key) < 20 else None)
         if file is None:
             raise UserError(f"{table}: {key[:80]} has no image in {folder}; add it, or remove the row")
         if files.setdefault(file, key) != key:
@@ -71,7 +74,7 @@ def find_files(folder):
         if path.stem in stems:
             raise UserError(f"{path}: another image has the same name; rename or remove one")
         stems.add(path.stem)
-        file_of |= {path.stem: path, path.name: path}
+        file_of |= {same_name(path.stem): path, same_name(path.name): path}
         if path.stem.isdecimal():
             file_of[int(path.stem)] = path
     return file_of
@@ -89,7 +92,8 @@ def read_table(path, least=2):
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: not a readable CSV ({reason}); replace it") from None
     if len(rows) < 2 or len(rows[0][1]) < 2:
-        raise UserError(f"{path}: no header and rows of two columns or more; see the layouts in data/cls.py")
+        raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts in "
+                        f"data/cls.py")
     header, rows = rows[0][1], rows[1:]
     wrong = next((i for i, row in rows if len(row) != len(header)), None)
     if wrong:
@@ -124,11 +128,11 @@ def _numbers_first(name):
     return (False, len(name.lstrip("0")), name) if name.isdecimal() else (True, 0, name)
 
 
-def _class_folders(root):
-    names = sorted(p.name for p in root.iterdir() if p.is_dir())
-    if len(names) < 2:
-        raise UserError(f"{root}: neither a table (train.csv, *{ANSWER}.csv) nor two folders of classes in it; see "
-                        f"--data")
+def _class_folders(root, least):
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(names) < least:
+        what = "two folders" if least > 1 else "a folder"
+        raise UserError(f"{root}: neither a table (train.csv, *{ANSWER}.csv) nor {what} of classes in it; see --data")
     files, classes = [], []
     for i, name in enumerate(names):
         found = images.find(root / name)
@@ -194,7 +198,7 @@ def check_bands(files, bands):
     """Every image has the bands. -> (height, width) of each."""
     def check(file):
         count, *size = images.size(file)
-        if count < max(bands):
+        if count < max(bands) and not (count == 1 and list(bands) == [1, 2, 3]):  # see images.read_picture
             raise UserError(f"{file}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the "
                             f"file")
         return tuple(size)
@@ -210,8 +214,8 @@ class Images(Dataset):
 
     def __init__(self, files, labels, *, bands=None, limit=1024, cache=None):
         self.files, self.labels = files, torch.as_tensor(labels)
-        self.read = lambda i: reduce(images.read(files[i], bands), limit)
-        self.cache = Cache(files, self.read, cache, variant=(bands, limit)) if cache else None
+        self.read = lambda i: reduce(images.read_picture(files[i], bands), limit)
+        self.cache = Cache(files, self.read, cache, variant=("pictures", bands, limit)) if cache else None
 
     def __len__(self):
         return len(self.files)

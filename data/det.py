@@ -24,29 +24,12 @@ def rect(size, imgsz, stride, pad=0.5):
     return tuple(int(np.ceil(side * imgsz / max(size) / stride + pad)) * stride for side in size)
 
 
-def read(path, bands=None, **options):
-    """`images.read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images become that."""
-    if list(bands or []) != [1, 2, 3]:
-        return images.read(path, bands, **options)
-    if images.kind(path) == "JPEG":
-        image = images.read(path, **options)  # whole: to pick bands would be to copy them
-        if len(image) == 4:
-            ink = image.int()  # 255 is none
-            image = (ink[:3] * ink[3] // 255).to(torch.uint8)
-    else:
-        one = images.size(path)[0] == 1
-        image, colours = images.read(path, [1] if one else bands, **options), images.palette(path) if one else None
-        if colours is not None and image.dtype == torch.uint8:
-            return colours[image[0].long()].permute(2, 0, 1)
-    return image.expand(3, -1, -1) if len(image) == 1 else image
-
-
-def default_scale(file, bands):
-    """`images.default_scale` for this file. UserError where its pixels go beyond it, or below 0: what is trained on is
+def default_scale(files, bands):
+    """`images.default_scale`. UserError where the first file's pixels go beyond it, or below 0: what is trained on is
     cut off at 0 and 1."""
-    pixels = read(file, bands, shape=reduced(images.size(file)[1:], 1024))
-    scale, kind = images.default_scale(pixels.dtype), str(pixels.dtype).removeprefix("torch.")
-    least, most = float(pixels.numpy().min()), float(pixels.numpy().max())
+    file, scale = files[0], images.default_scale(files)
+    pixels = images.read_picture(file, bands, shape=reduced(images.size(file)[1:], 1024))
+    kind, least, most = images.depth(file), float(pixels.numpy().min()), float(pixels.numpy().max())
     if least < 0:  # such as decibels, of which nothing would be left
         raise UserError(f"{file}: has {kind} pixels down to {least:g}, and all below 0 is black; add a number to the "
                         f"pixels of all images so that they begin at 0, or let it be black by --band-scale")
@@ -64,7 +47,7 @@ def reduced(size, limit):
 
 def read_small(path, bands, size, window=None):
     """`read`, then resized to `size` (None: not) -> (H, W, C) in memory, from which it is fast to resize once more."""
-    image = read(path, bands, window=window).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    image = images.read_picture(path, bands, window=window).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return (images.resize(image, size) if size else image).permute(1, 2, 0).contiguous()
 
 
@@ -257,12 +240,12 @@ class Views(Dataset):
         i, window = self.items[k]
         height, width = self.sizes[i]
         if window:
-            image = read(self.files[i], self.bands, window=window)
+            image = images.read_picture(self.files[i], self.bands, window=window)
             to_read = translate(-window[1], -window[0])
         else:  # of a far larger scene only every step-th pixel is read, still four for each one of the net's input
             step = max(height, width) // (4 * self.imgsz) or 1
             shape = (max(1, height // step), max(1, width // step))
-            image = read(self.files[i], self.bands, shape=shape if step > 1 else None)
+            image = images.read_picture(self.files[i], self.bands, shape=shape if step > 1 else None)
             to_read = scale(shape[1] / width, shape[0] / height)
         image = image if image.dtype == torch.uint8 else image.float()
         sample = letterboxed(image, self.imgsz, self.shapes[k], to_read)

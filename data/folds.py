@@ -79,7 +79,8 @@ def read(path, names):
     except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a split; give a run's folds.json: {{name: fold}}") from None
     if missing:
-        raise UserError(f"{path}: has no fold for {missing[0]} ({len(missing)} such); make a new split with --folds 5")
+        raise UserError(f"{path}: has no fold for {missing[0]} ({len(missing)} such); a split is for the data that it "
+                        f"was made of: start a new run with --folds 5")
     return {n: fold_of[n] for n in names}
 
 
@@ -135,8 +136,13 @@ def split(fold_of, fold, untrained=False):
     if not (train or untrained) or not val:
         there = ", ".join(map(str, sorted(set(fold_of.values()))))
         raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are "
-                        f"the folds {there}")
+                        f"the folds {there} (--folds 0: no validation)")
     return train, val
+
+
+def some(indices, count):
+    """At most so many of the indices, from all along: files are often in the order of their classes or places."""
+    return indices[::max(1, len(indices) // count)][:count]
 
 
 def leaks(train, val, *, groups=None, shown=3):

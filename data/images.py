@@ -18,6 +18,7 @@ import math
 import os
 import stat
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +87,20 @@ def open_raster(path):
     try:
         # absolute: no /vsi names, no URLs. Overviews may lie in another file, which a tag or a name points to
         return rasterio.open(os.path.abspath(path), driver=driver, OVERVIEW_LEVEL="NONE")
-    except (RasterioError, ValueError):  # the latter: a damaged coordinate system's name
+    except (RasterioError, ValueError) as error:  # the latter: a damaged coordinate system's name
+        if isinstance(error, UnicodeEncodeError):
+            raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
         raise UserError(f"{path}: not a readable {driver}; replace or remove it") from None
 
 
 def size(path):
     """(bands, height, width) from the file's header."""
-    return _header(*_version(path))
+    return _header(*_version(path))[:3]
+
+
+def depth(path):
+    """The name of a file's numbers, such as "uint8", from its header."""
+    return _header(*_version(path))[3]
 
 
 def palette(path):
@@ -107,11 +115,12 @@ def palette(path):
         return torch.tensor([colours.get(i, (0, 0, 0, 0))[:3] for i in range(256)], dtype=torch.uint8)
 
 
-def read(path, bands=None, *, window=None, shape=None):
+def read(path, bands=None, *, window=None, shape=None, missing=0):
     """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that.
 
     bands: 1-based, None: all. window: (row, column, height, width), of which a GeoTIFF reads no more than that.
-    shape: (height, width) to reduce to, nearest pixels. Raises UserError naming the file.
+    shape: (height, width) to reduce to, nearest pixels. missing: what becomes of pixels that a GeoTIFF declares to hold
+    no data, None: nothing. Raises UserError naming the file.
     """
     count, height, width = size(path)
     if bands and max(bands) > count:
@@ -124,6 +133,10 @@ def read(path, bands=None, *, window=None, shape=None):
             with rasterio.Env(**ALONE), open_raster(path) as file:
                 view = Window(window[1], window[0], window[3], window[2]) if window else None
                 image = file.read(bands, window=view, out_shape=shape and (len(bands or range(count)), *shape))
+                for plane, band in zip(image, bands or file.indexes):
+                    empty = file.nodatavals[band - 1]
+                    if missing is not None and empty not in (None, missing):
+                        plane[np.isnan(plane) if np.isnan(empty) else plane == empty] = missing
         else:
             decode = _decode_once if window else _decode
             image = decode(path, os.stat(path).st_mtime_ns)
@@ -177,6 +190,35 @@ def digest(path, middle=None):
     return hashed.digest()
 
 
+def read_picture(path, bands=None, **options):
+    """`read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images become that."""
+    if list(bands or []) != [1, 2, 3]:
+        return read(path, bands, **options)
+    if kind(path) == "JPEG":
+        image = read(path, **options)  # whole: to pick bands would be to copy them
+        if len(image) == 4:
+            ink = image.int()  # 255 is none
+            image = (ink[:3] * ink[3] // 255).to(torch.uint8)
+    else:
+        one = size(path)[0] == 1
+        image, colours = read(path, [1] if one else bands, **options), palette(path) if one else None
+        if colours is not None and image.dtype == torch.uint8:
+            return colours[image[0].long()].permute(2, 0, 1)
+    return image.expand(3, -1, -1) if len(image) == 1 else image
+
+
+def default_bands(files):
+    """Of the first picture; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see `read_picture`), and a
+    grey image where another has three bands."""
+    first, count = files[0], size(files[0])[0]
+    if kind(first) != "JPEG" and count == 1 and palette(first) is None:
+        with ThreadPoolExecutor(4) as pool:
+            count = 3 if any(found[0] >= 3 for found in pool.map(size, files)) else 1
+    elif kind(first) == "JPEG" or count == 1:
+        count = 3
+    return list(range(1, count + 1))
+
+
 def resize(image, size):
     """(C, H, W) -> (C, *size), antialiased. Bytes stay bytes, all else becomes float32."""
     if image.shape[1:] == tuple(size):
@@ -192,9 +234,17 @@ def nearest(mask, size):
     return mask[rows[:, None], columns]
 
 
-def default_scale(dtype):
-    """What turns the file's numbers into 0..1: 65535 for uint16 (the wildfire system's), 255 for uint8, else 1."""
-    return {torch.uint8: 255.0, torch.uint16: 65535.0}.get(dtype, 1.0)
+def default_scale(files):
+    """What turns the files' numbers into 0..1: 65535 for uint16 (the wildfire system's), 255 for uint8, else 1.
+    UserError where they differ in that."""
+    file_of = {}
+    for file in files:
+        file_of.setdefault({"uint8": 255.0, "uint16": 65535.0}.get(depth(file), 1.0), file)
+    if len(file_of) > 1:
+        one, other = list(file_of.values())[:2]
+        raise UserError(f"{other}: has {depth(other)} pixels, {one} {depth(one)}, and one scale is for all; convert "
+                        f"them")
+    return next(iter(file_of))
 
 
 # ---- headers: read once for a file as it is, for an epoch asks for each of them several times ------------------------
@@ -226,13 +276,13 @@ def _header(path, *version):
         try:
             with Image.open(path, formats=("JPEG",)) as file:  # the header only
                 turned = file.getexif().get(0x0112, 1) >= 5
-                return (len(file.getbands()),) + (file.size if turned else file.size[::-1])
+                return len(file.getbands()), *(file.size if turned else file.size[::-1]), "uint8"
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
             raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
     with rasterio.Env(**ALONE), open_raster(path) as file:
         if file.height * file.width > MAX_SCENE:
             raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
-        return file.count, file.height, file.width
+        return file.count, file.height, file.width, file.dtypes[0]
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------

@@ -134,6 +134,9 @@ def heat(net, weight, images, labels):
     training = net.training
     maps = net.eval().last_map(images)
     net.train(training)
+    # autocast would keep the casts of the weights for the step itself: their gradients would come last there, and DDP's
+    # sums in another order than on a rank that has not looked
+    torch.clear_autocast_cache()
     return percent_map(maps, weight, labels, images.shape[2:])
 
 

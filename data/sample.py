@@ -12,13 +12,13 @@ import os
 from data.sample_letters import letters
 from data.sample_parking import parking
 from data.sample_wildfire import wildfire
-from utils.errors import cli
+from utils.errors import Parser, cli
 from utils.files import check_absent
 
 
 def main():
     folders = {"letters": "resources", "wildfire": "Wildfire", "parking": "DATA"}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=folders, help="write this one alone (default: all)")
     parser.add_argument("--out", default=".", metavar="DIR", help="where the folders go (default: here)")
     parser.add_argument("--train", type=int, default=48, metavar="N", help="training pictures of each (default: 48)")

@@ -47,7 +47,7 @@ def read_mask(path, classes=1, ignore=None, window=None):
 
     Raises UserError for other values: they would be trained as wrong classes, or crash a GPU.
     """
-    mask = images.read(path, window=window)
+    mask = images.read(path, window=window, missing=None)  # often the label to ignore
     if len(mask) != 1:
         raise UserError(f"{path}: a mask has 1 band, this has {len(mask)}; save class indices, not colours")
     mask = mask[0] if mask.is_floating_point() else mask[0].int()

@@ -122,7 +122,7 @@ def yolo_lines(rows, height, width):
 def draw_boxes(path, file, size, rows, names, bands, limit=1920):
     """A JPEG of the image, at most `limit` pixels a side, with its detections."""
     shape = det.reduced(size, limit)
-    rgb = pictures.to_rgb(det.read(file, bands, shape=shape))
+    rgb = pictures.to_rgb(images.read_picture(file, bands, shape=shape))
     rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * (max(shape) / max(size)), rows[:, 5].long(), names, rows[:, 4])
     Image.fromarray(rgb).save(path, quality=90)
 
@@ -160,5 +160,5 @@ def write_classes(out, keys, probs, names, exclusive, thresholds):
 
 
 def write_rows(path, header, rows):
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # names are any bytes
         csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -119,6 +119,12 @@ def normalisation(path_or_name, bands):
     return values if len(values[0]) == bands else [[sum(numbers) / len(numbers)] for numbers in values]
 
 
+def classes(path_or_name):
+    """(names of the classes, whether they exclude each other) of a classifier's checkpoint of ours; None for others."""
+    state = {} if path_or_name in URLS else read(path_or_name)
+    return (state["classes"], state["exclusive"]) if {"classes", "exclusive"} <= state.keys() else None
+
+
 def _of_file(state):
     """What the weights of a file want: our own checkpoints tell it, others' layouts show it (B3's do not: in21k)."""
     if isinstance(state.get("norm"), (list, tuple)):

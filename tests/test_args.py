@@ -117,7 +117,15 @@ def test_a_resumed_run_keeps_its_flags_and_reports_new_ones(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sorted(lines) == ["--ema: True instead of the run's False", "--weight-decay: 0.2 instead of the run's 0.01",
                              f"resuming: {folder} at step 5"]
-    assert json.loads((folder / "args.json").read_text())["weight_decay"] == 0.2
+    assert json.loads((folder / "args.json").read_text())["weight_decay"] == 0.01  # engine.fit's, once it has begun
+
+
+@pytest.mark.parametrize("flags", [["--folds", "3"], ["--fold", "1"], ["--weights", "other.pt"]])
+def test_a_resumed_run_keeps_its_split_and_its_start(tmp_path, flags):
+    saved(tmp_path, "--folds", "5")
+    with pytest.raises(UserError, match=f"^{flags[0]}: a resumed run keeps its own"):
+        opened(tmp_path, "--resume", *flags)
+    opened(tmp_path, "--resume", "--folds", "5", "--fold", "0")  # as it was
 
 
 def test_flags_that_the_run_did_not_know_get_their_defaults(tmp_path):

@@ -84,8 +84,32 @@ def test_damaged_pictures(refused, root, workers):
 
 def test_pictures_of_other_bands(refused, root):
     train(refused, "--data", root, "--bands", 2, says=["00000.png: has 1 bands", "band 2", "--bands"])
-    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(root / "dirty_mnist_2nd/00000.png")  # tells how many
-    train(refused, "--data", root, says=["00001.png: has 1 bands", "band 3"])
+    Image.fromarray(np.zeros((40, 40, 4), np.uint8)).save(root / "dirty_mnist_2nd/00000.png")  # tells how many
+    train(refused, "--data", root, says=["00001.png: has 1 bands", "band 4"])
+
+
+def test_pictures_of_several_depths(refused, root, tmp_path):
+    image = np.asarray(Image.open(root / "dirty_mnist_2nd/00001.png"))
+    Image.fromarray(image.astype(np.uint16) * 257).save(root / "dirty_mnist_2nd/00001.png")
+    train(refused, "--data", root, says=["00001.png: has uint16 pixels", "00000.png uint8", "convert them"])
+    more = write_dirty(tmp_path / "more", train=2, test=0)
+    shutil.copy(root / "dirty_mnist_2nd/00001.png", more / "dirty_mnist_2nd/00000.png")
+    image = Image.fromarray(image)
+    image.save(root / "dirty_mnist_2nd/00001.png")
+    train(refused, "--data", root, "--extra-data", more, says=["more/dirty_mnist_2nd/00000.png: has uint16 pixels"])
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(refused, command, root):
+    assert command(train_cls, *TINY_CLS, "--data", root, "--folds", 2).code == 0
+    run = root.parent / "runs/cls/exp"
+    before = (run / "args.json").read_text()
+    train(refused, "--resume", run, "--net", "regnetx_004", "--epochs", 9, says="--resume")
+    assert (run / "args.json").read_text() == before
+
+
+def test_shares_of_what_happens_instead_of_one_another(refused, root):
+    train(refused, "--data", root, "--mixup", 0.5, "--cutmix", 0.3, "--snapmix", 0.3, says=["--snapmix", "exceed 1"])
+    train(refused, "--data", root, "--val-interval", 0.1, says=["--val-interval 0.1", "less than a batch"])
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

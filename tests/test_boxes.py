@@ -278,8 +278,8 @@ def test_wbf_compares_with_the_fused_box():
 
 def slow_wbf(detections, weights, threshold, conf):
     """The paper, step by step: every fused box is computed anew from the list of its members."""
-    entries = sorted(((row[4] * w, row[:4], row[5]) for rows, w in zip(detections, weights) for row in rows.tolist()
-                      if row[4] > conf), key=lambda e: -e[0])
+    entries = sorted(((row[4] * w, row[:4], row[5], m) for m, (rows, w) in enumerate(zip(detections, weights))
+                      for row in rows.tolist() if row[4] > conf), key=lambda e: -e[0])
     clusters = []
     for entry in entries:
         overlaps = [(plain_iou(mean(c), entry[1]), -k) for k, c in enumerate(clusters) if c[0][2] == entry[2]]
@@ -288,7 +288,8 @@ def slow_wbf(detections, weights, threshold, conf):
             clusters[-k].append(entry)
         else:
             clusters.append([entry])
-    scores = [sum(e[0] for e in c) / len(c) * min(len(detections), len(c)) / sum(weights) for c in clusters]
+    scores = [sum(e[0] for e in c) / sum(weights[e[3]] for e in c)
+              * sum(weights[m] for m in {e[3] for e in c}) / sum(weights) for c in clusters]
     return sorted(([*mean(c), s, c[0][2]] for c, s in zip(clusters, scores)), key=lambda row: -row[4])
 
 
@@ -310,6 +311,15 @@ def test_wbf_against_a_slow_loop(weights, threshold, conf):
     expected = torch.tensor(slow_wbf(detections, weights or (1.,) * 4, threshold, conf))
     assert 20 < len(expected) < sum(map(len, detections)) * 0.6
     torch.testing.assert_close(fused, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_wbf_of_one_models_several_boxes():
+    """They are no consent of other models: not above their own score, nor as sure as what two have seen."""
+    own = torch.tensor([detection(0, 0.9), detection(1, 0.85), detection(2, 0.8)])
+    for weights, share in ((None, 0.5), ([3., 1.], 0.75)):
+        [fused] = wbf([own, torch.zeros(0, 6)], weights=weights)
+        assert float(fused[4]) == pytest.approx(0.85 * share, rel=1e-6)
+    assert float(wbf([own, own[:1]])[0, 4]) == pytest.approx((0.9 + 0.9 + 0.85 + 0.8) / 4, rel=1e-6)
 
 
 def test_wbf_of_little():

@@ -1,5 +1,6 @@
 """data/cls.py: the layouts, what is wrong in tables, folds and subsets, and views against pixels."""
 import csv
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import augment, cls, dirty_mnist, glyphs
+from data import augment, cls, dirty_mnist, glyphs, images
 from data.loader import eval_loader, train_loader
 from utils import engine, geometry
 from utils.errors import UserError
@@ -461,3 +462,50 @@ def test_classes_that_are_numbers_stand_in_their_order(tmp_path):
     names = ["10", "9", "b", "007", "9" * 5000, "a"]
     (tmp_path / "train.csv").write_text("name,class\n" + "".join(f"{i},{name}\n" for i, name in enumerate(names)))
     assert cls.read_table(tmp_path / "train.csv")[2] == ["007", "9", "10", "9" * 5000, "a", "b"]
+
+
+def folders(root, *names):
+    """A folder per class with one picture each."""
+    for i, name in enumerate(names):
+        (root / "train" / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(root / "train" / name / f"{i}.png")
+    return root
+
+
+def test_folders_of_classes(tmp_path):
+    table = cls.read(folders(tmp_path / "two", "cat", "dog", ".ipynb_checkpoints"))
+    assert table.names == ["cat", "dog"] and len(table.files) == 2 and table.exclusive
+    one = folders(tmp_path / "one", "dog")
+    assert cls.with_names(cls.read(one, least=1), table, one).labels.tolist() == [[0, 1]]
+    with pytest.raises(UserError, match="nor two folders of classes"):
+        cls.read(one)
+    with pytest.raises(UserError, match="--images elsewhere: is for a table"):
+        cls.read(tmp_path / "two", folder="elsewhere")
+
+
+def test_names_in_another_unicode_form(tmp_path):
+    """A Mac's archive holds accents apart from their letters."""
+    (tmp_path / "train").mkdir()
+    for i, name in enumerate(("e\u0301.png", "\u00fc.png")):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "train" / name)
+    (tmp_path / "train.csv").write_text("name,class\n\u00e9,a\nu\u0308.png,b\n", encoding="utf-8")
+    table = cls.read(tmp_path)
+    assert [unicodedata.normalize("NFC", file.name) for file in table.files] == ["\u00e9.png", "\u00fc.png"]
+
+
+def test_pictures_of_all_kinds_are_rgb(tmp_path):
+    """As in detection: a palette's colours, a grey picture among others, inks."""
+    rgb = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "rgb.png")
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(rgb).quantize(16).save(tmp_path / "palette.png")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "inks.jpg", quality=100)
+    files = [tmp_path / name for name in ("grey.png", "rgb.png", "palette.png", "inks.jpg")]
+    bands = images.default_bands(files)
+    assert bands == [1, 2, 3] and cls.check_bands(files, bands) == [(8, 8)] * 4
+    data = cls.Images(files, np.zeros((4, 2), np.float32), bands=bands)
+    grey, full, palette, inks = (data[i]["image"].permute(1, 2, 0).numpy() for i in range(4))
+    assert (grey == rgb[..., :1]).all() and (full == rgb).all()
+    assert (palette == np.asarray(Image.open(files[2]).convert("RGB"))).all()
+    assert np.abs(inks.astype(int) - (255, 0, 0)).max() < 4
+    assert images.default_bands(files[:1]) == [1]

@@ -4,8 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-import train_det
-from data import augment, det
+from data import augment, det, images
 from data.det import DetData, collate, rect
 from utils import geometry
 
@@ -202,10 +201,10 @@ def test_palettes_become_rgb(tmp_path):
     picture = Image.fromarray(pixels).convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
     picture.save(tmp_path / "a.png"), picture.save(tmp_path / "b.tif")
     for name in ("a.png", "b.tif"):
-        assert train_det.default_bands([tmp_path / name]) == [1, 2, 3]
-        found = det.read(tmp_path / name, [1, 2, 3])
+        assert images.default_bands([tmp_path / name]) == [1, 2, 3]
+        found = images.read_picture(tmp_path / name, [1, 2, 3])
         assert found.dtype == torch.uint8 and np.abs(found.permute(1, 2, 0).numpy().astype(int) - pixels).max() <= 1
-        assert torch.equal(det.read(tmp_path / name, [1, 2, 3], window=(8, 0, 8, 16)), found[:, 8:])
+        assert torch.equal(images.read_picture(tmp_path / name, [1, 2, 3], window=(8, 0, 8, 16)), found[:, 8:])
 
 
 def test_images_without_boxes(tmp_path):
@@ -310,5 +309,5 @@ def test_recolour_takes_the_files_numbers():
     ("L", 80, (80, 80, 80)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("RGB", (9, 80, 200), (9, 80, 200))])
 def test_grey_and_cmyk_become_rgb(tmp_path, mode, value, rgb):
     Image.new(mode, (32, 32), value).save(tmp_path / "a.jpg", quality=100)
-    image = det.read(tmp_path / "a.jpg", [1, 2, 3])
+    image = images.read_picture(tmp_path / "a.jpg", [1, 2, 3])
     assert image.shape == (3, 32, 32) and (image[:, 16, 16].int() - torch.tensor(rgb)).abs().max() <= 3

@@ -116,7 +116,26 @@ def test_scan_names_both_files_of_different_size(tmp_path):
 def test_default_scale(tmp_path):
     for dtype, scale in dict(uint8=255, uint16=65535, int16=1, float32=1).items():
         path = write_tif(tmp_path / "a.tif", np.ones((2, 2), dtype))
-        assert images.default_scale(images.read(path).dtype) == scale
+        assert images.default_scale([path]) == scale and images.depth(path) == dtype
+    same = [write_tif(tmp_path / f"{dtype}.tif", np.ones((2, 2), dtype)) for dtype in ("int16", "float32", "uint8")]
+    assert images.default_scale(same[:2]) == 1
+    with pytest.raises(UserError, match="uint8.tif: has uint8 pixels, .*int16.tif int16"):
+        images.default_scale(same)
+
+
+@pytest.mark.parametrize("dtype, empty", [
+    ("float32", -9999.0), ("float32", float(np.finfo(np.float32).min)), ("float32", float("nan")), ("int16", -32768),
+    ("uint16", 65535), ("uint8", 0)])
+def test_declared_holes_are_0_and_labels_stay(tmp_path, dtype, empty):
+    array = np.full((2, 4, 4), 7, dtype)
+    array[0, 1] = empty
+    path = write_tif(tmp_path / "a.tif", array, nodata=empty)
+    want = np.where(np.arange(4)[:, None] == 1, 0, 7).repeat(4, 1)
+    found = images.read(path)
+    assert found.dtype == torch.from_numpy(array).dtype and (found[0].numpy() == want).all() and (found[1] == 7).all()
+    assert (images.read(path, [1], window=(1, 0, 1, 4)) == 0).all() and (images.read(path, [2]) == 7).all()
+    mask = write_tif(tmp_path / "m.tif", np.array([[0, 1, 255, 255]], np.uint8), nodata=255)
+    assert seg.read_mask(mask, ignore=255).tolist() == [[0, 1, 255, 255]]
 
 
 # ---- mean planes -----------------------------------------------------------------------------------------------------

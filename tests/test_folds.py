@@ -443,3 +443,9 @@ def test_a_ranking_of_other_files_drops_nothing_in_silence(tmp_path):
         folds.of_run(tmp_path, names, [0.5, 0.5], 0, files=files, drop=(noise, 2))
     noise.write_text(f"rank,name,score\n1,{files[0]},0.1\n2,elsewhere/1.png,0.2\n")
     assert 0 not in folds.of_run(tmp_path, names, [0.5, 0.5], 0, files=files, drop=(noise, 2))[0]
+
+
+def test_some_are_from_all_along():
+    assert folds.some(list(range(100)), 10) == list(range(0, 100, 10))
+    assert folds.some(list(range(25)), 10) == list(range(0, 20, 2)) and folds.some([3, 1], 10) == [3, 1]
+    assert folds.some([], 4) == []

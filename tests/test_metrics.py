@@ -206,6 +206,9 @@ def test_labels_by_hand():
     assert scores == pytest.approx({"acc": 7 / 9, "exact": 1 / 3, "map": 1.0})
     assert [c["images"] for c in metric.per_class()] == [2, 2, 0]
     assert metric.per_class()[0]["acc"] == pytest.approx(2 / 3)
+    unsure = Accuracy(3, exclusive=True)
+    unsure.update(torch.tensor([[0.4, 0.3, 0.3]] * 4), torch.tensor([[1, 0, 0]] * 4))
+    assert unsure.compute()["acc"] == 1 and [row["acc"] for row in unsure.per_class()] == [1, 1, 1]
     one = Accuracy(3, exclusive=True)
     one.update(torch.tensor([[.4, .3, .3], [.2, .3, .5], [.1, .8, .1]]), torch.eye(3)[[0, 2, 2]])
     assert one.compute()["acc"] == pytest.approx(2 / 3)

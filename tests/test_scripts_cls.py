@@ -299,6 +299,12 @@ def test_two_processes_train_what_one_does(script, tmp_path, dirty):
     assert (one - two).norm() < 2e-3 * step and step > 0.01  # rounding, and a true step
 
 
+def test_one_of_two_processes_looks_where_the_net_looks(tmp_path, dirty):
+    """SnapMix of one rank's batch: the other must not wait for its sums in another order."""
+    flags = ["--data", dirty, *TINY_CLS, "--amp", "bf16", "--sync-bn", "--snapmix", 0.5, "--epochs", 6, "--folds", 0]
+    assert "epoch 6" in ranks(train_cls, *flags, cwd=tmp_path)[0]
+
+
 def held_out_labels(root, name):
     """The rows of the images that a run validated on."""
     rows = dict(zip(*table_of(root / "dirty_mnist_2nd_answer.csv")[1:]))
@@ -410,6 +416,33 @@ def test_periods_are_passes_whatever_the_validations_interval(script, dirty):
                "--val-interval", interval, "--folds", 3, "--name", f"every{interval}")
         rates[interval] = [row["lr"] for row in last(f"every{interval}")["history"]]
     assert rates[0.5][1::2] == rates[1.0] and rates[1.0][0] == rates[1.0][1] > rates[1.0][2]
+
+
+def test_a_classifier_of_other_classes_begins_anew(script, tmp_path, dirty, capsys):
+    flags = [*TINY_CLS, "--folds", 3, "--lr", 0]
+    script(train_cls, "--data", dirty, *flags, "--name", "first")
+    nets = {}
+    for name, classes in (("same", "abcd"), ("other", "wxyz")):
+        root = write_dirty(tmp_path / name)
+        table = root / "dirty_mnist_2nd_answer.csv"
+        table.write_text(table.read_text().replace("index,a,b,c,d", "index," + ",".join(classes)))
+        script(train_cls, "--data", root, *flags, "--name", name, "--weights", "runs/cls/first/last.pt")
+        nets[name] = last(name)["model"]
+        assert ("begins anew" in capsys.readouterr().out) == (name == "other")
+    first = last("first")["model"]
+    head = [name for name in first if name.startswith("head.") and name.endswith("weight")]
+    assert head and all(torch.equal(nets["same"][name], first[name]) for name in head)
+    assert not any(torch.equal(nets["other"][name], first[name]) for name in head)
+    assert torch.equal(nets["other"]["s4.b1.conv1.conv.weight"], first["s4.b1.conv1.conv.weight"])
+
+
+def test_names_that_are_no_text(script, tmp_path, dirty, capsys):
+    script(train_cls, "--data", dirty, *TINY_CLS, "--bands", "1-3", "--folds", 3)
+    Path("in").mkdir()
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(os.path.join(b"in", b"x\xe9.jpg"), format="JPEG")
+    script(predict, *FLAGS, "--source", "in", "--out", "out")
+    assert [line.split(",")[0] for line in Path("out/submission.csv").read_text().splitlines()] == ["index", "x\\udce9"]
+    assert len(Path("out/probabilities.csv").read_text().splitlines()) == 2
 
 
 def test_synthesis_is_told_the_device(script, tmp_path, monkeypatch):

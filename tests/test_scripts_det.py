@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import train_det
+from data import images
 from data.loader import EpochBatches
 from tests.conftest import TINY_DET, _child, write_parking, write_tif
 from tests.harness import differences, free_port, read
@@ -345,7 +346,7 @@ def test_the_second_stage_keeps_the_loss_weights_of_the_free_head(script, parkin
 def test_a_grey_first_image_does_not_make_all_images_grey(tmp_path, names, want):
     for name, mode in (("a.jpg", "L"), ("b.jpg", "CMYK"), ("c.png", "L"), ("d.png", "RGBA"), ("e.png", "LA")):
         Image.new(mode, (8, 8)).save(tmp_path / name)
-    assert train_det.default_bands([tmp_path / name for name in names.split()]) == list(range(1, want + 1))
+    assert images.default_bands([tmp_path / name for name in names.split()]) == list(range(1, want + 1))
 
 
 def test_a_grey_png_among_colours(script, tmp_path):

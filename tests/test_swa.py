@@ -275,11 +275,12 @@ def test_checkpoints_from_before_there_was_swa(tmp_path):
 
 
 @pytest.mark.parametrize("scores, files", [([3, 2, 1], False), ([1, 2, 3, 2, 1], True)])
-def test_a_run_that_ends_early(tmp_path, scores, files):
+def test_a_run_that_ends_early(tmp_path, capsys, scores, files):
     """Without patience left before the part that is averaged there is no file; within it, of what there is."""
     state = averaged(tmp_path, epochs=8, evaluate=given_scores(*scores, 0), patience=2, share=0.5)
     assert len(state.history) == len(scores) and (tmp_path / "swa.pt").exists() == files
     assert int(state.swa.n_averaged) == max(len(scores) - 4, 0)
+    assert ("no swa.pt" in capsys.readouterr().out) != files
 
 
 def test_what_is_not_finite_is_not_written(tmp_path):

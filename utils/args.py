@@ -8,6 +8,9 @@ from utils.errors import Parser, UserError
 from utils.swa import SWA, with_swa
 
 
+KEPT = ("weights", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run's start and split
+
+
 def whole(low, high=2**31):
     """argparse type: an integer from low to high."""
     def parse(text):
@@ -147,12 +150,20 @@ def start(parser, argv=None, *, needs=None):
     for idle, given in (("--patience", args.patience), ("--schedule plateau", args.schedule == "plateau")):
         if given and _is_zero(args.folds) and args.resume is None:
             raise UserError(f"{idle}: does nothing with --folds 0, which gives no score; leave one out")
+    mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
+    if sum(mixing.values()) > 1 + 1e-9:
+        raise UserError(f"{', '.join(f'--{flag}' for flag in mixing)}: happen instead of one another, their shares "
+                        f"exceed 1 in all; lower one")
     device = dist.setup(args.device)
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:
         given = vars(_given(parser, argv))
         stored = {k: v for k, v in state["args"].items() if k in vars(args)}
         stored["device"] = args.device  # it may be another machine
+        for flag in KEPT:
+            if args.resume is not None and flag in given and given[flag] != stored.get(flag):
+                raise UserError(f"--{flag.replace('_', '-')}: a resumed run keeps its own; leave it out, or start a "
+                                f"new run")
         for flag, value in given.items():
             if flag != "resume" and stored.get(flag) != value and dist.rank() == 0:
                 print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
@@ -162,7 +173,8 @@ def start(parser, argv=None, *, needs=None):
     if args.bs % dist.world_size():
         raise UserError(f"--bs {args.bs}: not divisible by the {dist.world_size()} processes; make it a multiple")
     if dist.rank() == 0:
-        runs.write_json(folder / "args.json", vars(args))
+        if not state:  # else in engine.fit, when it has been accepted
+            runs.write_json(folder / "args.json", vars(args))
         summary.write_note(folder, vars(parser.parse_args([])))
         print(f"{'resuming' if state else 'run'}: {folder}" + (f" at step {state['step']}" if state else ""))
     return args, device, folder, state

@@ -130,9 +130,10 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
     iou         a box joins the fused box of its class that it overlaps most, if by more than this
     conf        boxes whose score is not greater than this are left out
 
-    A fused box is the mean of its members' corners, weighted by weight x score; its score is the mean of weight x score
-    x min(models, members) / sum of weights: what few models have seen counts less. ValueError for weights that do not
-    fit.
+    A fused box is the mean of its members' corners, weighted by weight x score; its score is the mean of their scores,
+    weighted by weight, times the share of the weights that the models have of which it has a member: what few have seen
+    counts less. That is the paper's formula where a model has one box at most in it, and no probability above 1 where
+    it has several. ValueError for weights that do not fit.
     """
     weights = [1.0] * len(detections) if weights is None else [float(w) for w in weights]
     if len(weights) != len(detections) or not all(w > 0 for w in weights):
@@ -143,30 +144,32 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
     boxes = torch.cat([d[:, :4] for d in detections]).cpu().double()
     scores = torch.cat([d[:, 4].double() * w for d, w in zip(detections, weights)]).cpu()
     labels = torch.cat([d[:, 5] for d in detections]).cpu()
+    models = torch.arange(len(detections)).repeat_interleave(torch.tensor([len(d) for d in detections]))
     used = torch.cat([d[:, 4] > conf for d in detections]).cpu() & boxes.isfinite().all(1) & scores.isfinite()
     fused = [np.zeros((0, 6))]
     for label in labels[used].unique().tolist():
         mine = used & (labels == label)
-        corners, score = _fuse(boxes[mine].numpy(), scores[mine].numpy(), iou, len(detections))
-        fused.append(np.concatenate((corners, score / sum(weights), np.full_like(score, label)), 1))
+        corners, score = _fuse(boxes[mine].numpy(), scores[mine].numpy(), models[mine].numpy(), np.array(weights), iou)
+        fused.append(np.concatenate((corners, score, np.full_like(score, label)), 1))
     fused = torch.from_numpy(np.concatenate(fused)).float()
     return fused[fused[:, 4].argsort(descending=True, stable=True)].to(device)
 
 
-def _fuse(boxes, scores, threshold, models):
-    """Clusters of one class, numpy, built in the order of the scores -> fused corners (k, 4), scores (k, 1)."""
+def _fuse(boxes, scores, models, weights, threshold):
+    """Clusters of one class, numpy, in the order of the weighted scores -> fused corners (k, 4), scores (k, 1)."""
     order = np.argsort(-scores, kind="stable")
-    fused, sums, members = np.zeros_like(boxes), np.zeros(len(boxes)), np.zeros(len(boxes))
+    fused, sums, members = np.zeros_like(boxes), np.zeros(len(boxes)), np.zeros((len(boxes), len(weights)))
     count = 0
-    for box, score in zip(boxes[order], scores[order]):
+    for box, score, model in zip(boxes[order], scores[order], models[order]):
         best = _match(fused[:count], box, threshold)
         if best is None:
             best, count = count, count + 1
         sums[best] += score
-        members[best] += 1
+        members[best, model] += 1
         fused[best] += (box - fused[best]) * (score / sums[best])  # the running weighted mean
-    sums, members = sums[:count, None], members[:count, None]
-    return fused[:count], sums / members * members.clip(max=models)
+    members = members[:count]
+    score = sums[:count] / (members @ weights) * ((members > 0) @ weights) / weights.sum()
+    return fused[:count], score[:, None]
 
 
 def _match(boxes, box, threshold):

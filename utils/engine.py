@@ -157,8 +157,9 @@ class State:
 
     def check(self):
         if not self.finite or (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3):
+            then = "--resume goes on from the last epoch" if self.history else "start again"
             raise NumericalError(f"loss or gradients are no longer finite (noticed at step {self.step}); lower --lr, "
-                                 f"try --clip 1 or --amp off, then --resume goes on from the last checkpoint")
+                                 f"try --clip 1 or --amp off, then {then}")
 
 
 def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, folder, header, epochs, device,
@@ -182,6 +183,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     state = State(model, optimizer, scaler, ema, steps_per_epoch=math.ceil(len(loader) / accumulate), swa=swa)
     if resume:
         state.load_state_dict(resume)
+        if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
+            runs.write_json(folder / "args.json", header["args"])
         _write_results(folder, state.history)  # the run may have been killed between its checkpoint and this
 
     net = torch.compile(model) if compile else model
@@ -242,6 +245,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             dist.print0(f"swa.pt, the mean of {int(swa.n_averaged)} epochs: "
                         + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
             _stop_if(dist.any_rank(signals.signum), state)
+        elif swa:
+            dist.print0("no swa.pt: --patience has ended the run before its epochs for --swa")
     if boards:
         boards.close()
     if dist.rank() == 0:

@@ -60,6 +60,8 @@ def cli(main):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell (>&-): the next file opened would get its number
             setattr(sys, name, open(os.devnull, "w"))
+    with contextlib.suppress(AttributeError):  # a stream of somebody else's
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files are any bytes
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:

@@ -174,14 +174,15 @@ class Accuracy:
 
     def _split(self):
         probs, labels, _ = np.split(np.concatenate(self.rows), [self.classes, 2 * self.classes], axis=1)
-        right = (probs > 0.5) == (labels > 0.5)
-        return probs, labels > 0.5, right
+        decided = np.eye(self.classes, dtype=bool)[probs.argmax(1)] if self.exclusive else probs > 0.5
+        return probs, labels > 0.5, decided
 
     def compute(self):
         """exclusive: {"acc": share of images whose most probable class is theirs, "map"}. Else {"acc": share of all
         single labels that are right at 0.5 (Dirty-MNIST's score), "exact": of images with no wrong label, "map"}.
         map: mean over classes that occur of the average precision. NaN when nothing was counted."""
-        probs, labels, right = self._split()
+        probs, labels, decided = self._split()
+        right = decided == labels
         if not len(probs):
             return {"acc": float("nan"), "map": float("nan")}
         found = average_precisions(probs, labels)
@@ -192,9 +193,9 @@ class Accuracy:
 
     def per_class(self):
         """C dicts {"acc", "ap", "images"}: share of right labels, average precision, images that have the class."""
-        probs, labels, right = self._split()
+        probs, labels, decided = self._split()
         return [{"acc": float(a), "ap": float(p), "images": int(n)}
-                for a, p, n in zip(right.mean(0), average_precisions(probs, labels), labels.sum(0))]
+                for a, p, n in zip((decided == labels).mean(0), average_precisions(probs, labels), labels.sum(0))]
 
 
     def best_thresholds(self):
@@ -205,10 +206,9 @@ class Accuracy:
     def samples(self, files, names):
         """The rows of samples.csv, by index: name, score (minus the mean cross entropy of the labels: a wrong label
         costs the more the surer the net is), the labels, and what is predicted."""
-        probs, labels, right = self._split()
+        probs, labels, decided = self._split()
         wanted = np.where(labels, probs, 1) if self.exclusive else np.where(labels, probs, 1 - probs)
         score = np.log(wanted.clip(1e-7)).sum(1) / (1 if self.exclusive else self.classes)
-        decided = np.eye(self.classes, dtype=bool)[probs.argmax(1)] if self.exclusive else probs > 0.5
         index = np.concatenate(self.rows)[:, -1].astype(int)
         said = [[" ".join(name for name, there in zip(names, row) if there) for row in part]
                 for part in (labels, decided)]

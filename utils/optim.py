@@ -153,7 +153,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
     restarts  cosine from 1 to `floor` every `period` epochs (Loshchilov & Hutter 2017)
     cyclic    a line from 1 to `floor` every `period` epochs, which its last step reaches (Izmailov et al. 2018, eq. 1)
     cosine    one cosine from 1 to `floor` over the run
-    flat      1, then over the second half of the run one cosine from 1 to `floor` (RTMDet, Lyu et al. 2022)
+    flat      1 for the first half, then one cosine from 1 to `floor` over the second (RTMDet, Lyu et al. 2022)
     linear    a line from 1 to `floor` over the run
     step      x 0.75 every `period` epochs, not below `floor`
     poly      (1 - progress) ** 0.9, not below `floor`

@@ -18,6 +18,7 @@ from tests.bench.playbook import SCORE, campaign, predict, run_prediction, run_t
 from utils import review
 
 MORE = {"water": "--ignore 254", "bccd": "", "letters": ""}  # for pseudo labels
+SURE = {"water": 0.9, "bccd": 0.5, "letters": 0.9}  # few boxes have more, after so short a training
 EPOCHS = {"water": 8, "bccd": 15, "letters": 2}
 KNOWN = "the labelled quarter"
 ROWS = [KNOWN, "as many steps as with the other half", "pseudo labels of the other half",
@@ -94,7 +95,8 @@ def measure(task, seed, data, out):
     longer = f"--epochs {2 * EPOCHS[task]}"  # a quarter is soon seen
     folds = [train(f"fold{k}", "known", f"{longer} --fold {k}") for k in range(3)]
     alone = [score(fold) for fold in folds]
-    run_prediction(task, "--pseudo 0.9", folds[:1], ["--source", *(image for image, *_ in rest)], root / "pseudo")
+    run_prediction(task, f"--pseudo {SURE[task]}", folds[:1], ["--source", *(image for image, *_ in rest)],
+                   root / "pseudo")
     steps = f"--epochs {round(2 * EPOCHS[task] * (len(rest) / len(known) + 0.8) / 0.8)}"
     scores = dict(zip(ROWS, (
         alone[0], score(train("steps", "known", steps)),
