@@ -110,7 +110,7 @@ def suppress(detections, *, iou=0.6, max_det=300, agnostic=False):
         boxes = boxes + detections[:, 5:].double() * (boxes.max() - boxes.min() + 1)
     # What survives among the best is not changed by those behind them: block by block, until there are enough. Small
     # blocks leave the least to compare; GPUs prefer few kernels.
-    block = 256 if boxes.device.type == "cpu" else 2048
+    block = 512 if boxes.device.type == "cpu" else 2048
     keep = torch.zeros(0, dtype=torch.long, device=boxes.device)
     for index in torch.arange(len(boxes), device=boxes.device).split(block):
         if len(keep):
