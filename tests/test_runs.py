@@ -151,6 +151,17 @@ def test_what_resume_may_name(tmp_path):
     assert folder == tmp_path / "exp" and state is None
 
 
+def test_resume_takes_no_other_run_for_the_newest(tmp_path):
+    written(tmp_path / "old", "last.pt", age=100)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/args.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        runs.open_run(tmp_path, "exp", "")
+    one_line(caught, tmp_path / "new", "has no checkpoint", "--resume RUN")
+    written(tmp_path / "new", "last.pt", age=200, step=3)  # resumed, not yet saved again
+    assert runs.open_run(tmp_path, "exp", "")[1]["step"] == 3
+
+
 def test_a_run_killed_between_two_renames_is_found(tmp_path):
     written(tmp_path / "old", "last.pt", age=100, step=1)
     written(tmp_path / "new", "last.pt.prev", age=10, step=2)

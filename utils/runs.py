@@ -113,7 +113,10 @@ def _open(project, name, resume):
     again = restarted(project)
     if not again and resume is None:
         return create(project, name), None
-    last = again or Path(resume or newest(project, "last.pt", "last.pt.prev"))
+    last = again or Path(resume or newest(project, "last.pt", "last.pt.prev", "args.json"))
+    if last.name == "args.json":
+        raise UserError(f"{last.parent}: was begun last, and has no checkpoint; start it again, or name the run that is "
+                        f"to go on (--resume RUN)")
     last = last / "last.pt" if last.is_dir() else last
     state = None
     if not again or last.exists() or last.with_name("last.pt.prev").exists():  # else killed before its first save
