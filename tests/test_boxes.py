@@ -288,8 +288,8 @@ def slow_wbf(detections, weights, threshold, conf):
             clusters[-k].append(entry)
         else:
             clusters.append([entry])
-    scores = [sum(e[0] for e in c) / sum(weights[e[3]] for e in c)
-              * sum(weights[m] for m in {e[3] for e in c}) / sum(weights) for c in clusters]
+    scores = [sum(max([e[0] for e in c if e[3] == m], default=0) for m in range(len(weights))) / sum(weights)
+              for c in clusters]
     return sorted(([*mean(c), s, c[0][2]] for c, s in zip(clusters, scores)), key=lambda row: -row[4])
 
 
@@ -318,8 +318,8 @@ def test_wbf_of_one_models_several_boxes():
     own = torch.tensor([detection(0, 0.9), detection(1, 0.85), detection(2, 0.8)])
     for weights, share in ((None, 0.5), ([3., 1.], 0.75)):
         [fused] = wbf([own, torch.zeros(0, 6)], weights=weights)
-        assert float(fused[4]) == pytest.approx(0.85 * share, rel=1e-6)
-    assert float(wbf([own, own[:1]])[0, 4]) == pytest.approx((0.9 + 0.9 + 0.85 + 0.8) / 4, rel=1e-6)
+        assert float(fused[4]) == pytest.approx(0.9 * share, rel=1e-6)
+    assert float(wbf([own, own[:1]])[0, 4]) == pytest.approx(0.9, rel=1e-6)
 
 
 def test_wbf_of_little():

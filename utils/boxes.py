@@ -130,10 +130,10 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
     iou         a box joins the fused box of its class that it overlaps most, if by more than this
     conf        boxes whose score is not greater than this are left out
 
-    A fused box is the mean of its members' corners, weighted by weight x score; its score is the mean of their scores,
-    weighted by weight, times the share of the weights that the models have of which it has a member: what few have seen
-    counts less. That is the paper's formula where a model has one box at most in it, and no probability above 1 where
-    it has several. ValueError for weights that do not fit.
+    A fused box is the mean of its members' corners, weighted by weight x score; its score is the mean over all models,
+    by weight, of the best score that each has in it, 0 for none: what few have seen counts less. That is the paper's
+    where no model has two boxes in one; there, it is neither above 1 nor lowered by a model's second box. ValueError
+    for weights that do not fit.
     """
     weights = [1.0] * len(detections) if weights is None else [float(w) for w in weights]
     if len(weights) != len(detections) or not all(w > 0 for w in weights):
@@ -158,18 +158,16 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
 def _fuse(boxes, scores, models, weights, threshold):
     """Clusters of one class, numpy, in the order of the weighted scores -> fused corners (k, 4), scores (k, 1)."""
     order = np.argsort(-scores, kind="stable")
-    fused, sums, members = np.zeros_like(boxes), np.zeros(len(boxes)), np.zeros((len(boxes), len(weights)))
+    fused, sums, votes = np.zeros_like(boxes), np.zeros(len(boxes)), np.zeros((len(boxes), len(weights)))
     count = 0
     for box, score, model in zip(boxes[order], scores[order], models[order]):
         best = _match(fused[:count], box, threshold)
         if best is None:
             best, count = count, count + 1
         sums[best] += score
-        members[best, model] += 1
+        votes[best, model] = max(votes[best, model], score)
         fused[best] += (box - fused[best]) * (score / sums[best])  # the running weighted mean
-    members = members[:count]
-    score = sums[:count] / (members @ weights) * ((members > 0) @ weights) / weights.sum()
-    return fused[:count], score[:, None]
+    return fused[:count], votes[:count].sum(1, keepdims=True) / weights.sum()
 
 
 def _match(boxes, box, threshold):
