@@ -482,4 +482,4 @@ def test_large_images_are_learned_and_judged_in_windows(script, refused, tmp_pat
         refused(train_seg, *flags, *more, says=says)
     refused(train_seg, *flags[:-2], "--resize", "--p-object", 0.5, says=["--p-object", "--resize"])
     refused(train_seg, *flags[:-2], "--overlap", 0.5, says=["--overlap: does nothing without --tile"])
-    script(train_seg, "--resume", "--epochs", 2)
+    script(train_seg, "--resume", "runs/seg/exp", "--epochs", 2)
