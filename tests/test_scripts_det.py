@@ -314,8 +314,8 @@ def test_the_table_of_runs_shows_the_head(script, parking):
     for name, flags in (("a", ["--head", "anchor"]), ("b", ["--preset", "finetune", "--head", "free", "--dfl", 1]),
                         ("c", ["--head", "free"])):
         script(train_det, "--data", parking, *TINY_DET, "--folds", 0, "--name", name, *flags)
-    with open("runs/det/summary.csv", newline="") as file:
-        found = {row["run"]: row["flags"] for row in csv.DictReader(file)}
+    with open("runs/summary.csv", newline="") as file:
+        found = {Path(row["run"]).name: row["flags"] for row in csv.DictReader(file)}
     assert [re.findall("--(?:head|preset|box|obj|dfl|lr)(?: [^-]+)?\\b", found[name]) for name in "abc"] == [
         ["--head anchor"], ["--preset finetune", "--head free", "--dfl 1"], []]
 
@@ -361,8 +361,8 @@ def test_a_grey_png_among_colours(script, tmp_path):
 
 def test_the_second_stage_is_resumed_as_such(script, parking):
     script(train_det, "--data", parking, *STAGED, "--stages", "1,1")
-    assert sorted(line.split(",")[0] for line in Path("runs/det/summary.csv").read_text().splitlines()) == [
-        "exp", "exp-finetune", "run"]
+    assert sorted(line.split(",")[0] for line in Path("runs/summary.csv").read_text().splitlines()) == [
+        "det/exp", "det/exp-finetune", "run"]
     script(train_det, "--resume", "runs/det/exp-finetune", "--epochs", 2)
     assert [p.name for p in sorted(Path("runs/det").iterdir()) if p.is_dir()] == ["exp", "exp-finetune"]
     assert len(last("exp-finetune")["history"]) == 2 and settings("exp-finetune")["lr"] == 0.0032

@@ -160,22 +160,26 @@ def written(project):
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
-def test_the_file_is_the_table_of_one_project(tmp_path):
+def test_the_file_is_the_table_of_the_projects_of_the_tasks(tmp_path):
     for name, scores in (("a", [0.25]), ("b", [0.5, 0.75]), ("größe, \"火\"", ())):
         run = make(tmp_path / "seg" / name, scores, lr=0.01)
     make(tmp_path / "cls/c", [0.9], key="acc")
     make(tmp_path / "seg/a/predict/below", [0.9])  # of no project here
+    make(tmp_path / "other/e", [0.9])  # nor this
     summary.write(run)
-    assert list(written(tmp_path / "seg")) == ["b", "a", "größe, \"火\""] and not (tmp_path / "cls/summary.csv").exists()
-    assert written(tmp_path / "seg")["b"] == dict(
-        run="b", date="2026-01-02 03:04", metric="iou", best="0.75", epoch="2", last="0.75", swa="", minutes="4",
+    assert list(written(tmp_path)) == ["seg/b", "seg/a", "seg/größe, \"火\"", "cls/c"]
+    assert [p.name for p in tmp_path.rglob("summary.csv")] == ["summary.csv"]
+    assert written(tmp_path)["seg/b"] == dict(
+        run="seg/b", date="2026-01-02 03:04", metric="iou", best="0.75", epoch="2", last="0.75", swa="", minutes="4",
         commit="abc1234", flags="--lr 0.01")
     table = tables([tmp_path])[tmp_path / "seg"]
-    text = (tmp_path / "seg/summary.csv").read_text()
-    assert text == render({"seg": [row | {"run": Path(row["run"]).name} for row in table]}, "csv")
+    text = render({"seg": [row | {"run": f"seg/{Path(row['run']).name}"} for row in table]}, "csv")
+    assert (tmp_path / "summary.csv").read_text().startswith(text)
     make(tmp_path / "cls/d")
     summary.write(tmp_path / "cls/d")
-    assert [*written(tmp_path / "cls")] == ["c", "d"] and (tmp_path / "seg/summary.csv").read_text() == text
+    assert [*written(tmp_path)] == ["seg/b", "seg/a", "seg/größe, \"火\"", "cls/c", "cls/d"]
+    summary.write(tmp_path / "other/e")
+    assert [*written(tmp_path / "other")] == ["e"]
 
 
 def test_the_file_follows_its_runs(tmp_path, monkeypatch):
@@ -201,10 +205,10 @@ def test_a_project_with_a_summary_is_a_project_as_before(tmp_path, capsys):
     summary.write(tmp_path / "seg/exp")
     assert tables([tmp_path]) == before and runs.newest(tmp_path / "seg", "last.pt") == tmp_path / "seg/exp/last.pt"
     assert runs.restarted(tmp_path / "seg") is None and runs.create(tmp_path / "seg", "exp").name == "exp2"
-    assert runs.create(tmp_path / "seg", "summary.csv").name == "summary.csv2"
+    assert runs.create(tmp_path, "summary.csv").name == "summary.csv2"
     free()
     summary.write(tmp_path / "seg/exp")
-    assert [*written(tmp_path / "seg")] == ["exp"] and capsys.readouterr().err == ""  # the new ones have no records yet
+    assert [*written(tmp_path)] == ["seg/exp"] and capsys.readouterr().err == ""  # the new ones have no records yet
 
 
 def test_damaged_runs_do_not_keep_the_file_from_being_written(tmp_path, capsys):

@@ -175,7 +175,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     0: all epochs. boards: `report.make_boards`.
 
     Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, swa.json (its scores), results.csv,
-    results.png; at the end beside it summary.csv, the table of all runs there.
+    results.png; at the end summary.csv, the table of all runs (utils/summary.py).
     Raises NumericalError when loss or gradients are not finite, Stopped after SIGTERM or Ctrl-C.
     """
     dtype = precision(amp, device)

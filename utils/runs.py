@@ -115,8 +115,8 @@ def _open(project, name, resume):
         return create(project, name), None
     last = again or Path(resume or newest(project, "last.pt", "last.pt.prev", "args.json"))
     if last.name == "args.json":
-        raise UserError(f"{last.parent}: was begun last, and has no checkpoint; start it again, or name the run that is "
-                        f"to go on (--resume RUN)")
+        raise UserError(f"{last.parent}: was begun last, and has no checkpoint; start it again, or name the run to go "
+                        f"on with (--resume RUN)")
     last = last / "last.pt" if last.is_dir() else last
     state = None
     if not again or last.exists() or last.with_name("last.pt.prev").exists():  # else killed before its first save

@@ -2,8 +2,8 @@
 
     python -m utils.report runs/                        # all runs below, the best first; --format csv | markdown
 
-Every training that ends also writes its project's into runs/<task>/summary.csv. It is made anew each time: a table that
-is only added to would be out of step with a run that was resumed, renamed, copied or deleted. What a run knows already
+Every training that ends also writes it into runs/summary.csv. It is made anew each time: a table that is only added to
+would be out of step with a run that was resumed, renamed, copied or deleted. What a run knows already
 stands in args.json, results.csv and swa.json; what it would forget (when it began, the code's commit, the defaults of
 that day) `write_note` adds as run.json.
 """
@@ -30,6 +30,7 @@ from utils.files import whole_file
 COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "swa", "minutes", "commit", "flags")
 NUMBERS = ("best", "epoch", "last", "swa", "minutes")
 RECORDS = ("args.json", "results.csv")  # a folder with one of them is a run
+TASKS = ("seg", "det", "cls")  # projects of these names share a table
 WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
 
 
@@ -105,16 +106,22 @@ def tables(folders, metric=None):
 
 
 def write(folder):
-    """Writes summary.csv beside a run's folder: the table of all runs there, by their names.
+    """Writes summary.csv beside a run's folder, the table of all runs there; of runs/seg/exp into runs, with the runs
+    of the other tasks.
 
     Raises UserError when it cannot be written. What is damaged is left out, with a line on stderr.
     """
-    path = Path(os.path.abspath(folder)).parent / "summary.csv"  # of "." too
+    project = Path(os.path.abspath(folder)).parent  # of "." too
+    path = (project.parent if project.name in TASKS else project) / "summary.csv"
+    projects = [path.parent / task for task in TASKS] if project.name in TASKS else [project]
     try:
         with open(path.with_name(".summary.lock"), "a") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)  # who writes last has read last, and sees the others that end just now
-            rows = _rows(sorted({file.parent for name in RECORDS for file in path.parent.glob(f"*/{name}")}))
-            text = render({path.parent: [row | {"run": Path(row["run"]).name} for row in rows]}, "csv")
+            tables = {place: _rows(sorted({file.parent for name in RECORDS for file in place.glob(f"*/{name}")}))
+                      for place in projects}
+            for row in (row for rows in tables.values() for row in rows):
+                row["run"] = os.path.relpath(row["run"], path.parent)
+            text = render(tables, "csv")
             with whole_file(path) as temporary:
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # folders' names are any bytes
     except OSError as error:
