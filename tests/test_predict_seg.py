@@ -170,7 +170,7 @@ def test_nothing_of_the_users_is_changed(script, tmp_path):
     script(predict, *CPU, "--tta", "--polygons", "--tile", 32)
     assert digest(root) == before
     assert {p.name for p in tmp_path.iterdir()} == {"Wildfire", "runs"}
-    assert {p.name for p in Path("runs").iterdir()} == {"seg", "cache"}
+    assert {p.name for p in Path("runs").iterdir()} == {"seg", "cache", "summary.csv", ".summary.lock"}
 
 
 def test_the_memory_does_not_grow_with_the_scene(tmp_path):
