@@ -462,7 +462,7 @@ def predict_cls(args, device, paths, states, nets):
     check_ensemble(args, paths)
     names, exclusive = states[0]["classes"], states[0]["exclusive"]
     tables = [submissions.read_probabilities(path, names)[1] for path in args.probs or ()]
-    tables = [{str(int(key)) if key.isdecimal() else key: row for key, row in table.items()} for table in tables]
+    tables = [{index_of(key): row for key, row in table.items()} for table in tables]
     shares, thresholds = args.ensemble_weights or [1.0] * (len(paths) + len(tables)), best_threshold(args, states)
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive)
@@ -470,7 +470,7 @@ def predict_cls(args, device, paths, states, nets):
     data = Path(states[0]["args"]["data"])
     competition = data / "test_dirty_mnist_2nd"
     files = images.find_sources(args.source, competition if competition.is_dir() else data / "test")
-    keys = [str(int(file.stem)) if file.stem.isdecimal() else file.stem for file in files]
+    keys = [index_of(file.stem) for file in files]
     file_of = dict(zip(keys, files))  # of several with one number the last
     twice = next((file for key, file in zip(keys, files) if file_of[key] != file), None)
     if twice:
@@ -499,6 +499,11 @@ def predict_cls(args, device, paths, states, nets):
             count = pseudo.write_classes(out / "pseudo", files, probs, names, exclusive, args.pseudo)
             print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}")
         print(f"{len(files)} images: {out}")
+
+
+def index_of(name):
+    """A name as the competition writes it: 00007 is 7."""
+    return str(int(name)) if name.isdecimal() else name
 
 
 def combine_tables(args):

@@ -329,11 +329,11 @@ def experiment(args, device, folder, resume):
               "args": vars(args), "threshold": (resume or {}).get("threshold")}
     state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None,
                        folder=folder, header=header, device=device, resume=resume, **options)
-    first, last = state.history[0], state.history[-1]
-    if args.debug and args.head == "free" and first["box"] < last["box"]:
-        dist.print0("--debug: as yet the net finds too little for its loss to tell anything; look at train_batch.png")
-    elif args.debug:
-        engine.check_debug(state.history)
+    if args.debug:
+        if args.head == "free" and state.history[0]["box"] < state.history[-1]["box"]:  # its mean is over what it finds
+            dist.print0("--debug: the net finds too little as yet for its loss to tell; look at train_batch.png")
+        else:
+            engine.check_debug(state.history)
     if val:
         final(state, judge, names, folder, device, args.amp, [data.files[i] for i in val], bands)
 

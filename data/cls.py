@@ -198,7 +198,7 @@ def check_bands(files, bands):
     """Every image has the bands. -> (height, width) of each."""
     def check(file):
         count, *size = images.size(file)
-        if count < max(bands) and not (count == 1 and list(bands) == [1, 2, 3]):  # see images.read_picture
+        if not images.has_bands(file, bands):
             raise UserError(f"{file}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the "
                             f"file")
         return tuple(size)

@@ -46,7 +46,7 @@ def reduced(size, limit):
 
 
 def read_small(path, bands, size, window=None):
-    """`read`, then resized to `size` (None: not) -> (H, W, C) in memory, from which it is fast to resize once more."""
+    """A picture resized to `size` (None: not) -> (H, W, C) in memory, from which it is fast to resize once more."""
     image = images.read_picture(path, bands, window=window).permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return (images.resize(image, size) if size else image).permute(1, 2, 0).contiguous()
 
@@ -224,7 +224,7 @@ class Views(Dataset):
         self.first = []  # each file's first view; at the end the number of views
         for i, file in enumerate(files):
             count, *size = images.size(file)
-            if count < bands[-1] and not (count == 1 and bands == [1, 2, 3]):
+            if not images.has_bands(file, bands):
                 raise UserError(f"{file}: has {count} bands, the checkpoint needs band {bands[-1]}; choose another "
                                 f"--source")
             self.sizes.append(tuple(size))

@@ -87,9 +87,9 @@ def open_raster(path):
     try:
         # absolute: no /vsi names, no URLs. Overviews may lie in another file, which a tag or a name points to
         return rasterio.open(os.path.abspath(path), driver=driver, OVERVIEW_LEVEL="NONE")
-    except (RasterioError, ValueError) as error:  # the latter: a damaged coordinate system's name
-        if isinstance(error, UnicodeEncodeError):
-            raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
+    except (RasterioError, ValueError):  # the latter: a damaged coordinate system's name
         raise UserError(f"{path}: not a readable {driver}; replace or remove it") from None
 
 
@@ -207,15 +207,21 @@ def read_picture(path, bands=None, **options):
     return image.expand(3, -1, -1) if len(image) == 1 else image
 
 
+def has_bands(path, bands):
+    """Whether `read_picture` can give these bands of the file."""
+    count = size(path)[0]
+    return count >= max(bands) or count == 1 and list(bands) == [1, 2, 3]
+
+
 def default_bands(files):
     """Of the first picture; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see `read_picture`), and a
     grey image where another has three bands."""
     first, count = files[0], size(files[0])[0]
-    if kind(first) != "JPEG" and count == 1 and palette(first) is None:
+    if kind(first) == "JPEG" or count == 1 and palette(first) is not None:
+        count = 3
+    elif count == 1:
         with ThreadPoolExecutor(4) as pool:
             count = 3 if any(found[0] >= 3 for found in pool.map(size, files)) else 1
-    elif kind(first) == "JPEG" or count == 1:
-        count = 3
     return list(range(1, count + 1))
 
 
