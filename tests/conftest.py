@@ -200,8 +200,9 @@ def command(tmp_path):
 def _drain(pipe):
     reading, writing = pipe
     os.close(writing)
+    os.set_blocking(reading, False)  # a loader's worker that outlived the script may hold the other end
     with open(reading, "rb") as file:
-        return file.read().decode()
+        return (file.read() or b"").decode()
 
 
 def _child(module, flags, cwd, outputs):

@@ -104,6 +104,7 @@ def start(project, *argv, **env):
     process.start()
     run = Run(process, out)
     while not os.path.exists(f"{out}.err"):
+        assert process.is_alive(), "it ended before it could open its files"
         time.sleep(0.001)
     return run
 
@@ -132,9 +133,13 @@ def world(project, *argv, size=2, **env):
 def toys(project, *argv, size=2, code=0):
     """Runs a group to its end; checks all exit codes. Returns the `Run`s."""
     runs = world(project, *argv, size=size)
-    for run in runs:
-        found = run.wait()
-        assert found == code, f"exit {found}:\n{run.out}\n" + "\n".join(run.err)
+    try:
+        for run in runs:
+            found = run.wait()
+            assert found == code, f"exit {found}:\n{run.out}\n" + "\n".join(run.err)
+    finally:  # the others of a group that fails wait for it, and pytest for them
+        for run in runs:
+            run.process.kill()
     return runs
 
 

@@ -438,7 +438,7 @@ def test_weights_that_overflow_are_not_saved(tmp_path, monkeypatch):
         with pytest.raises(NumericalError):
             train(folder, optimizer="sgd", schedule=lambda step, scores: 1e38 if step == at else 1e-3, lr=100.0,
                   evaluate=given_scores(1, 2))
-        assert [f.name for f in folder.glob("*.pt*")] == ([] if at == 6 else ["best.pt", "last.pt"])
+        assert sorted(f.name for f in folder.glob("*.pt*")) == ([] if at == 6 else ["best.pt", "last.pt"])
         assert all(checkpoint.load(f)["step"] == 7 for f in folder.glob("*.pt*"))
     with pytest.raises(NumericalError):
         train(tmp_path / "lr", lr=1e30)

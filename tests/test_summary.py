@@ -385,7 +385,7 @@ def test_text_is_aligned(tmp_path):
         assert head.split() == list(COLUMNS) and all(line == line.rstrip() for line in [head, *lines])
         for column in ("best", "epoch", "last", "minutes"):  # numbers end where their title ends
             end = head.index(column) + len(column)
-            assert all(line[end] == " " and (line[end - 1] != " " or "b " in line[:60]) for line in lines)
+            assert all(line[end] == " " and (line[end - 1] != " " or line.split()[0].endswith("b")) for line in lines)
         for column in ("date", "metric", "commit", "flags"):  # words begin where it begins
             assert all(line[head.index(column) - 1:head.index(column)] in (" ", "") for line in lines)
     assert "0.5000      2  0.5000" in text and "4.0" in text and "--weights 'a|b c'" in text

@@ -322,9 +322,13 @@ def test_two_processes(tmp_path):
     ranks = [context.Process(target=rank_of_two, args=(tmp_path, rank, port)) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
+    try:
+        for process in ranks:
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
     saved = torch.load(tmp_path / "straight" / "swa.pt", weights_only=True)["model"]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)

@@ -30,6 +30,9 @@ def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
     """
     if name == "sgd":
         optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+        for p in (p for group in optimizer.param_groups if momentum for p in group["params"]):
+            # torch leaves the buffers as they come from memory when GradScaler skips the very first step
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     else:
         kind, options = {"adamw": (torch.optim.AdamW, {"fused": True}), "adam": (torch.optim.Adam, {"fused": True}),
                          "radam": (torch.optim.RAdam, {"decoupled_weight_decay": True}), "adamp": (AdamP, {})}[name]
