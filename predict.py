@@ -29,7 +29,7 @@ from nets import backbones
 from nets.blocks import fuse
 from nets.unet import UNet, probabilities
 from nets.yolo import YOLOv5
-from utils import boxes, checkpoint, dist, engine, ensemble, geometry, review, runs, tiles, tta
+from utils import boxes, checkpoint, dist, engine, ensemble, geometry, review, runs, summary, tiles, tta
 from utils.args import noise_list, real, whole
 from utils.errors import Parser, UserError, cli
 
@@ -98,7 +98,8 @@ def parse_args():
     add("--probs", nargs="+", metavar="CSV", help="probabilities.csv of earlier predictions, to be averaged in")
     add("--fit-weights", action="store_true", help="find the checkpoints' weights and a threshold per class on the "
         "images that all their runs held out; both are used, and kept in ensemble.json")
-    add("--ensemble", metavar="JSON", help="the ensemble.json of an earlier --fit-weights, for the same checkpoints")
+    add("--ensemble", metavar="JSON", help="the ensemble.json of an earlier --fit-weights, for the same checkpoints, "
+        "seen in the same way")
     args = parser.parse_args()
     for flag, tasks in ONLY.items():
         used = args.task in tasks or args.detector and flag in ("imgsz", "conf", "iou", "max_det")
@@ -209,7 +210,7 @@ def make_passes(args, task, size, *, stride=1, factor=1.0):
 def predict_seg(args, device, paths, states, nets):
     """Masks as GeoTIFF, overlays, polygons, and the wildfire competition's y_pred.pkl."""
     predict = seg_ensemble(args, device, states, nets)
-    files = images.find_sources(args.source, Path(states[0]["args"]["data"]) / "test_img")
+    files = images.find_sources(args.source, Path(states[0]["args"]["data"]) / "test_img", states[0]["scale"])
     if len({bool(state.get("resize")) for state in states}) > 1:
         raise UserError("--weights: some are trained on whole images (--resize), others on crops; predict them apart")
     # trained on whole images, a net gets whole images
@@ -374,7 +375,7 @@ def predict_det(args, device, paths, states, nets):
         raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {len(paths)} checkpoints; give one each")
     data = Path(states[0]["args"]["data"])
     root = data.parent if data.is_file() else data
-    files = images.find_sources(args.source, root / "test" / "images")
+    files = images.find_sources(args.source, root / "test" / "images", states[0]["scale"])
     views = det_views(args, states, nets, files)
     near = root if args.source is None else files[0].parent
     ids = submissions.image_ids(files, near, others=args.source is not None)
@@ -464,12 +465,14 @@ def predict_cls(args, device, paths, states, nets):
     tables = [submissions.read_probabilities(path, names)[1] for path in args.probs or ()]
     tables = [{index_of(key): row for key, row in table.items()} for table in tables]
     shares, thresholds = args.ensemble_weights or [1.0] * (len(paths) + len(tables)), best_threshold(args, states)
+    views = summary.flags({flag: vars(args)[flag] for flag in ("tta", "tta_scales", "merge", "imgsz")}, {})
     if args.ensemble:
-        shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive)
+        shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive, flags=views)
         paths, states, nets, shares = zip(*(m for m in zip(paths, states, nets, shares) if m[-1] > 0))
     data = Path(states[0]["args"]["data"])
     competition = data / "test_dirty_mnist_2nd"
-    files = images.find_sources(args.source, competition if competition.is_dir() else data / "test")
+    tests = competition if competition.is_dir() else data / "test"
+    files = images.find_sources(args.source, tests, states[0]["scale"])
     keys = [index_of(file.stem) for file in files]
     file_of = dict(zip(keys, files))  # of several with one number the last
     twice = next((file for key, file in zip(keys, files) if file_of[key] != file), None)
@@ -489,7 +492,7 @@ def predict_cls(args, device, paths, states, nets):
     if args.fit_weights:
         shares, thresholds = ensemble.fit([member[:len(known)] for member in members], labels, exclusive)
         if dist.rank() == 0:
-            ensemble.write(out / "ensemble.json", paths, shares, names, () if exclusive else thresholds)
+            ensemble.write(out / "ensemble.json", paths, shares, names, () if exclusive else thresholds, flags=views)
     members = [member[len(known):] for member in members]
     members += [np.array([table[key] for key in keys]) for table in tables]
     probs = ensemble.average(members, shares)

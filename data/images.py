@@ -30,6 +30,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from utils import dist
 from utils.errors import UserError
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
@@ -60,8 +61,9 @@ def find(folder):
     return files
 
 
-def find_sources(patterns, default):
-    """Files, folders and globs -> the image files, sorted, of different names."""
+def find_sources(patterns, default, scale):
+    """Files, folders and globs -> the image files, sorted, of different names. Says so where their depth is not the one
+    whose white is `scale`, the net's."""
     files = []
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
@@ -73,6 +75,10 @@ def find_sources(patterns, default):
     for file in files:
         if names.setdefault(file.stem, file) != file:
             raise UserError(f"{file}: {names[file.stem]} has the same name; predict them in two runs")
+    other = [file for file in names.values() if {default_scale([file]), scale} == {255.0, 65535.0}]
+    if other:
+        dist.print0(f"{other[0]}: has {depth(other[0])} pixels ({len(other)} such), and the net takes {scale:g} for "
+                    f"white; convert them unless that is right")
     return list(names.values())
 
 

@@ -179,7 +179,7 @@ def test_a_file_gives_back_what_was_written(tmp_path, monkeypatch):
     thresholds = np.array([1 / 3, 0.1 + 0.2, 0.5])
     ensemble.write("e.json", ["a/best.pt", Path("b/best.pt")], np.array([0.0, 1.5]), "xyz", thresholds)
     assert json.loads(Path("e.json").read_text()) == {
-        "weights": {"a/best.pt": 0.0, "b/best.pt": 1.5}, "thresholds": {"x": 1 / 3, "y": 0.1 + 0.2, "z": 0.5}}
+        "weights": {"a/best.pt": 0.0, "b/best.pt": 1.5}, "thresholds": {"x": 1 / 3, "y": 0.1 + 0.2, "z": 0.5}, "flags": ""}
     # in the order that is asked for
     shares, found = ensemble.read("e.json", [tmp_path / "b/best.pt", "./a/../a/best.pt"], list("zxy"), False)
     assert shares == [1.5, 0.0] and found.tolist() == [0.5, 1 / 3, 0.1 + 0.2]
@@ -199,6 +199,7 @@ SAYS = {"not a fitted ensemble": ["", "{", "[]", "3", "null", "\xff", "[" * 1000
                         ] + [GOOD | {"weights": {"a": 0, "b": 0}}, GOOD | {"weights": {}}],
         "was fitted to": [GOOD | {"weights": {"a": 1}}, GOOD | {"weights": {"a": 1, "c": 1}},
                           GOOD | {"weights": {"a": 1, "b": 1, "c": 1}}],
+        "fitted with the flags": [GOOD | {"flags": flags} for flags in ("--tta", "--imgsz\n48", 7, None, ["--tta"])],
         "other classes": [GOOD | {"thresholds": {}}, GOOD | {"thresholds": {"x": 0.5, "z": 0.5}},
                           GOOD | {"thresholds": {"x": 0.5, "y": 0.5, "z": 0.5}}]}
 
@@ -280,6 +281,9 @@ def test_fitted_on_the_images_held_out_and_used_again(script, root, tmp_path, ca
     assert (results("again")[2] == decided).all()
     np.testing.assert_allclose(results("again")[1], probs, atol=2e-6)
     assert not Path("again/ensemble.json").exists()
+    with pytest.raises(UserError, match="fitted with the flags '', not '--tta rot180 --merge gmean'"):
+        script(predict, *FLAGS, "--weights", *pair, "--ensemble", "fitted/ensemble.json", "--tta", "rot180", "--merge",
+               "gmean")
     # what the file says is what counts, and what has no weight is not asked
     Path("mine.json").write_text(json.dumps({"weights": {str(pair[0]): 0, str(pair[1]): 3},
                                              "thresholds": dict(zip("dcba", (0, 1, 0, 1)))}))

@@ -46,7 +46,7 @@ def colour(seed, height=64, width=64):
     return (image[4:7] >> 8).astype(np.uint8), mask
 
 
-def test_a_batch_may_mix_dtypes_band_counts_and_kinds_of_files(script, tmp_path, colour_model):
+def test_a_batch_may_mix_dtypes_band_counts_and_kinds_of_files(script, tmp_path, colour_model, capsys):
     image, mask = colour(3)
     (tmp_path / "in").mkdir()
     write_tif(tmp_path / "in/a.tif", image)
@@ -56,6 +56,7 @@ def test_a_batch_may_mix_dtypes_band_counts_and_kinds_of_files(script, tmp_path,
     Image.fromarray(np.concatenate((image, image[:1])).transpose(1, 2, 0)).save(tmp_path / "in/e.PNG")
     Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "in/f.jpg", quality=95, subsampling=0)
     script(predict, *CPU, "--weights", colour_model, "--source", "in", "--out", "out", "--bs", 8, "--amp", "off")
+    assert "in/c.tiff: has uint16 pixels (1 such), and the net takes 255 for white" in capsys.readouterr().out
     masks = masks_of("out")
     assert sorted(masks) == ["a.tif", "b.tif", "c.tiff", "d.png", "e.PNG", "f.jpg"]
     assert 0 < masks["a.tif"].sum() < 64 * 64 / 2

@@ -77,17 +77,18 @@ def fit_thresholds(probs, labels):
     return np.where(half >= right.max(0), 0.5, found)
 
 
-# ---- ensemble.json: {"weights": {checkpoint: number}, "thresholds": {class: 0..1}, empty for exclusive classes} ------
-def write(path, checkpoints, weights, names, thresholds=()):
+# ---- ensemble.json: {"weights": {checkpoint: number}, "thresholds": {class: 0..1}, empty for exclusive classes, ------
+# ---- "flags": how the checkpoints looked at the images} --------------------------------------------------------------
+def write(path, checkpoints, weights, names, thresholds=(), *, flags=""):
     """checkpoints: their paths; thresholds: one per name, or none. Raises UserError when it cannot be written."""
     runs.write_json(path, {"weights": dict(zip(map(str, checkpoints), map(float, weights))),
-                           "thresholds": dict(zip(names, map(float, thresholds)))})
+                           "thresholds": dict(zip(names, map(float, thresholds))), "flags": flags})
 
 
-def read(path, checkpoints, names, exclusive):
+def read(path, checkpoints, names, exclusive, *, flags=""):
     """-> the checkpoints' weights (list), thresholds (C,) in the order of the names, or 0.5 for exclusive classes.
 
-    Raises UserError when it is damaged, or was made for other checkpoints or classes.
+    Raises UserError when it is damaged, or was made for other checkpoints, classes or flags.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -104,6 +105,9 @@ def read(path, checkpoints, names, exclusive):
     if set(given) != set(weight_of):
         raise UserError(f"{path}: was fitted to {', '.join(weights)}; give these as --weights, or fit anew with "
                         f"--fit-weights")
+    if found.get("flags", flags) != flags:  # older ones do not tell
+        raise UserError(f"{path}: was fitted with the flags {found['flags']!r}, not {flags!r}; give the same, or fit "
+                        f"anew with --fit-weights")
     if not exclusive and set(thresholds) != set(names):
         raise UserError(f"{path}: has thresholds for other classes than the checkpoints'; fit anew with --fit-weights")
     return [weight_of[checkpoint] for checkpoint in given], \

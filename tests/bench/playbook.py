@@ -58,7 +58,7 @@ ROWS = {
 PREDICT = {  # with the baseline's weights of each seed; EPOCHS: its last three, of letters both
     "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
               "--tta hflip vflip rot90 scale", *(f"--tta hflip vflip --merge {how}" for how in (
-                  "gmean", "max", "min", "tsharpen")), "--detector DETECTOR", "--detector DETECTOR --conf 0.05",
+                  "gmean", "max", "min", "tsharpen", "sum --threshold 0.99")), "--detector DETECTOR", "--detector DETECTOR --conf 0.05",
               "--weights EPOCHS", "--weights EPOCHS --soup"],
     "bccd": ["", "--tta", "--tta hflip", "--tta hflip scale", "--tta hflip scale --merge wbf", "--imgsz 192",
              "--iou 0.5", "--tile 320", "--weights EPOCHS", "--weights EPOCHS --soup"],
@@ -68,6 +68,7 @@ PREDICT = {  # with the baseline's weights of each seed; EPOCHS: its last three,
 DETECTOR = "train_det.py --data {data}/water --band-scale 10000 --variant n --imgsz 128 --bs 16 --epochs 20"
 TOGETHER = {  # with the weights of all seeds at once
     "water": ["", "--soup", "--tta hflip vflip"], "bccd": ["", "--tta hflip scale"], "letters": ["", "--soup"]}
+SIZES = {"water": "--imgsz 96", "bccd": "--imgsz 192", "letters": "--imgsz 40"}  # also a row of the first table
 
 
 def write_glyphs(source, out):
@@ -153,7 +154,7 @@ def run_prediction(task, flags, runs, source, target):
     command = ["predict.py", "--task", TASK[task], "--weights", *(run / "last.pt" for run in runs), *source,
                "--out", target, "--workers", 0, *flags.split()]
     command += [] if task == "letters" else ["--no-overlays"]
-    command += ["--threshold", 0.5] if task == "water" else []  # not the one that was found on these very images
+    command += ["--threshold", 0.5] if task == "water" and "--threshold" not in flags else []  # not the one that was found on these very images
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=ENV)
     if done.returncode:
         raise SystemExit(f"{target.name}: {done.stderr}")
@@ -233,7 +234,7 @@ def main():
     parser.add_argument("--rows", type=int, help="only so many of each task")
     args = parser.parse_args()
     write_glyphs(args.data / "letters", args.out / "glyphs")
-    rows = {task: ROWS[task][:args.rows] for task in args.only}
+    rows = {task: ROWS[task][:args.rows] + [SIZES[task]] for task in args.only}
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {}
         for task in args.only:
@@ -259,6 +260,12 @@ def main():
             score = predict(task, flags, folders, held_out(folders[0]), folder_of(
                 args.out / "predicted", task, flags, "all"), args.data, args.out)
             print(f"all seeds together, {flags or 'no flag'}: {score:.3f}")
+        others = {"two seeds": folders[1:] + folders[:1],
+                  "two sizes": [folder_of(args.out, task, SIZES[task], seed) for seed in args.seeds]}
+        pairs = {name: [predict(task, "", [one, two], held_out(one), folder_of(args.out / "predicted", task, name, seed),
+                                args.data, args.out) for one, two, seed in zip(folders, seconds, args.seeds)]
+                 for name, seconds in others.items()}
+        table(f"two nets together: {SCORE[task]}", ["", *pairs], args.seeds, {"": alone[""]} | pairs)
 
 
 if __name__ == "__main__":
