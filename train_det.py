@@ -359,6 +359,8 @@ def split(args, folder, data):
     rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
     own = {name: int(not out) for name, out in zip(names, data.held_out)}
     spec = own if args.folds is None and any(data.held_out) else folds.parse(args.folds or "5")
+    if spec is own and args.fold:
+        raise UserError("--fold: the data has validation images of its own; leave it out, or give --folds 5")
     groups = folds.read_groups(args.groups, names) if args.groups else None
     return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=groups,
                         drop=args.drop_noisy)

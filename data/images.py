@@ -52,7 +52,7 @@ ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
 def find(folder):
     """The image files in a folder, sorted by name. Raises UserError when it is missing or has none."""
     try:
-        files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
+        files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
     except OSError:
         raise UserError(f"{folder}: no such folder, or not readable; put the data there, or point --data or --source "
                         f"to it (python -m data.sample makes sample data)") from None
@@ -197,37 +197,45 @@ def digest(path, middle=None):
 
 
 def read_picture(path, bands=None, **options):
-    """`read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images become that."""
-    if list(bands or []) != [1, 2, 3]:
-        return read(path, bands, **options)
-    if kind(path) == "JPEG":
+    """`read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images become that. Grey of less than eight
+    bits, such as scanned pages of one, reaches up to 255."""
+    rgb = list(bands or []) == [1, 2, 3]
+    if rgb and kind(path) == "JPEG":
         image = read(path, **options)  # whole: to pick bands would be to copy them
         if len(image) == 4:
             ink = image.int()  # 255 is none
             image = (ink[:3] * ink[3] // 255).to(torch.uint8)
     else:
-        one = size(path)[0] == 1
-        image, colours = read(path, [1] if one else bands, **options), palette(path) if one else None
+        image = read(path, [1] if rgb and colour_bands(path) == 1 else bands, **options)
+        colours = palette(path) if rgb and size(path)[0] == 1 else None
         if colours is not None and image.dtype == torch.uint8:
             return colours[image[0].long()].permute(2, 0, 1)
-    return image.expand(3, -1, -1) if len(image) == 1 else image
+        bits = _header(*_version(path))[4]
+        if len(image) == 1 and image.dtype == torch.uint8 and bits < 8:
+            image = image * (255 // (2**bits - 1))
+    return image.expand(3, -1, -1) if rgb and len(image) == 1 else image
+
+
+def colour_bands(path):
+    """How many bands a file has, without a PNG's second or fourth one, which is its opacity."""
+    count = size(path)[0]
+    return count - 1 if kind(path) == "PNG" and count in (2, 4) else count
 
 
 def has_bands(path, bands):
     """Whether `read_picture` can give these bands of the file."""
-    count = size(path)[0]
-    return count >= max(bands) or count == 1 and list(bands) == [1, 2, 3]
+    return size(path)[0] >= max(bands) or colour_bands(path) == 1 and list(bands) == [1, 2, 3]
 
 
 def default_bands(files):
-    """Of the first picture; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see `read_picture`), and a
-    grey image where another has three bands."""
-    first, count = files[0], size(files[0])[0]
-    if kind(first) == "JPEG" or count == 1 and palette(first) is not None:
+    """Of the first picture, without opacity; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see
+    `read_picture`), and a grey image where another has three bands."""
+    first, count = files[0], colour_bands(files[0])
+    if kind(first) == "JPEG" or size(first)[0] == 1 and palette(first) is not None:
         count = 3
     elif count == 1:
         with ThreadPoolExecutor(4) as pool:
-            count = 3 if any(found[0] >= 3 for found in pool.map(size, files)) else 1
+            count = 3 if any(found >= 3 for found in pool.map(colour_bands, files)) else 1
     return list(range(1, count + 1))
 
 
@@ -288,13 +296,14 @@ def _header(path, *version):
         try:
             with Image.open(path, formats=("JPEG",)) as file:  # the header only
                 turned = file.getexif().get(0x0112, 1) >= 5
-                return len(file.getbands()), *(file.size if turned else file.size[::-1]), "uint8"
+                return len(file.getbands()), *(file.size if turned else file.size[::-1]), "uint8", 8
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
             raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
     with rasterio.Env(**ALONE), open_raster(path) as file:
         if file.height * file.width > MAX_SCENE:
             raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
-        return file.count, file.height, file.width, file.dtypes[0]
+        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))  # of pixels of less than a byte, else not told
+        return file.count, file.height, file.width, file.dtypes[0], bits
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 What cannot be understood is a UserError that names the file and the place. Boxes that are understood but make no sense
 are left to data/labels.py, which counts them.
 """
+import csv
+import itertools
 import json
 import os
 import re
@@ -20,7 +22,8 @@ from utils.errors import UserError
 # of the parking-lot competition (AI Challenge 2022), whose labels tell the numbers 1 to 14 only
 PARKING = ("sedan", "SUV", "van", "bus", "school bus", "truck", "taxi", "adult", "child", "motorcycle", "kickboard",
            "bicycle", "stroller", "cart")
-YOLO_NAMES = ("classes.txt", "obj.names", "labels/classes.txt")  # the first that is there
+YOLO_NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "data.yaml")  # the first that is there
+YAML = (".yaml", ".yml")
 MAX_CLASS = 100_000  # of YOLO, where a class is a count from 0; more is a number that slipped columns
 MAX_ID = 2**53  # of a category in JSON
 PLACE = {"YOLO": "line {}", "VOC": "object {}", "masks": "object {}", "COCO": "annotations[{}]",
@@ -138,11 +141,12 @@ def get(entry, key, types, *place):
 def _parse_json(layout):
     parsed, taken = Parsed(), {}
     for label in layout.labels:
-        path, part = layout.root / label, part_of(Path(label).name)
+        path, part = layout.root / label, part_of(Path(label).name) or part_of(os.path.dirname(label))
         data = read_json(path)
         # the images of instances_val2017.json are rather in val2017 than in train2017
         names = [f"{name}{year}" for name in (("val", "train") if part == "val" else ("train", "val"))
                  for year in ("", "2017", "2014")]
+        names = [Path(label).stem.removeprefix("instances_"), *names]  # CVAT's subsets, of any name
         folders = [os.path.dirname(label), "", "images", *names, *(f"images/{n}" for n in names),
                    *(f"{n}/images" for n in names)]
         locate = _locator(layout.root, ["train/images"] if layout.kind == "competition" else folders)
@@ -164,6 +168,9 @@ def _parse_json(layout):
         found = sorted(set(parsed.category))
         parking = found == list(range(1, 15))
         parsed.names = {n: PARKING[n - 1] if parking else f"class {n}" for n in found}
+    used, count = set(parsed.category), Counter(parsed.names.values())
+    # Roboflow's first category is the project, which may be called as one of its classes
+    parsed.names = {n: name for n, name in parsed.names.items() if n in used or count[name] == 1}
     return parsed
 
 
@@ -180,7 +187,7 @@ def _locator(root, folders):
             return {}
 
     def locate(name, place):
-        inside = False
+        inside, name = False, name if "/" in name else name.replace("\\", "/")  # Label Studio's on Windows
         for base in folders:
             path = os.path.normpath(os.path.join(base, name))
             path = os.path.relpath(path, top) if os.path.isabs(path) else path
@@ -248,32 +255,69 @@ def yolo_labels(path):
 
 
 def _parse_yolo(layout):
-    parsed, names, labels = Parsed(), [], set(layout.labels)
-    for path in (layout.root / name for name in YOLO_NAMES if name in labels):
-        names = [line.strip() for line in "\n".join(read_text(path)).rstrip().split("\n")]
+    parsed, names, label_of = Parsed(), [], _by_stem(layout.labels)
+    for path in (layout.root / name for name in layout.labels if "/" not in name or name in YOLO_NAMES):
+        names = _yaml_names(path) if path.suffix.lower() in YAML else [
+            line.strip() for line in "\n".join(read_text(path)).rstrip().split("\n")]
         if not all(names):
             raise UserError(f"{path}: has an empty line, or none at all; it holds the name of one class per line")
     for owner, file in enumerate(layout.images):
-        label = os.path.splitext(yolo_labels(file))[0] + ".txt"
+        label = label_of.get(os.path.splitext(yolo_labels(file))[0])
         parsed.add_image(file, file.startswith(("images/val", "val")) and file.count("/") > 1)
-        for number, line in enumerate(read_text(layout.root / label) if label in labels else [], 1):
+        for number, line in enumerate(read_text(layout.root / label) if label else [], 1):
             words = line.split()
             if not words:
                 continue
             try:
                 category, box = int(words[0]), tuple(map(float, words[1:]))
+                if len(box) >= 6 and len(box) % 2 == 0:  # a polygon
+                    ends = [(min(side), max(side)) for side in (box[::2], box[1::2])]
+                    box = tuple((low + high) / 2 for low, high in ends) + tuple(high - low for low, high in ends)
                 if len(box) != 4 or not 0 <= category <= MAX_CLASS:
                     raise ValueError
             except ValueError:
                 raise UserError(f"{layout.root / label}: line {number}: {show(line)}; correct it, it must be a "
-                                f"class from 0 and 4 numbers: x and y of the centre, width, height") from None
+                                f"class from 0 and 4 numbers (x and y of the centre, width, height), or a polygon's "
+                                f"points") from None
             parsed.add_box(owner, category, box, (label, number))
-    parsed.names = dict(enumerate(names)) if names else {n: f"class {n}" for n in sorted(set(parsed.category))}
+    # a class is a count from 0, also where one has no box
+    names = names or [f"class {n}" for n in range(max(parsed.category, default=-1) + 1)]
+    parsed.names = dict(enumerate(names))
     return parsed
 
 
+def _by_stem(names):
+    """{name without its suffix: name}: a suffix may be written in capitals."""
+    return {os.path.splitext(name)[0]: name for name in names}
+
+
+def _yaml_names(path):
+    """The `names` of Ultralytics' data.yaml: [a, b], {0: a, 1: b}, or one a line, "- a" or "0: a"; [] without any. Only
+    these forms are read: that takes no YAML."""
+    lines = [re.sub(r"(^|\s)#.*", "", line).rstrip() for line in read_text(path)]
+    start = next((i for i, line in enumerate(lines) if re.match(r"names\s*:", line)), None)
+    if start is None:
+        return []
+    first, more = lines[start].partition(":")[2].strip(), lines[start + 1:]
+    if first.startswith(("[", "{")):
+        text, end = " ".join([first[1:], *more]), {"[": "]", "{": "}"}[first[0]]
+        text = text[:text.find(end)].strip().removesuffix(",")
+        entries = next(csv.reader([text], quotechar="'" if "'" in text else '"', skipinitialspace=True), [])
+    else:
+        block = itertools.takewhile(lambda line: not line or re.match(r"-\s|\s", line), more)
+        entries = [line.strip().removeprefix("-") for line in block if line]
+    names = []
+    for entry in entries:
+        key, colon, name = entry.partition(":")
+        keyed = colon and key.strip().isdecimal()
+        names.append((name if keyed else entry).strip().strip("\"'") if not keyed or int(key) == len(names) else "")
+    if not names or not all(names):
+        raise UserError(f"{path}: its names are not understood; write them into classes.txt beside it, one per line")
+    return names
+
+
 def _parse_voc(layout):
-    parsed, labels = Parsed(), set(layout.labels)
+    parsed, label_of = Parsed(), _by_stem(layout.labels)
     test, val = (_image_set(layout, f"ImageSets/Main/{name}.txt") for name in ("test", "val"))
     stems = {Path(file).stem for file in layout.images}
     if val - stems:
@@ -283,8 +327,8 @@ def _parse_voc(layout):
         stem = Path(file).stem
         if stem in test:
             continue
-        label = f"Annotations/{stem}.xml"
-        if label in labels:
+        label = label_of.get(f"Annotations/{stem}")
+        if label:
             for number, (name, box) in enumerate(_objects(layout.root / label), 1):
                 parsed.add_box(len(parsed.files), name, box, (label, number))
         parsed.add_image(file, stem in val)

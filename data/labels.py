@@ -2,7 +2,8 @@
 
     competition  DATA/train/label/Train.json   DATA/train/images/*.jpg   DATA/Test_Images_Information.json
     COCO         DATA/annotations/instances_train2017.json (and val)   DATA/train2017/*.jpg; or one JSON alone
-    YOLO         DATA/labels/train/*.txt (and val)   DATA/images/train/*.jpg   DATA/classes.txt
+                 or as Roboflow has it, a JSON amid the images: DATA/train/_annotations.coco.json (and valid)
+    YOLO         DATA/labels/train/*.txt (and val)   DATA/images/train/*.jpg   DATA/classes.txt, or data.yaml's names
                  DATA/train/labels/*.txt (and valid)   DATA/train/images/*.jpg
     VOC          DATA/Annotations/*.xml   DATA/JPEGImages/*.jpg   DATA/ImageSets/Main/val.txt
     masks        DATA/train_mask/*.tif   DATA/train_img/*.tif: see data/mask_boxes.py
@@ -25,11 +26,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data import images, label_formats, mask_boxes, seg
-from data.label_formats import PLACE, YOLO_NAMES, Layout, get, part_of, read_json, same_name, show, yolo_labels
+from data.label_formats import PLACE, YAML, YOLO_NAMES, Layout, get, part_of, read_json, same_name, show, yolo_labels
 from utils import dist
 from utils.errors import UserError
 
-VERSION = 2  # of what is kept: to be raised when this file or label_formats.py finds something else
+VERSION = 3  # of what is kept: to be raised when this file or label_formats.py finds something else
 TEST_INFORMATION = "Test_Images_Information.json"
 LABEL_FOLDERS = ("annotations", "label", "labels")  # whose images lie beside them, not in them
 # Less than a pixel is nothing to see, and the logarithms of its sides run away. 0.1 is for YOLO's rounding: with four
@@ -50,7 +51,8 @@ class Labels(NamedTuple):
 
 
 def read(path, *, allow_bad=False, cache="runs/cache"):
-    """A folder (see above) or a COCO-like .json -> Labels. Images without boxes are in it too, as background.
+    """A folder (see above), a COCO-like .json or a YOLO data.yaml -> Labels. Images without boxes are in it too, as
+    background.
 
     Boxes are clipped to the image, and left out when they are not finite, of an unknown category, less than a pixel,
     or the same as another. Rank 0 prints how many and the first, and writes the others to a text file in `cache`; more
@@ -95,7 +97,8 @@ def test_ids(root):
     data = read_json(path)
     for i, entry in enumerate(data if type(data) is list else get(data, "images", (list,), path)):
         key = get(entry, "id", (int, str), path, "images", i)
-        name = same_name(os.path.basename(get(entry, "file_name", (str,), path, "images", i)))
+        name = get(entry, "file_name", (str,), path, "images", i).replace("\\", "/")
+        name = same_name(os.path.basename(name))
         if name in found:
             raise UserError(f"{path}: images[{i}]: {show(name)} is listed twice; remove one")
         found[name] = key
@@ -112,6 +115,8 @@ def _find(path):
         up = path.parent.name.lower() in LABEL_FOLDERS
         return Layout("COCO", path.parent.parent if up else path.parent,
                       [f"{path.parent.name}/{path.name}" if up else path.name], [])
+    if os.path.isfile(path) and path.suffix.lower() in YAML:
+        return _find_yolo(path.parent, path.name)
     if not os.path.isdir(path):  # unlike Path.is_dir, for every name
         raise UserError(f"{path}: no such folder or .json file; put the data there, or point --data to it")
     if (path / "train/label/Train.json").exists():
@@ -128,6 +133,9 @@ def _find(path):
     if (path / "train_img").is_dir() and (path / "train_mask").is_dir():
         files, masks = zip(*seg.pairs(path / "train_img", path / "train_mask").values())
         return Layout("masks", path, *([str(file.relative_to(path)) for file in part] for part in (masks, files)))
+    amid = [f"{top}/{n}" for top in _list(path, "") if part_of(top) for n in _list(path / top, ".json")]
+    if "train" in map(part_of, map(os.path.dirname, amid)):
+        return Layout("COCO", path, amid, [])
     alone = [f"annotations/{n}" for n in _list(path / "annotations", ".json")]
     alone += [n for n in _list(path, ".json") if n != TEST_INFORMATION]
     if len(alone) == 1:
@@ -147,17 +155,28 @@ def _list(folder, *suffixes):
         return []
 
 
-def _find_yolo(root):
-    """Images in images, images/train*, images/val*, train*/images, val*/images; those for testing have no labels."""
+def _tree(folder, *suffixes):
+    """`_list` of a folder and all those in it but for testing: names relative to it."""
+    found = []
+    for top, folders, _ in os.walk(folder):
+        folders[:] = sorted(n for n in folders if not n.startswith((".", "test")))
+        found += [os.path.normpath(os.path.join(os.path.relpath(top, folder), n)) for n in _list(top, *suffixes)]
+    return found
+
+
+def _find_yolo(root, names=None):
+    """Images in images, images/train*, images/val*, train*/images, val*/images, and in folders therein; those for
+    testing have no labels. names: the file that names the classes; None: the first of YOLO_NAMES."""
     def parts(top):
         return {n for n in _list(root / top, "") if n.startswith(("train", "val")) and (root / top / n).is_dir()}
 
-    folders = ["images", *(f"images/{n}" for n in sorted(parts("images") | parts("labels"))),
-               *(f"{n}/images" for n in sorted(parts(".")))]
-    files, labels = [], [name for name in YOLO_NAMES if (root / name).exists()][:1]
+    inner, outer = sorted(parts("images") | parts("labels")), sorted(parts("."))
+    folders = ["images", *(f"images/{n}" for n in inner), *(f"{n}/images" for n in outer)]
+    files, labels = [], [names] if names else [name for name in YOLO_NAMES if (root / name).exists()][:1]
     for folder in folders:
-        here, beside = _list(root / folder, *images.SUFFIXES), yolo_labels(folder)
-        texts = [n for n in _list(root / beside, ".txt") if n != "classes.txt"]  # labelImg leaves that there
+        below = _list if folder == "images" and inner else _tree
+        here, beside = below(root / folder, *images.SUFFIXES), yolo_labels(folder)
+        texts = [n for n in below(root / beside, ".txt") if n != "classes.txt"]  # labelImg leaves that there
         _check_pairs(root / folder, here, root / beside, texts)
         files += [f"{folder}/{n}" for n in here]
         labels += [f"{beside}/{n}" for n in texts]
@@ -173,14 +192,18 @@ def _find_voc(root):
 
 def _check_pairs(image_folder, files, label_folder, labels):
     """Every label file has its image, and no two images share one: else boxes would be lost, or be another image's."""
-    stems = Counter(os.path.splitext(n)[0] for n in files)
-    for stem, count in stems.most_common(1):
-        if count > 1:
-            raise UserError(f"{image_folder / stem}.*: {count} images of one name; rename or remove all but one")
-    lone = [n for n in labels if os.path.splitext(n)[0] not in stems]
+    stems, texts = (Counter(os.path.splitext(n)[0] for n in names) for names in (files, labels))
+    for folder, found, what in ((image_folder, stems, "images"), (label_folder, texts, "label files")):
+        for stem, count in found.most_common(1):
+            if count > 1:
+                raise UserError(f"{folder / stem}.*: {count} {what} of one name; rename or remove all but one")
+    lone = [stem for stem in texts if stem not in stems]
     if lone:
-        raise UserError(f"{label_folder / lone[0]}: no image of that name in {image_folder} ({len(lone)} such); add "
-                        f"it, or remove the label file")
+        label = next(n for n in labels if os.path.splitext(n)[0] == lone[0])
+        beside = [n for n in _list((image_folder / lone[0]).parent, "") if Path(n).stem == Path(lone[0]).name]
+        remedy = f"convert {beside[0]} to PNG or JPEG" if beside else "add it"
+        raise UserError(f"{label_folder / label}: no image of that name in {image_folder} ({len(lone)} such); "
+                        f"{remedy}, or remove the label file")
 
 
 # ---- what they hold --------------------------------------------------------------------------------------------------

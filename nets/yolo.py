@@ -98,6 +98,13 @@ class AnchorHead(nn.Module):
             bias[:, 4] += math.log(8 / (640 / stride) ** 2)
             bias[:, 5:] += math.log(0.6 / (num_classes - 0.999999))
 
+    def _apply(self, fn, recurse=True):
+        """Half precision is too coarse for anchors, which are numbers of pixels."""
+        anchors = self.anchors
+        super()._apply(fn, recurse)
+        self.anchors = anchors.to(self.anchors.device)
+        return self
+
     def forward(self, maps):
         raw = [conv(x).unflatten(1, (-1, self.outputs)).permute(0, 1, 3, 4, 2) for conv, x in zip(self.m, maps)]
         if self.training:
@@ -155,7 +162,8 @@ def cells(rows, columns, device):
 def expected(logits):
     """Logits (..., 4 * BINS) of four distributions -> their means (..., 4), in bins."""
     logits = logits.unflatten(-1, (4, -1))
-    return logits.softmax(-1) @ torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
+    bins = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
+    return (logits.softmax(-1) * bins).sum(-1)  # autocast would round the terms of a matrix product
 
 
 class YOLOv5(nn.Module):

@@ -251,3 +251,12 @@ def test_prediction_values_out_of_range(flag, values, monkeypatch, capsys):
 
 def test_nine_pictures_are_not_turned(refused, parking):
     refused(train_det, "--data", parking, *TINY_DET, "--grid", 9, "--degrees", 5, says=("--grid 9", "--grid 4"))
+
+
+def test_folds_of_data_that_has_its_own(refused, tmp_path):
+    for part in ("train", "val"):
+        for folder in ("images", "labels"):
+            (tmp_path / "DATA" / folder / part).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / f"DATA/images/{part}/{part}.png")
+        (tmp_path / f"DATA/labels/{part}/{part}.txt").write_text("0 .5 .5 .5 .5")
+    train(refused, "--data", "DATA", "--fold", 1, says=["--fold: ", "validation images of its own", "--folds 5"])

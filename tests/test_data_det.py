@@ -6,6 +6,7 @@ from PIL import Image
 
 from data import augment, det, images
 from data.det import DetData, collate, rect
+from tests.test_images import png
 from utils import geometry
 
 COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [250, 10, 250], [10, 250, 250]])
@@ -205,6 +206,32 @@ def test_palettes_become_rgb(tmp_path):
         found = images.read_picture(tmp_path / name, [1, 2, 3])
         assert found.dtype == torch.uint8 and np.abs(found.permute(1, 2, 0).numpy().astype(int) - pixels).max() <= 1
         assert torch.equal(images.read_picture(tmp_path / name, [1, 2, 3], window=(8, 0, 8, 16)), found[:, 8:])
+
+
+def test_scanned_pages_reach_white(tmp_path):
+    """Grey of one and four bits a pixel is 0..255, as Pillow reads it; masks keep their numbers."""
+    page = np.zeros((16, 16), bool)
+    page[4:8] = True
+    Image.fromarray(page).save(tmp_path / "1.png")
+    png(tmp_path / "4.png", 4, 0, [bytes([0x0F, 0x37] * 4)] * 16, width=16)
+    for name in ("1.png", "4.png"):
+        wanted = torch.from_numpy(np.asarray(Image.open(tmp_path / name).convert("L")).copy())
+        assert wanted.max() == 255 and images.default_bands([tmp_path / name]) == [1]
+        assert torch.equal(images.read_picture(tmp_path / name, [1]), wanted[None])
+        assert torch.equal(images.read_picture(tmp_path / name, [1, 2, 3]), wanted.expand(3, -1, -1))
+        assert images.read(tmp_path / name).max() == (1 if name == "1.png" else 15)
+
+
+def test_opacity_is_no_band_unless_asked_for(tmp_path):
+    rgba = np.random.default_rng(0).integers(0, 255, (8, 8, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    Image.fromarray(rgba[..., :2].copy(), "LA").save(tmp_path / "la.png")
+    rgba, la = tmp_path / "rgba.png", tmp_path / "la.png"
+    assert images.default_bands([rgba, la]) == images.default_bands([la, rgba]) == [1, 2, 3]
+    assert images.default_bands([la]) == [1] and images.has_bands(la, [1, 2, 3]) and not images.has_bands(la, [3])
+    assert torch.equal(images.read_picture(rgba, [1, 2, 3]), images.read(rgba)[:3])
+    assert torch.equal(images.read_picture(rgba, [1, 2, 3, 4]), images.read(rgba))
+    assert torch.equal(images.read_picture(la, [1, 2, 3]), images.read(la)[:1].expand(3, -1, -1))
 
 
 def test_images_without_boxes(tmp_path):

@@ -235,8 +235,90 @@ def test_yolo_without_names_and_with_names_elsewhere(yolo):
     (yolo / "obj.names").unlink()
     dump(yolo / "labels/val/007.txt", "7 .5 .5 .5 .5")
     found = read(yolo)
-    assert found.names == ["class 0", "class 1", "class 2", "class 7"] and found.category_ids == [0, 1, 2, 7]
-    assert found.classes[[f.name for f in found.files].index("007.png")].tolist() == [3]
+    assert found.names == [f"class {i}" for i in range(8)] and found.category_ids == list(range(8))
+    assert found.classes[[f.name for f in found.files].index("007.png")].tolist() == [7]
+
+
+@pytest.mark.parametrize("text", [
+    "names: ['a car', bus, \"it's\"]\nnc: 3", "train: x\nnames: {0: 'a car', 1: bus, 2: it's}",
+    "names: [a car,\n  bus,\n  it's,\n]",
+    "names:\n- a car\n- bus # large\n# none\n- it's\nval: y", "names:\n  0: a car\n\n  1: 'bus'\n  2: \"it's\"\nnc: 3\n"])
+def test_names_of_a_data_yaml(yolo, text):
+    (yolo / "classes.txt").unlink()
+    dump(yolo / "data.yaml", text)
+    dump(yolo / "other.yml", "names: [x, y, z]")
+    assert read(yolo).names == read(yolo / "data.yaml").names == ["a car", "bus", "it's"]
+    found = read(yolo / "other.yml")
+    assert found.names == ["x", "y", "z"] and same(found._replace(names=NAMES), read(yolo)._replace(names=NAMES))
+
+
+@pytest.mark.parametrize("text", ["names:", "names: 7\nnc: 1", "names: [a, , b]", "names: {0: a, 2: b}", "names: [",
+                                  "names:\nnc: 3", "names:\n  1: a", "names: {"])
+def test_names_of_a_data_yaml_that_is_not_understood(yolo, text):
+    (yolo / "classes.txt").unlink()
+    dump(yolo / "data.yaml", text)
+    with pytest.raises(UserError, match="data.yaml: its names are not understood; .*classes.txt"):
+        read(yolo)
+    dump(yolo / "data.yaml", "nc: 3\ntrain: x")
+    assert read(yolo).names == ["class 0", "class 1", "class 2"]
+
+
+def test_yolo_in_folders_and_in_capitals(yolo):
+    flat = read(yolo)
+    for top in ("images", "labels"):
+        (yolo / top / "train/cam 1/b").mkdir(parents=True)
+        for path in (yolo / top / "train").glob("*.*"):
+            path.rename(yolo / top / "train/cam 1/b" / path.name.replace(".txt", ".TXT"))
+    deep = read(yolo)
+    assert {p.name: (c.tolist(), b.tolist()) for p, c, b in zip(deep.files, deep.classes, deep.boxes)} == {
+        p.name: (c.tolist(), b.tolist()) for p, c, b in zip(flat.files, flat.classes, flat.boxes)}
+    assert {p.parent.name for p in deep.files} == {"b", "val"} and sum(deep.held_out) == sum(flat.held_out) > 0
+    path = next((yolo / "labels/train").rglob("*.TXT"))
+    dump(path.with_suffix(".txt"), path.read_text())
+    with pytest.raises(UserError, match="2 label files of one name"):
+        read(yolo)
+
+
+def test_yolo_polygons(yolo):
+    path = sorted((yolo / "labels/train").glob("*.txt"))[0]
+    dump(path, "1 .1 .5 .3 .2 .4 .6 .2 .8")
+    found = read(yolo)
+    i = [p.stem for p in found.files].index(path.stem)
+    height, width = found.sizes[i]
+    np.testing.assert_allclose(found.boxes[i], [[.1 * width, .2 * height, .4 * width, .8 * height]], atol=1e-9)
+    dump(path, "1 .1 .5 .3 .2 .4")  # five numbers: a box and its score
+    with pytest.raises(UserError, match="polygon"):
+        read(yolo)
+
+
+def test_images_of_other_formats_are_named(yolo):
+    dump(yolo / "labels/train/w.txt", "0 .5 .5 .2 .2")
+    (yolo / "images/train/w.webp").write_bytes(b"RIFF")
+    with pytest.raises(UserError, match="w.txt: no image of that name in .*images/train.*; convert w.webp to PNG or"):
+        read(yolo)
+
+
+def test_json_amid_the_images(tmp_path):
+    """Roboflow's folders: its first category is the project."""
+    for part, side in (("train", 20), ("valid", 30), ("test", 40)):
+        picture(tmp_path / part / "1_jpg.rf.0.jpg", side, side)
+        content = as_json({"1_jpg.rf.0.jpg": (None, [(0, 1, 1, 8, 8)])})
+        content["categories"] = [{"id": 0, "name": "car"}, {"id": 1, "name": "car"}]
+        dump(tmp_path / part / "_annotations.coco.json", content)
+    found = read(tmp_path)
+    assert found.sizes == [(20, 20), (30, 30)] and found.held_out == [False, True]
+    assert found.names == ["car"] and found.category_ids == [1] and [c.tolist() for c in found.classes] == [[0], [0]]
+
+
+def test_json_of_subsets_and_of_windows(tmp_path):
+    """CVAT's subsets have names of any kind, Label Studio's file names backslashes."""
+    for part, side in (("Train", 20), ("Validation", 30)):
+        picture(tmp_path / f"images/{part}/1.jpg", side, side)
+        dump(tmp_path / f"annotations/instances_{part}.json", as_json({"1.jpg": (None, [(0, 1, 1, 8, 8)])}))
+    found = read(tmp_path)
+    assert found.sizes == [(20, 20), (30, 30)] and found.held_out == [False, True]
+    dump(tmp_path / "alone.json", as_json({"images\\Train\\1.jpg": (None, [(0, 1, 1, 8, 8)])}))
+    assert read(tmp_path / "alone.json").files == [tmp_path / "images/Train/1.jpg"]
 
 
 def test_yolo_with_byte_order_mark_and_line_ends_of_windows(yolo):
@@ -547,6 +629,9 @@ def test_two_categories_of_one_name(lot, tmp_path):
     path = lot / "train/label/Train.json"
     content = json.loads(path.read_text())
     dump(path, content | {"categories": content["categories"] + [{"id": 7, "name": "bus"}]})
+    assert read(lot).names == NAMES  # no box has it
+    content["annotations"].append(content["annotations"][0] | {"category_id": 7})
+    dump(path, content | {"categories": content["categories"] + [{"id": 7, "name": "bus"}]})
     refused(lot, path, "the categories 1 and 7 are both named 'bus'; rename one")
     write_yolo(tmp_path / "yolo")
     names = dump(tmp_path / "yolo/classes.txt", "car\nbus\nbus\n")
@@ -564,7 +649,7 @@ def test_files_of_one_set_that_disagree(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    "0 .5 .5 .5", "0 .5 .5 .5 .5 .9", "0 .1 .1 .2 .2 .3 .1", "x .5 .5 .5 .5", "-1 .5 .5 .5 .5", "0.0 .5 .5 .5 .5", "7",
+    "0 .5 .5 .5", "0 .5 .5 .5 .5 .9", "0 .1 .1 .2 .2 .3 .1 .4", "x .5 .5 .5 .5", "-1 .5 .5 .5 .5", "0.0 .5 .5 .5 .5", "7",
     "1.5 .5 .5 .5 .5", "100001 .5 .5 .5 .5", "9" * 5000 + " .5 .5 .5 .5", "0 .5 .5 .5 a", "0,.5,.5,.5,.5",
     "0 .5 .5 .5 .5\0", "nan .5 .5 .5 .5", "x" * 9999])
 def test_bad_lines_of_yolo(yolo, line):

@@ -193,7 +193,7 @@ def slow_free_loss(maps, rows, *, topk=3, alpha=.5, beta=6.0, box=7.5, dfl=1.5, 
             own = {n: c for n, c in owned.items() if -c[1] == g}
             if own:
                 best_iou, best = max(c[0] for c in own.values()), max(c[2] for c in own.values())
-                goals |= {(image, n): (g, c[2] * best_iou / (best + 1e-9)) for n, c in own.items()}
+                goals |= {(image, n): (g, c[2] * best_iou / best if best else 0.0) for n, c in own.items()}
         for n, c in enumerate(cells):
             g, goal = goals.get((image, n), (None, 0.0))
             total += goal
@@ -266,3 +266,16 @@ def test_the_best_cell_is_to_score_as_its_overlap():
     assert (goal > 0).sum() <= 10 and (owner == 0).all()
     overlaps = losses_det.iou(truths[0], found[0])
     assert float(goal.max()) == pytest.approx(float(overlaps[goal[0] > 0].max()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_objects_have_a_goal_from_the_first_step(dtype):
+    """At the start boxes are wide and scores low: the alignment of an object of 10 pixels is 1e-15."""
+    line = torch.arange(4., 64, 8, dtype=dtype)
+    centres = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
+    found = torch.cat((centres - 60, centres + 60), -1)[None]
+    truths, there = centres.new_tensor([[[20, 20, 30, 30], [0, 0, 0, 0]]]), torch.tensor([[True, False]])
+    for low in (1e-4, 0):  # without any score nothing is known
+        _, goal = assign(torch.full((1, 64, 2), low, dtype=dtype), found, centres, torch.full((64, 1), 8., dtype=dtype),
+                         truths, torch.zeros(1, 2).long(), there, topk=10, alpha=.5, beta=6.0)
+        assert float(goal.max()) == pytest.approx(100 / 120 ** 2 if low else 0, rel=1e-4)

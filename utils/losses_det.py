@@ -82,7 +82,8 @@ def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10,
     scale = torch.cat([centres.new_full((raw[0, ..., 0].numel(), 1), s) for raw, s in zip(maps, strides)])  # (N, 1)
     raw = torch.cat([raw.flatten(1, 2) for raw in maps], 1).float()
     logits = raw[..., :4 * bins].unflatten(-1, (4, bins))
-    distances = logits.softmax(-1) @ torch.arange(bins, device=raw.device, dtype=raw.dtype) * scale
+    # no matrix product, whose terms autocast would round
+    distances = (logits.softmax(-1) * torch.arange(bins, device=raw.device, dtype=raw.dtype)).sum(-1) * scale
     found = torch.cat((centres - distances[..., :2], centres + distances[..., 2:]), -1)  # (B, N, 4)
     truths, classes, there = pad(boxes, len(raw))
     with torch.no_grad():
@@ -125,7 +126,8 @@ def assign(scores, found, centres, scale, truths, classes, there, *, topk, alpha
     mine = claimed & (torch.arange(truths.shape[1], device=owner.device)[:, None] == owner[:, None])
     align = align * mine
     peak = (overlap * mine).amax(-1, keepdim=True)
-    goal = (align * peak / (align.amax(-1, keepdim=True) + 1e-9)).amax(1)
+    # at the start the best alignment of a small object may be 1e-15: what is added to it against 0 / 0 must be less
+    goal = (align * peak / align.amax(-1, keepdim=True).clamp(min=torch.finfo(align.dtype).tiny)).amax(1)
     return owner, goal
 
 
