@@ -31,7 +31,7 @@ from nets.unet import UNet, probabilities
 from nets.yolo import YOLOv5
 from utils import boxes, checkpoint, dist, engine, ensemble, geometry, review, runs, summary, tiles, tta
 from utils.args import noise_list, real, whole
-from utils.errors import Parser, UserError, cli
+from utils.errors import NumericalError, Parser, UserError, cli
 
 NETS = {"seg": UNet, "det": YOLOv5, "cls": backbones.make}
 NEEDED = {"seg": {"mean_planes"}, "det": {"category_ids"}, "cls": {"exclusive", "norm"}}  # of a checkpoint, and:
@@ -198,6 +198,12 @@ def run(net, x):
     return net(x.to(next(net.parameters()).dtype, memory_format=torch.channels_last))
 
 
+def check_finite(probs):
+    """Raises NumericalError where what a net said is no number: it would be taken for an empty answer."""
+    if not probs.isfinite().all():
+        raise NumericalError("the net's output is not finite; predict with --amp off")
+
+
 def make_passes(args, task, size, *, stride=1, factor=1.0):
     """-> the passes [(matrix, (height, width))] over an image of `size` that --tta asks for. See utils.tta."""
     if task == "det" and args.tta == []:
@@ -261,7 +267,7 @@ def predict_seg(args, device, paths, states, nets):
 
 
 def best_threshold(args, states):
-    """--threshold, or else the mean of those that the runs found best in their last validation; without, 0.5, det 0.25.
+    """--threshold, or else the mean of those that runs found best in their last validation; of none, 0.5, det 0.25.
     They are of plain probabilities: of tsharpen, a mean of square roots, their square roots say the same.
     """
     exclusive = states[0].get("exclusive") or args.task == "seg" and states[0]["classes"] > 1
@@ -273,9 +279,8 @@ def best_threshold(args, states):
     if args.merge == "sum" and not exclusive and not fitted:
         raise UserError("--merge sum: the trainings' thresholds are of single probabilities, not of sums; give "
                         "--threshold")
-    found = [state.get("threshold") for state in states]
-    default = 0.25 if args.task == "det" else 0.5
-    threshold = default if None in found else np.mean(found, axis=0)
+    found = [state["threshold"] for state in states if state.get("threshold") is not None]
+    threshold = np.mean(found, axis=0) if found else 0.25 if args.task == "det" else 0.5
     return np.sqrt(threshold) if args.merge == "tsharpen" else threshold
 
 
@@ -290,6 +295,7 @@ def seg_ensemble(args, device, states, nets):
             x = seg.add_mean_planes(x) if state["mean_planes"] else x
             views = functools.partial(seg_views, args, net, state["classes"] > 1)
             total = total + (tta.at_size(views, x, state["imgsz"]) if state.get("resize") else views(x))
+        check_finite(total)
         return (total / len(nets))[:count]
     return predict
 
@@ -398,7 +404,8 @@ def predict_det(args, device, paths, states, nets):
         if args.pseudo:
             count, boxed = pseudo.write_boxes(out / "pseudo", files, views.sizes, results, names,
                                               states[0]["category_ids"], args.pseudo)
-            print(f"pseudo labels of {count} images, {boxed} boxes: train_det.py --extra-data {out / 'pseudo'}")
+            print(f"pseudo labels of {count} images, {boxed} boxes: train_det.py --extra-data {out / 'pseudo'}"
+                  if count else "no pseudo labels: no box is sure enough; lower --pseudo")
         note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
         print(f"{len(files)} images, {sum(map(len, results))} detections{note}: {out}")
 
@@ -447,12 +454,14 @@ def det_ensemble(args, device, states, nets):
             x = (raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]).clamp_(0, 1)
             factor = 1.0 if args.imgsz else state["imgsz"] / largest  # each at the size that it was trained for
             passes = make_passes(args, "det", x.shape[2:], stride=net.stride, factor=factor)
-            found = tta.rows(lambda view: run(net, view), x, passes)  # resized in fp32: CPUs cannot in bf16
+            found = list(tta.rows(lambda view: run(net, view), x, passes))  # resized in fp32: CPUs cannot in bf16
+            for rows in found:
+                check_finite(rows)
             if args.merge == "wbf":
                 by_pass = [boxes.nms(rows, **limits) for rows in found]
                 results.append([boxes.wbf(of_image)[:args.max_det] for of_image in zip(*by_pass)])
             else:
-                results.append(boxes.nms(torch.cat(list(found), 1), **limits))
+                results.append(boxes.nms(torch.cat(found, 1), **limits))
         return results
     return predict
 
@@ -497,10 +506,12 @@ def predict_cls(args, device, paths, states, nets):
     members += [np.array([table[key] for key in keys]) for table in tables]
     probs = ensemble.average(members, shares)
     if dist.rank() == 0:
-        submissions.write_classes(out, keys, probs, names, exclusive, thresholds)
+        written = keys if competition.is_dir() else [file.stem for file in files]
+        submissions.write_classes(out, written, probs, names, exclusive, thresholds)
         if args.pseudo:
             count = pseudo.write_classes(out / "pseudo", files, probs, names, exclusive, args.pseudo)
-            print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}")
+            print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}" if count else
+                  "no pseudo labels: no image is sure enough; lower --pseudo")
         print(f"{len(files)} images: {out}")
 
 
@@ -518,6 +529,8 @@ def combine_tables(args):
     check_ensemble(args, [])
     names, first = submissions.read_probabilities(args.probs[0])
     tables = [first, *(submissions.read_probabilities(path, names)[1] for path in args.probs[1:])]
+    if any(table.keys() != first.keys() for table in tables):
+        tables = [{index_of(key): row for key, row in table.items()} for table in tables]
     for path, table in zip(args.probs, tables):
         other = next(iter(table.keys() ^ tables[0].keys()), None)
         if other is not None:
@@ -525,7 +538,9 @@ def combine_tables(args):
                             f"images")
     keys = list(tables[0])
     members = [np.array([table[key] for key in keys]) for table in tables]
-    exclusive = bool((abs(np.sum(members, 2) - 1) < 1e-4 + 1e-6 * len(names)).all())  # they are rounded
+    exclusive = all(map(ensemble.adds_up, members))
+    dist.print0("every row adds up to 1: one class an image, the most probable" if exclusive else
+                "rows do not add up to 1: several classes an image, those above --threshold")
     if exclusive and args.threshold is not None:
         raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
     probs = ensemble.average(members, args.ensemble_weights or [1.0] * len(members))
@@ -573,7 +588,8 @@ def class_probabilities(args, device, net, state, files, name):
             logits = (run(net, x).float() for x in views)
             found = tta.merge((z.softmax(1) if state["exclusive"] else z.sigmoid() for z in logits),
                               args.merge or "mean", exclusive=state["exclusive"])
-            probs[batch["index"].cpu().numpy()] = found.double().cpu().numpy()
+            check_finite(found)
+            probs[batch["index"].cpu().numpy()] = found.cpu().double().numpy()
             bar.update(len(batch["index"]) * dist.world_size())
     return sum(dist.gather(probs))  # every rank has filled its own rows
 

@@ -42,7 +42,8 @@ def parse_args():
     add("--val-interval", type=real(1e-4, 1), default=1.0, help="validate every so many passes (1, 1/2, 1/3, ...), "
         "each then shown as an epoch")
     add("--loss", type=loss_term(LOSSES), nargs="+", metavar="NAME[=WEIGHT]",
-        help=f"sum of {', '.join(LOSSES)}; without: ce where every image has one class, else bce")
+        help=f"sum of {', '.join(LOSSES)}; without: ce where every image has one class, else bce "
+        "(in place of ce, bce and focal find the class, but what predict.py makes of them are no probabilities)")
     add("--label-smoothing", type=real(0, 0.99), default=0.0, help="pulls labels towards the middle")
     add("--drop", type=real(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=real(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
@@ -64,6 +65,8 @@ def main():
 
     # ---- data ----
     table = cls.read(args.data, table=args.labels, folder=args.images)
+    if resume:  # a run of an older version may have taken a table of one 1 a row for several classes an image
+        table = table._replace(exclusive=resume["exclusive"])
     terms = args.loss or [("ce" if table.exclusive else "bce", 1.0)]
     if not table.exclusive and "ce" in dict(terms):
         raise UserError("--loss ce: is for one class an image, this data has several; take bce or focal")
@@ -76,6 +79,7 @@ def main():
     for more, weight in args.extra_data:
         extra = cls.with_names(cls.read(more, least=1), table, more)
         chosen = folds.unseen(extra.files, [table.files[i] for i in val], more)
+        chosen = folds.some(chosen, 8 * args.bs) if args.debug else chosen
         files, answers = files + [extra.files[i] for i in chosen], np.concatenate((answers, extra.labels[chosen]))
         weights += [weight] * len(chosen)
     known = table.files + files[len(train):]
@@ -115,6 +119,8 @@ def main():
     elif drop:
         raise UserError(f"--drop, --drop-path: {args.net} has neither; leave them out, or take an EfficientNetV2")
     model = backbones.make(**arch, **drop, grad_checkpoint=args.grad_checkpoint)
+    if args.imgsz <= model.strides[-1] and args.bs == dist.world_size():
+        raise UserError(f"--imgsz {args.imgsz} --bs {args.bs}: batch norm would see a single pixel; raise one of them")
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     frequencies = (table.labels if args.synthesize else answers).mean(0)
     first_guess(linear, frequencies, table.exclusive)
@@ -193,11 +199,15 @@ def main():
 
 
 def split(args, folder, table):
-    """Indices to train and to validate on; of the former those of --subset. Without --folds: a fifth is held out, with
-    --synthesize, which trains on none of the files, all are."""
+    """Indices to train and to validate on; of the former those of --subset. Without --folds: the data's own validation
+    images are held out, else a fifth; with --synthesize, which trains on none of the files, all are."""
     names = [os.path.relpath(path, args.data) for path in table.files]
     groups = folds.read_groups(args.groups, names) if args.groups else None
-    spec = folds.parse(args.folds or "5") if args.folds or not args.synthesize else dict.fromkeys(names, args.fold)
+    if args.folds is None and table.held_out and args.fold:
+        raise UserError("--fold: the data has validation images of its own; leave it out, or give --folds 5")
+    spec = folds.parse(args.folds or "5")
+    if args.folds is None and (table.held_out or args.synthesize):
+        spec = {name: args.fold + 1 - out for name, out in zip(names, table.held_out or [True] * len(names))}
     train, val = folds.of_run(folder, names, spec, args.fold, files=table.files, groups=groups,
                               strata=cls.strata(table.labels), drop=args.drop_noisy, untrained=bool(args.synthesize))
     if args.subset and args.subset < len(train):

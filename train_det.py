@@ -193,6 +193,7 @@ def experiment(args, device, folder, resume):
     for more, weight in args.extra_data:
         extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
         chosen = folds.unseen(extra.files, [data.files[i] for i in val], more)
+        chosen = folds.some(chosen, 8 * args.bs) if args.debug else chosen
         sources = [ours + theirs for ours, theirs in zip(sources, pick(extra, chosen))]
         weights = np.concatenate((weights, np.full(len(chosen), weight)))
     scale = args.band_scale or det.default_scale(sources[0] + [data.files[i] for i in val], bands)

@@ -80,8 +80,10 @@ def main():
     # ---- data ----
     root = Path(args.data)
     names, paired = zip(*seg.pairs(root / "train_img", root / "train_mask").items())
-    bands = args.bands or list(range(1, images.size(paired[0][0])[0] + 1))
-    facts = seg.scan(paired, bands=bands, classes=args.classes, ignore=args.ignore)
+    facts = seg.scan(paired, bands=args.bands, classes=args.classes, ignore=args.ignore)
+    bands = args.bands or list(range(1, facts[0]["bands"] + 1))
+    if not any(fact["area"] for fact in facts):
+        dist.print0(f"warning: {root / 'train_mask'}: no pixel is of a class above 0; see --classes and --ignore")
     groups = folds.read_groups(args.groups, names) if args.groups else None
     train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=groups,
                               files=[image for image, _ in paired], drop=args.drop_noisy,
@@ -92,6 +94,7 @@ def main():
     for more, weight in args.extra_data:
         found = list(seg.pairs(Path(more) / "train_img", Path(more) / "train_mask").values())
         found = [found[i] for i in folds.unseen([image for image, _ in found], [paired[i][0] for i in val], more)]
+        found = folds.some(found, 8 * args.bs) if args.debug else found
         sizes += [fact["size"] for fact in seg.scan(found, bands=bands, classes=args.classes, ignore=args.ignore)]
         paired_train, weights = paired_train + found, weights + [weight] * len(found)
     scale = args.scale or images.default_scale([image for image, _ in (*paired_train, *paired)])
@@ -148,8 +151,10 @@ def main():
                                 for window in tiles.partition(facts[i]["size"], args.tile) or [None]))
         val_data = seg.SegData([paired[i] for i in judged], windows, **options)
         shapes = [window[2:] if window else facts[i]["size"] for i, window in zip(judged, windows)]
-        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=shapes, workers=args.workers,
-                                 device=device)
+        # tiles far larger than the crops would not fit, though without gradients four times their pixels do
+        fit = 4 * args.bs * args.imgsz ** 2 // max(height * width for height, width in shapes)
+        val_loader = eval_loader(val_data, max(1, min(args.bs, fit) // dist.world_size()), shapes=shapes,
+                                 workers=args.workers, device=device)
 
     def predict(model, batch, flips):
         def views(x):

@@ -2,7 +2,7 @@
 
     resources/dirty_mnist_2nd/00000.png ...   resources/dirty_mnist_2nd_answer.csv: index,a,b, ... z of 0 and 1
     DATA/train/*.jpg                          DATA/train.csv: name,label        or: name and a column per class
-    DATA/train/cat/*.jpg  DATA/train/dog/*.jpg
+    DATA/train/cat/*.jpg  DATA/train/dog/*.jpg          and, if they are there: DATA/val/cat/*.jpg ...
 """
 import csv
 import os
@@ -17,10 +17,12 @@ from torch.utils.data import Dataset
 from data import augment, folds, images
 from data.cache import Cache
 from data.label_formats import same_name
-from utils import checkpoint, geometry
+from utils import checkpoint, dist, geometry
 from utils.errors import UserError
 
 ANSWER = "_answer"  # the competition's dirty_mnist_2nd_answer.csv belongs to the folder dirty_mnist_2nd
+COMPETITION = f"dirty_mnist_2nd{ANSWER}.csv"
+TRUTHS = {"true": 1.0, "false": 0.0}
 
 
 class Table(NamedTuple):
@@ -28,13 +30,14 @@ class Table(NamedTuple):
     labels: object  # float32 (N, classes) of 0 and 1
     names: list     # of the classes
     exclusive: bool  # one class an image
+    held_out: list = ()  # True where the data set itself has the image for validation; or empty
 
 
 def read(root, *, table=None, folder=None, least=2):
     """-> Table, of a CSV and a folder of images, or of one folder per class.
 
-    table, folder: where they are; without: `*_answer.csv` or `train.csv` in root, and the folder of that name. Every
-    image needs its row and every row its image. Raises UserError naming file and line.
+    table, folder: where they are; without: `*_answer.csv` or `train.csv` in root, and the folder of that name, of
+    several the competition's. Every image needs its row and every row its image. Raises UserError naming file and line.
     """
     root = Path(root)
     if not root.is_dir():
@@ -49,14 +52,20 @@ def read(root, *, table=None, folder=None, least=2):
     if table is None and not found:
         if folder:
             raise UserError(f"--images {folder}: is for a table, and {root} has none; name it by --labels")
-        return _class_folders(root / "train" if (root / "train").is_dir() else root, least)
+        return _class_folders(root, least)
+    found = [p for p in found if p.name == COMPETITION] or found
+    if table is None and len(found) > 1:
+        raise UserError(f"{root}: has the tables {found[0].name} and {found[1].name}; tell by --labels which one to "
+                        f"train on")
     table = Path(table) if table else found[0]
     folder = Path(folder) if folder else root / table.stem.removesuffix(ANSWER)
     keys, labels, names, exclusive = read_table(table, least)
     file_of = find_files(folder)
     files = {}
     for key in keys:
-        file = file_of.get(same_name(key)) or (file_of.get(int(key)) if key.isdecimal() and len(key) < 20 else None)
+        name = same_name(key).replace("\\", "/").rpartition("/")[2]  # some tables tell the folder too
+        file = file_of.get(name) or file_of.get(name.lower()) or (
+            file_of.get(int(key)) if key.isdecimal() and len(key) < 20 else None)
         if file is None:
             raise UserError(f"{table}: {key[:80]} has no image in {folder}; add it, or remove the row")
         if files.setdefault(file, key) != key:
@@ -68,9 +77,11 @@ def read(root, *, table=None, folder=None, least=2):
 
 
 def find_files(folder):
-    """{stem, name, and the stem's number if it is one: image file}."""
-    file_of, stems = {}, set()
-    for path in images.find(folder):
+    """{stem, name, both in small letters, and the stem's number if it is one: image file}."""
+    file_of, stems, found = {}, set(), images.find(folder)
+    for path in found:  # first, for the others are to give way
+        file_of |= {same_name(path.stem).lower(): path, same_name(path.name).lower(): path}
+    for path in found:
         if path.stem in stems:
             raise UserError(f"{path}: another image has the same name; rename or remove one")
         stems.add(path.stem)
@@ -83,7 +94,8 @@ def find_files(folder):
 def read_table(path, least=2):
     """A CSV whose first column names the images -> keys, labels (N, classes) float32, class names, exclusive.
 
-    With one more column that is the class; with several they are the classes, 0 or 1 in each row.
+    With one more column that is the class; with several they are the classes, 0 or 1 in each row, and exclusive where
+    every row has one 1.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # a BOM is no part of the first name
@@ -115,12 +127,21 @@ def read_table(path, least=2):
     names = [name.strip() for name in header[1:]]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns of one name; rename or remove one")
-    for i, row in rows:
-        bad = next((value for value in row[1:] if value.strip() not in ("0", "1", "0.0", "1.0")), None)
-        if bad is not None:
-            raise UserError(f"{path}: line {i} has the value {bad[:20]!r}; labels are 0 or 1")
-    labels = np.array([[float(value) for value in row[1:]] for _, row in rows], np.float32)
-    return keys, labels, names, False
+    labels = np.zeros((len(rows), len(names)), np.float32)
+    for (i, row), numbers in zip(rows, labels):
+        for k, value in enumerate(row[1:]):
+            numbers[k] = _truth(value)
+            if numbers[k] not in (0, 1):
+                raise UserError(f"{path}: line {i} has the value {value[:20]!r}; labels are 0 or 1")
+    return keys, labels, names, bool((labels.sum(1) == 1).all())
+
+
+def _truth(value):
+    """"1", "1.00", "True" -> 1.0; NaN for what is no number."""
+    try:
+        return TRUTHS.get(value.strip().lower()) if value.strip().lower() in TRUTHS else float(value)
+    except ValueError:
+        return float("nan")
 
 
 def _numbers_first(name):
@@ -129,23 +150,35 @@ def _numbers_first(name):
 
 
 def _class_folders(root, least):
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """A folder per class in `root`, or in its `train` and its `val` or `valid`."""
+    parts = [root / name for name in ("train", "val", "valid") if (root / name).is_dir()]
+    parts = parts if parts[:1] == [root / "train"] else [root]
+    names = sorted(p.name for p in parts[0].iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(names) < least:
         what = "two folders" if least > 1 else "a folder"
-        raise UserError(f"{root}: neither a table (train.csv, *{ANSWER}.csv) nor {what} of classes in it; see --data")
-    files, classes = [], []
-    for i, name in enumerate(names):
-        found = images.find(root / name)
-        files += found
-        classes += [i] * len(found)
-    return Table(files, np.eye(len(names), dtype=np.float32)[classes], names, True)
+        raise UserError(f"{parts[0]}: neither a table (train.csv, *{ANSWER}.csv) nor {what} of classes in it; see "
+                        f"--data")
+    files, classes, held_out, others = [], [], [], []
+    for part in parts:
+        for folder in sorted(p for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            if folder.name not in names:
+                raise UserError(f"{folder}: no such class in {parts[0]}; rename or remove it")
+            there = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+            found = [p for p in there if p.suffix.lower() in images.SUFFIXES]
+            files += found or images.find(folder)  # which tells that there are none
+            classes += [names.index(folder.name)] * len(found)
+            held_out += [part != parts[0]] * len(found)
+            others += [p for p in there if p.suffix.lower() not in images.SUFFIXES]
+    if others:
+        dist.print0(f"{root}: {len(others)} files are no TIFF, PNG or JPEG and left out, such as {others[0]}")
+    return Table(files, np.eye(len(names), dtype=np.float32)[classes], names, True, held_out if any(held_out) else ())
 
 
 def with_names(extra, table, root):
     """The Table of other data, its classes in the order of `table`'s; those that it lacks are not in its images.
     UserError when it has classes that `table` has not, or several classes an image where that has one."""
     unknown = [name for name in extra.names if name not in table.names]
-    if unknown or extra.exclusive != table.exclusive:
+    if unknown or table.exclusive and not extra.exclusive:
         what = f"has the class {unknown[0][:80]}" if unknown else "has one class an image or several"
         raise UserError(f"{root}: {what}, unlike --data; correct its table, or leave --extra-data out")
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)

@@ -97,15 +97,20 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
                         f"runs on this data, and start in the folder that they were started in")
     written = folder / "folds.json"
     spec = written if written.exists() else spec
-    if spec is None:
-        return clean, []
     if isinstance(spec, Path):
         spec = read(spec, names)
     elif isinstance(spec, list):
+        if fold and len(set(spec)) > 1:
+            raise UserError(f"--fold {fold}: --folds is a fraction to hold out, of which there is one; leave --fold "
+                            f"out, or give a number of folds")
         spec = assign(names, spec, strata=strata, groups=groups)
-    held_out = set(split(spec, fold, untrained)[1])
+    held_out = set(split(spec, fold, untrained)[1]) if spec else set()
     train = [i for i in clean if names[i] not in held_out]
     val = [i for i, name in enumerate(names) if name in held_out]
+    if not (train or untrained):
+        raise UserError(f"--drop-noisy {drop[0]}:{drop[1]}: leaves no sample to train on; lower the number")
+    if spec is None:
+        return train, val
     if dist.rank() == 0 and not written.exists():
         runs.write_json(written, spec)
         sides = ([files[i] for i in part] for part in (train, val))
@@ -115,7 +120,8 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
 
 
 def read_groups(path, names):
-    """A CSV whose first column is the sample's name and whose column `group` (else the second) its group."""
+    """A CSV whose first column is the sample's name (with folders and suffix, or without) and whose column `group`
+    (else the second) its group."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
@@ -123,10 +129,11 @@ def read_groups(path, names):
         group_of = {row[0]: row[column] for row in rows}
     except (OSError, UnicodeDecodeError, IndexError, csv.Error):
         raise UserError(f"{path}: not a table of groups; give a CSV with the columns name and group") from None
-    missing = [n for n in names if n not in group_of]
+    rows = [next((n for n in (name, Path(name).name, Path(name).stem) if n in group_of), None) for name in names]
+    missing = [name for name, row in zip(names, rows) if row is None]
     if missing:
         raise UserError(f"{path}: has no group for {missing[0]} ({len(missing)} such); add the rows")
-    return [group_of[n] for n in names]
+    return [group_of[row] for row in rows]
 
 
 def split(fold_of, fold, untrained=False):

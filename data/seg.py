@@ -51,7 +51,10 @@ def read_mask(path, classes=1, ignore=None, window=None):
     if len(mask) != 1:
         raise UserError(f"{path}: a mask has 1 band, this has {len(mask)}; save class indices, not colours")
     mask = mask[0] if mask.is_floating_point() else mask[0].int()
-    if classes == 1 and ignore != 255:
+    if classes == 1 and ignore != 255 and (mask == 255).any():
+        if (mask == 1).any():
+            raise UserError(f"{path}: has the values 1 and 255; give --ignore 255 if that is no data, else make them "
+                            f"one")
         mask = torch.where(mask == 255, 1, mask)
     values = [v for v in torch.unique(mask).tolist() if v != ignore]
     top = max(classes - 1, 1)

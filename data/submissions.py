@@ -25,7 +25,8 @@ def new_mask(file, folder):
     place = {}
     if images.kind(file) == "GTiff":
         with images.open_raster(file) as source:
-            place = {"crs": source.crs, "transform": source.transform}
+            points, crs = source.gcps  # such as Sentinel-1's
+            place = {"gcps": points, "crs": crs} if points else {"crs": source.crs, "transform": source.transform}
     return rasterio.open(folder / f"{file.stem}.tif", "w", driver="GTiff", dtype="uint8", count=1, height=height,
                          width=width, compress="deflate", tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place)
 

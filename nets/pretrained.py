@@ -62,7 +62,8 @@ for _name in EXPECTS:
         EXPECTS[_name]["padding"] = "same" if _name.startswith("timm:") else "symmetric"
 TORCHVISION_STEM = "features.0.0.weight"  # in torchvision's EfficientNetV2, and in none of timm's
 # what belongs to a task and its data, the rest is the encoder; a net built otherwise has its own `task_prefixes`
-TASK = ("conv0.", "decoder.", "head.", "conv_head.", "bn2.", "classifier.",  # the last three: EfficientNetV2's head
+TASK = ("conv0.", "decoder.", "head.", "presence.",
+        "conv_head.", "bn2.", "classifier.",  # EfficientNetV2's head
         "incre_modules.", "downsamp_modules.", "final_layer.")  # HRNet's
 
 

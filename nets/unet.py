@@ -62,8 +62,9 @@ class UNet(nn.Module):
     `decoder=()`: HRNetV2 when the encoder is an HRNet: its four branches concatenated (of another encoder all maps but
     the stem's), a 1x1 convolution as head, logits of the finest branch's resolution, upsampled.
     `presence`: a linear layer on the encoder's coarsest map also tells which classes are in the image at all. In
-    training the output is then (logits, presence logits (B, classes)); else classes that are not there (of several, the
-    first is background, which always is) get a logit of -30, and masks without objects come out empty.
+    training the output is then (logits, presence logits (B, classes)); else masks without objects come out empty: of
+    one class, no pixel is surer to be of it than it is to be there; of several (the first is background, which always
+    is there), those that are not get a logit of -30.
     Raises ValueError when the blocks would go beyond the input's resolution, or leave branches of an HRNet unused.
     """
 
@@ -117,9 +118,9 @@ class UNet(nn.Module):
         y = y[..., :size[0], :size[1]]  # odd sizes were rounded up on their way down
         if present is None or self.training:
             return y if present is None else (y, present)
-        absent = present < 0
-        if absent.shape[1] > 1:
-            absent = absent & (torch.arange(absent.shape[1], device=y.device) > 0)
+        if y.shape[1] == 1:
+            return torch.minimum(y, present[:, :, None, None])
+        absent = (present < 0) & (torch.arange(y.shape[1], device=y.device) > 0)
         return y.masked_fill(absent[:, :, None, None], -30)
 
 

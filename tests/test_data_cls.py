@@ -1,5 +1,6 @@
 """data/cls.py: the layouts, what is wrong in tables, folds and subsets, and views against pixels."""
 import csv
+import shutil
 import unicodedata
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from data import augment, cls, dirty_mnist, glyphs, images
 from data.loader import eval_loader, train_loader
+from tests.conftest import write_dirty
 from utils import engine, geometry
 from utils.errors import UserError
 
@@ -509,3 +511,49 @@ def test_pictures_of_all_kinds_are_rgb(tmp_path):
     assert (palette == np.asarray(Image.open(files[2]).convert("RGB"))).all()
     assert np.abs(inks.astype(int) - (255, 0, 0)).max() < 4
     assert images.default_bands(files[:1]) == [1]
+
+
+# ---- tables and folders as people have them --------------------------------------------------------------------------
+def test_tables_of_true_and_false(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("A_0.jpg", "A_1.jpg", "a_2.PNG"):
+        Image.new("L", (8, 8)).save(tmp_path / "train" / name, "JPEG" if "jpg" in name else "PNG")
+    (tmp_path / "train.csv").write_text("file,x,y\ntrain/A_0.JPG,True,1.00\nimages\\a_1,FALSE,0\nA_2.png,1.0,0.00\n")
+    table = cls.read(tmp_path)
+    assert [p.name for p in table.files] == ["A_0.jpg", "A_1.jpg", "a_2.PNG"] and not table.exclusive
+    assert table.labels.tolist() == [[1, 1], [0, 0], [1, 0]]
+    (tmp_path / "train.csv").write_text("file,x,y\nA_0,1,0\nA_1,0,1\na_2,0,1\n")  # one class an image, as columns
+    assert cls.read(tmp_path).exclusive
+    for value in ("2", "0.5", "yes", "nan", ""):
+        (tmp_path / "train.csv").write_text(f"file,x,y\nA_0,1,0\nA_1,0,{value}\na_2,0,1\n")
+        with pytest.raises(UserError, match="line 3 has the value"):
+            cls.read(tmp_path)
+
+
+def test_of_several_tables_one_is_to_be_told(tmp_path):
+    write_dirty(tmp_path)
+    table = cls.read(tmp_path)
+    for name in ("big", "zoo"):
+        shutil.copytree(tmp_path / "dirty_mnist_2nd", tmp_path / name)
+        shutil.copy(tmp_path / "dirty_mnist_2nd_answer.csv", tmp_path / f"{name}_answer.csv")
+    assert cls.read(tmp_path).files == table.files  # the competition's
+    (tmp_path / "dirty_mnist_2nd_answer.csv").unlink()
+    with pytest.raises(UserError, match="big_answer.csv and zoo_answer.csv; tell by --labels"):
+        cls.read(tmp_path)
+    assert len(cls.read(tmp_path, table=tmp_path / "zoo_answer.csv").files) == len(table.files)
+
+
+def test_folders_of_classes_with_folders_and_validation(tmp_path, capsys):
+    for name in ("train/cat/0.jpg", "train/cat/deep/er/1.JPG", "train/dog/0.png", "train/dog/.2.png", "val/dog/3.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path, "JPEG" if path.suffix.lower() == ".jpg" else "PNG")
+    (tmp_path / "train/cat/4.webp").write_bytes(b"RIFF")
+    table = cls.read(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in table.files] == [
+        "train/cat/0.jpg", "train/cat/deep/er/1.JPG", "train/dog/0.png", "val/dog/3.png"]
+    assert table.labels.argmax(1).tolist() == [0, 0, 1, 1] and table.held_out == [False, False, False, True]
+    assert "1 files are no TIFF, PNG or JPEG and left out, such as" in capsys.readouterr().out
+    (tmp_path / "val/dog").rename(tmp_path / "val/cow")
+    with pytest.raises(UserError, match="val/cow: no such class in .*train"):
+        cls.read(tmp_path)

@@ -48,7 +48,7 @@ def test_files_without_a_partner_are_named(tmp_path, image_names, mask_names, na
 # ---- masks -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"])
 @pytest.mark.parametrize("values, classes, ignore, expected", [
-    ([0, 1], 1, None, [0, 1]), ([0, 255], 1, None, [0, 1]), ([0, 1, 255], 1, None, [0, 1, 1]),
+    ([0, 1], 1, None, [0, 1]), ([0, 255], 1, None, [0, 1]),
     ([0, 1, 255], 1, 255, [0, 1, 255]), ([0, 1, 7], 1, 7, [0, 1, 7]), ([0, 1, 2], 3, None, [0, 1, 2]),
     ([0, 2, 255], 3, 255, [0, 2, 255]), ([0, 1], 2, None, [0, 1]), ([0, 254], 255, None, [0, 254]),
     ([0, 1, 2], 1, None, None), ([0, 3], 3, None, None), ([0, 255], 3, None, None), ([0, 254], 1, 255, None),
@@ -61,6 +61,13 @@ def test_mask_values(tmp_path, dtype, values, classes, ignore, expected):
     else:
         mask = seg.read_mask(path, classes, ignore)
         assert mask.dtype == torch.uint8 and mask.tolist() == [expected]
+
+
+def test_no_data_is_no_object(tmp_path):
+    """GIS programs write 255 for no data; masks of 0 and 255 mean an object by it."""
+    path = write_tif(tmp_path / "a.tif", np.array([[0, 1, 255]], np.uint8), nodata=255)
+    with pytest.raises(UserError, match="a.tif: has the values 1 and 255; give --ignore 255"):
+        seg.read_mask(path)
 
 
 @pytest.mark.parametrize("value", [0.5, 0.999, 1.5, -0.25, -1, 1e30, 255.5, 256, 257])
@@ -100,9 +107,9 @@ def test_scan_tells_sizes_bands_and_areas(tmp_path):
     assert found == [{"size": (5, 9), "bands": 2, "area": 0}, {"size": (9, 5), "bands": 3, "area": 1},
                      {"size": (1, 1), "bands": 1, "area": 0}]
     with pytest.raises(UserError, match="i2.tif: has 1 bands, --bands asks for 2"):
-        seg.scan(paired, bands=[2])
+        seg.scan(paired, bands=[2], ignore=255)
     with pytest.raises(UserError, match="i1.tif: has 3 bands, others 2"):
-        seg.scan(paired)
+        seg.scan(paired, ignore=255)
 
 
 def test_scan_names_both_files_of_different_size(tmp_path):

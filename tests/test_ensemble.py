@@ -417,3 +417,12 @@ def test_the_held_out_images_are_the_runs_own(root, tmp_path, monkeypatch):
     order = np.argsort([file.stem for file in wanted[0]])
     assert sorted(files) == sorted(wanted[0])
     assert (labels[np.argsort([file.stem for file in files])] == wanted[1][order]).all()
+
+
+def test_rows_add_up_as_far_as_their_digits_tell():
+    rng = np.random.default_rng(0)
+    one = rng.dirichlet(np.ones(20) * 0.2, 200)
+    for digits in (2, 3, 4, 6, 17):
+        assert ensemble.adds_up(one.round(digits)), digits
+        assert not ensemble.adds_up(rng.random((200, 3)).round(digits)), digits
+    assert ensemble.adds_up(one.astype(np.float32).astype(float)) and not ensemble.adds_up(one * 0.999)

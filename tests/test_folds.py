@@ -449,3 +449,22 @@ def test_some_are_from_all_along():
     assert folds.some(list(range(100)), 10) == list(range(0, 100, 10))
     assert folds.some(list(range(25)), 10) == list(range(0, 20, 2)) and folds.some([3, 1], 10) == [3, 1]
     assert folds.some([], 4) == []
+
+
+def test_what_leaves_nothing_or_something_else(tmp_path):
+    names = [f"a/{i}.png" for i in range(6)]
+    with pytest.raises(UserError, match="--fold 1: --folds is a fraction"):
+        folds.of_run(tmp_path, names, folds.parse("0.3"), 1, files=names)
+    table = tmp_path / "noise.csv"
+    table.write_text("rank,name,score\n" + "".join(f"{i + 1},{name},0\n" for i, name in enumerate(names)))
+    for spec in (None, dict.fromkeys(names[:2], 0) | dict.fromkeys(names[2:], 1)):
+        with pytest.raises(UserError, match="noise.csv:6: leaves no sample to train on; lower"):
+            folds.of_run(tmp_path, names, spec, 0, files=names, drop=(table, 6))
+
+
+def test_groups_by_any_form_of_a_name(tmp_path):
+    table = tmp_path / "groups.csv"
+    table.write_text("name,group\na/0.png,x\n1.png,y\n2,z\n")
+    assert folds.read_groups(table, ["a/0.png", "b/1.png", "c/2.png"]) == ["x", "y", "z"]
+    with pytest.raises(UserError, match="has no group for c/3.png"):
+        folds.read_groups(table, ["a/0.png", "c/3.png"])

@@ -134,7 +134,7 @@ def test_prediction_takes_the_stored_thresholds(script, pictures):  # noqa: F811
     for names, flags, want, threshold in (
             (["one"], [], probs[0], low), (["two"], [], probs[1], high), (["one"], ["--threshold", 0.5], probs[0], 0.5),
             (["one", "two"], [], mean, (low + high) / 2), (["old"], [], old, 0.5),
-            (["old", "one"], [], (old + probs[0]) / 2, 0.5)):
+            (["old", "one"], [], (old + probs[0]) / 2, low)):
         out = f"out-{'-'.join(names)}{len(flags)}"
         script(predict, *PREDICT, "--weights", *(f"{name}.pt" for name in names), *flags, "--out", out)
         _, found, decided = results(out)
@@ -235,8 +235,10 @@ def test_extra_data_that_does_not_fit(refused, dirty, tmp_path):
     table = cls.Table([], np.zeros((0, 2), np.float32), ["b", "a"], False)
     extra = cls.Table(["x", "y"], np.array([[1], [0]], np.float32), ["a"], False)
     assert cls.with_names(extra, table, "z").labels.tolist() == [[0, 1], [0, 0]]
+    # in a small table every row may happen to have one class
+    assert cls.with_names(extra._replace(exclusive=True), table, "z").exclusive is False
     with pytest.raises(UserError, match="one class an image or several"):
-        cls.with_names(extra._replace(exclusive=True), table, "z")
+        cls.with_names(extra, table._replace(exclusive=True), "z")
 
 
 # ---- debug -----------------------------------------------------------------------------------------------------------

@@ -664,3 +664,13 @@ def test_our_own_checkpoints_tell_theirs(tmp_path):
     assert pretrained.normalisation(str(tmp_path / "best.pt"), 3) == norm
     assert pretrained.normalisation(str(tmp_path / "best.pt"), 1) == [[pytest.approx(0.2)], [pytest.approx(0.5)]]
     assert pretrained.normalisation(None, 3) == [[0.5] * 3] * 2
+
+
+def test_a_head_for_presence_begins_anew(tmp_path):
+    torch.save(RegNetX(3, num_classes=7).state_dict(), tmp_path / "encoder.pth")
+    net = UNet(in_chans=3, conv0=(), decoder=(8, 8, 8, 8), presence=True)
+    report = pretrained.load(net, tmp_path / "encoder.pth")
+    assert {"presence.weight", "presence.bias"} <= set(report["missing"]) and len(report["loaded"]) > 200
+    torch.save(net.state_dict(), tmp_path / "with.pth")  # and back
+    report = pretrained.load(UNet(in_chans=3, conv0=(), decoder=(8, 8, 8, 8)), tmp_path / "with.pth")
+    assert report["unused"] == ["presence.weight", "presence.bias"] and not report["missing"]

@@ -235,3 +235,16 @@ def test_files_are_strict_json(tmp_path):
     runs.write_json(tmp_path / "results.json", {"a": [nan, 1.5, {"b": nan}], "c": (1, "x", None, True)})
     text = (tmp_path / "results.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5, {"b": None}], "c": [1, "x", None, True]}
+
+
+def test_runs_in_folders(tmp_path):
+    """--name a/b is a folder of runs, in which they are found again."""
+    written(tmp_path / "exp", "last.pt", age=100)
+    written(tmp_path / "a" / "b", "last.pt", age=10)
+    assert runs.newest(tmp_path, "best.pt", "last.pt") == tmp_path / "a/b/last.pt"
+
+
+def test_results_that_find_no_place(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another --out"):
+        runs.new_folder(tmp_path / "file" / "out", None)

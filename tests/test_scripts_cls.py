@@ -344,8 +344,7 @@ def test_probabilities_are_the_nets_own(script, pictures, exclusive):
         script(predict, *FLAGS, "--weights", net, "--source", "in", "--out", f"out{tta}", "--bs", 2,
                *(["--tta"] if tta else []))
         keys, probs, decided = results(f"out{tta}")
-        assert keys == ["10", "100", "9", "a", "b c"] == [
-            str(int(p.stem)) if p.stem.isdecimal() else p.stem for p in pictures]
+        assert keys == [p.stem for p in pictures] and "010" in keys  # which is 10 in the competition only
         np.testing.assert_allclose(probs, direct(net, pictures, tta=tta, bands=(3, 1)), atol=2e-5)
     assert np.abs(results("outTrue")[1] - results("outFalse")[1]).max() > 1e-4
 

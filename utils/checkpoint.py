@@ -130,8 +130,9 @@ def average(paths, states):
                             f"--soup")
     mean = {name: torch.stack([part[name].double() for part in weights]).mean(0).to(tensor.dtype)
             for name, tensor in weights[0].items()}
-    found = [state.get("threshold") for state in states]  # the mean of these too, as ensembles take it
-    threshold = None if None in found else torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+    # the mean of these too, as ensembles take it; a run without validation has none
+    found = [state["threshold"] for state in states if state.get("threshold") is not None]
+    threshold = torch.tensor(found, dtype=torch.float64).mean(0).tolist() if found else None
     return states[0] | {"model": mean, "ema": None, "threshold": threshold}
 
 

@@ -306,7 +306,7 @@ def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, e
 
             set_lr(state.optimizer, schedule(state.step, state.scores), state.step)
             state.scaler.unscale_(state.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf, foreach=True)
+            norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf, foreach=device.type != "mps")
             if not state.scaler.is_enabled():  # else the scaler finds and skips such steps
                 state.finite &= norm.isfinite()
             state.scaler.step(state.optimizer)

@@ -18,6 +18,13 @@ def average(probs, weights):
     return np.average(np.asarray(probs, np.float64), axis=0, weights=weights)
 
 
+def adds_up(probs):
+    """Whether every row of a table of probabilities (N, C) adds up to 1, as far as its digits tell."""
+    digits = next(d for d in range(1, 9) if d == 8 or np.allclose(np.round(probs, d), probs, rtol=0, atol=1e-12))
+    rounded = np.clip(0.5 * 10.0 ** -digits * probs.shape[1], 1e-5, 0.1)
+    return bool((abs(probs.sum(1) - 1) < rounded + 1e-9).all())
+
+
 def hits(probs, labels, exclusive=False, thresholds=0.5):
     """How many decisions are right: of the N images where the classes are exclusive (the most probable is theirs), of
     the N x C labels where not (present: above the threshold). probs (N, C), labels (N, C) of 0 and 1."""

@@ -102,7 +102,7 @@ def _verdict(error):
     if isinstance(error, BrokenPipeError) and "_data_queue" not in trace:  # `| head` has closed our output
         return "", 141
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        error = UserError("out of memory; lower --bs or --imgsz, or try --grad-checkpoint")
+        error = UserError("out of memory; lower --bs or --imgsz, try --grad-checkpoint, or --tile for large images")
     elif text.startswith(("DataLoader worker", "DataLoader timed out")):
         error = UserError(f"{text.splitlines()[0].rstrip('. ')}; lower --workers, 0 loads in the main process")
     elif isinstance(error, (EOFError, OSError)) and "_data_queue.get(" in trace:  # it died while handing over a batch

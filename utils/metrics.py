@@ -164,7 +164,7 @@ class Accuracy:
             raise ValueError(f"probs {tuple(probs.shape)} and labels {tuple(labels.shape)} must both be "
                              f"(B, {self.classes})")
         index = torch.full((len(probs),), -1) if index is None else index
-        columns = [t.double().cpu() for t in (probs, labels, index[:, None])]
+        columns = [t.cpu().double() for t in (probs, labels, index[:, None])]  # mps has no doubles
         self.rows.append(torch.cat(columns, 1).numpy())
 
     def reduce(self):

@@ -12,10 +12,10 @@ from utils.errors import UserError
 _locks = []  # open for the life of the process: closing the file would give the lock back
 
 
-def create(project, name):
+def create(project, name, flag="--project"):
     """Makes and locks `project/name`, with a number behind the name where it exists. Returns its path.
 
-    Raises UserError when the folder cannot be written.
+    Raises UserError, which names the flag, when the folder cannot be written.
     """
     for number in itertools.count(1):
         path = Path(project) / (name if number == 1 else f"{name}{number}")
@@ -24,10 +24,9 @@ def create(project, name):
         except FileExistsError:
             if path.parent.is_dir():
                 continue
-            raise UserError(f"{path.parent}: not a folder; choose another --project") from None
+            raise UserError(f"{path.parent}: not a folder; choose another {flag}") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot make the run folder ({error.strerror}); choose another --project"
-                            ) from None
+            raise UserError(f"{path}: cannot make the run folder ({error.strerror}); choose another {flag}") from None
         lock(path)
         return path
 
@@ -63,7 +62,7 @@ def restarted(project):
     """The run folder that this torchrun worked in before it restarted its workers, or None."""
     if not _launcher():
         return None
-    for path in sorted(Path(project).glob("*/lock"), key=_age):
+    for path in sorted(Path(project).glob("*/**/lock"), key=_age):
         if path.read_text() == _launcher():
             return path.parent
     return None
@@ -74,7 +73,7 @@ def newest(project, *files):
 
     Raises UserError when there is no run yet.
     """
-    found = [path for file in files for path in Path(project).glob(f"*/{file}")]
+    found = [path for file in files for path in Path(project).glob(f"*/**/{file}")]
     if not found:
         raise UserError(f"{project}: no run with {' or '.join(files)} in it yet; train one first, or give a path")
     folder = min(found, key=_age).parent
@@ -132,7 +131,7 @@ def new_folder(out, default):
     out = Path(out) if out else Path(default)
     if out.name in ("", ".."):  # no name that a number could follow
         out = out.resolve()
-    return Path(dist.broadcast(str(dist.rank() == 0 and create(out.parent, out.name))))
+    return Path(dist.broadcast(str(dist.rank() == 0 and create(out.parent, out.name, "--out"))))
 
 
 def write_json(path, value):
