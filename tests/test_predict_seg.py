@@ -12,6 +12,7 @@ import pytest
 import rasterio
 import torch
 from PIL import Image
+from rasterio.control import GroundControlPoint
 from rasterio.features import rasterize
 from rasterio.transform import Affine, from_origin
 
@@ -21,6 +22,7 @@ from data import images, submissions
 from tests.conftest import TINY, digest, tile, write_tif, write_wildfire
 from tests.test_scripts_seg import masks_of
 from utils import checkpoint
+from utils.errors import NumericalError
 
 CPU = ["--task", "seg", "--device", "cpu", "--workers", 0]
 
@@ -245,3 +247,27 @@ def test_compiled_prediction_is_the_same(script, tmp_path, colour_model):
 def test_compiled_training(script, wildfire):
     script(train_seg, "--data", wildfire, *TINY, "--compile", "--repeat", 2)
     assert np.isfinite(checkpoint.load("runs/seg/exp/last.pt")["history"][-1]["loss"])
+
+
+def test_what_overflows_is_no_empty_mask(script, tmp_path, colour_model):
+    """Numbers above 65504 are infinite in fp16, and what follows is no number: not a mask without objects."""
+    image, _ = colour(3)
+    write_tif(tmp_path / "a.tif", image.astype(np.float32) * 1e6)
+    flags = [*CPU, "--weights", colour_model, "--source", "a.tif"]
+    with pytest.raises(NumericalError, match="not finite; predict with --amp off"):
+        script(predict, *flags, "--out", "half", "--amp", "fp16")
+    script(predict, *flags, "--out", "whole", "--amp", "off")
+    assert "a.tif" in masks_of("whole")
+
+
+def test_ground_control_points_stay(script, tmp_path, colour_model):
+    """Radar scenes come without a transform: points tell where they are."""
+    image, _ = colour(3)
+    points = [GroundControlPoint(row, col, 10 + col / 64, 50 - row / 64) for row, col in ((0, 0), (0, 64), (64, 0))]
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", count=3, height=64, width=64, dtype="uint8",
+                       gcps=points, crs="EPSG:4326") as file:
+        file.write(image)
+    script(predict, *CPU, "--weights", colour_model, "--source", "a.tif", "--out", "out")
+    with rasterio.open("out/masks/a.tif") as mask:
+        found, crs = mask.gcps
+    assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points] and crs == "EPSG:4326"
