@@ -302,15 +302,21 @@ def _yaml_names(path):
     if first.startswith(("[", "{")):
         text, end = " ".join([first[1:], *more]), {"[": "]", "{": "}"}[first[0]]
         text = text[:text.find(end)].strip().removesuffix(",")
-        entries = next(csv.reader([text], quotechar="'" if "'" in text else '"', skipinitialspace=True), [])
+        try:
+            entries = next(csv.reader([text], quotechar="'" if "'" in text else '"', skipinitialspace=True), [])
+        except csv.Error:  # such as a name of megabytes
+            entries = []
     else:
         block = itertools.takewhile(lambda line: not line or re.match(r"-\s|\s", line), more)
         entries = [line.strip().removeprefix("-") for line in block if line]
     names = []
     for entry in entries:
         key, colon, name = entry.partition(":")
-        keyed = colon and key.strip().isdecimal()
-        names.append((name if keyed else entry).strip().strip("\"'") if not keyed or int(key) == len(names) else "")
+        if not colon or not key.strip().isdecimal():
+            name = entry
+        elif key.strip() != str(len(names)):  # a number is left out, or they are in another order
+            name = ""
+        names.append(name.strip().strip("\"'"))
     if not names or not all(names):
         raise UserError(f"{path}: its names are not understood; write them into classes.txt beside it, one per line")
     return names

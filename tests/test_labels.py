@@ -253,7 +253,8 @@ def test_names_of_a_data_yaml(yolo, text):
 
 
 @pytest.mark.parametrize("text", ["names:", "names: 7\nnc: 1", "names: [a, , b]", "names: {0: a, 2: b}", "names: [",
-                                  "names:\nnc: 3", "names:\n  1: a", "names: {"])
+                                  "names:\nnc: 3", "names:\n  1: a", "names: {", "names: [" + "x" * 200_000 + "]"],
+                         ids=range(9))
 def test_names_of_a_data_yaml_that_is_not_understood(yolo, text):
     (yolo / "classes.txt").unlink()
     dump(yolo / "data.yaml", text)
