@@ -94,9 +94,13 @@ def main():
         if table.names != dirty_mnist.HEADER[1:] or bands != [1]:
             raise UserError(f"--synthesize {args.synthesize}: makes grey images of the classes a to z, the data's are "
                             f"others; leave it out, or see --data and --bands")
-        source = dirty_mnist.Synthetic(args.synthesize, args.synthesize_count, seed=args.seed,
-                                       size=images.size(table.files[0])[1], counts=tuple(args.letters_per_image),
-                                       noise=args.noise, device=device if device.type == "cuda" else "cpu")
+        side = images.size(table.files[0])[1]
+        if side < dirty_mnist.LARGEST:
+            raise UserError(f"{table.files[0]}: is {side} pixels high, and --synthesize makes letters of up to "
+                            f"{dirty_mnist.LARGEST} in images of that size; leave it out")
+        source = dirty_mnist.Synthetic(args.synthesize, args.synthesize_count, seed=args.seed, size=side,
+                                       counts=tuple(args.letters_per_image), noise=args.noise,
+                                       device=device if device.type == "cuda" else "cpu")
     else:
         source = cls.Images(files, answers, **options)
     train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
