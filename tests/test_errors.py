@@ -56,7 +56,8 @@ CASES = [
     (UserError(""), 2, "error: UserError\n"), (NumericalError("no longer finite"), 3, "error: no longer finite\n"),
     (Stopped(signal.SIGTERM), 143, ""), (Stopped(signal.SIGINT), 130, ""),
     (BrokenPipeError(32, "Broken pipe"), 141, ""), (SystemExit(7), 107, ""),
-    (MemoryError(), 2, "error: out of memory; lower --bs or --imgsz, or try --grad-checkpoint\n"),
+    (MemoryError(), 2, "error: out of memory; lower --bs or --imgsz, try --grad-checkpoint, or --tile for "
+     "large images\n"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), 2, "error: out of memory; lower --bs"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "error: out of memory"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2,

@@ -158,7 +158,7 @@ def test_averages_and_a_soup(script, parking, monkeypatch):
     with torch.no_grad():
         for (net,), state in zip(nets, (swa | {"model": mean}, swa)):
             plain = checkpoint.load_weights(YOLOv5(**swa["arch"]["kwargs"]).eval(), state, "")
-            torch.testing.assert_close(net(x), plain(x), atol=0.01, rtol=1e-3)  # pixels
+            torch.testing.assert_close(net(x), plain(x), atol=0.1, rtol=1e-3)  # pixels, of folded norms
         assert (nets[0][0](x) - nets[1][0](x)).abs().max() > 0.1
 
 
