@@ -499,4 +499,6 @@ def test_a_run_writes_plain_values_only(tmp_path):
 def test_a_soup_has_the_mean_threshold():
     states = [{"model": {"w": torch.ones(2)}, "threshold": threshold} for threshold in ([0.2, 0.4], [0.4, 0.8])]
     assert checkpoint.average(["a", "b"], states)["threshold"] == pytest.approx([0.3, 0.6])
-    assert checkpoint.average(["a", "b"], [states[0], {"model": states[1]["model"]}])["threshold"] is None
+    bare = [{"model": state["model"]} for state in states]  # of runs without validation
+    assert checkpoint.average(["a", "b"], [states[0], bare[1]])["threshold"] == [0.2, 0.4]
+    assert checkpoint.average(["a", "b"], bare)["threshold"] is None
