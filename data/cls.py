@@ -127,21 +127,22 @@ def read_table(path, least=2):
     names = [name.strip() for name in header[1:]]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns of one name; rename or remove one")
-    labels = np.zeros((len(rows), len(names)), np.float32)
-    for (i, row), numbers in zip(rows, labels):
-        for k, value in enumerate(row[1:]):
-            numbers[k] = _truth(value)
-            if numbers[k] not in (0, 1):
-                raise UserError(f"{path}: line {i} has the value {value[:20]!r}; labels are 0 or 1")
+    truth_of = {value: _truth(value) for value in {value for _, row in rows for value in row[1:]}}
+    for i, row in rows:
+        bad = next((value for value in row[1:] if truth_of[value] not in (0, 1)), None)
+        if bad is not None:
+            raise UserError(f"{path}: line {i} has the value {bad[:20]!r}; labels are 0 or 1")
+    labels = np.array([[truth_of[value] for value in row[1:]] for _, row in rows], np.float32)
     return keys, labels, names, bool((labels.sum(1) == 1).all())
 
 
 def _truth(value):
-    """"1", "1.00", "True" -> 1.0; NaN for what is no number."""
+    """"1", "1.00", "True" -> 1.0; None for what is no number."""
+    word = value.strip().lower()
     try:
-        return TRUTHS.get(value.strip().lower()) if value.strip().lower() in TRUTHS else float(value)
+        return TRUTHS[word] if word in TRUTHS else float(word)
     except ValueError:
-        return float("nan")
+        return None
 
 
 def _numbers_first(name):
