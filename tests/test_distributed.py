@@ -163,7 +163,9 @@ def restarted(tmp_path, straight, rank, fault):
     run = torchrun(tmp_path, *RUN, "--every-step", "--fault", fault, "--fault-rank", rank,
                    flags=("--nproc_per_node", 2, "--max-restarts", 1, "--master_port", free_port()))
     assert run.wait(120) == 0, run.err
-    assert run.out.count("started") == 4 and errors(run) == []
+    assert run.out.count("started") == 4
+    # where torchrun is slow to end it, the process that is left says whom it misses
+    assert all("another process of this run has ended" in line for line in errors(run)) and len(errors(run)) <= 1
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["exp"]  # in the same folder
     same_run(straight, tmp_path / "exp" / "last.pt")
     return run
