@@ -207,11 +207,9 @@ def split(args, folder, table):
     images are held out, else a fifth; with --synthesize, which trains on none of the files, all are."""
     names = [os.path.relpath(path, args.data) for path in table.files]
     groups = folds.read_groups(args.groups, names) if args.groups else None
-    if args.folds is None and table.held_out and args.fold:
-        raise UserError("--fold: the data has validation images of its own; leave it out, or give --folds 5")
-    spec = folds.parse(args.folds or "5")
-    if args.folds is None and (table.held_out or args.synthesize):
-        spec = {name: args.fold + 1 - out for name, out in zip(names, table.held_out or [True] * len(names))}
+    spec = folds.given(args.folds, names, table.held_out, args.fold)
+    if args.synthesize and args.folds is None and not table.held_out:
+        spec = dict.fromkeys(names, args.fold)
     train, val = folds.of_run(folder, names, spec, args.fold, files=table.files, groups=groups,
                               strata=cls.strata(table.labels), drop=args.drop_noisy, untrained=bool(args.synthesize))
     if args.subset and args.subset < len(train):

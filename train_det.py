@@ -358,10 +358,7 @@ def split(args, folder, data):
     names = [os.path.relpath(path, root) for path in data.files]
     count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
     rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
-    own = {name: int(not out) for name, out in zip(names, data.held_out)}
-    spec = own if args.folds is None and any(data.held_out) else folds.parse(args.folds or "5")
-    if spec is own and args.fold:
-        raise UserError("--fold: the data has validation images of its own; leave it out, or give --folds 5")
+    spec = folds.given(args.folds, names, data.held_out, args.fold)
     groups = folds.read_groups(args.groups, names) if args.groups else None
     return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=groups,
                         drop=args.drop_noisy)

@@ -71,6 +71,17 @@ def parse(text):
                     f"validation, and a file's name for its split")
 
 
+def given(text, names, held_out, fold):
+    """--folds, as `of_run` takes it; without (None), the data's own split, where it holds samples out, else a fifth.
+    held_out: True for those, a value per name, or empty. The own split's validation is fold 0: UserError for another.
+    """
+    if text is not None or not any(held_out):
+        return parse(text or "5")
+    if fold:
+        raise UserError("--fold: the data has validation images of its own; leave it out, or give --folds 5")
+    return {name: int(not out) for name, out in zip(names, held_out)}
+
+
 def read(path, names):
     """A split's JSON, complete for `names`."""
     try:

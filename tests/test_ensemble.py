@@ -179,7 +179,8 @@ def test_a_file_gives_back_what_was_written(tmp_path, monkeypatch):
     thresholds = np.array([1 / 3, 0.1 + 0.2, 0.5])
     ensemble.write("e.json", ["a/best.pt", Path("b/best.pt")], np.array([0.0, 1.5]), "xyz", thresholds)
     assert json.loads(Path("e.json").read_text()) == {
-        "weights": {"a/best.pt": 0.0, "b/best.pt": 1.5}, "thresholds": {"x": 1 / 3, "y": 0.1 + 0.2, "z": 0.5}, "flags": ""}
+        "weights": {"a/best.pt": 0.0, "b/best.pt": 1.5}, "thresholds": {"x": 1 / 3, "y": 0.1 + 0.2, "z": 0.5},
+        "flags": ""}
     # in the order that is asked for
     shares, found = ensemble.read("e.json", [tmp_path / "b/best.pt", "./a/../a/best.pt"], list("zxy"), False)
     assert shares == [1.5, 0.0] and found.tolist() == [0.5, 1 / 3, 0.1 + 0.2]

@@ -242,7 +242,8 @@ def test_yolo_without_names_and_with_names_elsewhere(yolo):
 @pytest.mark.parametrize("text", [
     "names: ['a car', bus, \"it's\"]\nnc: 3", "train: x\nnames: {0: 'a car', 1: bus, 2: it's}",
     "names: [a car,\n  bus,\n  it's,\n]",
-    "names:\n- a car\n- bus # large\n# none\n- it's\nval: y", "names:\n  0: a car\n\n  1: 'bus'\n  2: \"it's\"\nnc: 3\n"])
+    "names:\n- a car\n- bus # large\n# none\n- it's\nval: y",
+    "names:\n  0: a car\n\n  1: 'bus'\n  2: \"it's\"\nnc: 3\n"])
 def test_names_of_a_data_yaml(yolo, text):
     (yolo / "classes.txt").unlink()
     dump(yolo / "data.yaml", text)
@@ -650,7 +651,8 @@ def test_files_of_one_set_that_disagree(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    "0 .5 .5 .5", "0 .5 .5 .5 .5 .9", "0 .1 .1 .2 .2 .3 .1 .4", "x .5 .5 .5 .5", "-1 .5 .5 .5 .5", "0.0 .5 .5 .5 .5", "7",
+    "0 .5 .5 .5", "0 .5 .5 .5 .5 .9", "0 .1 .1 .2 .2 .3 .1 .4",
+    "x .5 .5 .5 .5", "-1 .5 .5 .5 .5", "0.0 .5 .5 .5 .5", "7",
     "1.5 .5 .5 .5 .5", "100001 .5 .5 .5 .5", "9" * 5000 + " .5 .5 .5 .5", "0 .5 .5 .5 a", "0,.5,.5,.5,.5",
     "0 .5 .5 .5 .5\0", "nan .5 .5 .5 .5", "x" * 9999])
 def test_bad_lines_of_yolo(yolo, line):

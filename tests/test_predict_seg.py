@@ -270,4 +270,5 @@ def test_ground_control_points_stay(script, tmp_path, colour_model):
     script(predict, *CPU, "--weights", colour_model, "--source", "a.tif", "--out", "out")
     with rasterio.open("out/masks/a.tif") as mask:
         found, crs = mask.gcps
-    assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points] and crs == "EPSG:4326"
+    found, points = ([(p.row, p.col, p.x, p.y) for p in each] for each in (found, points))
+    assert found == points and crs == "EPSG:4326"

@@ -21,7 +21,7 @@ from tests.test_bad_input_cls import FLAGS as CPU
 from tests.test_bad_input_cls import weights
 from tests.test_scripts_det import ranks
 from utils import checkpoint, review
-from utils.errors import Stopped
+from utils.errors import Stopped, UserError
 
 FLAGS = [*CPU, "--amp", "off"]
 COLOURS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
@@ -464,3 +464,19 @@ def test_the_default_loss_fits_the_data(script, tmp_path, dirty, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(train_cls.LOSSES, idle, None)
             script(train_cls, "--data", data, *TINY_CLS, "--folds", 3)
+
+
+def test_the_datas_own_validation_images(script, tmp_path, capsys):
+    for part, count in (("train", 4), ("val", 3)):
+        for k, name in enumerate(("cat", "dog")):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (32, 32), (200 * k, 10 * i, len(part)))
+                image.save(tmp_path / f"photos/{part}/{name}/{i}.png")
+    script(train_cls, "--data", "photos", *TINY_CLS)
+    assert "8 images to train, 6 to validate; 2 classes" in capsys.readouterr().out
+    split = json.loads(Path("runs/cls/exp/folds.json").read_text())
+    assert {name for name, fold in split.items() if fold == 0} == {
+        f"val/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)}
+    with pytest.raises(UserError, match="--fold: the data has validation images of its own"):
+        script(train_cls, "--data", "photos", *TINY_CLS, "--fold", 1)

@@ -58,8 +58,8 @@ ROWS = {
 PREDICT = {  # with the baseline's weights of each seed; EPOCHS: its last three, of letters both
     "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
               "--tta hflip vflip rot90 scale", *(f"--tta hflip vflip --merge {how}" for how in (
-                  "gmean", "max", "min", "tsharpen", "sum --threshold 0.99")), "--detector DETECTOR", "--detector DETECTOR --conf 0.05",
-              "--weights EPOCHS", "--weights EPOCHS --soup"],
+                  "gmean", "max", "min", "tsharpen", "sum --threshold 0.99")), "--detector DETECTOR",
+              "--detector DETECTOR --conf 0.05", "--weights EPOCHS", "--weights EPOCHS --soup"],
     "bccd": ["", "--tta", "--tta hflip", "--tta hflip scale", "--tta hflip scale --merge wbf", "--imgsz 192",
              "--iou 0.5", "--tile 320", "--weights EPOCHS", "--weights EPOCHS --soup"],
     "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40",
@@ -154,7 +154,8 @@ def run_prediction(task, flags, runs, source, target):
     command = ["predict.py", "--task", TASK[task], "--weights", *(run / "last.pt" for run in runs), *source,
                "--out", target, "--workers", 0, *flags.split()]
     command += [] if task == "letters" else ["--no-overlays"]
-    command += ["--threshold", 0.5] if task == "water" and "--threshold" not in flags else []  # not the one that was found on these very images
+    if task == "water" and "--threshold" not in flags:
+        command += ["--threshold", 0.5]  # not the one that was found on these very images
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=ENV)
     if done.returncode:
         raise SystemExit(f"{target.name}: {done.stderr}")
@@ -262,9 +263,9 @@ def main():
             print(f"all seeds together, {flags or 'no flag'}: {score:.3f}")
         others = {"two seeds": folders[1:] + folders[:1],
                   "two sizes": [folder_of(args.out, task, SIZES[task], seed) for seed in args.seeds]}
-        pairs = {name: [predict(task, "", [one, two], held_out(one), folder_of(args.out / "predicted", task, name, seed),
-                                args.data, args.out) for one, two, seed in zip(folders, seconds, args.seeds)]
-                 for name, seconds in others.items()}
+        pairs = {name: [predict(task, "", [one, two], held_out(one), folder_of(
+            args.out / "predicted", task, name, seed), args.data, args.out)
+            for one, two, seed in zip(folders, seconds, args.seeds)] for name, seconds in others.items()}
         table(f"two nets together: {SCORE[task]}", ["", *pairs], args.seeds, {"": alone[""]} | pairs)
 
 
