@@ -251,13 +251,14 @@ def final(state, judge, names, folder, device, amp, files, bands):
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
         samples = metric.samples(files, names)
-        report.write_csv(folder / "samples.csv", samples)
         ends = [part for part in review.ends([row["score"] for row in samples]) if part]
-        review.sheet(
-            folder / "review.png", [[pictures.to_rgb(images.read_picture(files[i], bands)) for i in part]
-                                    for part in ends],
-            captions=[[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]
-                      for part in ends], tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
+        rows = [[pictures.to_rgb(images.read_picture(files[i], bands)) for i in part] for part in ends]
+        captions = [[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]
+                    for part in ends]
+        review.sheet(folder / "review.png", rows, captions=captions,
+                     tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
+        review.keep(folder, [samples[i] for i in ends[0]], [[picture] for picture in rows[0]], captions[0])
+        report.write_csv(folder / "samples.csv", samples)
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

@@ -406,7 +406,7 @@ def draw_ends(path, metric, samples, files, bands, *, names, tables):
             found = found[found[:, 4] >= threshold]
             row = [pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
                    pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
-            parts[part].append((files[i].name, samples[i]["score"], row))
+            parts[part].append((samples[i], row))
     review.page(path, parts, tables=tables, titles=("labels", "detections"), max_side=640)
 
 
@@ -432,9 +432,9 @@ def final(state, judge, names, folder, device, amp, files, bands):
     runs.write_json(folder / "results.json", {
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
     samples = metric.samples(files)
-    report.write_csv(folder / "samples.csv", samples)
     draw_ends(folder / "review.png", metric, samples, files, bands, names=names,
               tables=tables(metric, scores, classes, names))
+    report.write_csv(folder / "samples.csv", samples)
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

@@ -253,7 +253,7 @@ def final(state, evaluate, draw, folder, device, amp, ignore, files):
     tables |= found.tables()  # of all classes together
     for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
         rows = engine.judge(state, lambda model, chosen=chosen: list(draw(model, chosen)), device, amp)
-        parts[part] = [(files[i].name, samples[i]["score"], row) for i, row in zip(chosen, rows)]
+        parts[part] = [(samples[i], row) for i, row in zip(chosen, rows)]
     review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
     report.write_csv(folder / "samples.csv", samples)
     runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)

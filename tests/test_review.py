@@ -234,11 +234,9 @@ def runs(tmp_path, *tables):
 def test_the_ranking(tmp_path):
     a, b = runs(tmp_path, {"x.png": 0.5, "y, z.png": 0.125, "both": 1.0}, {"w": 0.25, "both": 0.5, "v": 0.125})
     assert rank([a, b, str(a)]) == [
-        {"rank": 1, "name": "v", "score": 0.125, "run": str(b)},
-        {"rank": 2, "name": "y, z.png", "score": 0.125, "run": str(a)},
-        {"rank": 3, "name": "w", "score": 0.25, "run": str(b)}, {"rank": 4, "name": "x.png", "score": 0.5,
-                                                                 "run": str(a)},
-        {"rank": 5, "name": "both", "score": 0.75, "run": f"{a}; {b}"}]
+        {"rank": rank, "name": name, "score": score, "run": str(run), "picture": ""} for rank, name, score, run in (
+            (1, "v", 0.125, b), (2, "y, z.png", 0.125, a), (3, "w", 0.25, b), (4, "x.png", 0.5, a),
+            (5, "both", 0.75, f"{a}; {b}"))]
 
 
 def test_losses_rank_as_well(tmp_path):
@@ -281,18 +279,17 @@ def test_reading_a_ranking_that_was_edited(tmp_path):
 
 def test_the_command(command, refused, tmp_path):
     a, b = runs(tmp_path, {f"größe {i}.png": i / 100 for i in range(15)}, {f"b{i}.png": i / 100 for i in range(15)})
-    (b / "review.png").touch()
     done = command(report, "noise", a, b)
     assert done.code == 0, done.err
     head, *lines, last = done.out.splitlines()
-    assert last == f"each run's worst with labels and predictions: {b / 'review.png'}"
+    assert last == "no pictures: the runs have none of them" and not (tmp_path / "noise.csv.png").exists()
     assert head == "noise.csv: 30 samples, the worst are" and len(lines) == 20
     assert lines[1].split() == ["2", "0.0000", "größe", "0.png", f"({a})"]
     names = read_noise(tmp_path / "noise.csv")
     assert len(names) == 30 and names[:3] == ["b0.png", "größe 0.png", "b1.png"]
     with open(tmp_path / "noise.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["rank", "name", "score", "run"] and rows[29]["score"] == "0.14"
+    assert list(rows[0]) == ["rank", "name", "score", "run", "picture"] and rows[29]["score"] == "0.14"
     refused(report, "noise", a, says="noise.csv: exists already")
     refused(report, "noise", a, "missing", "--out", "b.csv", says="missing/samples.csv: no such table")
     refused(report, "noise")
@@ -470,13 +467,14 @@ def read(path):
 def parts():
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (3, 4, 32, 32, 3), np.uint8)
-    return {"worst": [("a.png", 0.03125, list(pictures[0])), ("b.png", 0.5, list(pictures[1]))],
-            "best": [("c.png", 1, list(pictures[2]))]}
+    return {"worst": [({"name": "data/a.png", "score": 0.03125}, list(pictures[0])),
+                      ({"name": "b.png", "score": 0.5}, list(pictures[1]))],
+            "best": [({"name": "c.png", "score": 1}, list(pictures[2]))]}
 
 
 def test_a_page_is_a_sheet_and_its_tables(tmp_path):
     given, legend = parts(), {"hit": (0, 200, 80)}
-    rows = [pictures for samples in given.values() for _, _, pictures in samples]
+    rows = [pictures for samples in given.values() for _, pictures in samples]
     captions = ["worst 1:   0.0312   a.png", "worst 2:   0.5000   b.png", "best 1:   1.0000   c.png"]
     contact_sheet(tmp_path / "sheet.png", rows, titles=["image", "truth", "prediction", "errors"], captions=captions,
                   legend=legend, max_side=32)
@@ -493,7 +491,35 @@ def test_a_page_is_a_sheet_and_its_tables(tmp_path):
     dark = (whole[height:] < 200).all(-1)
     lines = [dark[8 + 20 * i:28 + 20 * i].any() for i in range(4)]
     assert all(lines) and dark[104:124].any() and dark[124:164].any() and not dark[-8:].any()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["bare.png", "page.png", "sheet.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bare.png", "page.png", "sheet.png", "worst"]
+    assert [sample.get("picture") for part in given.values() for sample, _ in part] == [
+        "worst/01.jpg", "worst/02.jpg", None]
+
+
+def test_the_worst_of_several_runs_are_drawn_by_rank(command, refused, tmp_path):
+    """Each as its run has drawn it, the worst above; what a run has no picture of, or no longer, is left out."""
+    scores, colours = [{"a": 0.1, "b": 0.4, "c": 0.9}, {"d": 0.2, "e": 0.3, "f": 0.5}], [(200, 0, 0), (0, 0, 200)]
+    for i, (table, colour) in enumerate(zip(scores, colours)):
+        samples = [{"name": name, "score": score} for name, score in table.items()]
+        rows = [[np.full((40 + 10 * k, 60, 3), colour, np.uint8)] * 2 for k in range(2)]
+        review.keep(tmp_path / f"fold{i}", samples[:2], rows, ["x", "y"], titles=["label", "prediction"])
+        report.write_csv(tmp_path / f"fold{i}/samples.csv", samples)
+    done = command(report, "noise", "fold0", "fold1")
+    assert done.out.splitlines()[-1] == "noise.csv.png: 4 of them with labels and predictions"
+    shown = read(tmp_path / "noise.csv.png")
+    kept = [read(tmp_path / place) for place in ("fold0/worst/01.jpg", "fold1/worst/01.jpg", "fold1/worst/02.jpg",
+                                                 "fold0/worst/02.jpg")]
+    np.testing.assert_array_equal(shown, np.concatenate(kept))
+    assert [tuple((kept[k][90, 60] > 100).tolist()) for k in range(4)] == [
+        (True, False, False), (False, False, True), (False, False, True), (True, False, False)]
+    for path in ("fold0/worst/01.jpg", "noise.csv", "noise.csv.png"):
+        (tmp_path / path).unlink()
+    (tmp_path / "fold1/worst/02.jpg").write_bytes(b"no picture")
+    done = command(report, "noise", "fold0", "fold1")
+    assert done.out.splitlines()[-1] == "noise.csv.png: 2 of them with labels and predictions"
+    (tmp_path / "noise.csv").unlink()
+    refused(report, "noise", "fold0", says="noise.csv.png: exists already")
+    assert not (tmp_path / "noise.csv").exists()
 
 
 def test_cells_of_a_table(monkeypatch):
@@ -511,10 +537,10 @@ def test_cells_of_a_table(monkeypatch):
 
 def test_a_wide_table_widens_the_page_and_a_failed_one_changes_nothing(tmp_path, monkeypatch):
     row = {f"a column with a long name {i}": i for i in range(6)}
-    page(tmp_path / "a.jpg", {"best": parts()["best"]}, tables={"": [row]}, max_side=32)
+    page(tmp_path / "a.jpg", {"worst": parts()["best"]}, tables={"": [row]}, max_side=32)
     before = (tmp_path / "a.jpg").read_bytes()
     assert read(tmp_path / "a.jpg").shape[1] > 600 > 8 + 4 * 40
     monkeypatch.setattr(review.Image, "new", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         page(tmp_path / "a.jpg", parts())
-    assert (tmp_path / "a.jpg").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "a.jpg").read_bytes() == before and len(list(tmp_path.glob("*.jpg"))) == 1

@@ -225,17 +225,20 @@ def main():
                     if noise else "The runs, the best first. `noise RUN ...` ranks samples instead.")
     if noise:
         parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, such as one per fold")
-        parser.add_argument("--out", default="noise.csv", metavar="FILE", help="the ranking (default: noise.csv)")
+        parser.add_argument("--out", default="noise.csv", metavar="FILE", help="the ranking (default: noise.csv); "
+                            "pictures of the worst, with labels and predictions, beside it (noise.csv.png)")
         given = parser.parse_args(sys.argv[2:])
-        check_absent(given.out)  # somebody may have crossed out rows in it
+        page = f"{given.out}.png"
+        for path in (given.out, page):
+            check_absent(path)  # somebody may have crossed out rows in it
         ranked = review.rank(given.runs)
         write_csv(given.out, ranked)
         print(f"{given.out}: {len(ranked)} samples, the worst are")
         for row in ranked[:20]:
             print(f"{row['rank']:4}  {row['score']:8.4f}  {row['name']}  ({row['run']})")
-        pages = [page for page in (Path(run) / "review.png" for run in given.runs) if page.exists()]
-        if pages:
-            print("each run's worst with labels and predictions:", *pages)
+        count = review.draw_noise(page, ranked[:20])
+        print(f"{page}: {count} of them with labels and predictions" if count else
+              "no pictures: the runs have none of them")
         return
     parser.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="where runs are (default: runs)")
     parser.add_argument("--metric", metavar="NAME", help="the column of results.csv to sort by")

@@ -1,10 +1,11 @@
 """Which samples a run gets wrong: a ranking for relabelling, a page of the best and worst, scores by size.
 
-    python -m utils.report noise runs/seg/fold0 runs/seg/fold1 ...     # -> noise.csv, the worst first
+    python -m utils.report noise runs/seg/fold0 runs/seg/fold1 ...     # -> noise.csv, the worst first, and their pictures
 
-A run's samples.csv has a row per validation sample: name (the image's path), score (higher is better: IoU, AP, -loss)
-and whatever else is known of it. No net is run here.
+A run's samples.csv has a row per validation sample: name (the image's path), score (higher is better: IoU, AP, -loss),
+of the worst a picture in the run's folder, and whatever else is known of it. No net is run here.
 """
+import contextlib
 import csv
 import math
 import tempfile
@@ -22,20 +23,46 @@ from utils.pictures import FAINT, contact_sheet, font, text_line
 
 # ---- label noise -----------------------------------------------------------------------------------------------------
 def rank(runs):
-    """Run folders -> [{"rank": 1, ..., "name", "score", "run"}], the lowest score first (of equals, by name).
+    """Run folders -> [{"rank": 1, ..., "name", "score", "run", "picture": path or ""}], the lowest score first (of
+    equals, by name).
 
     Held-out samples are judged by a net that has not learned their labels by heart: of the folds of one split, every
     sample once. A sample in several tables gets the mean of its scores. Raises UserError naming a table that is
     missing or damaged.
     """
-    scores, places = {}, {}
+    scores, places, drawn = {}, {}, {}
     for run in dict.fromkeys(map(str, runs)):
         for row in _read(Path(run) / "samples.csv", "score", "train the run with validation, or leave it out"):
             scores.setdefault(row["name"], []).append(row["score"])
             places.setdefault(row["name"], {})[run] = None
+            if row.get("picture"):
+                drawn.setdefault(row["name"], str(Path(run) / row["picture"]))
     order = sorted((sum(found) / len(found), name) for name, found in scores.items())
-    return [{"rank": i, "name": name, "score": score, "run": "; ".join(places[name])}
+    return [{"rank": i, "name": name, "score": score, "run": "; ".join(places[name]), "picture": drawn.get(name, "")}
             for i, (score, name) in enumerate(order, 1)]
+
+
+def keep(folder, samples, rows, captions, *, titles=None, max_side=256):
+    """Writes pictures of a run's worst samples to folder/worst, and their names into the samples' rows of samples.csv.
+
+    samples: those rows, the worst first; rows, captions: of each a list of pictures and a text, see
+    `pictures.contact_sheet`.
+    """
+    for i, (sample, row, caption) in enumerate(zip(samples, rows, captions), 1):
+        sample["picture"] = f"worst/{i:02}.jpg"
+        contact_sheet(Path(folder) / sample["picture"], [row], titles=titles, captions=[caption], max_side=max_side)
+
+
+def draw_noise(path, ranked):
+    """Writes the pictures that rows of `rank` have, one below the other, as one; without any (of runs of an earlier
+    version, or deleted since) nothing. Returns their number. Raises UserError when it cannot be written."""
+    pictures = []
+    for row in ranked:
+        with contextlib.suppress(OSError), Image.open(row["picture"]) as image:
+            pictures.append(image.convert("RGB"))
+    if pictures:
+        _stack(path, pictures)
+    return len(pictures)
 
 
 def read_noise(path, count=None, run=None):
@@ -199,15 +226,20 @@ def ends(scores, worst=12, best=4):
 
 
 def page(path, parts, *, tables=None, titles=("image", "truth", "prediction", "errors"), legend=None, max_side=256):
-    """Writes samples and tables as one picture, see `sheet`.
+    """Writes samples and tables as one picture, see `sheet`, and the worst one by one, see `keep`.
 
-    parts: {"worst": samples, "best": samples, ...}; a sample is (name, score, pictures), pictures uint8 (H, W, 3), one
-    per title. legend, max_side: of `pictures.contact_sheet`.
+    parts: {"worst": samples, "best": samples}; a sample is (its row of samples.csv, pictures), pictures uint8
+    (H, W, 3), one per title. legend, max_side: of `pictures.contact_sheet`.
     """
-    rows = [pictures for samples in parts.values() for _, _, pictures in samples]
-    captions = [f"{part} {i}:   {score:.4f}   {name}" for part, samples in parts.items()
-                for i, (name, score, _) in enumerate(samples, 1)]
+    def caption(sample):
+        return f"{sample['score']:.4f}   {Path(sample['name']).name}"
+
+    rows = [pictures for samples in parts.values() for _, pictures in samples]
+    captions = [f"{part} {i}:   {caption(sample)}" for part, samples in parts.items()
+                for i, (sample, _) in enumerate(samples, 1)]
     sheet(path, rows, tables=tables, titles=titles, captions=captions, legend=legend, max_side=max_side)
+    worst, rows = zip(*parts["worst"])
+    keep(Path(path).parent, worst, rows, map(caption, worst), titles=titles, max_side=max_side)
 
 
 def sheet(path, rows, *, tables=None, **options):
@@ -218,9 +250,14 @@ def sheet(path, rows, *, tables=None, **options):
         contact_sheet(Path(scratch) / "sheet.png", rows, **options)
         with Image.open(Path(scratch) / "sheet.png") as image:
             stack = [image.convert("RGB"), *drawn]
-    whole = Image.new("RGB", (max(p.width for p in stack), sum(p.height for p in stack)), "white")
+    _stack(path, stack)
+
+
+def _stack(path, pictures):
+    """Writes pictures, one below the other, as one."""
+    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
     top = 0
-    for picture in stack:
+    for picture in pictures:
         whole.paste(picture, (0, top))
         top += picture.height
     with whole_file(path) as temporary:
