@@ -173,8 +173,8 @@ def load_nets(args, device, paths, states):
     """The checkpoints' nets on the device, batch norms folded away, in half precision where the hardware has it: the
     same results, several times faster. UserError for checkpoints that cannot be used, or not together."""
     dtype, nets = engine.precision(args.amp, device) or torch.float32, []
-    # the weights as constants: CPUs get them packed, and activations computed with the convolutions
-    torch._inductor.config.freezing = args.compile and device.type == "cpu"
+    if args.compile:  # the weights as constants, which CPUs get packed; several nets would be compiled one by one
+        torch._inductor.config.freezing = device.type == "cpu" and len(paths) == 1
     for path, state in zip(paths, states):
         try:
             net = NETS[state["task"]](**state["arch"]["kwargs"])
