@@ -29,8 +29,8 @@ BINS = 16  # of the anchor-free head: distances from 0 to 15 strides
 class Conv(ConvNorm):
     # momentum: the published nets were trained with 0.03. In a run of a few hundred steps statistics that slow are
     # those of weights long gone: AP 0.005 instead of 0.28 after seven epochs on small data
-    def __init__(self, cin, cout, kernel=1, stride=1):
-        super().__init__(cin, cout, kernel, stride, act=silu, eps=1e-3, momentum=0.1)
+    def __init__(self, cin, cout, kernel=1, stride=1, groups=1):
+        super().__init__(cin, cout, kernel, stride, groups, act=silu, eps=1e-3, momentum=0.1)
 
 
 class Bottleneck(nn.Module):
@@ -119,7 +119,7 @@ class AnchorHead(nn.Module):
 
 
 class FreeHead(nn.Module):
-    """Anchor-free: per level two branches of two 3x3 convolutions, for the box and for the classes.
+    """Anchor-free: per level two branches of two 3x3 convolutions, for the box and, depthwise, for the classes.
 
     A cell's box is given by the distances from its centre to the four sides, each a distribution over BINS
     multiples of the stride. train(): maps (B, rows, columns, 4 * BINS + classes), raw. eval(): see YOLOv5.
@@ -129,16 +129,15 @@ class FreeHead(nn.Module):
         super().__init__()
         self.strides = strides
         box, cls = max(16, channels[0] // 4, 4 * BINS), max(channels[0], min(num_classes, 100))
-        self.box = nn.ModuleList(self.branch(c, box, 4 * BINS) for c in channels)
-        self.cls = nn.ModuleList(self.branch(c, cls, num_classes) for c in channels)
+        self.box = nn.ModuleList(nn.Sequential(
+            Conv(c, box, 3), Conv(box, box, 3), nn.Conv2d(box, 4 * BINS, 1)) for c in channels)
+        self.cls = nn.ModuleList(nn.Sequential(
+            Conv(c, c, 3, groups=c), Conv(c, cls), Conv(cls, cls, 3, groups=cls), Conv(cls, cls),
+            nn.Conv2d(cls, num_classes, 1)) for c in channels)
         for branch, stride in zip(self.cls, strides):
             nn.init.constant_(branch[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
         for branch in self.box:
             nn.init.constant_(branch[-1].bias, 1.0)
-
-    @staticmethod
-    def branch(cin, width, outputs):
-        return nn.Sequential(Conv(cin, width, 3), Conv(width, width, 3), nn.Conv2d(width, outputs, 1))
 
     def forward(self, maps):
         raw = [torch.cat((box(x), cls(x)), 1).permute(0, 2, 3, 1) for box, cls, x in zip(self.box, self.cls, maps)]

@@ -121,6 +121,16 @@ def test_anchor_boxes_by_the_formula():
     assert at == rows.shape[1]
 
 
+def test_the_free_head_has_a_depthwise_class_branch():
+    """Per level, with norms of two numbers a channel: 3x3, 3x3, 1x1 for the box; twice 3x3 depthwise and 1x1, and 1x1
+    for the classes."""
+    wide, deep, box, width, classes = (64, 128, 256), 4 * BINS, 64, 64, 5
+    want = sum(9 * c * box + 9 * box * box + 4 * box + (box + 1) * deep
+               + 9 * c + 2 * c + c * width + 2 * width + 9 * width + 2 * width + width * width + 2 * width
+               + (width + 1) * classes for c in wide)
+    assert sum(p.numel() for p in YOLOv5("n", classes, head="free").head.parameters()) == want
+
+
 def test_free_boxes_by_the_formula():
     """Distances are the means of their distributions, times the stride, from the cell's centre."""
     torch.manual_seed(1)

@@ -1,0 +1,85 @@
+"""Every script on a second device, tests/second_device.py: nothing stays behind on the CPU, nothing is mixed."""
+import pytest
+import torch
+
+import predict
+import train_cls
+import train_det
+import train_seg
+from tests import second_device
+from tests.conftest import TINY, TINY_CLS, TINY_DET, write_dirty, write_parking, write_wildfire
+
+OFF = ["--amp", "off"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with second_device.installed(monkeypatch):
+        yield
+
+
+def test_the_pretence_itself(gpu):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to("cuda")
+    x = torch.randn(2, 3, 8, 8)
+    y = net(x.to("cuda"))
+    y.square().mean().backward()
+    assert net[0].weight.grad.device.type == y.device.type == "cuda" and y.cpu().device.type == "cpu"
+    with pytest.raises(RuntimeError, match="two devices"):
+        net(x)
+    with pytest.raises(RuntimeError, match="two devices"):
+        y + torch.ones(6)
+    with pytest.raises(TypeError, match="numpy"):
+        y.detach().numpy()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(3, device="cuda", generator=torch.Generator())
+    assert torch.arange(3, device=y.device).add(1).tolist() == [1, 2, 3] and float(y.mean() * 0) == 0
+
+
+SEG = [
+    [], ["--classes", 3, "--ignore", 255, "--loss", "lovasz", "ce", "dice", "focal", "topk", "--presence", 0.5],
+    ["--loss", "lovasz", "bce", "dice", "focal", "topk", "--ignore", 255, "--mixup", 0.5, "--cutmix", 0.5, "--gridmask",
+     1, "--cutout", 1, "--gain", 1, "--presence", 1, "--p-object", 0.5],
+    ["--swa", 0.5, "--epochs", 2, "--optimizer", "adamp", "--lookahead", 2, "--clip", 1, "--accumulate", 2, "--bs", 2],
+    ["--resize", "--optimizer", "radam", "--no-ema", "--schedule", "plateau"], ["--tile", 48, "--optimizer", "sgd"],
+    ["--encoder", "hrnet_w18_small", "--decoder", "--grad-checkpoint", "--optimizer", "adam"],
+    ["--encoder", "efficientnetv2_b0", "--label-smoothing", 0.1]]
+
+
+@pytest.mark.parametrize("flags", SEG, ids=lambda flags: flags[0] if flags else "default")
+def test_segmentation(flags, script, tmp_path, gpu):
+    data = write_wildfire(tmp_path / "Wildfire", classes=3 if "--classes" in flags else 1)
+    script(train_seg, "--data", data, *TINY, *OFF, *flags)
+    script(train_seg, "--resume", "--epochs", 3)
+    script(predict, "--task", "seg", "--tta", "hflip", "rot90", "scale", "--pseudo", 0.9, "--polygons", *OFF)
+    script(predict, "--task", "seg", "--tile", 32, "--out", "out", *OFF)
+
+
+DET = [
+    [], ["--head", "anchor", "--image-weights", "--label-smoothing", 0.1], ["--mixup", 1, "--gridmask", 1, "--cutout", 1],
+    ["--swa", 0.5, "--epochs", 2, "--optimizer", "adamp", "--lookahead", 2], ["--tile", 64, "--grid", 9],
+    ["--stages", "1,1", "--bs", 2, "--accumulate", 2], ["--no-ema", "--multi-scale", 0.5, "--grad-checkpoint"]]
+
+
+@pytest.mark.parametrize("flags", DET, ids=lambda flags: flags[0] if flags else "default")
+def test_detection(flags, script, tmp_path, gpu):
+    data = write_parking(tmp_path / "DATA")
+    once = TINY_DET if "--stages" not in flags else [flag for flag in TINY_DET if flag not in ("--epochs", "1")]
+    script(train_det, "--data", data, *once, *flags)
+    script(predict, "--task", "det", "--tta", "--conf", 0.0001, "--pseudo", 0.5, *OFF)
+    script(predict, "--task", "det", "--tta", "hflip", "--merge", "wbf", "--conf", 0.0001, "--tile", 64, "--out", "out",
+           *OFF)
+
+
+CLS = [
+    [], ["--loss", "focal", "--label-smoothing", 0.1], ["--mixup", 0.5, "--cutmix", 0.5, "--gridmask", 1],
+    ["--snapmix", 1], ["--swa", 0.5, "--epochs", 2, "--optimizer", "adamp", "--lookahead", 2],
+    ["--net", "efficientnetv2_b0", "--optimizer", "sgd", "--lr", 1e-3, "--clip", 1]]
+
+
+@pytest.mark.parametrize("flags", CLS, ids=lambda flags: flags[0] if flags else "default")
+def test_classification(flags, script, tmp_path, gpu):
+    data = write_dirty(tmp_path / "resources")
+    script(train_cls, "--data", data, *TINY_CLS, *flags)
+    script(train_cls, "--resume", "--epochs", 3)
+    script(predict, "--task", "cls", "--tta", "--fit-weights", "--pseudo", 0.5, *OFF)
+    script(predict, "--task", "cls", "--soup", "--tta", "scale", "hflip", "--out", "out", *OFF)
