@@ -6,8 +6,10 @@ import predict
 import train_cls
 import train_det
 import train_seg
+from data.dirty_mnist import Synthetic
 from tests import second_device
 from tests.conftest import TINY, TINY_CLS, TINY_DET, write_dirty, write_parking, write_wildfire
+from tests.test_data_cls import write_letters
 
 OFF = ["--amp", "off"]
 
@@ -83,3 +85,17 @@ def test_classification(flags, script, tmp_path, gpu):
     script(train_cls, "--resume", "--epochs", 3)
     script(predict, "--task", "cls", "--tta", "--fit-weights", "--pseudo", 0.5, *OFF)
     script(predict, "--task", "cls", "--soup", "--tta", "scale", "hflip", "--out", "out", *OFF)
+
+
+def test_synthesis_on_the_device(script, tmp_path, gpu):
+    """Images are made where the net is, each by a generator of that device; labels and order are those of the CPU."""
+    write_letters(tmp_path / "letters.csv")
+    data = write_dirty(tmp_path / "resources", classes=26, side=96)
+    script(train_cls, "--data", data, *TINY_CLS, "--synthesize", "letters.csv", "--synthesize-count", 8)
+    script(predict, "--task", "cls", *OFF)
+    here, there = (Synthetic("letters.csv", 6, seed=3, size=96, device=device) for device in ("cpu", "cuda"))
+    made, again = ([data[1, i] for i in range(6)] for data in (there, there))
+    assert {sample["image"].device.type for sample in made} == {"cuda"}
+    for i, sample in enumerate(made):
+        assert sample["label"].tolist() == here[1, i]["label"].tolist()
+        assert sample["image"].tolist() == again[i]["image"].tolist()
