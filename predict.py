@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -61,16 +62,16 @@ def parse_args():
     add("--tta-scales", type=real(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale; without: "
         f"{' '.join(f'{scale:g}' for scale in tta.SCALES)}")
     add("--merge", choices=(*tta.MERGES, "wbf"), help="how the views are joined; seg, cls: their probabilities, "
-        "without: mean; sum ends at 1 and asks for a --threshold, after tsharpen (mean of the square roots) one of 0.5 "
-        "is one of 0.25; det: weighted boxes fusion, without: suppression")
+        "without: mean; sum is capped at 1 and needs --threshold, tsharpen averages square roots, so that a threshold "
+        "of 0.5 is a probability of 0.25; det: weighted boxes fusion, without: suppression")
     add("--bs", type=whole(1, 65536), default=8, help="images per forward pass")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the net: half a minute's start, then faster")
     add("--workers", type=whole(0, 256), default=2, help="loader processes per process")
     add("--project", metavar="DIR", help="where to look for the newest run; without: runs/TASK")
-    add("--tile", type=whole(16, 65536), help="larger images go through windows of this side; without: twice the "
-        "training size for seg, the training's --tile for det")
+    add("--tile", type=whole(16, 65536), help="larger images go through windows of this side; without: for seg "
+        "twice the training size (whole after --resize), for det the training's --tile")
     add("--overlap", type=real(0, 0.9), help="of neighbouring windows; without: 0.25, for det the training's")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
     add("--threshold", type=real(0, 1), help="probability from which a pixel, a class is there; det: score from which "
@@ -112,11 +113,12 @@ def parse_args():
 def main():
     args = parse_args()
     check_tta(args)
-    device = dist.setup(args.device)
+    device = dist.setup(args.device, patience=timedelta(days=7))  # a rank may have the one large scene
     if args.probs and not args.weights:
         with writing(args):
             return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
+    check_ensemble(args, paths)
     args.source = noisy_samples(args, paths) if args.noisy else args.source
     states = [checkpoint.load(path) for path in paths]
     for path, state in zip(paths, states):
@@ -150,7 +152,7 @@ def check_tta(args):
                         f"probabilities")
     if args.merge and args.tta is None:
         raise UserError("--merge: says how the views of --tta are joined; give that too")
-    # of exclusive classes too: that they are scaled to add up to 1 makes only sum the mean, which has a name of its own
+    # for exclusive classes too: rescaling to 1 turns only sum into a mean, and mean exists already
     if args.pseudo and args.merge in ("sum", "max", "min", "tsharpen"):
         raise UserError(f"--pseudo: what --merge {args.merge} makes are no probabilities; take mean or gmean")
     if args.tta_scales and "scale" not in (args.tta or ()):
@@ -230,7 +232,7 @@ def predict_seg(args, device, paths, states, nets):
         if sizes[file][0] < bands[-1]:
             raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
                             f"another --source")
-    args.unsure = pseudo.unsure(states[0]["classes"], states[0]["args"].get("ignore"))
+    unsure = pseudo.unsure(states[0]["classes"], states[0]["args"].get("ignore"))
     threshold, drawn = best_threshold(args, states), dict(overlay=args.overlays, outlines=args.polygons)
     parts = find_parts(args, device, files) if args.detector else {}
     out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
@@ -238,25 +240,38 @@ def predict_seg(args, device, paths, states, nets):
                    *("pseudo/train_mask",) * bool(args.pseudo)):
         (out / folder).mkdir(parents=True, exist_ok=True)
 
+    def decide(probs):
+        """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W)}."""
+        masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
+        sure = {"pseudo/train_mask": pseudo.sure_mask(probs, masks, args.pseudo, unsure).numpy()} if args.pseudo else {}
+        return {"masks": masks.numpy()} | sure
+
+    def pieces(file, part):
+        """Yields (folder, row, column, class map (h, w)) of a part (y, x, height, width) of an image."""
+        for y, x, probs in blocks(file, part, bands, predict, tile, args):
+            for folder, [mask] in decide(probs[None]).items():
+                yield folder, y, x, mask
+
     small = [file for file in files if max(sizes[file][1:]) <= tile and not args.detector]
-    large = [file for file in files if file not in small]
-    loader = eval_loader(seg.Tiles(small), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
+    large = [file for file in files if max(sizes[file][1:]) > tile or args.detector]
+    loader = eval_loader(seg.Tiles(small, bands), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
                          device=device)
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
-            decided = decide(predict(batch["image"]), threshold, args)
+            decided = decide(predict(batch["image"]))
             for k, i in enumerate(batch["index"].tolist()):
                 for folder, masks in decided.items():
                     with submissions.new_mask(small[i], out / folder) as target:
-                        target.write(masks[k].numpy(), 1)
+                        target.write(masks[k], 1)
                 submissions.draw_mask(small[i], out, states[0]["bands"], **drawn)
             bar.update(len(batch["index"]) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
-            if args.detector:
-                predict_parts(file, sizes[file][1:], parts[file], predict, threshold, tile, args, out)
+            if args.detector:  # what it has missed must not be taught
+                blank = {"masks": 0} | ({"pseudo/train_mask": unsure} if args.pseudo else {})
+                predict_parts(file, sizes[file][1:], parts[file], pieces, blank, out)
             else:
-                predict_scene(file, sizes[file][1:], predict, threshold, tile, args, out)
+                predict_scene(file, sizes[file][1:], pieces, out)
             submissions.draw_mask(file, out, states[0]["bands"], **drawn)
             bar.update(dist.world_size())
     dist.barrier()
@@ -264,7 +279,7 @@ def predict_seg(args, device, paths, states, nets):
         submissions.write_masks(files, sizes, out)
         if args.pseudo:
             pseudo.link(files, out / "pseudo/train_img")
-            print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {args.unsure}")
+            print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {unsure}")
         print(f"{len(files)} images: {out}")
 
 
@@ -277,7 +292,7 @@ def best_threshold(args, states):
         if exclusive:
             raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
         return args.threshold
-    fitted = args.fit_weights or args.ensemble  # to what the views are merged to: they bring thresholds of their own
+    fitted = args.fit_weights or args.ensemble  # both bring thresholds fitted to the merged views
     if args.merge == "sum" and not exclusive and not fitted:
         raise UserError("--merge sum: the trainings' thresholds are of single probabilities, not of sums; give "
                         "--threshold")
@@ -287,13 +302,17 @@ def best_threshold(args, states):
 
 
 def seg_ensemble(args, device, states, nets):
-    """-> predict(raw images (B, all bands, H, W)) -> mean probabilities (B, K, H, W) fp32, for any H and W."""
+    """-> predict(images (B, len(all_bands), H, W) in the files' numbers) -> mean probabilities (B, K, H, W) fp32, for
+    any H and W."""
+    bands = all_bands(states)
+
     def predict(raw):
         count, total = len(raw), 0
         if args.compile:  # one compilation per shape of the passes: a last, smaller batch is filled up
             raw = raw[torch.arange(args.bs) % count]
         for net, state in zip(nets, states):
-            x = raw[:, [band - 1 for band in state["bands"]]].to(device, non_blocking=True).float() / state["scale"]
+            chosen = [bands.index(band) for band in state["bands"]]
+            x = raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]
             x = seg.add_mean_planes(x) if state["mean_planes"] else x
             views = functools.partial(seg_views, args, net, state["classes"] > 1)
             total = total + (tta.at_size(views, x, state["imgsz"]) if state.get("resize") else views(x))
@@ -312,49 +331,38 @@ def seg_views(args, net, exclusive, x):
     return tta.merge(maps, args.merge or "mean", exclusive=exclusive)[..., :height, :width]
 
 
-def decide(probs, threshold, args):
-    """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W) on the CPU}."""
-    masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
-    if not args.pseudo:
-        return {"masks": masks}
-    return {"masks": masks, "pseudo/train_mask": pseudo.sure_mask(probs, masks, args.pseudo, args.unsure)}
-
-
-def blocks(file, part, predict, tile, args):
+def blocks(file, part, bands, predict, tile, args):
     """Yields (row, column, probabilities (K, h, w)) of a part (y, x, height, width) of an image: window by window, read
     and merged in pieces."""
     top, left, height, width = part
     swaths = tiles.plan(height, width, tile, OVERLAP if args.overlap is None else args.overlap)
     places = [(top + y, left + x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
     workers = args.workers if len(places) > 1 else 0
-    loader = torch.utils.data.DataLoader(seg.Tiles([file], places), args.bs, num_workers=workers)
+    loader = torch.utils.data.DataLoader(seg.Tiles([file], bands, places), args.bs, num_workers=workers)
     maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0 or not workers)
             for probs in predict(batch["image"]))
     for y, x, block in tiles.merge(swaths, maps, height):
         yield top + y, left + x, block
 
 
-def predict_scene(file, size, predict, threshold, tile, args, out):
+def predict_scene(file, size, pieces, out):
     """An image larger than a tile: written in pieces too, so that memory does not grow with it."""
     with contextlib.ExitStack() as stack:
         targets = {}
-        for y, x, block in blocks(file, (0, 0, *size), predict, tile, args):
-            for folder, [mask] in decide(block[None], threshold, args).items():
-                if folder not in targets:
-                    targets[folder] = stack.enter_context(submissions.new_mask(file, out / folder))
-                targets[folder].write(mask.numpy(), 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
+        for folder, y, x, mask in pieces(file, (0, 0, *size)):
+            if folder not in targets:
+                targets[folder] = stack.enter_context(submissions.new_mask(file, out / folder))
+            targets[folder].write(mask, 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
 
 
-def predict_parts(file, size, parts, predict, threshold, tile, args, out):
-    """Only what lies in some parts (y, x, height, width), where they overlap the last one's; elsewhere is class 0, and
-    no pseudo label: what the detector has missed must not be taught."""
-    blank = {"masks": 0} | ({"pseudo/train_mask": args.unsure} if args.pseudo else {})
+def predict_parts(file, size, parts, pieces, blank, out):
+    """Only what lies in some parts (y, x, height, width), where they overlap the last one's; elsewhere the values of
+    `blank`, {folder: value}. What a part leaves blank, other parts may fill."""
     masks = {folder: np.full(size, value, np.uint8) for folder, value in blank.items()}
     for part in parts:
-        for y, x, block in blocks(file, part, predict, tile, args):
-            for folder, [mask] in decide(block[None], threshold, args).items():
-                here = masks[folder][y:y + mask.shape[0], x:x + mask.shape[1]]
-                np.copyto(here, mask.numpy(), where=mask.numpy() != blank[folder])
+        for folder, y, x, mask in pieces(file, part):
+            here = masks[folder][y:y + mask.shape[0], x:x + mask.shape[1]]
+            np.copyto(here, mask, where=mask != blank[folder])
     for folder, mask in masks.items():
         with submissions.new_mask(file, out / folder) as target:
             target.write(mask, 1)
@@ -379,8 +387,6 @@ def find_parts(args, device, files):
 # ---- detection ----
 def predict_det(args, device, paths, states, nets):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
-    if args.ensemble_weights and len(args.ensemble_weights) != len(paths):
-        raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {len(paths)} checkpoints; give one each")
     data = Path(states[0]["args"]["data"])
     root = data.parent if data.is_file() else data
     files = images.find_sources(args.source, root / "test" / "images", states[0]["scale"])
@@ -471,7 +477,6 @@ def det_ensemble(args, device, states, nets):
 # ---- classification ----
 def predict_cls(args, device, paths, states, nets):
     """The competition's submission, probabilities, weighted ensembles of checkpoints and tables."""
-    check_ensemble(args, paths)
     names, exclusive = states[0]["classes"], states[0]["exclusive"]
     tables = [submissions.read_probabilities(path, names)[1] for path in args.probs or ()]
     tables = [{index_of(key): row for key, row in table.items()} for table in tables]
@@ -560,18 +565,18 @@ def check_ensemble(args, paths):
         raise UserError(f"{given[0]}, {given[1]}: both say how the checkpoints are weighted; leave one out")
     if args.fit_weights and len(set(map(os.path.realpath, paths))) < len(paths):
         raise UserError("--fit-weights: one of the checkpoints is given twice; leave it out once")
-    if args.soup and (args.fit_weights or args.ensemble):
-        raise UserError("--soup: makes one net of the checkpoints, there is nothing to weigh; leave it out, or "
-                        "--fit-weights and --ensemble")
-    tables = len(args.probs or ())
+    nets, tables = 1 if args.soup else len(paths), len(args.probs or ())
+    if args.soup and given and not (args.ensemble_weights and tables):
+        raise UserError(f"--soup: makes one net of the checkpoints, there is nothing to weigh; leave it out, or "
+                        f"{given[0]}")
     if args.threshold is not None and (args.fit_weights or args.ensemble):
         raise UserError(f"--threshold: {given[0]} brings thresholds of its own; leave one out")
     if tables and given and not args.ensemble_weights:
         raise UserError(f"{given[0]}: is for checkpoints, --probs come without their held-out images; give "
                         f"--ensemble-weights instead")
-    if args.ensemble_weights and len(args.ensemble_weights) != len(paths) + tables:
-        raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {len(paths)} checkpoints and {tables} "
-                        f"tables; give one each")
+    if args.ensemble_weights and len(args.ensemble_weights) != nets + tables:
+        raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {nets} checkpoints and {tables} tables; "
+                        f"give one each")
 
 
 def class_probabilities(args, device, net, state, files, name):

@@ -33,7 +33,7 @@ def parse_args():
     add("--bands", type=band_list, help="such as 1 or 1-3; without: all of the first image")
     add("--scale", type=real(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
     add("--labels", metavar="CSV", help="table of answers; without: see data/cls.py")
-    add("--images", metavar="DIR", help="its images")
+    add("--images", metavar="DIR", help="folder of that table's images")
     add("--synthesize", metavar="CSV", help="train on Dirty-MNIST images made on the fly from these letters")
     add("--letters-per-image", type=whole(1, 26), nargs=2, default=[10, 14], metavar="N", help="of --synthesize")
     add("--noise", type=whole(0, 255), default=254, help="largest value of the background of --synthesize")
@@ -154,8 +154,8 @@ def main():
     def compute_loss(model, batch):
         x, labels = mixed(batch)
         logits = model(x)
-        parts = {name: LOSSES[name](logits, labels, args.label_smoothing) for name, _ in terms}
-        return sum(weight * parts[name] for name, weight in terms), parts if len(parts) > 1 else {}
+        parts = {f"{name}_loss": LOSSES[name](logits, labels, args.label_smoothing) for name, _ in terms}
+        return sum(weight * parts[f"{name}_loss"] for name, weight in terms), parts if len(parts) > 1 else {}
 
     # ---- validation ----
     if val:

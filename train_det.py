@@ -163,9 +163,8 @@ def second_stage(folder):
         return None
     flags = json.loads(path.read_text())
     # a lock names the torchrun that works in its folder; who began the second stage has worked in the first's
-    locks = folder / "lock", Path(flags["weights"]).with_name("lock")
-    here, first = (lock.read_text() if lock.exists() else "" for lock in locks)
-    return flags if here and here == first else None
+    first = Path(flags["weights"]).with_name("lock")
+    return flags if runs.launcher() and first.exists() and first.read_text() == runs.launcher() else None
 
 
 def experiment(args, device, folder, resume):

@@ -53,8 +53,9 @@ def parse_args():
     add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows; in the validation none")
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
-    add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="of the loss of a second head that tells which "
-        "classes are there at all, and empties masks; where pixels are ignored, only of classes that are seen; 0: none")
+    add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="weight of the loss of a second head that tells "
+        "which classes an image has, and clears the masks of others; where pixels are ignored it learns only of classes "
+        "that are seen; 0: no head")
     add("--p-object", type=real(0, 1), default=0.0, help="probability that a crop is laid over an object")
     add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
     add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
@@ -136,13 +137,13 @@ def main():
         image, targets = mixed(batch)
         logits = model(inputs(batch | {"image": image}))
         logits, present = logits if args.presence else (logits, None)
-        parts = {name: sum(share * known[name](logits, mask, args.ignore, args.label_smoothing)
-                           for mask, share in targets) for name, _ in terms}
-        loss = sum(weight * parts[name] for name, weight in terms)
+        parts = {f"{name}_loss": sum(share * known[name](logits, mask, args.ignore, args.label_smoothing)
+                                     for mask, share in targets) for name, _ in terms}
+        loss = sum(weight * parts[f"{name}_loss"] for name, weight in terms)
         if args.presence:
-            parts["presence"] = sum(share * losses.bce(present, seg.presence(mask, args.classes, args.ignore),
+            parts["presence_loss"] = sum(share * losses.bce(present, seg.presence(mask, args.classes, args.ignore),
                                                        ignore=seg.UNKNOWN) for mask, share in targets)
-            loss = loss + args.presence * parts["presence"]
+            loss = loss + args.presence * parts["presence_loss"]
         return loss, parts if len(parts) > 1 else {}
 
     # ---- validation ----
@@ -241,7 +242,7 @@ def check_flags(args, resumed):
 
 
 def final(state, evaluate, draw, folder, device, amp, ignore, files):
-    """The run's last weights judged with flips, as they will predict: results.json; tile by tile samples.csv; the worst
+    """The run's last weights judged with flips, at 0.5: results.json; tile by tile samples.csv; the worst
     and the best tiles, and scores by class and by size, in review.png."""
     found = review.SegmentationReview(ignore)
     scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found), device, amp)

@@ -23,10 +23,9 @@ class Cache:
     """
 
     def __init__(self, files, read, where, *, folder="runs/cache", variant=""):
-        self.files, self.read, self.variant = files, read, str(variant)
+        self.files, self.read, self.variant, self.tensors = files, read, str(variant), []
         if where == "ram":
-            parts = [self._bytes(tensor) for tensor in self._tensors()]
-            self.array = np.concatenate(parts)
+            self.tensors = list(self._tensors())
             return
         name = hashlib.sha256("\n".join(str(Path(f).resolve()) for f in files).encode()).hexdigest()[:16]
         self.path = Path(folder) / name
@@ -40,6 +39,8 @@ class Cache:
                             f"--cache disk out") from None
 
     def __getitem__(self, i):
+        if self.tensors:
+            return self.tensors[i]
         start, shape, dtype = self.index[i]
         dtype = getattr(torch, dtype)
         stop = start + int(np.prod(shape)) * dtype.itemsize

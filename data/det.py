@@ -177,7 +177,7 @@ def letterboxed(image, imgsz, shape, before):
     canvas = new_canvas(image, shape)
     matrix = augment.letterbox(*image.shape[1:], imgsz, shape)
     matrix, _ = paste(image, matrix, canvas, (0, 0, *shape[::-1]))
-    return {"image": canvas.permute(1, 2, 0), "matrix": torch.from_numpy(matrix @ before)}
+    return {"image": canvas.permute(1, 2, 0), "matrix": matrix @ before}
 
 
 def collate(samples):
@@ -185,7 +185,9 @@ def collate(samples):
     batch, class, x1, y1, x2, y2, and the rest stacked}."""
     if len({s["image"].dtype for s in samples}) > 1:  # bytes and others: stacking in a worker would not convert them
         samples = [s | {"image": s["image"].float()} for s in samples]
-    batch = {name: default_collate([s[name] for s in samples]) for name in samples[0] if name != "boxes"}
+    batch = {name: default_collate([s[name] for s in samples]) for name in samples[0] if name not in ("boxes", "matrix")}
+    if "matrix" in samples[0]:  # no tensor: wanted here, not on the GPU
+        batch["matrix"] = np.stack([s["matrix"] for s in samples])
     batch["image"] = batch["image"].permute(0, 3, 1, 2)
     batch["boxes"] = torch.cat([F.pad(s["boxes"], (1, 0), value=i) for i, s in enumerate(samples)])
     return batch
@@ -198,7 +200,7 @@ def truths(batch):
 
 
 def move(rows, matrix):
-    """Boxes or detections (n, 4 or more) of x1, y1, x2, y2, ..., moved by a tensor (3, 3) that only scales and shifts.
+    """Boxes or detections (n, 4 or more) of x1, y1, x2, y2, ..., moved by a matrix (3, 3) that only scales and shifts.
     """
     step = rows.new_tensor([matrix[0, 0], matrix[1, 1]] * 2)
     return torch.cat((rows[:, :4] * step + rows.new_tensor([matrix[0, 2], matrix[1, 2]] * 2), rows[:, 4:]), 1)
@@ -206,7 +208,7 @@ def move(rows, matrix):
 
 def restore(rows, matrix):
     """`move` by the inverse: with a letterboxed sample's "matrix", back to pixels of the file."""
-    return move(rows, torch.linalg.inv(matrix.cpu().double()))
+    return move(rows, np.linalg.inv(matrix))
 
 
 class Views(Dataset):
@@ -225,8 +227,7 @@ class Views(Dataset):
         for i, file in enumerate(files):
             count, *size = images.size(file)
             if not images.has_bands(file, bands):
-                raise UserError(f"{file}: has {count} bands, the checkpoint needs band {bands[-1]}; choose another "
-                                f"--source")
+                raise UserError(f"{file}: has {count} bands, band {max(bands)} is asked for; choose other images")
             self.sizes.append(tuple(size))
             self.first.append(len(self.items))
             self.items += [(i, window) for window in [None] + tiles.cover(size, tile, overlap)]

@@ -99,7 +99,7 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
     """-> (indices of the samples to train on, to validate on), by the folds.json in the run's folder, which a resumed
     run finds there. A new run writes it, and prints `leaks` of the files. spec: of `parse`, or the split itself {name:
     fold}; None: nothing to validate. strata, groups: of `assign`. drop: (a noise.csv, the number of its worst
-    files that are not trained on). untrained: all may be held out, for what is trained on is made.
+    files that are not trained on). untrained: all may be held out, because the training images are synthesized.
     """
     noisy = {os.path.realpath(name) for name in review.read_noise(*drop)} if drop else set()
     clean = [i for i, file in enumerate(files) if not noisy or os.path.realpath(file) not in noisy]

@@ -110,7 +110,8 @@ def test_ids(root):
 
 # ---- which files -----------------------------------------------------------------------------------------------------
 def _find(path):
-    """-> Layout, the first that fits: competition, COCO with a training part, YOLO, VOC, one JSON alone."""
+    """-> Layout, the first that fits: competition, COCO with a training part, YOLO, VOC, masks, a JSON amid the images
+    of each part, one JSON alone."""
     if os.path.isfile(path) and path.suffix.lower() == ".json":
         up = path.parent.name.lower() in LABEL_FOLDERS
         return Layout("COCO", path.parent.parent if up else path.parent,

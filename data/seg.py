@@ -50,13 +50,15 @@ def read_mask(path, classes=1, ignore=None, window=None):
     mask = images.read(path, window=window, missing=None)  # often the label to ignore
     if len(mask) != 1:
         raise UserError(f"{path}: a mask has 1 band, this has {len(mask)}; save class indices, not colours")
-    mask = mask[0] if mask.is_floating_point() else mask[0].int()
+    mask = mask[0] if mask.is_floating_point() or mask.dtype == torch.uint8 else mask[0].int()
     if classes == 1 and ignore != 255 and (mask == 255).any():
         if (mask == 1).any():
             raise UserError(f"{path}: has the values 1 and 255; give --ignore 255 if that is no data, else make them "
                             f"one")
         mask = torch.where(mask == 255, 1, mask)
-    values = [v for v in torch.unique(mask).tolist() if v != ignore]
+    bytes_ = mask.dtype == torch.uint8  # no sorting, fifty times as fast
+    values = torch.bincount(mask.flatten(), minlength=256).nonzero()[:, 0] if bytes_ else torch.unique(mask)
+    values = [v for v in values.tolist() if v != ignore]
     top = max(classes - 1, 1)
     wrong = [v for v in values if v != int(v) or not 0 <= v <= top]
     if wrong:
@@ -171,15 +173,16 @@ class SegData(Dataset):
 
 
 class Tiles(Dataset):
-    """Whole images, or windows of one: {"image": (C, H, W), "index"}."""
+    """Some bands (from 1) of whole images, or of windows of one: {"image": (C, H, W), "index"}."""
 
-    def __init__(self, files, windows=None):
-        self.files, self.windows = files, windows
+    def __init__(self, files, bands, windows=None):
+        self.files, self.bands, self.windows = files, bands, windows
 
     def __len__(self):
         return len(self.windows or self.files)
 
     def __getitem__(self, i):
         if not self.windows:
-            return {"image": images.read(self.files[i]).float(), "index": i}  # a batch may be of several dtypes
-        return {"image": images.read(self.files[0], window=self.windows[i]), "index": i}
+            image = images.read(self.files[i], self.bands)
+            return {"image": image.float(), "index": i}  # a batch may be of several dtypes
+        return {"image": images.read(self.files[0], self.bands, window=self.windows[i]), "index": i}

@@ -7,6 +7,7 @@
 Files are read as tensors and nothing else: `torch.load(weights_only=True)`, nets/unpickle.py for whole modules, or the
 safetensors reader below.
 """
+import errno
 import json
 import os
 import re
@@ -79,8 +80,8 @@ def load(model, path_or_name):
     Raises OSError when the file cannot be had, ValueError when it is damaged, not weights of this net, or an
     EfficientNetV2's that was trained with the other padding: it would run and be worse.
     """
-    published = unwrap(download(path_or_name) if path_or_name in URLS else read(path_or_name))
-    state = to_timm_names(published)
+    published = download(path_or_name) if path_or_name in URLS else read(path_or_name)
+    state = to_timm_names(unwrap(published))
     # the anchors once more, in pixels: a buffer of YOLOv5's nets before v6
     state = {name: tensor for name, tensor in state.items() if not name.endswith(".anchor_grid")}
     ours = model.state_dict()
@@ -127,7 +128,8 @@ def classes(path_or_name):
 
 
 def _of_file(state):
-    """What the weights of a file want: our own checkpoints tell it, others' layouts show it (B3's do not: in21k)."""
+    """What the weights of a file want: our own checkpoints tell it, others' layouts show it (not that of a B3: in21k's are assumed).
+    """
     if isinstance(state.get("norm"), (list, tuple)):
         return dict(zip(("mean", "std"), state["norm"]))
     names = to_timm_names(unwrap(state))
@@ -159,8 +161,15 @@ def unwrap(state):
 
 
 def check_padding(net, path_or_name, state):
-    """Raises ValueError when the weights want another padding than the net has. Files with timm's names do not tell."""
-    wants = EXPECTS.get(path_or_name, {}).get("padding", "symmetric" if TORCHVISION_STEM in state else None)
+    """Raises ValueError when the weights want another padding than the net has. Our own checkpoints tell it, files with
+    timm's names do not."""
+    made_by = state["arch"].get("kwargs", {}) if isinstance(state.get("arch"), dict) else {}
+    name = str(made_by.get("encoder", made_by.get("name")))
+    wants = EXPECTS.get(path_or_name, {}).get("padding")
+    if name.startswith("efficientnetv2"):
+        wants = "symmetric" if name.endswith("_tv") else "same"
+    elif TORCHVISION_STEM in unwrap(state):
+        wants = "symmetric"
     if wants and getattr(net, "padding", wants) != wants:
         raise ValueError(f"{path_or_name}: trained with padding {wants!r}, the net has {net.padding!r}; choose the net "
                          f"with the other (a UNet's encoder: efficientnetv2_s for timm's, efficientnetv2_s_tv for "
@@ -229,6 +238,9 @@ def download(name):
         raise OSError(f"{name}: no network? {URLS[name]} did not answer ({getattr(error, 'reason', error)}); "
                       f"fetch it elsewhere and pass the file's path") from None
     except Exception as error:  # another hash, or a damaged file in the cache
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise OSError(f"{name}: cannot be kept in {torch.hub.get_dir()} ({error.strerror}); make room, or set "
+                          f"TORCH_HOME") from None
         reason = f"{type(error).__name__} {error}".partition("\n")[0]
         raise ValueError(f"{name}: not the published file ({reason}); delete it from {torch.hub.get_dir()}/checkpoints "
                          f"and try again") from None

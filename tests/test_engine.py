@@ -1,4 +1,5 @@
 """utils/engine.py: the loop against a loop written by hand, its records, and what it refuses to save."""
+import contextlib
 import copy
 import csv
 import math
@@ -203,6 +204,16 @@ def test_a_row_per_epoch_with_the_mean_losses(tmp_path):
 def test_best_is_the_first_best(tmp_path, scores, best, epochs):
     train(tmp_path, epochs=epochs, size=8, evaluate=given_scores(*scores), save_period=1)
     assert differences(read(tmp_path / "best.pt"), read(tmp_path / f"epoch_{best}.pt")) == []
+
+
+@pytest.mark.parametrize("faults", [(), ("nan@batch:3",), ("term@batch:3",)])
+def test_boards_are_closed_however_the_run_ends(tmp_path, faults):
+    """They flush once in a while only, and what they have lost no resumed run sends again."""
+    told = []
+    boards = report.Boards([(lambda row, step: told.append(step), lambda: told.append("closed"))])
+    with contextlib.suppress(NumericalError, Stopped):
+        train(tmp_path, epochs=1, boards=boards, faults=faults)
+    assert told == ([] if faults else [1]) + ["closed"]
 
 
 @pytest.mark.parametrize("scores, patience, epochs", [

@@ -113,6 +113,13 @@ def test_anchor_loss_is_the_loops(seed, options):
     assert float(loss) == pytest.approx(sum(slow.values()), rel=1e-6)
 
 
+def test_focal_gradients_are_finite_where_a_net_is_sure():
+    """x^gamma has an infinite slope at 0 for gamma < 1, and a sigmoid of 20 is 1 in fp32."""
+    maps, rows = [(raw.detach().float() * 0 + 40).requires_grad_() for raw in anchor_maps(0)], scene(0).float()
+    anchor_loss(maps, rows, ANCHORS.float(), STRIDES, gamma=0.5)[0].backward()
+    assert all(raw.grad.isfinite().all() for raw in maps)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_anchor_loss_of_four_levels_is_the_loops(seed):
     """The coarsest one has matches, or its share would not be seen."""

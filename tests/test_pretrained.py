@@ -638,6 +638,18 @@ def test_the_other_padding_is_refused(tmp_path, monkeypatch, efficientnet):
     one_line(error, "timm:tf_efficientnetv2_b0.in1k", "'same'", "'symmetric'")
 
 
+@pytest.mark.parametrize("kind", ["encoder", "name"])
+def test_the_other_padding_of_our_own_checkpoints_is_refused(kind, tmp_path):
+    """The architecture beside the weights tells it."""
+    for suffix, net in (("_tv", EfficientNetV2("b0")), ("", EfficientNetV2("b0", padding="symmetric"))):
+        path = save(tmp_path / "own.pt", {"arch": {"name": "x", "kwargs": {kind: f"efficientnetv2_b0{suffix}"}},
+                                          "model": net.state_dict()})
+        with pytest.raises(ValueError, match="the net has"):
+            pretrained.load(net, path)
+        right = EfficientNetV2("b0", padding="symmetric" if suffix else "same")
+        assert len(pretrained.load(right, path)["loaded"]) == len(net.state_dict())
+
+
 @pytest.mark.parametrize("wrong", ["efficientnet_b0", "mobilenet_v2", "densenet121"])
 def test_torchvisions_other_nets(wrong, tmp_path):
     """Their names begin as EfficientNetV2's do."""

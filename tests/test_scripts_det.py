@@ -1,5 +1,6 @@
 """train_det.py from files to files, on tiny lots: records, recipes, stages, resuming, several processes."""
 import csv
+import fcntl
 import json
 import math
 import os
@@ -368,6 +369,18 @@ def test_the_second_stage_is_resumed_as_such(script, parking):
     assert len(last("exp-finetune")["history"]) == 2 and settings("exp-finetune")["lr"] == 0.0032
 
 
+def is_locked(folder):
+    """Whether another process would find the run folder taken."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            fcntl.lockf(open(folder / "lock", "a+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os._exit(0)
+        except BlockingIOError:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
 def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking, monkeypatch):
     """By torchrun, with the first stage's command line: it must not begin with the first stage again."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
@@ -380,8 +393,11 @@ def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking,
     flags = ["--data", parking, *STAGED, "--stages", "1,2"]
     with pytest.raises(Stopped):
         script(train_det, *flags)
-    monkeypatch.setattr(train_det.engine, "fit", fit)
+    held = []
+    monkeypatch.setattr(train_det.engine, "fit", lambda *args, folder, **options: (
+        held.append(is_locked(folder)), fit(*args, folder=folder, **options))[1])
     script(train_det, *flags)
+    assert held == [True]  # to read a lock that one holds would be to give it back
     assert [p.name for p in sorted(Path("runs/det").iterdir()) if p.is_dir()] == ["exp", "exp-finetune"]
     second = settings("exp-finetune")
     assert (second["preset"], second["lr"], second["weights"]) == ("finetune", 0.0032, "runs/det/exp/last.pt")

@@ -120,7 +120,7 @@ def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     state = checkpoint.load(trained / "best.pt")
     args = Namespace(amp="off", compile=False, tta=[], tta_scales=None, merge=None, bs=4)
     path = sorted((wildfire / "test_img").iterdir())[0]
-    raw = images.read(path)[None]
+    raw = images.read(path, state["bands"])[None]
     with torch.inference_mode():
         got = ensemble(args, [state])(raw)[0, 0].numpy()
         net = checkpoint.load_weights(UNet(**state["arch"]["kwargs"]).eval(), state, "x")
@@ -138,7 +138,7 @@ def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
 def test_an_ensemble_is_the_mean_of_its_members(trained, wildfire):
     states = [checkpoint.load(trained / name) for name in ("best.pt", "epoch_5.pt")]
     args = Namespace(amp="off", compile=False, tta=None, tta_scales=None, merge=None, bs=4)
-    raw = images.read(sorted((wildfire / "test_img").iterdir())[1])[None]
+    raw = images.read(sorted((wildfire / "test_img").iterdir())[1], states[0]["bands"])[None]
     with torch.inference_mode():
         one, two = (ensemble(args, [state])(raw) for state in states)
         both = ensemble(args, states)(raw)

@@ -74,7 +74,7 @@ def nms(rows, *, conf=0.001, iou=0.6, max_det=300, multi_label=True, max_candida
     Equal scores are ranked by row, then by class. Predictions of several passes over the same image (TTA, slices) are
     concatenated along N by the caller.
     """
-    rows = rows.float()
+    rows = rows.float().cpu() if rows.device.type == "mps" else rows.float()  # which has no float64
     # the best class first: few rows are left to be copied, and NaN fails every comparison
     image, row = (rows[..., 4] * rows[..., 5:].amax(-1) > conf).nonzero(as_tuple=True)
     per_image = rows[image, row].split(image.bincount(minlength=len(rows)).tolist())
@@ -142,7 +142,7 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
         return torch.zeros(0, 6)
     device = detections[0].device
     boxes = torch.cat([d[:, :4] for d in detections]).cpu().double()
-    scores = torch.cat([d[:, 4].double() * w for d, w in zip(detections, weights)]).cpu()
+    scores = torch.cat([d[:, 4].cpu().double() * w for d, w in zip(detections, weights)])
     labels = torch.cat([d[:, 5] for d in detections]).cpu()
     models = torch.arange(len(detections)).repeat_interleave(torch.tensor([len(d) for d in detections]))
     used = torch.cat([d[:, 4] > conf for d in detections]).cpu() & boxes.isfinite().all(1) & scores.isfinite()

@@ -13,7 +13,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from utils.errors import UserError
 
-PATIENCE = timedelta(minutes=10)  # for the other ranks, which may validate or fill a cache meanwhile
+PATIENCE = timedelta(hours=1)  # for the other ranks, which may read all images or fill a cache meanwhile
 
 
 def rank():
@@ -41,8 +41,9 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def setup(device="auto"):
-    """Picks this process's device and joins the group. `device`: "auto", "cpu", "cuda", "cuda:1", "mps".
+def setup(device="auto", patience=None):
+    """Picks this process's device and joins the group. `device`: "auto", "cpu", "cuda", "cuda:1", "mps". patience: how
+    long others are waited for, None: PATIENCE; one that has died is noticed at once.
 
     Raises UserError for a device that is not there.
     """
@@ -64,7 +65,8 @@ def setup(device="auto"):
     if world_size() > 1:
         # small decisions (stop? save?) travel between CPUs, so that they never wait for the GPU's queue
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_new_store(), rank=rank(), world_size=world_size(), timeout=PATIENCE)
+        dist.init_process_group(backend, store=_new_store(), rank=rank(), world_size=world_size(),
+                                timeout=patience or PATIENCE)
         if device.type == "cpu":  # torchrun sets one thread per process; share the cores instead
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

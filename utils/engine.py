@@ -197,7 +197,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
         if dist.rank() == 0:
             checkpoint.save(folder / name, saved, keep_previous=name == "last.pt")
 
-    with Signals() as signals:
+    boards = boards or report.Boards([])
+    with contextlib.closing(boards), Signals() as signals:
         while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
             epoch, began = len(state.history), time.monotonic()
             _train_epoch(net, loader, state, schedule, compute_loss, save=save, signals=signals, epoch=epoch,
@@ -247,8 +248,6 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             _stop_if(dist.any_rank(signals.signum), state)
         elif swa:
             dist.print0("no swa.pt: --patience has ended the run before its epochs for --swa")
-    if boards:
-        boards.close()
     if dist.rank() == 0:
         try:
             summary.write(folder)
@@ -368,7 +367,7 @@ class Progress:
 
     def show(self, *, loss, lr, device):
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.bar.set_postfix_str(f"loss {float(loss):.4g}, lr {lr:.2g}, {peak / 2**30:.1f} GiB", refresh=False)
         self.shown = time.monotonic()
 
@@ -385,8 +384,7 @@ def _out_of_patience(scores, patience):
 def _record(folder, history, boards):
     _write_results(folder, history)
     if dist.rank() == 0:
-        if boards:
-            boards.log(history[-1], history[-1]["epoch"])
+        boards.log(history[-1], history[-1]["epoch"])
         print("  ".join(f"{k} {v:.4g}" for k, v in history[-1].items()), flush=True)
 
 

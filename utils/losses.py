@@ -260,7 +260,7 @@ def cross_entropy(logits, labels, smoothing=0., weight=None, ignore=None):
 
 # ---- Cross entropies of what is hard --------------------------------------------------------------------------------
 
-def _focus(loss, distance, gamma):
+def focus(loss, distance, gamma):
     """A loss times distance^gamma. The slope of x^gamma with gamma < 1 is infinite at 0, hence a least distance."""
     return loss * distance.clamp(min=1e-6) ** gamma
 
@@ -272,7 +272,7 @@ def focal(logits, labels, smoothing=0., gamma=2., ignore=None):
     logits, labels, valid = _masked_pair(logits, labels, ignore)
     soft = labels * (1 - smoothing) + smoothing / 2
     loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
-    return _mean(_focus(loss, (soft - logits.sigmoid()).abs(), gamma), valid)
+    return _mean(focus(loss, (soft - logits.sigmoid()).abs(), gamma), valid)
 
 
 @_in_fp32
@@ -282,7 +282,7 @@ def focal_softmax(logits, labels, gamma=2., ignore=None):
     segmentation-models-pytorch is another: the mean of binary focal losses of the classes.)"""
     logits, labels, valid = _masked_classes(logits, labels, ignore)
     loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
-    return _mean(_focus(loss, -torch.expm1(-loss), gamma), valid)  # loss is -log p
+    return _mean(focus(loss, -torch.expm1(-loss), gamma), valid)  # loss is -log p
 
 
 def _top_mean(loss, valid, share):
@@ -292,7 +292,7 @@ def _top_mean(loss, valid, share):
     without ignored elements, and those beyond rank k do not count.
     """
     largest = (loss * valid).flatten().topk(max(1, int(share * loss.numel()))).values
-    k = (share * valid.sum().double()).long().clamp(min=1)
+    k = (share * valid.sum()).long().clamp(1, len(largest))
     return (largest * (torch.arange(len(largest), device=k.device) < k)).sum() / k
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from utils import dist
 from utils.boxes import iou, to_xywh, to_xyxy
+from utils.losses import focus
 
 BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # by the number of levels: weights of their objectness
 
@@ -166,7 +167,7 @@ def _bce(logits, target, pos_weight, gamma):
     weight = logits.new_tensor(pos_weight) if pos_weight != 1 else None
     loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
     if gamma:  # right for soft targets too, where |target - p| is how far off it is
-        loss = loss * (target - logits.sigmoid()).abs() ** gamma
+        loss = focus(loss, (target - logits.sigmoid()).abs(), gamma)
     return loss
 
 

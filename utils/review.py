@@ -2,7 +2,7 @@
 
     python -m utils.report noise runs/seg/fold0 runs/seg/fold1 ...     # -> noise.csv, the worst first, and their pictures
 
-A run's samples.csv has a row per validation sample: name (the image's path), score (higher is better: IoU, AP, -loss),
+A run's samples.csv has a row per validation sample: name (the image's path), score (higher is better: IoU, F1, -loss),
 of the worst a picture in the run's folder, and whatever else is known of it. No net is run here.
 """
 import contextlib

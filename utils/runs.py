@@ -37,7 +37,7 @@ def lock(path):
         file = open(path / "lock", "a+")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
-        file.write(_launcher())
+        file.write(launcher())
         file.flush()
     except BlockingIOError:
         raise UserError(f"{path}: another process trains in this run folder; stop it first") from None
@@ -46,7 +46,7 @@ def lock(path):
     _locks.append(file)
 
 
-def _launcher():
+def launcher():
     """Names this process's torchrun agent, which lives on when its workers are restarted: host, number, start time."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
@@ -60,10 +60,10 @@ def _launcher():
 
 def restarted(project):
     """The run folder that this torchrun worked in before it restarted its workers, or None."""
-    if not _launcher():
+    if not launcher():
         return None
     for path in sorted(Path(project).glob("*/**/lock"), key=_age):
-        if path.read_text() == _launcher():
+        if path.read_text() == launcher():
             return path.parent
     return None
 

@@ -86,8 +86,8 @@ def tables(folders, metric=None):
     """-> {project: rows, the best run first}; a project is a folder of runs. A row has the COLUMNS.
 
     metric: the column of results.csv to sort by (the higher the better, with "loss" in its name the lower); by default
-    the first one whose name says that higher is better and which is no term of --loss. A run's best value is that over
-    its epochs, of the last or EMA weights; `swa` is that of swa.pt, by which no run is sorted. Runs with different
+    the first one whose name says that higher is better. A run's best value is that over its epochs, of the last or EMA
+    weights; `swa` is that of swa.pt, by which no run is sorted. Runs with different
     metrics are not compared, those without any value come last. For runs without run.json, the flags shown are those
     that differ from most of the project's runs.
     Raises UserError when there is no run. What is damaged is left out, with a line on stderr.
@@ -139,7 +139,7 @@ def _rows(found, metric=None):
 def _row(run, chosen, note, usual, metric):
     """-> (sort key, row)"""
     results = _read_results(run / "results.csv")
-    name = _metric(results, chosen, metric)
+    name = _metric(results, metric)
     known = [row for row in results if math.isfinite(row.get(name, math.nan))]
     lower = "loss" in (name or "")
     best = (min if lower else max)(known, key=lambda row: row[name], default=None)
@@ -160,14 +160,12 @@ def _number(value):
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
-def _metric(results, chosen, wanted):
+def _metric(results, wanted):
     """The name of the score's column, or None."""
     columns = list(results[0]) if results else []
     if wanted:
         return wanted if wanted in columns else None
-    terms = chosen.get("loss")
-    terms = [term[0] for term in terms if isinstance(term, list) and term] if isinstance(terms, list) else []
-    return next((name for name in columns if higher_is_better(name) and name not in terms), None)
+    return next((name for name in columns if higher_is_better(name)), None)
 
 
 def _most_common(dicts):

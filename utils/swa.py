@@ -19,7 +19,7 @@ def swa_epochs(epochs, share, cycle=0):
     cycles. At least one where share > 0. Raises UserError for a cycle that is longer than the run.
     """
     length = max(cycle, 1)
-    if length > epochs:
+    if share and length > epochs:
         raise UserError(f"--swa-cycle {cycle}: longer than the run's {epochs} epochs; lower it, or raise --epochs")
     count = min(max(round(share * epochs / length), 1), epochs // length) if share else 0
     return range(epochs - (count - 1) * length, epochs + 1, length)
