@@ -240,16 +240,10 @@ def predict_seg(args, device, paths, states, nets):
                    *("pseudo/train_mask",) * bool(args.pseudo)):
         (out / folder).mkdir(parents=True, exist_ok=True)
 
-    def decide(probs):
-        """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W)}."""
-        masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
-        sure = {"pseudo/train_mask": pseudo.sure_mask(probs, masks, args.pseudo, unsure).numpy()} if args.pseudo else {}
-        return {"masks": masks.numpy()} | sure
-
     def pieces(file, part):
         """Yields (folder, row, column, class map (h, w)) of a part (y, x, height, width) of an image."""
         for y, x, probs in blocks(file, part, bands, predict, tile, args):
-            for folder, [mask] in decide(probs[None]).items():
+            for folder, [mask] in decide(probs[None], threshold, args.pseudo, unsure).items():
                 yield folder, y, x, mask
 
     small = [file for file in files if max(sizes[file][1:]) <= tile and not args.detector]
@@ -259,7 +253,7 @@ def predict_seg(args, device, paths, states, nets):
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
-            decided = decide(predict(batch["image"]))
+            decided = decide(predict(batch["image"]), threshold, args.pseudo, unsure)
             for k, i in enumerate(batch["index"].tolist()):
                 for folder, masks in decided.items():
                     with submissions.new_mask(small[i], out / folder) as target:
@@ -329,6 +323,16 @@ def seg_views(args, net, exclusive, x):
         x = geometry.warp(x, geometry.translate(0, 0), padded, border="reflect")
     maps = tta.maps(lambda view: probabilities(run(net, view)), x, make_passes(args, "seg", padded, stride=net.stride))
     return tta.merge(maps, args.merge or "mean", exclusive=exclusive)[..., :height, :width]
+
+
+def decide(probs, threshold, sure, unsure):
+    """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W)}; for pseudo labels too, where
+    `sure` is their least probability, and `unsure` what stands where it is less."""
+    masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
+    decided = {"masks": masks.numpy()}
+    if sure:
+        decided["pseudo/train_mask"] = pseudo.sure_mask(probs, masks, sure, unsure).numpy()
+    return decided
 
 
 def blocks(file, part, bands, predict, tile, args):

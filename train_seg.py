@@ -53,9 +53,9 @@ def parse_args():
     add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows; in the validation none")
     add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
     add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
-    add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="weight of the loss of a second head that tells "
-        "which classes an image has, and clears the masks of others; where pixels are ignored it learns only of classes "
-        "that are seen; 0: no head")
+    add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="weight of the loss of a second head "
+        "that tells which classes an image has, and clears the masks of others; where pixels are ignored it learns of "
+        "those that are seen; 0: no head")
     add("--p-object", type=real(0, 1), default=0.0, help="probability that a crop is laid over an object")
     add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
     add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")

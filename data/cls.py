@@ -263,7 +263,8 @@ class Views(Dataset):
     only; `views[index]` -> the sample and the view of the whole. Both are the sample with
         "matrix": float64 (3, 3) onto the net's imgsz x imgsz canvas, "hole": float32 (4,) x1, y1, x2, y2 on that
         canvas, to be blanked, and "index".
-    The batch is warped by its matrices at once, where the net is: `see`. options: of `augment.turn`.
+    The batch is warped by its matrices at once, where the net is: `see`. Images of several sizes are filled up to the
+    largest of the batch, which a turned view's corners show. options: of `augment.turn`.
     source: `Images`, or data.dirty_mnist.Synthetic, which makes a new image for every (epoch, index).
     """
 

@@ -75,7 +75,7 @@ class Block(nn.Module):
         fuse_pair(self, *self.pairs)
 
 
-class Plain(Block):
+class ConvBnAct(Block):
     """3x3 alone (expansion 1), the only block with an activation before the sum."""
 
     pairs = (("conv", "bn1"),)
@@ -89,8 +89,8 @@ class Plain(Block):
         return silu(self.bn1(self.conv(x)))
 
 
-class Fused(Block):
-    """3x3 that expands -> 1x1: faster than Inverted where maps are large and channels few (section 3.2)."""
+class FusedMBConv(Block):
+    """3x3 that expands -> 1x1: faster than MBConv where maps are large and channels few (section 3.2)."""
 
     pairs = (("conv_exp", "bn1"), ("conv_pwl", "bn2"))
 
@@ -117,7 +117,7 @@ class SqueezeExcite(nn.Module):
         return x * self.conv_expand(silu(self.conv_reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
-class Inverted(Block):
+class MBConv(Block):
     """1x1 that expands -> depthwise 3x3 -> squeeze and excite -> 1x1 (MobileNetV2's block, as MnasNet has it)."""
 
     pairs = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
@@ -140,8 +140,8 @@ class Inverted(Block):
 
 
 # of every variant, stage by stage: block, expansion, stride (only M and L have the seventh)
-STAGES = ((Plain, 1, 1), (Fused, 4, 2), (Fused, 4, 2), (Inverted, 4, 2), (Inverted, 6, 1), (Inverted, 6, 2),
-          (Inverted, 6, 1))
+STAGES = ((ConvBnAct, 1, 1), (FusedMBConv, 4, 2), (FusedMBConv, 4, 2), (MBConv, 4, 2), (MBConv, 6, 1), (MBConv, 6, 2),
+          (MBConv, 6, 1))
 VARIANTS = {  # width of the stem, of the last 1x1, then (blocks, width) of the stages
     "s": (24, 1280, (2, 24), (4, 48), (4, 64), (6, 128), (9, 160), (15, 256)),
     "m": (24, 1280, (3, 24), (5, 48), (5, 80), (7, 160), (14, 176), (18, 304), (5, 512)),

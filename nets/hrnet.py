@@ -1,4 +1,4 @@
-"""HRNet (Sun et al. 2019, arXiv 1902.09212; Wang et al. 2020, arXiv 1908.07919): four resolutions, none is ever left.
+"""HRNet (Sun et al. 2019, arXiv 1902.09212; Wang et al. 2020, arXiv 1908.07919): four resolutions side by side.
 
 Others shrink the map and, for masks, a decoder enlarges it again; here branches at strides 4, 8, 16 and 32 exchange
 what they know every few blocks. Tensor names are timm's, so that its weights (hrnet_w18 ... hrnet_w64, and those of
@@ -38,7 +38,7 @@ class ConvNorm(nn.Sequential):
         fuse_pair(self, ("0", "1"))
 
 
-class Basic(nn.Module):
+class BasicBlock(nn.Module):
     """ResNet's: 3x3 -> 3x3 with a residual."""
 
     def __init__(self, width):
@@ -88,7 +88,7 @@ def exchange(widths, source, target):
     return nn.Sequential(*chain, ConvNorm(widths[source], widths[target], 3, 2, act=None))
 
 
-class Module(nn.Module):
+class HighResolutionModule(nn.Module):
     """`blocks` blocks in every branch, then every branch becomes the sum of what all of them tell it.
 
     `forward(*maps)` -> list of maps of the same shapes, fine to coarse.
@@ -97,7 +97,7 @@ class Module(nn.Module):
     def __init__(self, widths, blocks):
         super().__init__()
         each = range(len(widths))
-        self.branches = nn.ModuleList(nn.Sequential(*(Basic(width) for _ in range(blocks))) for width in widths)
+        self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(width) for _ in range(blocks))) for width in widths)
         self.fuse_layers = nn.ModuleList(nn.ModuleList(exchange(widths, j, i) for j in each) for i in each)
 
     def forward(self, *maps):
@@ -145,7 +145,8 @@ class HRNet(nn.Module):
             if i > 2:
                 kept, added = [nn.Identity()] * (i - 1), nn.Sequential(ConvNorm(*widths[i - 2:i], 3, 2))
                 self.add_module(f"transition{i - 1}", nn.ModuleList([*kept, added]))
-            self.add_module(f"stage{i}", nn.Sequential(*(Module(widths[:i], blocks) for _ in range(count))))
+            stage = nn.Sequential(*(HighResolutionModule(widths[:i], blocks) for _ in range(count)))
+            self.add_module(f"stage{i}", stage)
         if num_classes is not None:
             self.incre_modules = nn.ModuleList(nn.Sequential(Bottleneck(*w)) for w in zip(widths, HEAD))
             self.downsamp_modules = nn.ModuleList(ConvNorm(*HEAD[i:i + 2], 3, 2, bias=True) for i in range(3))

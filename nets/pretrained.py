@@ -128,8 +128,8 @@ def classes(path_or_name):
 
 
 def _of_file(state):
-    """What the weights of a file want: our own checkpoints tell it, others' layouts show it (not that of a B3: in21k's are assumed).
-    """
+    """What the weights of a file want: our own checkpoints tell it, others' layouts show it (not that of a B3, which is
+    taken for in21k's)."""
     if isinstance(state.get("norm"), (list, tuple)):
         return dict(zip(("mean", "std"), state["norm"]))
     names = to_timm_names(unwrap(state))

@@ -12,7 +12,7 @@ from nets import pretrained
 from nets.backbones import NAMES as ENCODERS
 from nets.backbones import make as make_encoder
 from nets.blocks import fuse
-from nets.hrnet import VARIANTS, HRNet, Module, enlarge
+from nets.hrnet import VARIANTS, HighResolutionModule, HRNet, enlarge
 from nets.unet import Concatenation, UNet
 from tests.test_efficientnet import bare, filled
 from tests.test_nets import assert_equal, count, lived_in, randn
@@ -137,7 +137,7 @@ def test_enlarged_maps_lie_where_the_finer_ones_lie(size):
 
 def test_a_module_exchanges_between_all_branches():
     """The formula, in float64: branch i becomes relu(sum over j of what j tells it), on maps of odd sizes."""
-    net = lived_in(Module((4, 6, 8), 1)).double().eval()
+    net = lived_in(HighResolutionModule((4, 6, 8), 1)).double().eval()
     maps = [randn(2, 4, 13, 9).double(), randn(2, 6, 7, 5).double(), randn(2, 8, 4, 3).double()]
 
     def convolve(x, layer, stride=1):
@@ -232,7 +232,7 @@ def test_checkpointing_changes_nothing_but_memory(make):
     saving.load_state_dict(plain.state_dict())
     runs = []
     for name, module in saving.named_modules():
-        if isinstance(module, Module) or name.endswith("layer1.0") or isinstance(module, Concatenation):
+        if isinstance(module, HighResolutionModule) or name.endswith("layer1.0") or isinstance(module, Concatenation):
             module.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     losses = [net(randn(2, 3, 33, 48)).square().mean() for net in (plain, saving)]
     for loss in losses:

@@ -91,7 +91,8 @@ def test_a_run_and_a_folder_above_it_are_the_same_runs(tmp_path):
 
 def test_the_score_is_no_loss_term_and_no_rate(tmp_path):
     run = make(tmp_path / "seg/exp", [0.5], loss=[["dice", 1.0], ["bce", 1.0]])
-    (run / "results.csv").write_text("epoch,lr,loss,dice_loss,val_dice_loss,iou,f1,seconds\n1,1,2,0.99,0.98,0.25,0.4,60\n")
+    (run / "results.csv").write_text("epoch,lr,loss,dice_loss,val_dice_loss,iou,f1,seconds\n"
+                                     "1,1,2,0.99,0.98,0.25,0.4,60\n")
     assert rows(tmp_path)["exp"]["metric"] == "iou" and rows(tmp_path)["exp"]["best"] == 0.25
     for name, key in (("det", "ap"), ("cls", "acc"), ("seg", "miou"), ("own", "val/score")):
         make(tmp_path / "more" / name, [0.5], key=key)

@@ -1,7 +1,7 @@
 """Boxes: overlap, non-maximum suppression, and the fusion of several models' detections.
 
 Boxes are x1 y1 x2 y2 in continuous pixel coordinates (utils/geometry.py). Detections are rows (n, 6) of
-x1 y1 x2 y2 score class. Everything computes in float32 at least, on the device of its input.
+x1 y1 x2 y2 score class. Everything computes in float32 at least, on the device of its input; fusion on the CPU.
 """
 import math
 

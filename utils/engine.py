@@ -5,10 +5,10 @@ A script gives two functions, and this is all that the loop knows about its task
     compute_loss(model, batch) -> (loss, {name: value})      loss: mean over the batch
     evaluate(model) -> {name: value}                         the first value is the score, higher is better
 
-The state of a run is: weights, average, optimizer, scaler, the number of optimizer steps done, and one row per
-finished epoch. Everything else follows from these: position in the data, learning rate, best score. Random
-numbers do too: torch's generators are seeded from (seed, epoch, batch, rank) before every batch. A run that is
-killed anywhere and resumed therefore ends with the same bits as one that was not.
+The state of a run is: weights, their averages, optimizer, scaler, the number of optimizer steps done, the running
+epoch's losses, and a row and a score per finished epoch. Everything else follows from these: position in the data,
+learning rate, best score. Random numbers do too: torch's generators are seeded from (seed, epoch, batch, rank) before
+every batch. A run that is killed anywhere and resumed therefore ends with the same bits as one that was not.
 """
 import contextlib
 import math

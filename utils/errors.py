@@ -53,7 +53,8 @@ def one_line(error):
 
 
 def cli(main):
-    """Runs a script's `main()` and ends the process: 0, 2 or 3 with one line on stderr, 130, 143."""
+    """Runs a script's `main()` and ends the process: 0; 2 or 3 with one line on stderr; 130, 143 after a signal; 141
+    when nobody reads its output any more; 1 with a traceback for what is our fault."""
     def stop(signum, frame):
         raise Stopped(signum)
 

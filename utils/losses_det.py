@@ -85,51 +85,51 @@ def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10,
     logits = raw[..., :4 * bins].unflatten(-1, (4, bins))
     # no matrix product, whose terms autocast would round
     distances = (logits.softmax(-1) * torch.arange(bins, device=raw.device, dtype=raw.dtype)).sum(-1) * scale
-    found = torch.cat((centres - distances[..., :2], centres + distances[..., 2:]), -1)  # (B, N, 4)
-    truths, classes, there = pad(boxes, len(raw))
+    predicted = torch.cat((centres - distances[..., :2], centres + distances[..., 2:]), -1)  # (B, N, 4)
+    truths, classes, mask = pad(boxes, len(raw))
     with torch.no_grad():
-        owner, goal = assign(raw[..., 4 * bins:].sigmoid(), found, centres, scale, truths, classes, there,
-                             topk=topk, alpha=alpha, beta=beta)
-    total = dist.mean(goal.sum()).clamp(min=1 / dist.world_size())  # at least 1 over all ranks
+        assigned, target_scores = assign(raw[..., 4 * bins:].sigmoid(), predicted, centres, scale, truths, classes,
+                                         mask, topk=topk, alpha=alpha, beta=beta)
+    total = dist.mean(target_scores.sum()).clamp(min=1 / dist.world_size())  # at least 1 over all ranks
 
     labels = torch.zeros_like(raw[..., 4 * bins:])
-    labels.scatter_(2, classes.gather(1, owner)[..., None], goal[..., None])
+    labels.scatter_(2, classes.gather(1, assigned)[..., None], target_scores[..., None])
     lcls = F.binary_cross_entropy_with_logits(raw[..., 4 * bins:], labels, reduction="sum") / total
-    image, cell = goal.nonzero(as_tuple=True)
-    weight, target = goal[image, cell], truths[image, owner[image, cell]]
-    lbox = ((1 - iou(found[image, cell], target, kind="ciou")) * weight).sum() / total
+    image, cell = target_scores.nonzero(as_tuple=True)
+    weight, target = target_scores[image, cell], truths[image, assigned[image, cell]]
+    lbox = ((1 - iou(predicted[image, cell], target, kind="ciou")) * weight).sum() / total
     sides = torch.cat((centres[cell] - target[:, :2], target[:, 2:] - centres[cell]), 1) / scale[cell]
     ldfl = (distribution_focal(logits[image, cell], sides).mean(1) * weight).sum() / total
     parts = {"box": box * lbox, "dfl": dfl * ldfl, "cls": cls * lcls}
     return sum(parts.values()), parts
 
 
-def assign(scores, found, centres, scale, truths, classes, there, *, topk, alpha, beta):
+def assign(scores, predicted, centres, scale, truths, classes, mask, *, topk, alpha, beta):
     """Task-aligned assignment: each box gets the `topk` cells within it that do best by score^alpha * IoU^beta.
 
-    scores (B, N, C), 0..1, and found (B, N, 4): what the net says; centres (N, 2) and scale (N, 1): the cells'
-    centres and strides, pixels; truths (B, M, 4), classes (B, M), there (B, M): the boxes, see `pad`.
-    -> owner (B, N): the cell's box, 0..M-1 (of several claimants the one with the highest IoU); goal (B, N): the score
-    that the cell should give, 0 where it has no box: the alignment, scaled so that a box's best cell gets the box's
-    best IoU.
+    scores (B, N, C), 0..1, and predicted (B, N, 4): what the net says; centres (N, 2) and scale (N, 1): the cells'
+    centres and strides, pixels; truths (B, M, 4), classes (B, M), mask (B, M): the boxes, see `pad`.
+    -> assigned (B, N): the cell's box, 0..M-1 (of several claimants the one with the highest IoU); target_scores
+    (B, N): the score that the cell should give, 0 where it has no box: the alignment, scaled so that a box's best cell
+    gets the box's best IoU.
     """
     # a box narrower than a stride may have no cell's centre in it: all count as at least two strides wide
     middle, half = (truths[..., :2] + truths[..., 2:]) / 2, (truths[..., 2:] - truths[..., :2]) / 2
     reach = torch.maximum(half[:, :, None], scale)  # (B, M, N, 2)
-    inside = ((centres - middle[:, :, None]).abs() < reach).all(-1) & there[..., None]
-    overlap = iou(truths[:, :, None], found[:, None]).clamp(min=0) * inside  # (B, M, N)
+    inside = ((centres - middle[:, :, None]).abs() < reach).all(-1) & mask[..., None]
+    overlap = iou(truths[:, :, None], predicted[:, None]).clamp(min=0) * inside  # (B, M, N)
     score = scores.transpose(1, 2).gather(1, classes[..., None].expand(-1, -1, scores.shape[1]))
     align = score ** alpha * overlap ** beta * inside
     best = align.topk(min(topk, align.shape[-1]), dim=-1).indices
     claimed = torch.zeros_like(inside).scatter_(2, best, True) & inside
     overlap_claimed = torch.where(claimed, overlap, -1)
-    value, owner = overlap_claimed.max(1)
-    mine = claimed & (torch.arange(truths.shape[1], device=owner.device)[:, None] == owner[:, None])
+    value, assigned = overlap_claimed.max(1)
+    mine = claimed & (torch.arange(truths.shape[1], device=assigned.device)[:, None] == assigned[:, None])
     align = align * mine
     peak = (overlap * mine).amax(-1, keepdim=True)
     # at the start the best alignment of a small object may be 1e-15: what is added to it against 0 / 0 must be less
-    goal = (align * peak / align.amax(-1, keepdim=True).clamp(min=torch.finfo(align.dtype).tiny)).amax(1)
-    return owner, goal
+    target_scores = (align * peak / align.amax(-1, keepdim=True).clamp(min=torch.finfo(align.dtype).tiny)).amax(1)
+    return assigned, target_scores
 
 
 def distribution_focal(logits, target):

@@ -1,7 +1,8 @@
-"""Metrics that count: update() adds counts, reduce() sums them over ranks, compute() divides once, at the end.
+"""Metrics that count: update() adds counts (or keeps a row per sample), reduce() sums them over ranks (or gathers
+those), compute() divides once, at the end.
 
-Counts are whole numbers, so the result depends neither on the batch size nor on how the samples were dealt to
-ranks. The first key of compute() is the fitness (higher is better).
+So the result depends neither on the batch size nor on how the samples were dealt to ranks. The first key of compute()
+is the score (higher is better).
 """
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Which samples a run gets wrong: a ranking for relabelling, a page of the best and worst, scores by size.
 
-    python -m utils.report noise runs/seg/fold0 runs/seg/fold1 ...     # -> noise.csv, the worst first, and their pictures
+    python -m utils.report noise runs/seg/fold0 runs/seg/fold1 ...     # -> noise.csv, the worst first, and pictures
 
 A run's samples.csv has a row per validation sample: name (the image's path), score (higher is better: IoU, F1, -loss),
 of the worst a picture in the run's folder, and whatever else is known of it. No net is run here.

@@ -87,9 +87,9 @@ def tables(folders, metric=None):
 
     metric: the column of results.csv to sort by (the higher the better, with "loss" in its name the lower); by default
     the first one whose name says that higher is better. A run's best value is that over its epochs, of the last or EMA
-    weights; `swa` is that of swa.pt, by which no run is sorted. Runs with different
-    metrics are not compared, those without any value come last. For runs without run.json, the flags shown are those
-    that differ from most of the project's runs.
+    weights; `swa` is that of swa.pt, by which no run is sorted. Runs with different metrics are not compared, those
+    without any value come last. For runs without run.json, the flags shown are those that differ from most of the
+    project's runs.
     Raises UserError when there is no run. What is damaged is left out, with a line on stderr.
     """
     found = sorted({path.parent for folder in folders for name in RECORDS for path in Path(folder).rglob(name)})
