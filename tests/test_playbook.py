@@ -125,9 +125,9 @@ def test_mixed_runs_are_what_they_say_and_resume_to_the_same_bits(script, dots, 
         straight, broken = (read(f"runs/seg/{run}/{name}") for run in ("straight", "broken"))
         assert differences(straight, broken) == [] and straight["step"] == 4
     rows = straight["history"]
-    assert all(np.isfinite(row["loss"]) for row in rows) and ("presence" in rows[0]) == ("--presence" in flags)
+    assert all(np.isfinite(row["loss"]) for row in rows) and ("presence_loss" in rows[0]) == ("--presence" in flags)
     if "--presence" in flags:
-        assert all(row["loss"] == pytest.approx(row["bce"] + row["presence"], rel=1e-5) for row in rows)
+        assert all(row["loss"] == pytest.approx(row["bce_loss"] + row["presence_loss"], rel=1e-5) for row in rows)
 
 
 # ---- pseudo labels and extra data ------------------------------------------------------------------------------------

@@ -213,8 +213,8 @@ def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms)
     script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--classes", classes, "--ignore", 255, "--label-smoothing",
            0.1, "--loss", *(f"{name}={weight}" for name, weight in terms.items()))
     row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
-    assert row["loss"] == pytest.approx(sum(weight * row[name] for name, weight in terms.items()), rel=1e-5)
-    assert all(0 < row[name] < 10 for name in terms) and set(seen) == {(255, 0.1)}
+    assert row["loss"] == pytest.approx(sum(weight * row[f"{name}_loss"] for name, weight in terms.items()), rel=1e-5)
+    assert all(0 < row[f"{name}_loss"] < 10 for name in terms) and set(seen) == {(255, 0.1)}
 
 
 def test_smoothing_without_a_loss_that_smooths(script, refused, small):
@@ -264,7 +264,8 @@ def test_the_head_learns_nothing_of_what_is_not_known(script, monkeypatch, tmp_p
     assert sorted(labels[:, 0].tolist()) == sorted(1.0 if sure else -1.0 for sure in known)
     assert ((grad != 0) == (labels == 1)).all() and np.isfinite(value) and (value > 0) == any(known)
     row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
-    assert row["presence"] == pytest.approx(value) and row["loss"] == pytest.approx(row["dice"] + value, rel=1e-5)
+    assert row["presence_loss"] == pytest.approx(value)
+    assert row["loss"] == pytest.approx(row["dice_loss"] + value, rel=1e-5)
 
 
 @pytest.mark.parametrize("classes", [1, 4])
