@@ -177,7 +177,8 @@ def _resample(image, inverse, size, mode, border, fill):
         values = values.repeat(1, 1, *(2 if side == 1 else 1 for side in values.shape[-2:]))
     height, width = values.shape[-2:]
     inverse = np.reshape(inverse, (-1, 3, 3))
-    values, dtype = (values - float(fill) if border == "constant" else values), values.dtype
+    dtype, filled = values.dtype, border == "constant" and fill  # grid_sample fills up with 0 only
+    values = values - float(fill) if filled else values
     if border == "wrap":  # places are brought back inside, for which sums must be wide
         dtype = torch.float32 if image.device.type == "mps" else torch.float64
     else:
@@ -195,7 +196,6 @@ def _resample(image, inverse, size, mode, border, fill):
     grid = grid.to(values).expand(len(values), -1, -1, -1)
     padding = {"constant": "zeros", "reflect": "reflection", "wrap": "border"}[border]
     out = F.grid_sample(values, grid, mode=mode, padding_mode=padding, align_corners=border == "reflect")
-    if border == "constant":
-        out = out + float(fill)
+    out = out + float(fill) if filled else out
     out = (out if image.is_floating_point() else out.round()).to(image.dtype)
     return out if image.ndim == 4 else out[0]
