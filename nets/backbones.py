@@ -24,6 +24,5 @@ def make(name, in_chans=3, num_classes=None, *, stem_stride=2, grad_checkpoint=F
     if kind == "hrnet":
         return hrnet.HRNet(variant, in_chans, num_classes, grad_checkpoint=grad_checkpoint, **drop)
     if kind == "repvgg":
-        return repvgg.RepVGG(variant, in_chans, num_classes or 0, grad_checkpoint=grad_checkpoint, **drop)
-    return regnet.RegNetX(in_chans, name, num_classes or 0, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint,
-                          **drop)
+        return repvgg.RepVGG(variant, in_chans, num_classes, grad_checkpoint=grad_checkpoint, **drop)
+    return regnet.RegNetX(in_chans, name, num_classes, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint, **drop)

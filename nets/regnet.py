@@ -46,10 +46,10 @@ class Head(nn.Module):
 
 
 class RegNetX(nn.Module):
-    """`forward(x)`: (B, in_chans, H, W) -> (B, num_classes).
+    """`forward(x)`: (B, in_chans, H, W) -> (B, num_classes); num_classes=0 or None: the pooled features, an encoder.
 
     `features(x)` -> five maps with `channels` (32, 24, 56, 152, 368 for 200MF) at `strides` 2, 4, 8, 16, 32;
-    halved when `stem_stride=1`. `num_classes=0` leaves the head out: an encoder.
+    halved when `stem_stride=1`.
     """
 
     def __init__(self, in_chans=3, variant="regnetx_002", num_classes=1000, stem_stride=2, grad_checkpoint=False):
@@ -70,8 +70,7 @@ class RegNetX(nn.Module):
         for m in self.modules():
             if isinstance(m, Block):  # every block starts as its shortcut (Goyal et al. 2017, 5.1)
                 nn.init.zeros_(m.conv3.bn.weight)
-        if num_classes:
-            self.head = Head(width, num_classes)
+        self.head = Head(width, num_classes) if num_classes else None
 
     def features(self, x):
         maps = [self.stem(x)]
@@ -85,4 +84,5 @@ class RegNetX(nn.Module):
         return self.features(x)[-1]
 
     def forward(self, x):
-        return self.head(self.last_map(x))
+        x = self.last_map(x)
+        return self.head(x) if self.head else x.mean((2, 3))

@@ -280,6 +280,11 @@ def test_checkpointing_changes_nothing_but_memory():
         assert torch.equal(plain.eval()(x), saving.eval()(x)) and len(runs) == 4
 
 
+def test_a_regnet_without_a_head_pools():
+    net, x = RegNetX(num_classes=0).eval(), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net(x), net.features(x)[-1].mean((2, 3)))
+
+
 def test_checkpointing_compiles():
     plain = nn.Sequential(ConvNorm(3, 4, 3), ConvNorm(4, 4))
     saving, x = copy.deepcopy(plain), randn(2, 3, 8, 8)
