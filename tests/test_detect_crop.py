@@ -369,7 +369,7 @@ def test_detectors_that_cannot_be_used(refused, tmp_path, monkeypatch):
     for name, says in (("seg.pt", ["seg.pt: trained for --task seg;", "train_det.py"]),
                        ("cls.pt", ["cls.pt: trained for --task cls;", "train_det.py"]), ("none.pt", ["none.pt"]),
                        ("text.pt", ["text.pt"]), ("runs", ["runs"]),
-                       ("det.pt", ["a.tif: has 10 bands", "needs band 12"])):
+                       ("det.pt", ["a.tif: has 10 bands", "band 12 is asked for"])):
         refused(predict, *flags, name, says=says)
     refused(predict, *flags, says=["--detector", "--help"])
     refused(predict, *CPU, "--weights", "det.pt", "--source", "a.tif", "--out", "out", "--detector", "det.pt",
