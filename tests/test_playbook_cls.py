@@ -150,6 +150,8 @@ def test_soups_of_other_classes_are_no_soup(refused, tmp_path, pictures):  # noq
     pair = [weights(tmp_path / "one.pt", imgsz=64), weights(tmp_path / "two.pt", imgsz=64, classes="abce")]
     refused(predict, *PREDICT, "--weights", *pair, "--out", "out", says=["two.pt", "a, b, c, e"])
     refused(predict, *PREDICT, "--weights", *pair, "--out", "out", "--soup", says="two.pt")
+    refused(predict, *PREDICT, "--weights", *pair, "--out", "out", "--soup", "--ensemble-weights", 1, 2,
+            says=["--soup: makes one net", "leave it out, or --ensemble-weights"])
 
 
 # ---- pseudo labels and extra data ------------------------------------------------------------------------------------

@@ -146,6 +146,20 @@ def test_an_ensemble_is_the_mean_of_its_members(trained, wildfire):
     torch.testing.assert_close(both, (one + two) / 2)
 
 
+def test_a_band_that_no_net_needs_may_be_damaged(script, tmp_path, trained):
+    """As in training: of ten bands the nets see seven."""
+    image, _ = tile(5, 80, 96)
+    for name in ("good", "bad"):
+        image = image.astype(np.float32)
+        image[8, 3, 5] = np.nan if name == "bad" else 1
+        write_tif(tmp_path / f"{name}.tif", image)
+        for size in (512, 64):  # whole, in windows
+            script(predict, "--task", "seg", "--weights", trained / "best.pt", "--source", f"{name}.tif", "--tile", size,
+                   "--workers", 0, "--out", f"{name}{size}")
+    for size in (512, 64):
+        assert (masks_of(f"good{size}")["good.tif"] == masks_of(f"bad{size}")["bad.tif"]).all()
+
+
 @pytest.mark.parametrize("height, width", [(50, 70), (17, 33), (1, 5), (130, 300)])
 def test_any_size_through_windows_or_whole(script, tmp_path, trained, height, width):
     image, _ = tile(5, max(height, 3), max(width, 3))
