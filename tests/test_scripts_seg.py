@@ -154,8 +154,8 @@ def test_a_band_that_no_net_needs_may_be_damaged(script, tmp_path, trained):
         image[8, 3, 5] = np.nan if name == "bad" else 1
         write_tif(tmp_path / f"{name}.tif", image)
         for size in (512, 64):  # whole, in windows
-            script(predict, "--task", "seg", "--weights", trained / "best.pt", "--source", f"{name}.tif", "--tile", size,
-                   "--workers", 0, "--out", f"{name}{size}")
+            script(predict, "--task", "seg", "--weights", trained / "best.pt", "--source", f"{name}.tif", "--workers",
+                   0, "--tile", size, "--out", f"{name}{size}")
     for size in (512, 64):
         assert (masks_of(f"good{size}")["good.tif"] == masks_of(f"bad{size}")["bad.tif"]).all()
 
