@@ -197,6 +197,17 @@ def load_nets(args, device, paths, states):
     return nets
 
 
+def all_bands(states):
+    """What to read of an image: the bands (from 1, sorted) that any of the checkpoints needs."""
+    return sorted({band for state in states for band in state["bands"]})
+
+
+def net_input(raw, bands, state, device):
+    """Images (B, len(bands), H, W) in the files' numbers -> the checkpoint's bands of them, scaled, on the device."""
+    chosen = [bands.index(band) for band in state["bands"]]
+    return raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]
+
+
 def run(net, x):
     """The net's output for x, in the net's precision and memory format."""
     return net(x.to(next(net.parameters()).dtype, memory_format=torch.channels_last))
@@ -246,8 +257,8 @@ def predict_seg(args, device, paths, states, nets):
             for folder, [mask] in decide(probs[None], threshold, args.pseudo, unsure).items():
                 yield folder, y, x, mask
 
-    small = [file for file in files if max(sizes[file][1:]) <= tile and not args.detector]
-    large = [file for file in files if max(sizes[file][1:]) > tile or args.detector]
+    whole = {file: max(sizes[file][1:]) <= tile and not args.detector for file in files}
+    small, large = ([file for file in files if whole[file] is fits] for fits in (True, False))
     loader = eval_loader(seg.Tiles(small, bands), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
                          device=device)
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
@@ -305,8 +316,7 @@ def seg_ensemble(args, device, states, nets):
         if args.compile:  # one compilation per shape of the passes: a last, smaller batch is filled up
             raw = raw[torch.arange(args.bs) % count]
         for net, state in zip(nets, states):
-            chosen = [bands.index(band) for band in state["bands"]]
-            x = raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]
+            x = net_input(raw, bands, state, device)
             x = seg.add_mean_planes(x) if state["mean_planes"] else x
             views = functools.partial(seg_views, args, net, state["classes"] > 1)
             total = total + (tta.at_size(views, x, state["imgsz"]) if state.get("resize") else views(x))
@@ -448,11 +458,6 @@ def detect(args, device, states, nets, views):
             for i in range(len(views.files))]
 
 
-def all_bands(states):
-    """What to read of an image: the bands (from 1, sorted) that any of the checkpoints needs."""
-    return sorted({band for state in states for band in state["bands"]})
-
-
 def det_ensemble(args, device, states, nets):
     """-> predict(images (B, len(all_bands), H, W) in the files' numbers) -> per checkpoint a list with the detections
     (n, 6) of each image, in pixels of the batch."""
@@ -462,8 +467,7 @@ def det_ensemble(args, device, states, nets):
     def predict(raw):
         results = []
         for net, state in zip(nets, states):
-            chosen = [bands.index(band) for band in state["bands"]]
-            x = (raw[:, chosen].to(device, non_blocking=True).float() / state["scale"]).clamp_(0, 1)
+            x = net_input(raw, bands, state, device).clamp_(0, 1)
             factor = 1.0 if args.imgsz else state["imgsz"] / largest  # each at the size that it was trained for
             passes = make_passes(args, "det", x.shape[2:], stride=net.stride, factor=factor)
             found = list(tta.rows(lambda view: run(net, view), x, passes))  # resized in fp32: CPUs cannot in bf16

@@ -142,7 +142,7 @@ def main():
         loss = sum(weight * parts[f"{name}_loss"] for name, weight in terms)
         if args.presence:
             parts["presence_loss"] = sum(share * losses.bce(present, seg.presence(mask, args.classes, args.ignore),
-                                                       ignore=seg.UNKNOWN) for mask, share in targets)
+                                                            ignore=seg.UNKNOWN) for mask, share in targets)
             loss = loss + args.presence * parts["presence_loss"]
         return loss, parts if len(parts) > 1 else {}
 
@@ -242,8 +242,8 @@ def check_flags(args, resumed):
 
 
 def final(state, evaluate, draw, folder, device, amp, ignore, files):
-    """The run's last weights judged with flips, at 0.5: results.json; tile by tile samples.csv; the worst
-    and the best tiles, and scores by class and by size, in review.png."""
+    """The run's last weights judged with flips, at 0.5: results.json; tile by tile samples.csv; the worst and the
+    best tiles, and scores by class and by size, in review.png."""
     found = review.SegmentationReview(ignore)
     scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found), device, amp)
     found.reduce()

@@ -25,7 +25,7 @@ class Cache:
     def __init__(self, files, read, where, *, folder="runs/cache", variant=""):
         self.files, self.read, self.variant, self.tensors = files, read, str(variant), []
         if where == "ram":
-            self.tensors = list(self._tensors())
+            self.tensors = [tensor.clone() for tensor in self._tensors()]  # not the rest of a view's memory
             return
         name = hashlib.sha256("\n".join(str(Path(f).resolve()) for f in files).encode()).hexdigest()[:16]
         self.path = Path(folder) / name

@@ -185,8 +185,8 @@ def collate(samples):
     batch, class, x1, y1, x2, y2, and the rest stacked}."""
     if len({s["image"].dtype for s in samples}) > 1:  # bytes and others: stacking in a worker would not convert them
         samples = [s | {"image": s["image"].float()} for s in samples]
-    stacked = samples[0].keys() - {"boxes", "matrix"}
-    batch = {name: default_collate([s[name] for s in samples]) for name in samples[0] if name in stacked}
+    apart = "boxes", "matrix"
+    batch = {name: default_collate([s[name] for s in samples]) for name in samples[0] if name not in apart}
     if "matrix" in samples[0]:  # no tensor: it is wanted here, not on the GPU
         batch["matrix"] = np.stack([s["matrix"] for s in samples])
     batch["image"] = batch["image"].permute(0, 3, 1, 2)

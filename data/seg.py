@@ -56,8 +56,10 @@ def read_mask(path, classes=1, ignore=None, window=None):
             raise UserError(f"{path}: has the values 1 and 255; give --ignore 255 if that is no data, else make them "
                             f"one")
         mask = torch.where(mask == 255, 1, mask)
-    bytes_ = mask.dtype == torch.uint8  # no sorting, fifty times as fast
-    values = torch.bincount(mask.flatten(), minlength=256).nonzero()[:, 0] if bytes_ else torch.unique(mask)
+    if mask.dtype == torch.uint8:  # without sorting, fifty times as fast
+        values = torch.bincount(mask.flatten()).nonzero()[:, 0]
+    else:
+        values = torch.unique(mask)
     values = [v for v in values.tolist() if v != ignore]
     top = max(classes - 1, 1)
     wrong = [v for v in values if v != int(v) or not 0 <= v <= top]

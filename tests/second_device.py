@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from utils import dist
+
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
 MIXED = {aten.copy_, aten._to_copy, aten.index, aten._index_put_impl_, aten.index_put, aten.index_put_}
@@ -128,7 +130,6 @@ class Across(torch.autograd.Function):
 @contextlib.contextmanager
 def installed(monkeypatch):
     """While it is entered there is a GPU, as far as torch is asked from Python."""
-    from utils import dist
     monkeypatch.setattr(dist, "setup", lambda device="auto", patience=None: DEVICE)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 2**20)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)

@@ -197,7 +197,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
         if dist.rank() == 0:
             checkpoint.save(folder / name, saved, keep_previous=name == "last.pt")
 
-    boards = boards or report.Boards([])
+    boards = boards or report.Boards()
     with contextlib.closing(boards), Signals() as signals:
         while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
             epoch, began = len(state.history), time.monotonic()

@@ -2,10 +2,11 @@
 
     python -m tests.bench.cls_speed [--net efficientnetv2_s] [--size 256] [--bs 8] [--rounds 5] [--compile]
 
-"timm as it comes": fp32, NCHW, Adam with its default kernels, no averaged weights; prediction with batch norms.
-"timm, same numerics": timm's net in our loop: our precision, channels-last, fused Adam, EMA; prediction in our
-precision and memory format, but with its batch norms. Ours: the step as train_cls.py does it, prediction as
-predict.py does it (batch norms fused). All in turn, `rounds` times. The fastest round counts: noise only adds.
+"timm as it comes": fp32, NCHW, Adam with its default kernels, no averaged weights; prediction with batch norms. "timm,
+same numerics": timm's net in our loop: our precision, channels-last, fused Adam, EMA; prediction in our precision and
+memory format, but with its batch norms. Ours: the step as train_cls.py does it, prediction as predict.py does it (batch
+norms fused; compiled, the weights are constants, for timm's net too). All in turn, `rounds` times. The fastest round
+counts: noise only adds.
 """
 import argparse
 from argparse import Namespace
