@@ -21,16 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rasterio.windows import Window
 from tqdm import tqdm
 
-from data import cls, det, images, pseudo, seg, submissions
+from data import cls, det, images, pseudo, scenes, seg, submissions
 from data.loader import eval_loader
 from nets import backbones
 from nets.blocks import fuse
 from nets.unet import UNet, probabilities
 from nets.yolo import YOLOv5
-from utils import boxes, checkpoint, dist, engine, ensemble, geometry, review, runs, summary, tiles, tta
+from utils import boxes, checkpoint, dist, engine, ensemble, geometry, review, runs, summary, tta
 from utils.args import noise_list, real, whole
 from utils.errors import NumericalError, Parser, UserError, cli
 
@@ -119,7 +118,10 @@ def main():
             return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     check_ensemble(args, paths)
-    args.source = noisy_samples(args, paths) if args.noisy else args.source
+    if args.noisy:
+        if args.source or len(paths) > 1:
+            raise UserError("--noisy: is for one checkpoint, in place of --source; give one --weights and no --source")
+        args.source = review.read_noise(*args.noisy, Path(paths[0]).parent)
     states = [checkpoint.load(path) for path in paths]
     for path, state in zip(paths, states):
         if state["task"] != args.task:
@@ -159,18 +161,29 @@ def check_tta(args):
         raise UserError("--tta-scales: are the sizes of --tta scale; give that too")
 
 
-def noisy_samples(args, paths):
-    """The files that --noisy stands for."""
-    if args.source or len(paths) > 1:
-        raise UserError("--noisy: is for one checkpoint, in place of --source; give one --weights and no --source")
-    table, count = args.noisy
-    run = Path(paths[0]).parent
-    held_out = review.read_noise(table, count, run)
-    if not held_out:
-        raise UserError(f"{table}: {run} has held out none of the {count} worst samples; take another run's checkpoint")
-    return held_out
+def check_ensemble(args, paths):
+    """Whether the flags of an ensemble go together."""
+    given = [f"--{flag.replace('_', '-')}" for flag in ("fit_weights", "ensemble", "ensemble_weights")
+             if getattr(args, flag)]
+    if len(given) > 1:
+        raise UserError(f"{given[0]}, {given[1]}: both say how the checkpoints are weighted; leave one out")
+    if args.fit_weights and len(set(map(os.path.realpath, paths))) < len(paths):
+        raise UserError("--fit-weights: one of the checkpoints is given twice; leave it out once")
+    nets, tables = 1 if args.soup else len(paths), len(args.probs or ())
+    if args.soup and given and not (args.ensemble_weights and tables):
+        raise UserError(f"--soup: makes one net of the checkpoints, there is nothing to weigh; leave it out, or "
+                        f"{given[0]}")
+    if args.threshold is not None and (args.fit_weights or args.ensemble):
+        raise UserError(f"--threshold: {given[0]} brings thresholds of its own; leave one out")
+    if tables and given and not args.ensemble_weights:
+        raise UserError(f"{given[0]}: is for checkpoints, --probs come without their held-out images; give "
+                        f"--ensemble-weights instead")
+    if args.ensemble_weights and len(args.ensemble_weights) != nets + tables:
+        raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {nets} checkpoints and {tables} tables; "
+                        f"give one each")
 
 
+# ---- what all tasks share ----
 def load_nets(args, device, paths, states):
     """The checkpoints' nets on the device, batch norms folded away, in half precision where the hardware has it: the
     same results, several times faster. UserError for checkpoints that cannot be used, or not together."""
@@ -227,6 +240,24 @@ def make_passes(args, task, size, *, stride=1, factor=1.0):
     return tta.passes(names, size, stride=stride, scales=args.tta_scales or tta.SCALES, factor=factor)
 
 
+def best_threshold(args, states):
+    """--threshold, or else the mean of those that runs found best in their last validation; of none, 0.5, det 0.25.
+    They are of plain probabilities: of tsharpen, a mean of square roots, their square roots say the same.
+    """
+    exclusive = states[0].get("exclusive") or args.task == "seg" and states[0]["classes"] > 1
+    if args.threshold is not None:
+        if exclusive:
+            raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
+        return args.threshold
+    fitted = args.fit_weights or args.ensemble  # both bring thresholds fitted to the merged views
+    if args.merge == "sum" and not exclusive and not fitted:
+        raise UserError("--merge sum: the trainings' thresholds are of single probabilities, not of sums; give "
+                        "--threshold")
+    found = [state["threshold"] for state in states if state.get("threshold") is not None]
+    threshold = np.mean(found, axis=0) if found else 0.25 if args.task == "det" else 0.5
+    return np.sqrt(threshold) if args.merge == "tsharpen" else threshold
+
+
 # ---- segmentation ----
 def predict_seg(args, device, paths, states, nets):
     """Masks as GeoTIFF, overlays, polygons, and the wildfire competition's y_pred.pkl."""
@@ -253,7 +284,8 @@ def predict_seg(args, device, paths, states, nets):
 
     def pieces(file, part):
         """Yields (folder, row, column, class map (h, w)) of a part (y, x, height, width) of an image."""
-        for y, x, probs in blocks(file, part, bands, predict, tile, args):
+        for y, x, probs in scenes.blocks(file, part, bands, predict, tile=tile, bs=args.bs, workers=args.workers,
+                                         overlap=OVERLAP if args.overlap is None else args.overlap):
             for folder, [mask] in decide(probs[None], threshold, args.pseudo, unsure).items():
                 yield folder, y, x, mask
 
@@ -274,9 +306,10 @@ def predict_seg(args, device, paths, states, nets):
         for file in large[dist.rank()::dist.world_size()]:
             if args.detector:  # what it has missed must not be taught
                 blank = {"masks": 0} | ({"pseudo/train_mask": unsure} if args.pseudo else {})
-                predict_parts(file, sizes[file][1:], parts[file], pieces, blank, out)
+                found = (piece for part in parts[file] for piece in pieces(file, part))
+                scenes.write_parts(file, sizes[file][1:], found, blank, out)
             else:
-                predict_scene(file, sizes[file][1:], pieces, out)
+                scenes.write(file, pieces(file, (0, 0, *sizes[file][1:])), out)
             submissions.draw_mask(file, out, states[0]["bands"], **drawn)
             bar.update(dist.world_size())
     dist.barrier()
@@ -286,24 +319,6 @@ def predict_seg(args, device, paths, states, nets):
             pseudo.link(files, out / "pseudo/train_img")
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {unsure}")
         print(f"{len(files)} images: {out}")
-
-
-def best_threshold(args, states):
-    """--threshold, or else the mean of those that runs found best in their last validation; of none, 0.5, det 0.25.
-    They are of plain probabilities: of tsharpen, a mean of square roots, their square roots say the same.
-    """
-    exclusive = states[0].get("exclusive") or args.task == "seg" and states[0]["classes"] > 1
-    if args.threshold is not None:
-        if exclusive:
-            raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
-        return args.threshold
-    fitted = args.fit_weights or args.ensemble  # both bring thresholds fitted to the merged views
-    if args.merge == "sum" and not exclusive and not fitted:
-        raise UserError("--merge sum: the trainings' thresholds are of single probabilities, not of sums; give "
-                        "--threshold")
-    found = [state["threshold"] for state in states if state.get("threshold") is not None]
-    threshold = np.mean(found, axis=0) if found else 0.25 if args.task == "det" else 0.5
-    return np.sqrt(threshold) if args.merge == "tsharpen" else threshold
 
 
 def seg_ensemble(args, device, states, nets):
@@ -343,43 +358,6 @@ def decide(probs, threshold, sure, unsure):
     if sure:
         decided["pseudo/train_mask"] = pseudo.sure_mask(probs, masks, sure, unsure).numpy()
     return decided
-
-
-def blocks(file, part, bands, predict, tile, args):
-    """Yields (row, column, probabilities (K, h, w)) of a part (y, x, height, width) of an image: window by window, read
-    and merged in pieces."""
-    top, left, height, width = part
-    swaths = tiles.plan(height, width, tile, OVERLAP if args.overlap is None else args.overlap)
-    places = [(top + y, left + x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
-    workers = args.workers if len(places) > 1 else 0
-    loader = torch.utils.data.DataLoader(seg.Tiles([file], bands, places), args.bs, num_workers=workers)
-    maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0 or not workers)
-            for probs in predict(batch["image"]))
-    for y, x, block in tiles.merge(swaths, maps, height):
-        yield top + y, left + x, block
-
-
-def predict_scene(file, size, pieces, out):
-    """An image larger than a tile: written in pieces too, so that memory does not grow with it."""
-    with contextlib.ExitStack() as stack:
-        targets = {}
-        for folder, y, x, mask in pieces(file, (0, 0, *size)):
-            if folder not in targets:
-                targets[folder] = stack.enter_context(submissions.new_mask(file, out / folder))
-            targets[folder].write(mask, 1, window=Window(x, y, mask.shape[1], mask.shape[0]))
-
-
-def predict_parts(file, size, parts, pieces, blank, out):
-    """Only what lies in some parts (y, x, height, width), where they overlap the last one's; elsewhere the values of
-    `blank`, {folder: value}. What a part leaves blank, other parts may fill."""
-    masks = {folder: np.full(size, value, np.uint8) for folder, value in blank.items()}
-    for part in parts:
-        for folder, y, x, mask in pieces(file, part):
-            here = masks[folder][y:y + mask.shape[0], x:x + mask.shape[1]]
-            np.copyto(here, mask, where=mask != blank[folder])
-    for folder, mask in masks.items():
-        with submissions.new_mask(file, out / folder) as target:
-            target.write(mask, 1)
 
 
 def find_parts(args, device, files):
@@ -486,9 +464,8 @@ def det_ensemble(args, device, states, nets):
 def predict_cls(args, device, paths, states, nets):
     """The competition's submission, probabilities, weighted ensembles of checkpoints and tables."""
     names, exclusive = states[0]["classes"], states[0]["exclusive"]
-    tables = [submissions.read_probabilities(path, names)[1] for path in args.probs or ()]
-    tables = [{index_of(key): row for key, row in table.items()} for table in tables]
-    shares, thresholds = args.ensemble_weights or [1.0] * (len(paths) + len(tables)), best_threshold(args, states)
+    shares = args.ensemble_weights or [1.0] * (len(paths) + len(args.probs or ()))
+    thresholds = best_threshold(args, states)
     views = summary.flags({flag: vars(args)[flag] for flag in ("tta", "tta_scales", "merge", "imgsz")}, {})
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive, flags=views)
@@ -497,15 +474,12 @@ def predict_cls(args, device, paths, states, nets):
     competition = data / "test_dirty_mnist_2nd"
     tests = competition if competition.is_dir() else data / "test"
     files = images.find_sources(args.source, tests, states[0]["scale"])
-    keys = [index_of(file.stem) for file in files]
+    keys = [submissions.index_of(file.stem) for file in files]
     file_of = dict(zip(keys, files))  # of several with one number the last
     twice = next((file for key, file in zip(keys, files) if file_of[key] != file), None)
     if twice:
         raise UserError(f"{twice}: another image has the number {int(twice.stem)} too; predict them in two runs")
-    for path, table in zip(args.probs or (), tables):
-        missing = next((key for key in keys if key not in table), None)
-        if missing:
-            raise UserError(f"{path}: has no row for {missing}; predict the same images")
+    _, _, tables = submissions.read_tables(args.probs or (), names, keys)
     known, labels = cls.held_out(paths, states) if args.fit_weights else ([], None)
     for state in states:
         cls.check_bands(known + files, state["bands"])
@@ -517,9 +491,7 @@ def predict_cls(args, device, paths, states, nets):
         shares, thresholds = ensemble.fit([member[:len(known)] for member in members], labels, exclusive)
         if dist.rank() == 0:
             ensemble.write(out / "ensemble.json", paths, shares, names, () if exclusive else thresholds, flags=views)
-    members = [member[len(known):] for member in members]
-    members += [np.array([table[key] for key in keys]) for table in tables]
-    probs = ensemble.average(members, shares)
+    probs = ensemble.average([*(member[len(known):] for member in members), *tables], shares)
     if dist.rank() == 0:
         written = keys if competition.is_dir() else [file.stem for file in files]
         submissions.write_classes(out, written, probs, names, exclusive, thresholds)
@@ -530,11 +502,6 @@ def predict_cls(args, device, paths, states, nets):
         print(f"{len(files)} images: {out}")
 
 
-def index_of(name):
-    """A name as the competition writes it: 00007 is 7."""
-    return str(int(name)) if name.isdecimal() else name
-
-
 def combine_tables(args):
     """--probs without --weights: the weighted mean of tables alone, of other systems too. Classes exclude each other
     where every row adds up to 1."""
@@ -542,49 +509,17 @@ def combine_tables(args):
         if getattr(args, flag) not in (None, False):
             raise UserError(f"--{flag.replace('_', '-')}: does nothing for --probs without --weights; leave it out")
     check_ensemble(args, [])
-    names, first = submissions.read_probabilities(args.probs[0])
-    tables = [first, *(submissions.read_probabilities(path, names)[1] for path in args.probs[1:])]
-    if any(table.keys() != first.keys() for table in tables):
-        tables = [{index_of(key): row for key, row in table.items()} for table in tables]
-    for path, table in zip(args.probs, tables):
-        other = next(iter(table.keys() ^ tables[0].keys()), None)
-        if other is not None:
-            raise UserError(f"{path}: {other} has a row here or in {args.probs[0]}, not in both; predict the same "
-                            f"images")
-    keys = list(tables[0])
-    members = [np.array([table[key] for key in keys]) for table in tables]
-    exclusive = all(map(ensemble.adds_up, members))
+    names, keys, tables = submissions.read_tables(args.probs)
+    exclusive = all(map(ensemble.adds_up, tables))
     dist.print0("every row adds up to 1: one class an image, the most probable" if exclusive else
                 "rows do not add up to 1: several classes an image, those above --threshold")
     if exclusive and args.threshold is not None:
         raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
-    probs = ensemble.average(members, args.ensemble_weights or [1.0] * len(members))
+    probs = ensemble.average(tables, args.ensemble_weights or [1.0] * len(tables))
     out = runs.new_folder(args.out, Path(args.probs[0]).parent / "predict")
     if dist.rank() == 0:
         submissions.write_classes(out, keys, probs, names, exclusive, 0.5 if args.threshold is None else args.threshold)
         print(f"{len(keys)} rows: {out}")
-
-
-def check_ensemble(args, paths):
-    """Whether the flags of an ensemble go together."""
-    given = [f"--{flag.replace('_', '-')}" for flag in ("fit_weights", "ensemble", "ensemble_weights")
-             if getattr(args, flag)]
-    if len(given) > 1:
-        raise UserError(f"{given[0]}, {given[1]}: both say how the checkpoints are weighted; leave one out")
-    if args.fit_weights and len(set(map(os.path.realpath, paths))) < len(paths):
-        raise UserError("--fit-weights: one of the checkpoints is given twice; leave it out once")
-    nets, tables = 1 if args.soup else len(paths), len(args.probs or ())
-    if args.soup and given and not (args.ensemble_weights and tables):
-        raise UserError(f"--soup: makes one net of the checkpoints, there is nothing to weigh; leave it out, or "
-                        f"{given[0]}")
-    if args.threshold is not None and (args.fit_weights or args.ensemble):
-        raise UserError(f"--threshold: {given[0]} brings thresholds of its own; leave one out")
-    if tables and given and not args.ensemble_weights:
-        raise UserError(f"{given[0]}: is for checkpoints, --probs come without their held-out images; give "
-                        f"--ensemble-weights instead")
-    if args.ensemble_weights and len(args.ensemble_weights) != nets + tables:
-        raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} for {nets} checkpoints and {tables} tables; "
-                        f"give one each")
 
 
 def class_probabilities(args, device, net, state, files, name):

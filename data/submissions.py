@@ -151,6 +151,30 @@ def read_probabilities(path, names=None):
     return header[1:], table
 
 
+def read_tables(paths, names=None, keys=None):
+    """Tables of `read_probabilities` -> their classes, the images' keys, and of each the probabilities (N, classes) in
+    the order of the keys. names, keys: what they must have, they may tell of other images too; without keys all must
+    tell of the same. UserError naming the file and what is missing."""
+    tables, same = [], keys is None
+    for path in paths:
+        names, table = read_probabilities(path, names)
+        tables.append(table)
+    if not same or any(table.keys() != tables[0].keys() for table in tables):
+        tables = [{index_of(key): row for key, row in table.items()} for table in tables]
+    keys = list(tables[0]) if same else keys
+    for path, table in zip(paths, tables):
+        missing = [(path, key) for key in keys if key not in table]
+        missing += [(paths[0], key) for key in table if key not in tables[0]] if same else []
+        if missing:
+            raise UserError("{}: has no row for {}; predict the same images".format(*missing[0]))
+    return names, keys, [np.array([table[key] for key in keys]) for table in tables]
+
+
+def index_of(name):
+    """A name as the Dirty-MNIST competition writes it: 00007 is 7."""
+    return str(int(name)) if name.isdecimal() else name
+
+
 def write_classes(out, keys, probs, names, exclusive, thresholds):
     """probs (N, classes) of the images `keys` -> submission.csv, of 0 and 1, and probabilities.csv in the folder `out`.
     thresholds: one, or one per class; of exclusive classes the most probable is there."""

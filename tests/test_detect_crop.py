@@ -344,13 +344,13 @@ def test_the_lowest_score_of_a_box(script, finds, monkeypatch):
     segmenter()
     test_predict_det.weights("det.pt", imgsz=SIDE)
     write_tif("a.tif", tile(3, 96, 128)[0])
-    cut, parts = [], predict.predict_parts
-    monkeypatch.setattr(predict, "predict_parts", lambda *args: cut.append(args[2]) or parts(*args))
+    cut, find = [], predict.find_parts
+    monkeypatch.setattr(predict, "find_parts", lambda *args: cut.append(find(*args)) or cut[-1])
     places = [crop(box, 96, 128) for box, _ in found]
     places = [(y.start, x.start, y.stop - y.start, x.stop - x.start) for y, x in places]
     for flags, count in (([], 2), (["--conf", 0.5], 1), (["--conf", 0.01], 4), (["--max-det", 1], 1)):
         script(predict, *FLAGS, "--source", "a.tif", *flags)
-        assert cut.pop() == places[:count][::-1] and not cut  # the surest last
+        assert list(cut.pop().values()) == [places[:count][::-1]] and not cut  # the surest last
     script(predict, *CPU, "--task", "det", "--weights", "det.pt", "--source", "a.tif", "--out", "boxes")
     assert len(json.loads(Path("boxes/coco.json").read_text())) == 4
     script(predict, *FLAGS, "--source", "a.tif", "--imgsz", 64)  # of the detector, whose rows are for SIDE

@@ -315,7 +315,8 @@ def test_tables_alone(script, refused, tmp_path, monkeypatch):
     script(predict, "--task", "cls", "--probs", "sure.csv", "--out", "sure")
     assert (results("sure")[2] == np.eye(3)[one.argmax(1)]).all()  # rows that add up to 1: one class each
     Path("four.csv").write_text("".join(Path("one.csv").read_text().splitlines(keepends=True)[:-1]))
-    refused(predict, "--task", "cls", "--probs", "one.csv", "four.csv", "--out", "no", says="four.csv: 4 has a row")
+    for pair in (["one.csv", "four.csv"], ["four.csv", "one.csv"]):
+        refused(predict, "--task", "cls", "--probs", *pair, "--out", "no", says="four.csv: has no row for 4")
     for flag in (["--source", "in"], ["--tta"], ["--fit-weights"], ["--soup"], ["--pseudo", 0.9]):
         refused(predict, *flags, *flag, "--out", "no", says=[flag[0], "--probs without --weights"])
     refused(predict, *flags, "--ensemble-weights", 1, "--out", "no", says="1 for 0 checkpoints and 2 tables")

@@ -4,7 +4,6 @@ import os
 import resource
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from rasterio.transform import Affine, from_origin
 
 import predict
 import train_seg
-from data import images, submissions
+from data import images, scenes, submissions
 from tests.conftest import TINY, digest, tile, write_tif, write_wildfire
 from tests.test_scripts_seg import masks_of
 from utils import checkpoint
@@ -97,10 +96,10 @@ def test_a_scene_in_windows_is_nearly_the_whole(script, tmp_path, colour_model, 
     assert not Path("whole/overlays").exists()
 
 
-def pieces(bands, net, size, args):
-    """What predict_seg gives to predict_scene, of masks alone."""
-    return lambda file, part: (("masks", y, x, (probs[0] > 0.5).numpy().astype(np.uint8))
-                               for y, x, probs in predict.blocks(file, part, bands, net, size, args))
+def pieces(file, size, bands, net, **windows):
+    """What predict_seg has written of an image of `size` (height, width), of masks alone."""
+    for y, x, probs in scenes.blocks(file, (0, 0, *size), bands, net, **windows):
+        yield "masks", y, x, (probs[0] > 0.5).numpy().astype(np.uint8)
 
 
 def test_windows_are_put_where_they_belong(tmp_path):
@@ -109,8 +108,8 @@ def test_windows_are_put_where_they_belong(tmp_path):
     file = write_tif(tmp_path / "a.tif", scene)
     (tmp_path / "masks").mkdir()
     for size, overlap, batch in ((16, 0.0, 7), (64, 0.25, 2), (100, 0.9, 5), (32, 0.5, 1)):
-        args = Namespace(overlap=overlap, bs=batch, workers=0)
-        predict.predict_scene(file, (101, 333), pieces([1], lambda raw: raw.float() * 0.9, size, args), tmp_path)
+        scenes.write(file, pieces(file, (101, 333), [1], lambda raw: raw.float() * 0.9, tile=size, overlap=overlap,
+                                  bs=batch), tmp_path)
         with rasterio.open(tmp_path / "masks/a.tif") as written:
             assert (written.read(1) == scene[0]).all()
 
@@ -196,10 +195,10 @@ def test_the_memory_does_not_grow_with_the_scene(tmp_path):
             torch.set_num_threads(1)
             peaks = []
             for side in (1200, 3600):
-                args = Namespace(overlap=0.25, bs=4, workers=0)
                 file, out = tmp_path / f"{side}.tif", tmp_path / "out"
-                predict.predict_scene(file, (side, side), pieces(
-                    [1, 2, 3, 4], lambda raw: (raw[:, :1].float() > 8995).float(), 256, args), out)
+                scenes.write(file, pieces(
+                    file, (side, side), [1, 2, 3, 4], lambda raw: (raw[:, :1].float() > 8995).float(), tile=256,
+                    overlap=0.25, bs=4), out)
                 submissions.draw_mask(file, out, [1, 2, 3, 4], overlay=True, outlines=True)
                 submissions.write_masks([file], {file: (4, side, side)}, out)
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

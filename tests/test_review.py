@@ -317,7 +317,9 @@ def test_the_worst_of_a_run(tmp_path, monkeypatch):
     Path("link").symlink_to(b)
     for run, want in ((a, "acg"), (a.relative_to(tmp_path), "acg"), (b, "bch"), ("link", "bch")):
         assert "".join(read_noise(path, 6, run)) == want, run
-    assert read_noise(path, 2, a) == ["a"] and read_noise(path, 3, a) == ["a", "c"] and read_noise(path, 1, b) == []
+    assert read_noise(path, 2, a) == ["a"] and read_noise(path, 3, a) == ["a", "c"]
+    with pytest.raises(UserError, match="noise.csv: .* has held out none of the 1 worst samples"):
+        read_noise(path, 1, b)
     with pytest.raises(UserError, match="x/samples.csv: no such table; give a checkpoint in its run's folder"):
         read_noise(path, 2, "x")
 

@@ -69,7 +69,7 @@ def read_noise(path, count=None, run=None):
     """noise.csv -> the names of the `count` worst (None: all), by rank, whatever the order and number of its rows has
     become; of those, with a run's folder, the ones that are in its samples.csv: that it has held out.
 
-    Raises UserError when a table is missing or damaged.
+    Raises UserError when a table is missing or damaged, or when the run has held out none.
     """
     rows = _read(path, "rank", "make it with python -m utils.report noise RUN ...")
     names = [row["name"] for row in sorted(rows, key=lambda row: row["rank"])][:count]
@@ -77,6 +77,9 @@ def read_noise(path, count=None, run=None):
         return names
     samples = _read(Path(run) / "samples.csv", "score", "give a checkpoint in its run's folder")
     held_out = {row["name"] for row in samples}
+    if held_out.isdisjoint(names):
+        raise UserError(f"{path}: {run} has held out none of the {len(names)} worst samples; take another run's "
+                        f"checkpoint")
     return [name for name in names if name in held_out]
 
 
