@@ -277,7 +277,7 @@ def predict_seg(args, device, paths, states, nets):
     unsure = pseudo.unsure(states[0]["classes"], states[0]["args"].get("ignore"))
     threshold, drawn = best_threshold(args, states), dict(overlay=args.overlays, outlines=args.polygons)
     parts = find_parts(args, device, files) if args.detector else {}
-    out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
+    out = runs.new_folder(args.out or Path(paths[0]).parent / "predict")
     for folder in ("masks", *("overlays",) * args.overlays, *("polygons",) * args.polygons,
                    *("pseudo/train_mask",) * bool(args.pseudo)):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -385,7 +385,7 @@ def predict_det(args, device, paths, states, nets):
     views = det_views(args, states, nets, files)
     near = root if args.source is None else files[0].parent
     ids = submissions.image_ids(files, near, others=args.source is not None)
-    out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
+    out = runs.new_folder(args.out or Path(paths[0]).parent / "predict")
     results = detect(args, device, states, nets, views)
 
     names, threshold = states[0]["classes"], best_threshold(args, states)
@@ -483,7 +483,7 @@ def predict_cls(args, device, paths, states, nets):
     known, labels = cls.held_out(paths, states) if args.fit_weights else ([], None)
     for state in states:
         cls.check_bands(known + files, state["bands"])
-    out = runs.new_folder(args.out, Path(paths[0]).parent / "predict")
+    out = runs.new_folder(args.out or Path(paths[0]).parent / "predict")
 
     members = [class_probabilities(args, device, net, state, known + files, Path(path).parent.name)
                for net, path, state in zip(nets, paths, states)]
@@ -516,7 +516,7 @@ def combine_tables(args):
     if exclusive and args.threshold is not None:
         raise UserError("--threshold: does nothing where classes exclude each other; leave it out")
     probs = ensemble.average(tables, args.ensemble_weights or [1.0] * len(tables))
-    out = runs.new_folder(args.out, Path(args.probs[0]).parent / "predict")
+    out = runs.new_folder(args.out or Path(args.probs[0]).parent / "predict")
     if dist.rank() == 0:
         submissions.write_classes(out, keys, probs, names, exclusive, 0.5 if args.threshold is None else args.threshold)
         print(f"{len(keys)} rows: {out}")

@@ -104,7 +104,7 @@ def main():
     else:
         source = cls.Images(files, answers, **options)
     train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
-                           cutout=args.cutout, p_affine=args.p_affine, p_cutout=0.5 if args.cutout else 0.0)
+                           cutout=args.cutout, p_affine=args.p_affine)
     on_gpu = args.synthesize and device.type == "cuda"  # made there: no workers, and nothing to be pinned
     parts = round(1 / args.val_interval)
     if parts > -(-len(train_data) // args.bs):
@@ -144,12 +144,10 @@ def main():
     def inputs(batch):
         return cls.see(batch, args.imgsz, scale, *norm)
 
-    net = model
-
     def mixed(batch):
         x, labels = inputs(batch), batch["label"]
         return mix.for_labels(x, labels, p_mixup=args.mixup, p_cutmix=args.cutmix, p_snapmix=args.snapmix,
-                              heat=lambda: mix.heat(net, linear.weight, x, labels), p_gridmask=args.gridmask)
+                              heat=lambda: mix.heat(model, linear.weight, x, labels), p_gridmask=args.gridmask)
 
     def compute_loss(model, batch):
         x, labels = mixed(batch)
@@ -199,7 +197,7 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, judge, table.names, folder, device, args.amp, [table.files[i] for i in val], bands)
+        final(state, judge, table.names, folder, [table.files[i] for i in val], bands)
 
 
 def split(args, folder, table):
@@ -244,10 +242,10 @@ def first_guess(linear, shares, exclusive):
     linear.bias.data.copy_(shares.log() if exclusive else shares.logit())
 
 
-def final(state, judge, names, folder, device, amp, files, bands):
+def final(state, judge, names, folder, files, bands):
     """The run's last weights: class by class results.json, image by image samples.csv; the worst and the best images
     with labels and predictions, and scores by class, in review.png."""
-    metric = engine.judge(state, judge, device, amp)
+    metric = engine.judge(state, judge)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
         samples = metric.samples(files, names)

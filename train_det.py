@@ -148,7 +148,7 @@ def main():
         changed |= {"preset": "finetune", "epochs": stages[1], "image_weights": False,
                     "weights": str(folder / "last.pt")}
         before = folder
-        folder = Path(dist.broadcast(str(dist.rank() == 0 and runs.create(folder.parent, f"{folder.name}-finetune"))))
+        folder = runs.new_folder(f"{folder}-finetune", "--project")
         if dist.rank() == 0:
             runs.write_json(folder / SECOND, vars(args) | changed)
             shutil.copyfile(before / "run.json", folder / "run.json")
@@ -237,11 +237,7 @@ def experiment(args, device, folder, resume):
         if "colour" not in batch:
             return (batch["image"].float() / scale).clamp_(0, 1)  # as recolour does
         x = augment.recolour(batch["image"], batch["colour"], scale)
-        if args.gridmask:
-            x, _ = mix.gridmask(x, p=args.gridmask)
-        if args.cutout:
-            x, _ = mix.cutout(x, p=args.cutout)
-        return x
+        return mix.without_parts(x, p_gridmask=args.gridmask, p_cutout=args.cutout)
 
     def compute_loss(model, batch):
         x, targets = inputs(batch), batch["boxes"]
@@ -335,7 +331,7 @@ def experiment(args, device, folder, resume):
         else:
             engine.check_debug(state.history)
     if val:
-        final(state, judge, names, folder, device, args.amp, [data.files[i] for i in val], bands)
+        final(state, judge, names, folder, [data.files[i] for i in val], bands)
 
 
 def show(path, data, inputs, names, samples=8, epochs=4):
@@ -421,10 +417,10 @@ def tables(metric, scores, classes, names):
     return {"Classes": by_class, "Boxes by area": by_size}
 
 
-def final(state, judge, names, folder, device, amp, files, bands):
+def final(state, judge, names, folder, files, bands):
     """The run's last weights judged class by class (results.json, precision-recall curves, confusion matrix) and image
     by image (samples.csv; the worst and the best, and tables, in review.png)."""
-    metric = engine.judge(state, judge, device, amp)
+    metric = engine.judge(state, judge)
     if dist.rank() > 0:
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()

@@ -208,7 +208,7 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, evaluate, draw, folder, device, args.amp, args.ignore, [paired[i][0] for i in judged])
+        final(state, evaluate, draw, folder, args.ignore, [paired[i][0] for i in judged])
 
 
 def show(path, data, mixed, samples=8, epochs=6):
@@ -241,11 +241,11 @@ def check_flags(args, resumed):
                         f"out, or add one")
 
 
-def final(state, evaluate, draw, folder, device, amp, ignore, files):
+def final(state, evaluate, draw, folder, ignore, files):
     """The run's last weights judged with flips, at 0.5: results.json; tile by tile samples.csv; the worst and the
     best tiles, and scores by class and by size, in review.png."""
     found = review.SegmentationReview(ignore)
-    scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found), device, amp)
+    scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found))
     found.reduce()
     if dist.rank() > 0:
         return
@@ -253,7 +253,7 @@ def final(state, evaluate, draw, folder, device, amp, ignore, files):
     samples, tables, parts = found.samples(files), {"Classes": by_class} if by_class else {}, {}
     tables |= found.tables()  # of all classes together
     for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
-        rows = engine.judge(state, lambda model, chosen=chosen: list(draw(model, chosen)), device, amp)
+        rows = engine.judge(state, lambda model, chosen=chosen: list(draw(model, chosen)))
         parts[part] = [(samples[i], row) for i, row in zip(chosen, rows)]
     review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
     report.write_csv(folder / "samples.csv", samples)

@@ -17,13 +17,15 @@ class Cache:
     """`cache[i]` -> the tensor that `read(i)` gave, from files[i], without reading the file again. It is the
     cache's own memory: not to be changed.
 
-    where: "ram" (per training process; loader workers share it by fork) or "disk": one array in `folder`,
-    built once, and built again when a file's size or time, or `variant` (what `read` depends on), changed.
+    where: "ram" (per training process; loader workers share it by fork) or "disk": one array in `folder`, built once,
+    and built again when a file's size or time, or `variant` (what `read` depends on), changed; None: nothing is kept.
     Shapes and dtypes may differ from file to file.
     """
 
     def __init__(self, files, read, where, *, folder="runs/cache", variant=""):
-        self.files, self.read, self.variant, self.tensors = files, read, str(variant), []
+        self.files, self.read, self.where, self.variant, self.tensors = files, read, where, str(variant), []
+        if where is None:
+            return
         if where == "ram":
             self.tensors = [tensor.clone() for tensor in self._tensors()]  # not the rest of a view's memory
             return
@@ -39,6 +41,8 @@ class Cache:
                             f"--cache disk out") from None
 
     def __getitem__(self, i):
+        if self.where is None:
+            return self.read(i)
         if self.tensors:
             return self.tensors[i]
         start, shape, dtype = self.index[i]
@@ -53,10 +57,6 @@ class Cache:
             self.index.append((start, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
             start += tensor.numel() * tensor.element_size()
             yield tensor
-
-    @staticmethod
-    def _bytes(tensor):
-        return tensor.reshape(-1).view(torch.uint8).numpy()
 
     def _stamp(self):
         stats = [os.stat(file) for file in self.files]
@@ -76,7 +76,7 @@ class Cache:
         try:
             with open(temporary, "wb") as file:
                 for tensor in self._tensors():
-                    file.write(self._bytes(tensor))
+                    file.write(tensor.reshape(-1).view(torch.uint8).numpy())
             header = {"stamp": self._stamp(), "index": self.index, "bytes": temporary.stat().st_size}
             self.path.with_suffix(".json").unlink(missing_ok=True)  # never a header beside another array
             os.replace(temporary, self.path.with_suffix(".bin"))

@@ -248,14 +248,14 @@ class Images(Dataset):
 
     def __init__(self, files, labels, *, bands=None, limit=1024, cache=None):
         self.files, self.labels = files, torch.as_tensor(labels)
-        self.read = lambda i: reduce(images.read_picture(files[i], bands), limit)
-        self.cache = Cache(files, self.read, cache, variant=("pictures", bands, limit)) if cache else None
+        self.pictures = Cache(files, lambda i: reduce(images.read_picture(files[i], bands), limit), cache,
+                              variant=("pictures", bands, limit))
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        return {"image": self.cache[i] if self.cache else self.read(i), "label": self.labels[i]}
+        return {"image": self.pictures[i], "label": self.labels[i]}
 
 
 class Views(Dataset):

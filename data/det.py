@@ -46,9 +46,9 @@ def reduced(size, limit):
 
 
 def read_small(path, bands, size, window=None):
-    """A picture resized to `size` (None: not) -> (H, W, C) in memory, from which it is fast to resize once more."""
+    """A picture resized to `size` -> (H, W, C) in memory, from which it is fast to resize once more."""
     image = images.read_picture(path, bands, window=window).permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    return (images.resize(image, size) if size else image).permute(1, 2, 0).contiguous()
+    return images.resize(image, size).permute(1, 2, 0).contiguous()
 
 
 def cut(files, boxes, classes, sizes, *, tile, overlap):
@@ -76,36 +76,34 @@ class DetData(Dataset):
         {"image", "index": as above, "boxes": float32 (n, 5) in pixels of the file,
          "matrix": float64 (3, 3), from pixels of the file to pixels of the picture}
 
-    files, boxes, classes, sizes: lists of data.labels.Labels. With sizes, larger images are reduced to what can be
-    seen of them as they are read, and kept so by `cache` ("ram" or "disk"). windows: see `cut`; of an image that has
-    one, only that is seen, and pixels are counted in it. bands: from 1; None: all. shapes: canvas
-    (height, width) of each letterboxed image, see `rect`; None: imgsz x imgsz. mosaic, mixup: probabilities, mixup of
-    a mosaic with a second one; grid: 4 or 9 images in a mosaic; close_mosaic: epoch, from 0, from which on there are
-    neither. hsv: see augment.colour. The rest: see augment.affine.
+    files, boxes, classes, sizes: lists of data.labels.Labels. Larger images are reduced to what can be seen of them as
+    they are read, and kept so by `cache` ("ram" or "disk"). windows: see `cut`; of an image that has one, only that is
+    seen, and pixels are counted in it. bands: from 1; None: all. shapes: canvas (height, width) of each letterboxed
+    image, see `rect`; None: imgsz x imgsz. mosaic, mixup: probabilities, mixup of a mosaic with a second one; grid: 4
+    or 9 images in a mosaic; close_mosaic: epoch, from 0, from which on there are neither. hsv: see augment.colour. The
+    rest: see augment.affine.
     """
 
-    def __init__(self, files, boxes, classes, sizes=None, windows=None, *, bands=None, imgsz=640, shapes=None, seed=0,
-                 cache=None, mosaic=1.0, grid=4, mixup=0.0, close_mosaic=None, hsv=(0.015, 0.7, 0.4), **affine):
+    def __init__(self, files, boxes, classes, sizes, windows=None, *, bands=None, imgsz=640, shapes=None, seed=0,
+                 cache=None, mosaic=1.0, grid=4, mixup=0.0, close_mosaic=math.inf, hsv=(0.015, 0.7, 0.4), **affine):
         self.files, self.imgsz, self.shapes, self.seed = files, imgsz, shapes, seed
         self.labels = [np.concatenate((c[:, None], b), 1).astype(np.float32) for b, c in zip(boxes, classes)]
-        self.mosaic, self.grid, self.mixup, self.hsv, self.affine = mosaic, grid, mixup, hsv, affine
-        self.close_mosaic = np.inf if close_mosaic is None else close_mosaic
+        self.mosaic, self.grid, self.mixup, self.close_mosaic = mosaic, grid, mixup, close_mosaic
+        self.hsv, self.affine = hsv, affine
         limit = imgsz if shapes else math.ceil(imgsz * (1 + affine.get("scale", 0.5)))  # no view shows more
-        self.small = small = [reduced(size, limit) for size in sizes] if sizes else [None] * len(files)
+        self.small = small = [reduced(size, limit) for size in sizes]
         # matrices from pixels of the file to those of what is read
-        self.shrink = [scale(new[1] / w, new[0] / h) for new, (h, w) in zip(small, sizes)] if sizes else \
-            [np.eye(3)] * len(files)
+        self.shrink = [scale(new[1] / w, new[0] / h) for new, (h, w) in zip(small, sizes)]
         windows = windows or [None] * len(files)
-        self.read = lambda i: read_small(files[i], bands, small[i], windows[i])
-        variant = ("bands last", bands, limit, bool(sizes)) + (tuple(windows) if any(windows) else ())
-        self.cache = Cache(files, self.read, cache, variant=variant) if cache else None
+        self.pictures = Cache(files, lambda i: read_small(files[i], bands, small[i], windows[i]), cache,
+                              variant=("bands last", bands, limit, *(windows if any(windows) else ())))
 
     def __len__(self):
         return len(self.files)
 
     def load(self, i):
         """-> (C, H, W), uint8 or float32, bands last in memory."""
-        pixels = self.cache[i] if self.cache else self.read(i)
+        pixels = self.pictures[i]
         return (pixels if pixels.dtype == torch.uint8 else pixels.float()).permute(2, 0, 1)
 
     def __getitem__(self, key):
@@ -128,7 +126,7 @@ class DetData(Dataset):
     def scene(self, rng, i, mosaic):
         """Image i, or a mosaic of it with others, under one random affine matrix -> picture (C, H, W), boxes (n, 5)."""
         chosen = [i, *rng.integers(len(self), size=self.grid - 1)] if mosaic else [i]
-        side, placed = augment.layout(rng, [self.small[k] or self.load(k).shape[1:] for k in chosen], self.imgsz)
+        side, placed = augment.layout(rng, [self.small[k] for k in chosen], self.imgsz)
         view = augment.affine(rng, side, self.imgsz, **self.affine)
         cells = warp_boxes([cell for _, cell in placed], view)
         if self.affine.get("degrees") or self.affine.get("shear"):

@@ -115,7 +115,11 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
             raise UserError(f"--fold {fold}: --folds is a fraction to hold out, of which there is one; leave --fold "
                             f"out, or give a number of folds")
         spec = assign(names, spec, strata=strata, groups=groups)
-    held_out = set(split(spec, fold, untrained)[1]) if spec else set()
+    held_out = {name for name, k in spec.items() if k == fold} if spec else set()
+    if spec and not (held_out and (untrained or len(held_out) < len(spec))):
+        there = ", ".join(map(str, sorted(set(spec.values()))))
+        raise UserError(f"--fold {fold}: leaves {len(spec) - len(held_out)} samples to train and {len(held_out)} to "
+                        f"validate; there are the folds {there} (--folds 0: no validation)")
     train = [i for i in clean if names[i] not in held_out]
     val = [i for i, name in enumerate(names) if name in held_out]
     if not (train or untrained):
@@ -145,17 +149,6 @@ def read_groups(path, names):
     if missing:
         raise UserError(f"{path}: has no group for {missing[0]} ({len(missing)} such); add the rows")
     return [group_of[row] for row in rows]
-
-
-def split(fold_of, fold, untrained=False):
-    """-> (training names, validation names). UserError when one of them is empty, the former unless `untrained`."""
-    train = [name for name, k in fold_of.items() if k != fold]
-    val = [name for name, k in fold_of.items() if k == fold]
-    if not (train or untrained) or not val:
-        there = ", ".join(map(str, sorted(set(fold_of.values()))))
-        raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are "
-                        f"the folds {there} (--folds 0: no validation)")
-    return train, val
 
 
 def some(indices, count):

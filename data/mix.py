@@ -21,7 +21,7 @@ def for_labels(images, labels, *, p_mixup=0.0, p_cutmix=0.0, p_snapmix=0.0, heat
     if kind:
         images, *mixed = {"mixup": mixup, "cutmix": cutmix, "snapmix": lambda x: snapmix(x, heat())}[kind](images)
         labels = mixed_labels(labels, *mixed)
-    return (gridmask(images, p=p_gridmask)[0] if p_gridmask else images), labels
+    return without_parts(images, p_gridmask=p_gridmask), labels
 
 
 def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cutout=0.0):
@@ -38,11 +38,13 @@ def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cut
     elif kind == "cutmix":
         images, partner, own = cutmix(images)
         targets = [(torch.where(own[:, 0] > 0, masks, masks[partner]), 1.0)]
-    if p_gridmask:
-        images, _ = gridmask(images, p=p_gridmask)
-    if p_cutout:
-        images, _ = cutout(images, p=p_cutout)
-    return images, targets
+    return without_parts(images, p_gridmask=p_gridmask, p_cutout=p_cutout), targets
+
+
+def without_parts(images, *, p_gridmask=0.0, p_cutout=0.0):
+    """images (B,C,H,W) -> the same, of which some have lost parts."""
+    images = gridmask(images, p=p_gridmask)[0] if p_gridmask else images
+    return cutout(images, p=p_cutout)[0] if p_cutout else images
 
 
 def _one_of(**shares):

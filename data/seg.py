@@ -132,15 +132,12 @@ class SegData(Dataset):
         self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
         self.gain, self.p_object, self.ignore, self.resize = gain, p_object, ignore, resize
         windows = windows or [None] * len(paired)
-        self.read_image = lambda i: images.read(paired[i][0], bands, window=windows[i])
-        self.read_mask = lambda i: read_mask(paired[i][1], classes, ignore, windows[i])
-        if cache:
-            image_files, mask_files = zip(*paired)
-            places = tuple(windows) if any(windows) else ()
-            self.images = Cache(image_files, self.read_image, cache, variant=(bands, *places))
-            self.masks = Cache(mask_files, self.read_mask, cache, variant=(classes, ignore, *places))
-        else:
-            self.images = self.masks = None
+        image_files, mask_files = zip(*paired)
+        places = tuple(windows) if any(windows) else ()
+        self.images = Cache(image_files, lambda i: images.read(image_files[i], bands, window=windows[i]), cache,
+                            variant=(bands, *places))
+        self.masks = Cache(mask_files, lambda i: read_mask(mask_files[i], classes, ignore, windows[i]), cache,
+                           variant=(classes, ignore, *places))
 
     def __len__(self):
         return len(self.paired) * self.repeat
@@ -148,8 +145,7 @@ class SegData(Dataset):
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (None, key)
         i = index % len(self.paired)
-        image = self.images[i] if self.images else self.read_image(i)
-        mask = self.masks[i] if self.masks else self.read_mask(i)
+        image, mask = self.images[i], self.masks[i]
         if epoch is not None:
             rng = np.random.default_rng((self.seed, epoch, index))
             size = (self.imgsz, self.imgsz)

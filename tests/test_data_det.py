@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from data import augment, det, images
-from data.det import DetData, collate, rect
+from data.det import DetData, collate, letterboxed, rect
 from tests.test_images import png
 from utils import geometry
 
@@ -14,7 +14,7 @@ PLAIN = dict(mosaic=0.0, hsv=(0, 0, 0))
 
 
 def write_images(folder, sizes, *, bands=3):
-    """One filled rectangle per image, of a colour of its own on grey. -> files, boxes, classes."""
+    """One filled rectangle per image, of a colour of its own on grey. -> files, boxes, classes, sizes."""
     rng = np.random.default_rng(0)
     files, boxes, classes = [], [], []
     for i, (h, w) in enumerate(sizes):
@@ -26,7 +26,7 @@ def write_images(folder, sizes, *, bands=3):
         Image.fromarray(image).save(files[-1])
         boxes.append(np.array([[x, y, x + bw, y + bh]], np.float64))
         classes.append(np.array([i % 6]))
-    return files, boxes, classes
+    return files, boxes, classes, sizes
 
 
 def seen(image, k):
@@ -65,10 +65,9 @@ def test_boxes_in_mosaics_are_where_the_pixels_are(tmp_path, grid):
 
 def test_pictures_out_of_sight_are_not_read(tmp_path):
     """The mosaic without them is the one with all of them, by the same random numbers."""
-    files, boxes, classes = write_images(tmp_path, SIZES)
-    data = DetData(files, boxes, classes, SIZES, imgsz=96, hsv=(0, 0, 0), flip_ud=0.5)
-    read, kept = [], data.read
-    data.read = lambda i: read.append(i) or kept(i)
+    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, hsv=(0, 0, 0), flip_ud=0.5)
+    read, kept = [], data.pictures.read
+    data.pictures.read = lambda i: read.append(i) or kept(i)
     for i in range(30):
         rng = np.random.default_rng((0, 0, i))
         rng.random()  # mosaic or not
@@ -91,8 +90,7 @@ def test_boxes_of_single_images(tmp_path):
 
 def test_quarter_turns_keep_boxes_tight(tmp_path):
     """A rotation by 90 degrees moves corners to corners; smaller ones give the box around the moved one."""
-    files, boxes, classes = write_images(tmp_path, SIZES)
-    data = DetData(files, boxes, classes, imgsz=96, **PLAIN, degrees=1e-9)
+    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, **PLAIN, degrees=1e-9)
     source = data.load(0)
     side, ((place, cell),) = augment.layout(None, [source.shape[1:]], 96)
     matrix = geometry.rot90(1, 96, 96) @ geometry.rotate(0.0) @ place
@@ -131,9 +129,9 @@ def test_close_mosaic(tmp_path):
 
 
 def test_letterbox_and_back(tmp_path):
-    files, boxes, classes = write_images(tmp_path, SIZES)
+    files, boxes, classes, sizes = write_images(tmp_path, SIZES)
     shapes = [rect(size, 96, 32) for size in SIZES]
-    data = DetData(files, boxes, classes, imgsz=96, shapes=shapes)
+    data = DetData(files, boxes, classes, sizes, imgsz=96, shapes=shapes)
     for i, shape in enumerate(shapes):
         sample = data[i]
         assert tuple(sample["image"].shape[:2]) == shape and "colour" not in sample
@@ -177,7 +175,8 @@ def test_images_of_other_kinds(tmp_path):
     pixels[:, 10:30, 20:50] = 60000
     with rasterio.open(file, "w", driver="GTiff", count=5, height=40, width=60, dtype="uint16") as out:
         out.write(pixels)
-    data = DetData([file], [np.array([[20.0, 10, 50, 30]])], [np.array([0])], bands=[1, 5], imgsz=96, **PLAIN)
+    boxes, classes = [np.array([[20.0, 10, 50, 30]])], [np.array([0])]
+    data = DetData([file], boxes, classes, [(40, 60)], bands=[1, 5], imgsz=96, **PLAIN)
     sample = data[0, 0]
     assert sample["image"].dtype == torch.float32 and sample["image"].shape == (96, 96, 2)
     assert sample["image"].max() == 60000 and sample["image"].min() == 0 and sample["colour"].shape == (2, 2)
@@ -191,7 +190,7 @@ def test_bytes_and_16_bits_in_one_mosaic(tmp_path):
     Image.fromarray(np.full((64, 64), 200, np.uint8)).save(tmp_path / "8.png")
     Image.fromarray(np.full((64, 64), 1000, np.uint16)).save(tmp_path / "16.png")
     data = DetData([tmp_path / "8.png", tmp_path / "16.png"], [np.zeros((0, 4))] * 2, [np.zeros(0, int)] * 2,
-                   imgsz=64, hsv=(0, 0, 0), mixup=0.5)
+                   [(64, 64)] * 2, imgsz=64, hsv=(0, 0, 0), mixup=0.5)
     values = {float(v) for epoch in range(6) for v in data[epoch, 0]["image"].unique()}
     assert 1000 in values and 232 not in values
 
@@ -235,8 +234,8 @@ def test_opacity_is_no_band_unless_asked_for(tmp_path):
 
 
 def test_images_without_boxes(tmp_path):
-    files, boxes, classes = write_images(tmp_path, SIZES[:2])
-    data = DetData(files, [np.zeros((0, 4))] * 2, [np.zeros(0, int)] * 2, imgsz=64)
+    files, _, _, sizes = write_images(tmp_path, SIZES[:2])
+    data = DetData(files, [np.zeros((0, 4))] * 2, [np.zeros(0, int)] * 2, sizes, imgsz=64)
     batch = collate([data[0, 0], data[0, 1]])
     assert batch["boxes"].shape == (0, 6) and batch["image"].shape == (2, 3, 64, 64)
 
@@ -316,15 +315,16 @@ def test_affine_stays_in_its_limits():
 def test_large_images_are_reduced_as_they_are_read(tmp_path):
     """To what a view can show: the boxes still fit, and validation sees the very same pixels."""
     big = [(h * 4, w * 4) for h, w in SIZES]
-    files, boxes, classes = write_images(tmp_path, big)
-    data = DetData(files, boxes, classes, big, imgsz=96, hsv=(0, 0, 0), scale=0.3)
+    made = write_images(tmp_path, big)
+    data = DetData(*made, imgsz=96, hsv=(0, 0, 0), scale=0.3)
     assert all(max(data.load(i).shape[1:]) == 125 for i in range(6))  # 96 * 1.3, up
     assert sum(check(data[0, i], 1.0) for i in range(20)) > 20
     shapes = [rect(size, 96, 32) for size in big]
-    small, whole = (DetData(files, boxes, classes, sizes, imgsz=96, shapes=shapes) for sizes in (big, None))
-    for i in range(6):
-        assert torch.equal(small[i]["image"], whole[i]["image"]) and torch.equal(small[i]["boxes"], whole[i]["boxes"])
-        torch.testing.assert_close(small[i]["matrix"], whole[i]["matrix"])
+    small = DetData(*made, imgsz=96, shapes=shapes)
+    for i, (file, shape) in enumerate(zip(made[0], shapes)):
+        whole = letterboxed(images.read_picture(file), 96, shape, np.eye(3))
+        assert torch.equal(small[i]["image"], whole["image"])
+        torch.testing.assert_close(small[i]["matrix"], whole["matrix"])
 
 
 def test_recolour_takes_the_files_numbers():

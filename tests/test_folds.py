@@ -197,13 +197,19 @@ def test_group_files_that_cannot_be_read(tmp_path):
             folds.read_groups(path, ["a", "b"])
 
 
-def test_split_into_training_and_validation():
+def test_split_into_training_and_validation(tmp_path):
+    paths = files(tmp_path / "a", range(4))
+
+    def split(fold_of, fold):
+        run = tmp_path / f"run{fold}-{len(fold_of)}"
+        run.mkdir()
+        return folds.of_run(run, list(fold_of), fold_of, fold, files=paths)
     fold_of = {"a": 0, "b": 1, "c": 0, "d": 2}
-    assert folds.split(fold_of, 0) == (["b", "d"], ["a", "c"])
-    assert folds.split(fold_of, 2) == (["a", "b", "c"], ["d"])
+    assert split(fold_of, 0) == ([1, 3], [0, 2])
+    assert split(fold_of, 2) == ([0, 1, 2], [3])
     for fold_of, fold in ((fold_of, 3), ({"a": 0, "b": 0}, 0), (fold_of, 999)):
         with pytest.raises(UserError, match=f"--fold {fold}: leaves .* there are the folds 0"):
-            folds.split(fold_of, fold)
+            split(fold_of, fold)
 
 
 # ---- leaks -----------------------------------------------------------------------------------------------------------
@@ -402,7 +408,7 @@ def test_a_split_with_groups_does_not_leak(tmp_path):
     paths = files(tmp_path / "a", [i % 7 for i in range(40)])
     names, group_of = [p.name for p in paths], {p: str(i % 7) for i, p in enumerate(paths)}
     fold_of = folds.assign(names, [0.2] * 5, groups=list(group_of.values()))
-    train, val = ([p for p in paths if p.name in part] for part in folds.split(fold_of, 1))
+    train, val = ([p for p in paths if (fold_of[p.name] == 1) == held_out] for held_out in (False, True))
     assert folds.leaks(train, val, groups=group_of) == [] != folds.leaks(val[1:], val[:1] + train, groups=group_of)
 
 

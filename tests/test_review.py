@@ -475,17 +475,17 @@ def parts():
 
 
 def test_a_page_is_a_sheet_and_its_tables(tmp_path):
-    given, legend = parts(), {"hit": (0, 200, 80)}
+    given, titles = parts(), ["image", "truth", "prediction", "errors"]
     rows = [pictures for samples in given.values() for _, pictures in samples]
     captions = ["worst 1:   0.0312   a.png", "worst 2:   0.5000   b.png", "best 1:   1.0000   c.png"]
-    contact_sheet(tmp_path / "sheet.png", rows, titles=["image", "truth", "prediction", "errors"], captions=captions,
-                  legend=legend, max_side=32)
+    contact_sheet(tmp_path / "sheet.png", rows, titles=titles, captions=captions, max_side=32)
     sheet = read(tmp_path / "sheet.png")
-    page(tmp_path / "bare.png", given, legend=legend, max_side=32)
+    page(tmp_path / "bare.png", given, tables={}, titles=titles, max_side=32)
     np.testing.assert_array_equal(read(tmp_path / "bare.png"), sheet)
 
     table = [{"class": "fire", "iou": 0.123456}, {"class": "water", "iou": math.nan, "images": 7}]
-    page(tmp_path / "page.png", given, tables={"Classes": table, "A second one": table[:1]}, legend=legend, max_side=32)
+    tables = {"Classes": table, "A second one": table[:1]}
+    page(tmp_path / "page.png", given, tables=tables, titles=titles, max_side=32)
     whole = read(tmp_path / "page.png")
     height, width = sheet.shape[:2]
     assert whole.shape[0] == height + (4 * 20 + 16) + (3 * 20 + 16) and whole.shape[1] >= width
@@ -539,10 +539,10 @@ def test_cells_of_a_table(monkeypatch):
 
 def test_a_wide_table_widens_the_page_and_a_failed_one_changes_nothing(tmp_path, monkeypatch):
     row = {f"a column with a long name {i}": i for i in range(6)}
-    page(tmp_path / "a.jpg", {"worst": parts()["best"]}, tables={"": [row]}, max_side=32)
+    page(tmp_path / "a.jpg", {"worst": parts()["best"]}, tables={"": [row]}, titles=None, max_side=32)
     before = (tmp_path / "a.jpg").read_bytes()
     assert read(tmp_path / "a.jpg").shape[1] > 600 > 8 + 4 * 40
     monkeypatch.setattr(review.Image, "new", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        page(tmp_path / "a.jpg", parts())
+        page(tmp_path / "a.jpg", parts(), tables={}, titles=None)
     assert (tmp_path / "a.jpg").read_bytes() == before and len(list(tmp_path.glob("*.jpg"))) == 1

@@ -247,4 +247,4 @@ def test_runs_in_folders(tmp_path):
 def test_results_that_find_no_place(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
-        runs.new_folder(tmp_path / "file" / "out", None)
+        runs.new_folder(tmp_path / "file" / "out")

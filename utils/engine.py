@@ -101,13 +101,14 @@ class Signals:
 class State:
     """Everything that a run is: what a checkpoint holds besides the header."""
 
-    def __init__(self, model, optimizer, scaler, ema, steps_per_epoch, swa=None):
-        self.model, self.optimizer, self.scaler, self.ema, self.swa = model, optimizer, scaler, ema, swa
-        self.steps_per_epoch = steps_per_epoch
+    def __init__(self, model, optimizer, ema, swa, *, device, dtype, steps_per_epoch):
+        self.model, self.optimizer, self.ema, self.swa = model, optimizer, ema, swa
+        self.device, self.dtype, self.steps_per_epoch = device, dtype, steps_per_epoch
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.step = 0  # optimizer steps done
         self.history, self.scores = [], []  # a row and a score per finished epoch
         self.sums = {}  # of the running epoch's losses
-        self.finite = torch.ones((), dtype=torch.bool, device=next(model.parameters()).device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     @property
     def judged(self):
@@ -153,7 +154,7 @@ class State:
         if saved["scaler"]:  # empty when the run had another --amp
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.history, self.scores = saved["step"], saved["history"], saved["scores"]
-        self.sums = {name: torch.tensor(value, device=self.finite.device) for name, value in saved["sums"].items()}
+        self.sums = {name: torch.tensor(value, device=self.device) for name, value in saved["sums"].items()}
 
     def check(self):
         if not self.finite or (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3):
@@ -178,9 +179,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     results.png; at the end summary.csv, the table of all runs (utils/summary.py).
     Raises NumericalError when loss or gradients are not finite, Stopped after SIGTERM or Ctrl-C.
     """
-    dtype = precision(amp, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    state = State(model, optimizer, scaler, ema, steps_per_epoch=math.ceil(len(loader) / accumulate), swa=swa)
+    state = State(model, optimizer, ema, swa, device=device, dtype=precision(amp, device),
+                  steps_per_epoch=math.ceil(len(loader) / accumulate))
     if resume:
         state.load_state_dict(resume)
         if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
@@ -201,8 +201,8 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     with contextlib.closing(boards), Signals() as signals:
         while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
             epoch, began = len(state.history), time.monotonic()
-            _train_epoch(net, loader, state, schedule, compute_loss, save=save, signals=signals, epoch=epoch,
-                         epochs=epochs, device=device, dtype=dtype, accumulate=accumulate, clip=clip, seed=seed)
+            _train_epoch(net, loader, state, schedule, compute_loss, save=save, signals=signals, epochs=epochs,
+                         accumulate=accumulate, clip=clip, seed=seed)
             row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
             row |= {k: float(dist.mean(v / len(loader))) for k, v in state.sums.items()}
 
@@ -211,7 +211,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
                 dist.same_buffers(module)
             try:
                 with signals.interruptible():
-                    metrics = judge(state, evaluate, device, amp) if evaluate else {}
+                    metrics = judge(state, evaluate) if evaluate else {}
             except Stopped:  # the epoch is trained but not judged; a resumed run begins with that
                 save()
                 _stop_if(signals.signum, state)
@@ -236,7 +236,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
         if swa and swa.n_averaged:
             try:
                 with signals.interruptible():
-                    scores = _finish_swa(state, loader, compute_loss, evaluate, device=device, dtype=dtype, seed=seed)
+                    scores = _finish_swa(state, loader, compute_loss, evaluate, seed=seed)
             except Stopped:  # last.pt is complete; a resumed run begins with this
                 _stop_if(signals.signum, state)
             averaged = {"model": swa.module.state_dict(), "ema": None, "ema_steps": 0, "swa_scores": scores}
@@ -261,9 +261,9 @@ def _slim(saved):
     return {k: v for k, v in saved.items() if k not in ("optimizer", "scaler", "swa", "swa_count")}
 
 
-def judge(state, evaluate, device, amp):
+def judge(state, evaluate):
     """-> evaluate(the run's weights that count), as the loop calls it."""
-    with torch.inference_mode(), autocast(device, precision(amp, device)):
+    with torch.inference_mode(), autocast(state.device, state.dtype):
         return evaluate(state.judged.eval())
 
 
@@ -276,10 +276,10 @@ def check_debug(history):
     dist.print0(f"--debug: the loss fell from {first:.4g} to {last:.4g}")
 
 
-def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, epoch, epochs, device, dtype,
-                 accumulate, clip, seed):
+def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, epochs, accumulate, clip, seed):
     """The rest of an epoch, from the step that `state` has reached. Raises Stopped between two steps."""
-    batches, done = len(loader), (state.step - epoch * state.steps_per_epoch) * accumulate
+    epoch, batches, device = len(state.history), len(loader), state.device
+    done = (state.step - epoch * state.steps_per_epoch) * accumulate
     if done >= batches:
         return
     params = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -294,7 +294,7 @@ def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, e
             # gradients travel between ranks once per step, in its last backward pass
             hold = net.no_sync() if dist.world_size() > 1 and not last else contextlib.nullcontext()
             with hold:
-                with autocast(device, dtype):
+                with autocast(device, state.dtype):
                     loss, parts = compute_loss(net, to_device(batch, device))
                 state.scaler.scale(loss / min(accumulate, batches - first)).backward()
             state.finite &= loss.detach().isfinite()
@@ -327,7 +327,7 @@ def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, e
             _stop_if(wish if wish > 1 else 0, state)
 
 
-def _finish_swa(state, loader, compute_loss, evaluate, *, device, dtype, seed):
+def _finish_swa(state, loader, compute_loss, evaluate, *, seed):
     """Batch norms of the averaged weights in a pass over what would be the next epoch; -> their scores."""
     epoch = len(state.history)
     loader.batch_sampler.set_epoch(epoch)
@@ -335,12 +335,12 @@ def _finish_swa(state, loader, compute_loss, evaluate, *, device, dtype, seed):
     def batches(progress):
         for i, batch in enumerate(loader):
             torch.manual_seed(_mix(seed, epoch, i, dist.rank()))
-            yield to_device(batch, device)
+            yield to_device(batch, state.device)
             progress.update(i + 1)
 
-    with autocast(device, dtype), Progress("batch norm of the mean weights", loader, 0) as progress:
+    with autocast(state.device, state.dtype), Progress("batch norm of the mean weights", loader, 0) as progress:
         state.swa.update_norms(batches(progress), compute_loss)
-    with torch.inference_mode(), autocast(device, dtype):
+    with torch.inference_mode(), autocast(state.device, state.dtype):
         scores = evaluate(state.swa.module.eval()) if evaluate else {}
     return {k: float(v) for k, v in scores.items()}
 

@@ -43,18 +43,16 @@ def _array(values):
     return np.asarray(values)
 
 
-def to_rgb(image, bands=None):
+def to_rgb(image):
     """Image (C, H, W) of any number type -> picture, each band stretched between its 2nd and 98th percentile.
 
     1 or 2 bands: the first one, grey. 3 bands: as they are; uint8 is not stretched. More: false colour from the last
     three, reversed: of Landsat's seven that is SWIR2, SWIR1, NIR, where fire glows and water is black.
-    bands: three zero-based indices instead. NaN and constant bands become black.
+    NaN and constant bands become black.
     """
     image = _array(image)
     count = len(image)
-    if bands is None:
-        bands = (0, 0, 0) if count < 3 else (0, 1, 2) if count == 3 else (-1, -2, -3)
-    image = image[list(bands)]
+    image = image[[0, 0, 0] if count < 3 else [0, 1, 2] if count == 3 else [-1, -2, -3]]
     if image.dtype == np.uint8 and count == 3:
         return np.ascontiguousarray(image.transpose(1, 2, 0))
     picture = np.zeros((*image.shape[1:], 3), np.uint8)
@@ -102,8 +100,14 @@ def error_map(truth, prediction):
     return np.where((truth == 0) & (prediction == 0), 0, np.select(conditions, [1, 2, 3], 4))
 
 
-def contact_sheet(path, rows, *, titles=None, captions=None, legend=None, max_side=256):
-    """Writes rows of pictures as one image file.
+def contact_sheet(path, rows, **options):
+    """Writes rows of pictures as one image file, see `draw_sheet`."""
+    with whole_file(path) as temporary:
+        draw_sheet(rows, **options).save(temporary)
+
+
+def draw_sheet(rows, *, titles=None, captions=None, legend=None, max_side=256):
+    """Rows of pictures -> one Image.
 
     Each picture is scaled so that its longer side fits max_side: down smoothly, up by a whole factor with visible
     pixels. titles: one text per column. captions: per row a text, or a list with one text per column.
@@ -146,14 +150,13 @@ def contact_sheet(path, rows, *, titles=None, captions=None, legend=None, max_si
     for (text, colour), (left, below) in zip((legend or {}).items(), spots):
         draw.rectangle([left, below + 3, left + 10, below + 13], tuple(map(int, colour)))
         text_line(draw, (left + 16, below + 8), text, size=12)
-    with whole_file(path) as temporary:
-        sheet.save(temporary)
+    return sheet
 
 
-def segmentation_row(image, mask, prob=None, *, threshold=0.5, ignore=255, bands=None):
+def segmentation_row(image, mask, prob=None, *, ignore=None):
     """-> pictures of one image, all of its size: image, label; with prob also prediction and errors. As in
     `segmentation_sheet`."""
-    rgb = to_rgb(image, bands)
+    rgb = to_rgb(image)
     mask = _array(mask).reshape(rgb.shape[:2])
     truth = np.where(mask == ignore, 0, mask).astype(np.int64)
     row = [rgb, overlay(rgb, truth)]
@@ -164,34 +167,28 @@ def segmentation_row(image, mask, prob=None, *, threshold=0.5, ignore=255, bands
         prediction = prob.argmax(0)
         shown = overlay(rgb, prediction)
     else:
-        prediction = (prob.reshape(truth.shape) > threshold).astype(np.int64)
+        prediction = (prob.reshape(truth.shape) > 0.5).astype(np.int64)
         shown = overlay(heat(prob.reshape(truth.shape)), prediction, colour=PALETTE[0], alpha=0)
     errors = np.where(mask == ignore, 0, error_map(truth, prediction))
     grey = np.repeat(rgb.mean(-1, keepdims=True), 3, -1).astype(np.uint8)
     return [*row, shown, overlay(grey, errors, palette=list(ERRORS.values()), alpha=0.7)]
 
 
-def segmentation_sheet(path, images, masks, probs=None, names=None, *, classes=None, threshold=0.5, ignore=255,
-                       bands=None, limit=16, max_side=256):
+def segmentation_sheet(path, images, masks, probs=None, *, ignore=None, limit=16, max_side=256):
     """Writes image | label (the first training batch) or, with probs, image | truth | prediction | errors.
 
     images: B of (C, H, W). masks: B of (H, W) or (1, H, W), whole numbers, 0 background, `ignore` no label.
-    probs: B of (H, W) or (1, H, W), the foreground's probability, drawn as heat with the threshold's outline; or
-    (K, H, W) with K > 1, one per class (logits do as well), drawn as the class map. names: one caption per image.
-    classes: the names of classes 1, 2, ... for the legend. bands: see to_rgb. At most `limit` images are drawn.
+    probs: B of (H, W) or (1, H, W), the foreground's probability, drawn as heat with the outline at 0.5; or
+    (K, H, W) with K > 1, one per class (logits do as well), drawn as the class map. At most `limit` images are drawn.
     """
-    rows, legend = [], dict(zip(classes or (), map(tuple, PALETTE)))
-    several = probs is not None and probs[0].ndim == 3 and len(probs[0]) > 1
-    for i, image in enumerate(images[:limit]):
-        rows.append(segmentation_row(image, masks[i], None if probs is None else probs[i], threshold=threshold,
-                                     ignore=ignore, bands=bands))
-    titles, captions = ["image", "truth", "prediction" if probs is None or several else "probability", "errors"], names
-    if probs is not None:
-        legend |= {name: colour for name, colour in ERRORS.items() if several or name != "wrong class"}
-    else:  # several pairs abreast, for a sheet that is roughly square
+    rows = [segmentation_row(image, masks[i], None if probs is None else probs[i], ignore=ignore)
+            for i, image in enumerate(images[:limit])]
+    if probs is None:  # several pairs abreast, for a sheet that is roughly square
         across = max(1, round((len(rows) / 2) ** 0.5))
-        groups = range(0, len(rows), across)
-        titles = ["image", "label"] * across
-        captions = names and [[text for name in names[g:g + across] for text in (name, "")] for g in groups]
-        rows = [[picture for pair in rows[g:g + across] for picture in pair] for g in groups]
-    contact_sheet(path, rows, titles=titles, captions=captions, legend=legend, max_side=max_side)
+        titles, legend = ["image", "label"] * across, None
+        rows = [[picture for pair in rows[g:g + across] for picture in pair] for g in range(0, len(rows), across)]
+    else:
+        several = probs[0].ndim == 3 and len(probs[0]) > 1
+        titles = ["image", "truth", "prediction" if several else "probability", "errors"]
+        legend = {name: colour for name, colour in ERRORS.items() if several or name != "wrong class"}
+    contact_sheet(path, rows, titles=titles, legend=legend, max_side=max_side)

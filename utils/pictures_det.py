@@ -88,17 +88,16 @@ def _draw_tags(draw, tags, width, height):
                 break
 
 
-def detection_sheet(path, images, truths, predictions=None, *, names, bands=None, captions=None, limit=8, score=0.25,
-                    max_side=400):
+def detection_sheet(path, images, truths, predictions=None, *, names, limit=8, score=0.25, max_side=400):
     """Writes a grid of images with their true boxes, or with predictions pairs of truth | prediction.
 
     images: B of (C, H, W). truths: B of (m, 5) x1 y1 x2 y2 class. predictions: B of (n, 6) x1 y1 x2 y2 score class, of
-    which those below `score` are not drawn. names: of all classes. captions: one text per image. bands: see to_rgb.
+    which those below `score` are not drawn. names: of all classes.
     Boxes are drawn after the images have been scaled to max_side. At most `limit` images are drawn.
     """
     groups, present = [], set()
     for i, image in enumerate(images[:limit]):
-        rgb = to_rgb(image, bands)
+        rgb = to_rgb(image)
         side = max(rgb.shape[:2])
         zoom = max_side / side if side > max_side else max_side // side
         size = [max(1, round(n * zoom)) for n in rgb.shape[1::-1]]
@@ -116,14 +115,8 @@ def detection_sheet(path, images, truths, predictions=None, *, names, bands=None
     across = max(1, round((len(groups) / width) ** 0.5))
     titles = ["truth", f"prediction, score >= {score:g}"] * min(across, len(groups)) if width == 2 else None
     legend = {class_name(names, k): _colour(k) for k in sorted(present)} if len(present) <= MOST else None
-    starts = range(0, len(groups), across)
-    rows = [[picture for group in groups[s:s + across] for picture in group] for s in starts]
-    if captions is not None:
-        captions = [text for text in captions[:len(groups)] for text in (text, "")[:width]]
-        captions = [captions[s * width:(s + across) * width] for s in starts]
-    if not rows:
-        rows, captions, titles = [[np.full((1, max_side, 3), 255, np.uint8)]], ["no images"], None
-    contact_sheet(path, rows, titles=titles, captions=captions, legend=legend, max_side=max_side)
+    rows = [[picture for group in groups[s:s + across] for picture in group] for s in range(0, len(groups), across)]
+    contact_sheet(path, rows, titles=titles, legend=legend, max_side=max_side)
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ of the worst a picture in the run's folder, and whatever else is known of it. No
 import contextlib
 import csv
 import math
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw
 from utils import dist
 from utils.errors import UserError
 from utils.files import whole_file
-from utils.pictures import FAINT, contact_sheet, font, text_line
+from utils.pictures import FAINT, contact_sheet, draw_sheet, font, text_line
 
 
 # ---- label noise -----------------------------------------------------------------------------------------------------
@@ -228,11 +227,11 @@ def ends(scores, worst=12, best=4):
     return order[:worst], order[worst:][::-1][:best]
 
 
-def page(path, parts, *, tables=None, titles=("image", "truth", "prediction", "errors"), legend=None, max_side=256):
+def page(path, parts, *, tables, titles, max_side=256):
     """Writes samples and tables as one picture, see `sheet`, and the worst one by one, see `keep`.
 
     parts: {"worst": samples, "best": samples}; a sample is (its row of samples.csv, pictures), pictures uint8
-    (H, W, 3), one per title. legend, max_side: of `pictures.contact_sheet`.
+    (H, W, 3), one per title. max_side: of `pictures.draw_sheet`.
     """
     def caption(sample):
         return f"{sample['score']:.4f}   {Path(sample['name']).name}"
@@ -240,7 +239,7 @@ def page(path, parts, *, tables=None, titles=("image", "truth", "prediction", "e
     rows = [pictures for samples in parts.values() for _, pictures in samples]
     captions = [f"{part} {i}:   {caption(sample)}" for part, samples in parts.items()
                 for i, (sample, _) in enumerate(samples, 1)]
-    sheet(path, rows, tables=tables, titles=titles, captions=captions, legend=legend, max_side=max_side)
+    sheet(path, rows, tables=tables, titles=titles, captions=captions, max_side=max_side)
     worst, rows = zip(*parts["worst"])
     keep(Path(path).parent, worst, rows, map(caption, worst), titles=titles, max_side=max_side)
 
@@ -249,11 +248,7 @@ def sheet(path, rows, *, tables=None, **options):
     """Writes what `pictures.contact_sheet(path, rows, **options)` does, and tables below: {title: [{column: value}]},
     of a model's metrics per class and by size. Raises UserError when it cannot be written."""
     drawn = [_table(title, entries) for title, entries in (tables or {}).items()]
-    with tempfile.TemporaryDirectory() as scratch:
-        contact_sheet(Path(scratch) / "sheet.png", rows, **options)
-        with Image.open(Path(scratch) / "sheet.png") as image:
-            stack = [image.convert("RGB"), *drawn]
-    _stack(path, stack)
+    _stack(path, [draw_sheet(rows, **options), *drawn])
 
 
 def _stack(path, pictures):

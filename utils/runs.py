@@ -126,12 +126,12 @@ def _open(project, name, resume):
     return last.parent, state
 
 
-def new_folder(out, default):
-    """A folder for results, the same on every rank; numbered when it exists. out: its path, or None for `default`."""
-    out = Path(out) if out else Path(default)
-    if out.name in ("", ".."):  # no name that a number could follow
-        out = out.resolve()
-    return Path(dist.broadcast(str(dist.rank() == 0 and create(out.parent, out.name, "--out"))))
+def new_folder(path, flag="--out"):
+    """A new folder, the same on every rank; numbered when it exists. flag: of `create`."""
+    path = Path(path)
+    if path.name in ("", ".."):  # no name that a number could follow
+        path = path.resolve()
+    return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name, flag))))
 
 
 def write_json(path, value):
