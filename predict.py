@@ -170,6 +170,9 @@ def check_ensemble(args, paths):
     if args.fit_weights and len(set(map(os.path.realpath, paths))) < len(paths):
         raise UserError("--fit-weights: one of the checkpoints is given twice; leave it out once")
     nets, tables = 1 if args.soup else len(paths), len(args.probs or ())
+    if len(paths) + tables == 1 and (args.soup or args.ensemble_weights):
+        raise UserError(f"{'--soup' if args.soup else '--ensemble-weights'}: is for several checkpoints; leave it out, "
+                        f"or give more")
     if args.soup and given and not (args.ensemble_weights and tables):
         raise UserError(f"--soup: makes one net of the checkpoints, there is nothing to weigh; leave it out, or "
                         f"{given[0]}")
@@ -203,6 +206,9 @@ def load_nets(args, device, paths, states):
             classes = state["classes"]
             shown = f"{classes} classes" if isinstance(classes, int) else f"the classes {', '.join(classes)}"
             raise UserError(f"{path}: has {shown}, {paths[0]} others; an ensemble needs the same")
+        if state.get("exclusive") != states[0].get("exclusive"):
+            raise UserError(f"{path}: is for {'one class' if state['exclusive'] else 'several classes'} an image, "
+                            f"{paths[0]} is not; predict them apart")
         checkpoint.load_weights(net, state, path)
         nets.append(fuse(net).to(device, dtype, memory_format=torch.channels_last))
         if args.compile:
@@ -266,7 +272,7 @@ def predict_seg(args, device, paths, states, nets):
     if len({bool(state.get("resize")) for state in states}) > 1:
         raise UserError("--weights: some are trained on whole images (--resize), others on crops; predict them apart")
     # trained on whole images, a net gets whole images
-    tile = args.tile or (2**31 if states[0].get("resize") else 2 * states[0]["imgsz"])
+    tile = args.tile or (2**31 if states[0].get("resize") else 2 * max(state["imgsz"] for state in states))
     bands = all_bands(states)
     sizes = {}
     for file in files:
@@ -413,10 +419,14 @@ def predict_det(args, device, paths, states, nets):
 def det_views(args, states, nets, files):
     """What the nets are to look at."""
     imgsz, stride = args.imgsz or max(state["imgsz"] for state in states), max(net.stride for net in nets)
-    trained = states[0]["args"]
-    overlap = trained.get("overlap", OVERLAP) if args.overlap is None else args.overlap
-    return det.Views(files, bands=all_bands(states), imgsz=imgsz, stride=stride, tile=args.tile or trained.get("tile"),
-                     overlap=overlap)
+    trained = {state["args"].get("tile") for state in states}
+    if len(trained) > 1 and not args.tile:
+        raise UserError("--weights: were trained with windows of different sizes, or some without; choose by --tile")
+    tile = args.tile or trained.pop()
+    if args.task == "det" and args.overlap is not None and not tile:
+        raise UserError("--overlap: is of windows; leave it out, or give --tile")
+    overlap = max(state["args"].get("overlap", OVERLAP) for state in states) if args.overlap is None else args.overlap
+    return det.Views(files, bands=all_bands(states), imgsz=imgsz, stride=stride, tile=tile, overlap=overlap)
 
 
 def detect(args, device, states, nets, views):

@@ -106,8 +106,9 @@ def main():
     train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
                            cutout=args.cutout, p_affine=args.p_affine)
     on_gpu = args.synthesize and device.type == "cuda"  # made there: no workers, and nothing to be pinned
-    parts = round(1 / args.val_interval)
-    if parts > -(-len(train_data) // args.bs):
+    parts, batches = round(1 / args.val_interval), -(-len(train_data) // args.bs)
+    parts = min(parts, batches) if args.debug else parts
+    if parts > batches:
         raise UserError(f"--val-interval {args.val_interval:g}: of {len(train_data)} images that is less than a batch; "
                         f"raise it, or lower --bs")
     loader = train_loader(train_data, args.bs, workers=0 if on_gpu else args.workers, seed=args.seed,
@@ -204,11 +205,10 @@ def split(args, folder, table):
     """Indices to train and to validate on; of the former those of --subset. Without --folds: the data's own validation
     images are held out, else a fifth; with --synthesize, which trains on none of the files, all are."""
     names = [os.path.relpath(path, args.data) for path in table.files]
-    groups = folds.read_groups(args.groups, names) if args.groups else None
     spec = folds.given(args.folds, names, table.held_out, args.fold)
     if args.synthesize and args.folds is None and not table.held_out:
         spec = dict.fromkeys(names, args.fold)
-    train, val = folds.of_run(folder, names, spec, args.fold, files=table.files, groups=groups,
+    train, val = folds.of_run(folder, names, spec, args.fold, files=table.files, groups=args.groups,
                               strata=cls.strata(table.labels), drop=args.drop_noisy, untrained=bool(args.synthesize))
     if args.subset and args.subset < len(train):
         chosen = cls.subset(table.labels[train], args.subset, seed=args.seed)

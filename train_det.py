@@ -137,22 +137,23 @@ def main():
         dist.print0(f"restarted in the second stage: {folder / SECOND} holds, not the command line")
     both = args.stages and not ((resume or again) and args.preset == "finetune")  # else the second stage goes on
     if both:
-        stages = [args.epochs] * 2 if args.debug else args.stages
+        second, stages = Path(f"{folder}-finetune"), [args.epochs] * 2 if args.debug else args.stages
         longer = resume and resume["args"]["epochs"] != args.epochs  # --resume --epochs
         args.preset, args.epochs = "scratch-low", args.epochs if longer else stages[0]
+        if args.resume is not None and len(resume["history"]) >= args.epochs and second.exists():
+            raise UserError(f"{folder}: its second stage has begun; --resume {second}, or start a new run")
     experiment(args, device, folder, resume)
     if both and not args.show_augment:
-        first, second = recipe("scratch-low", args.head), recipe("finetune", args.head)
+        before, after = recipe("scratch-low", args.head), recipe("finetune", args.head)
         # a flag that differs from the first stage's recipe was asked for, and stays
-        changed = {k: v for k, v in second.items() if vars(args)[k] == first[k]}
+        changed = {k: v for k, v in after.items() if vars(args)[k] == before[k]}
         changed |= {"preset": "finetune", "epochs": stages[1], "image_weights": False,
                     "weights": str(folder / "last.pt")}
-        before = folder
-        folder = runs.new_folder(f"{folder}-finetune", "--project")
+        second = runs.new_folder(second, "--project")
         if dist.rank() == 0:
-            runs.write_json(folder / SECOND, vars(args) | changed)
-            shutil.copyfile(before / "run.json", folder / "run.json")
-        experiment(argparse.Namespace(**vars(args) | changed), device, folder, None)
+            runs.write_json(second / SECOND, vars(args) | changed)
+            shutil.copyfile(folder / "run.json", second / "run.json")
+        experiment(argparse.Namespace(**vars(args) | changed), device, second, None)
 
 
 def second_stage(folder):
@@ -354,8 +355,7 @@ def split(args, folder, data):
     count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
     rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
     spec = folds.given(args.folds, names, data.held_out, args.fold)
-    groups = folds.read_groups(args.groups, names) if args.groups else None
-    return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=groups,
+    return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=args.groups,
                         drop=args.drop_noisy)
 
 

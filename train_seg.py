@@ -85,8 +85,7 @@ def main():
     bands = args.bands or list(range(1, facts[0]["bands"] + 1))
     if not any(fact["area"] for fact in facts):
         dist.print0(f"warning: {root / 'train_mask'}: no pixel is of a class above 0; see --classes and --ignore")
-    groups = folds.read_groups(args.groups, names) if args.groups else None
-    train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=groups,
+    train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=args.groups,
                               files=[image for image, _ in paired], drop=args.drop_noisy,
                               strata=folds.area_strata([fact["area"] for fact in facts]))
     if args.debug:

@@ -229,16 +229,14 @@ def strata(labels):
 
 
 def check_bands(files, bands):
-    """Every image has the bands. -> (height, width) of each."""
+    """UserError for an image without the bands."""
     def check(file):
-        count, *size = images.size(file)
         if not images.has_bands(file, bands):
-            raise UserError(f"{file}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the "
-                            f"file")
-        return tuple(size)
+            raise UserError(f"{file}: has {images.size(file)[0]} bands, band {max(bands)} is asked for; leave it out, "
+                            f"or train with other --bands")
 
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(check, files))
+        list(pool.map(check, files))
 
 
 class Images(Dataset):

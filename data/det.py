@@ -226,8 +226,8 @@ class Views(Dataset):
         for i, file in enumerate(files):
             count, *size = images.size(file)
             if not images.has_bands(file, bands):
-                raise UserError(f"{file}: has {count} bands, band {max(bands)} is asked for; choose other --bands, or "
-                                f"another --source")
+                raise UserError(f"{file}: has {count} bands, band {max(bands)} is asked for; leave it out, or train "
+                                f"with other --bands")
             self.sizes.append(tuple(size))
             self.first.append(len(self.items))
             self.items += [(i, window) for window in [None] + tiles.cover(size, tile, overlap)]

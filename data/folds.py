@@ -96,17 +96,14 @@ def read(path, names):
 
 
 def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=None, untrained=False):
-    """-> (indices of the samples to train on, to validate on), by the folds.json in the run's folder, which a resumed
-    run finds there. A new run writes it, and prints `leaks` of the files. spec: of `parse`, or the split itself {name:
-    fold}; None: nothing to validate. strata, groups: of `assign`. drop: (a noise.csv, the number of its worst
-    files that are not trained on). untrained: all may be held out, because the training images are synthesized.
+    """-> (indices of the samples to train on, to validate on), by the folds.json and dropped.json in the run's folder,
+    which a resumed run finds there. A new run writes them, and prints `leaks` of the files. spec: of `parse`, or the
+    split itself {name: fold}; None: nothing to validate. strata: of `assign`. groups: of `read_groups`, the path. drop:
+    (a noise.csv, the number of its worst files that are not trained on). untrained: all may be held out, because the
+    training images are synthesized.
     """
-    noisy = {os.path.realpath(name) for name in review.read_noise(*drop)} if drop else set()
-    clean = [i for i, file in enumerate(files) if not noisy or os.path.realpath(file) not in noisy]
-    if noisy and len(clean) == len(files):
-        raise UserError(f"{drop[0]}: none of its {len(noisy)} worst files is among the data's; give the ranking of "
-                        f"runs on this data, and start in the folder that they were started in")
     written = folder / "folds.json"
+    groups = read_groups(groups, names) if groups and not written.exists() else None
     spec = written if written.exists() else spec
     if isinstance(spec, Path):
         spec = read(spec, names)
@@ -120,10 +117,9 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
         there = ", ".join(map(str, sorted(set(spec.values()))))
         raise UserError(f"--fold {fold}: leaves {len(spec) - len(held_out)} samples to train and {len(held_out)} to "
                         f"validate; there are the folds {there} (--folds 0: no validation)")
-    train = [i for i in clean if names[i] not in held_out]
-    val = [i for i, name in enumerate(names) if name in held_out]
-    if not (train or untrained):
-        raise UserError(f"--drop-noisy {drop[0]}:{drop[1]}: leaves no sample to train on; lower the number")
+    train, val = ([i for i, name in enumerate(names) if (name in held_out) is side] for side in (False, True))
+    if drop:
+        train = _without_noisy(folder / "dropped.json", drop, train, names, files)
     if spec is None:
         return train, val
     if dist.rank() == 0 and not written.exists():
@@ -132,6 +128,26 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
         for line in leaks(*sides, groups=groups and dict(zip(files, groups))):
             print(line)
     return train, val
+
+
+def _without_noisy(written, drop, train, names, files):
+    """The training samples without the worst of a noise.csv, which are written down: the table may be made anew before
+    the run is resumed. UserError where none is left out: one run's table ranks what its own fold held out."""
+    if written.exists():
+        dropped = set(json.loads(written.read_text()))
+    else:
+        ranked = [os.path.realpath(name) for name in review.read_noise(drop[0])]
+        name_of = {os.path.realpath(files[i]): names[i] for i in train}
+        if name_of.keys().isdisjoint(ranked):
+            raise UserError(f"{drop[0]}: ranks no sample that is trained on; give the ranking of runs of several folds "
+                            f"of this data, and start in the folder that they were started in")
+        dropped = {name_of[file] for file in ranked[:drop[1]] if file in name_of}
+        if len(dropped) == len(train):
+            raise UserError(f"--drop-noisy {drop[0]}:{drop[1]}: leaves no sample to train on; lower the number")
+        if dist.rank() == 0:
+            runs.write_json(written, sorted(dropped))
+    dist.print0(f"--drop-noisy: {len(dropped)} of the {drop[1]} worst are not trained on; others are held out anyway")
+    return [i for i in train if names[i] not in dropped]
 
 
 def read_groups(path, names):

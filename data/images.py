@@ -74,7 +74,7 @@ def find_sources(patterns, default, scale):
     names = {}
     for file in files:
         if names.setdefault(file.stem, file) != file:
-            raise UserError(f"{file}: {names[file.stem]} has the same name; predict them in two runs")
+            raise UserError(f"{file}: {names[file.stem]} has the same name; predict them in two runs, by --source")
     other = [file for file in names.values() if {default_scale([file]), scale} == {255.0, 65535.0}]
     if other:
         dist.print0(f"{other[0]}: has {depth(other[0])} pixels ({len(other)} such), and the net takes {scale:g} for "

@@ -9,8 +9,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from data.labels import MIN_SIDE
 from data.submissions import write_rows
 
 
@@ -41,7 +43,7 @@ def link(files, folder):
 def write_boxes(root, files, sizes, results, names, category_ids, least):
     """The competition's layout: ROOT/train/{images, label/Train.json}. results: per image detections (n, 6) of x1, y1,
     x2, y2, score, class, of which those with a score of at least `least` count. -> number of images, of boxes."""
-    sure = [(file, size, rows[rows[:, 4] >= least]) for file, size, rows in zip(files, sizes, results)]
+    sure = [(file, size, _sound(rows[rows[:, 4] >= least])) for file, size, rows in zip(files, sizes, results)]
     sure = [item for item in sure if len(item[2])]
     link([file for file, _, _ in sure], root / "train/images")
     annotations = [{"image_id": i, "category_id": category_ids[int(label)], "bbox": [x1, y1, x2 - x1, y2 - y1],
@@ -54,6 +56,14 @@ def write_boxes(root, files, sizes, results, names, category_ids, least):
         "annotations": [{"id": i} | annotation for i, annotation in enumerate(annotations)],
         "categories": [{"id": key, "name": name} for key, name in zip(category_ids, names)]}))
     return len(sure), len(annotations)
+
+
+def _sound(rows):
+    """Detections (n, 6) without those that reading labels would drop: less than a pixel, or, clipped to the image, the
+    box of another one."""
+    rows = rows[(rows[:, 2:4] - rows[:, :2] >= MIN_SIDE).all(1)]
+    _, first = np.unique(rows[:, [0, 1, 2, 3, 5]].numpy(), axis=0, return_index=True)
+    return rows[np.sort(first)]
 
 
 def write_classes(root, files, probs, names, exclusive, least):

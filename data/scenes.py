@@ -45,11 +45,14 @@ def write(file, pieces, out):
 
 def write_parts(file, size, pieces, blank, out):
     """The same from pieces that need not cover the image of `size` (height, width), whose masks are held in memory.
-    blank: {folder: the value elsewhere}. Where pieces overlap, the last one holds that is not blank."""
+    blank: {folder: the value elsewhere}, of "masks" and of labels made from them. Where pieces overlap, the last one
+    holds that is not blank; an object in a mask is no sure background in the labels."""
     masks = {folder: np.full(size, value, np.uint8) for folder, value in blank.items()}
     for folder, y, x, mask in pieces:
         here = masks[folder][y:y + mask.shape[0], x:x + mask.shape[1]]
         np.copyto(here, mask, where=mask != blank[folder])
+    for folder in masks:
+        np.copyto(masks[folder], blank[folder], where=(masks[folder] == 0) & (masks["masks"] > 0))
     for folder, mask in masks.items():
         with submissions.new_mask(file, out / folder) as target:
             target.write(mask, 1)

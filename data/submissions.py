@@ -160,6 +160,10 @@ def read_tables(paths, names=None, keys=None):
         names, table = read_probabilities(path, names)
         tables.append(table)
     if not same or any(table.keys() != tables[0].keys() for table in tables):
+        for path, table in zip(paths, tables):
+            number, count = Counter(map(index_of, table)).most_common(1)[0]
+            if count > 1:
+                raise UserError(f"{path}: {count} rows have the number {number}; rename them, or remove all but one")
         tables = [{index_of(key): row for key, row in table.items()} for table in tables]
     keys = list(tables[0]) if same else keys
     for path, table in zip(paths, tables):

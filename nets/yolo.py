@@ -136,6 +136,8 @@ class FreeHead(nn.Module):
             nn.Conv2d(cls, num_classes, 1)) for c in channels)
         for branch, stride in zip(self.cls, strides):
             nn.init.constant_(branch[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
+            for depthwise in (branch[0].conv, branch[2].conv):  # a cell looks at itself first; from torch's random
+                depthwise.weight.data[..., 1, 1] += 1  # kernels alone some short trainings do not get going
         for branch in self.box:
             nn.init.constant_(branch[-1].bias, 1.0)
 

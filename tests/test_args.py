@@ -156,10 +156,20 @@ def test_what_waits_for_a_score_needs_a_validation(tmp_path):
     assert not list(tmp_path.iterdir())
     saved(tmp_path, "--folds", "0.2", "--patience", "3", "--schedule", "plateau")
     opened(tmp_path, "--folds", "split.json", "--patience", "3")
-    state = checkpoint.load(tmp_path / "exp/last.pt")
-    state["args"]["folds"] = "0"  # of a run from before this was refused
-    checkpoint.save(tmp_path / "exp/last.pt", state)
-    assert opened(tmp_path, "--resume", str(tmp_path / "exp"))[0].patience == 3
+
+
+def test_flags_that_do_nothing_in_a_resumed_run(tmp_path):
+    """They are held against the run's own flags."""
+    with pytest.raises(UserError, match="--fold: does nothing with --folds 0"):
+        opened(tmp_path, "--folds", "0", "--fold", "3")
+    saved(tmp_path, "--folds", "0")
+    for flags, says in ((["--patience", "3"], "--patience: does nothing with --folds 0"),
+                        (["--schedule", "plateau"], "--schedule plateau: does nothing with --folds 0"),
+                        (["--swa-lr", "0.5"], "--swa-lr: does nothing without --swa")):
+        with pytest.raises(UserError, match=says):
+            opened(tmp_path, "--resume", str(tmp_path / "exp"), *flags)
+    args, *_ = opened(tmp_path, "--resume", str(tmp_path / "exp"), "--swa", "0.5", "--swa-lr", "0.5")
+    assert args.swa == args.swa_lr == 0.5
 
 
 def test_devices_that_are_not_there(tmp_path):

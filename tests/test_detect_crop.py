@@ -18,6 +18,7 @@ from rasterio.features import rasterize
 from rasterio.transform import from_origin
 
 import predict
+from data import scenes
 from nets.unet import UNet
 from tests import test_bad_input_cls, test_predict_det
 from tests.conftest import tile, write_tif
@@ -128,7 +129,7 @@ def by_hand(net, file, found, *, planes=True, bands=(7, 6, 5), least=2.0, scale=
         mask[place] = np.where(mask[place] > 0, mask[place], said)
         pseudo[place] = np.where(pseudo[place] < 254, pseudo[place], sure)
         certain[place] &= (np.diff(np.sort(p, 0)[-2:], axis=0)[0] > 1e-4) & (np.abs(own - least) > 1e-4)
-    return mask, pseudo, certain
+    return mask, np.where((pseudo == 0) & (mask > 0), 254, pseudo), certain  # the parts disagree
 
 
 def pixels(path):
@@ -265,6 +266,20 @@ def test_a_crop_is_as_an_image_of_its_own(script, finds, kind):
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
+def test_parts_that_disagree(tmp_path):
+    """What one part takes for an object and the next one surely not is an object in the mask, and no label."""
+    file = write_tif(tmp_path / "a.tif", np.zeros((4, 8), np.uint8))
+    for folder in ("masks", "pseudo/train_mask"):
+        (tmp_path / folder).mkdir(parents=True)
+    yes, no = np.ones((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
+    pieces = [(folder, 0, x, mask) for x, mask in ((0, yes), (2, no)) for folder in ("masks", "pseudo/train_mask")]
+    scenes.write_parts(file, (4, 8), pieces, {"masks": 0, "pseudo/train_mask": 254}, tmp_path)
+    for folder, row in {"masks": [1, 1, 1, 1, 0, 0, 0, 0],
+                        "pseudo/train_mask": [1, 1, 254, 254, 0, 0, 254, 254]}.items():
+        with rasterio.open(tmp_path / folder / "a.tif") as written:
+            assert (written.read(1) == row).all()
+
+
 def test_masks_stay_on_their_place(script, finds):
     finds({(96, 128): APART})
     segmenter()

@@ -317,6 +317,11 @@ def test_tables_alone(script, refused, tmp_path, monkeypatch):
     Path("four.csv").write_text("".join(Path("one.csv").read_text().splitlines(keepends=True)[:-1]))
     for pair in (["one.csv", "four.csv"], ["four.csv", "one.csv"]):
         refused(predict, "--task", "cls", "--probs", *pair, "--out", "no", says="four.csv: has no row for 4")
+    Path("twice.csv").write_text("index,x,y,z\n7,0.1,0.2,0.3\n007,0.3,0.2,0.1\n")
+    Path("seven.csv").write_text("index,x,y,z\n7,0.1,0.2,0.3\n")
+    refused(predict, "--task", "cls", "--probs", "twice.csv", "seven.csv", "--out", "no", says="twice.csv: 2 rows")
+    refused(predict, "--task", "cls", "--probs", "one.csv", "--ensemble-weights", 2, "--out", "no",
+            says="--ensemble-weights: is for several")
     for flag in (["--source", "in"], ["--tta"], ["--fit-weights"], ["--soup"], ["--pseudo", 0.9]):
         refused(predict, *flags, *flag, "--out", "no", says=[flag[0], "--probs without --weights"])
     refused(predict, *flags, "--ensemble-weights", 1, "--out", "no", says="1 for 0 checkpoints and 2 tables")
@@ -380,6 +385,11 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     state = torch.load(zero, weights_only=True)
     torch.save(state, "moved.pt")
     fails("--weights", "moved.pt", fit, says=["folds.json: missing", "moved.pt", "--ensemble-weights"])
+    fails("--weights", zero, "--soup", says=["--soup: is for several"])
+    softmax = run("runs/softmax", root, seed=3, exclusive=True)
+    for pair in ((zero, softmax), (softmax, zero)):
+        fails("--weights", *pair, says=["one class" if pair[0] == zero else "several classes", "predict them apart"])
+        fails("--weights", *pair, "--soup", says=["is another net"])
     Path("e.json").write_text("{}")
     fails("--weights", zero, again, fit, "--ensemble", "e.json", says=["--fit-weights, --ensemble", "leave one out"])
     fails("--weights", zero, again, fit, "--ensemble-weights", 1, 2, says=["--fit-weights, --ensemble-weights"])

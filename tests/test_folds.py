@@ -445,10 +445,33 @@ def test_a_ranking_of_other_files_drops_nothing_in_silence(tmp_path):
     noise = tmp_path / "noise.csv"
     noise.write_text("rank,name,score\n1,elsewhere/0.png,0.1\n2,elsewhere/1.png,0.2\n")
     names = [file.name for file in files]
-    with pytest.raises(UserError, match="noise.csv: none of its 2 worst"):
+    with pytest.raises(UserError, match="noise.csv: ranks no sample that is trained on"):
         folds.of_run(tmp_path, names, [0.5, 0.5], 0, files=files, drop=(noise, 2))
     noise.write_text(f"rank,name,score\n1,{files[0]},0.1\n2,elsewhere/1.png,0.2\n")
-    assert 0 not in folds.of_run(tmp_path, names, [0.5, 0.5], 0, files=files, drop=(noise, 2))[0]
+    train, val = folds.of_run(tmp_path, names, dict(zip(names, (0, 1, 1, 2))), 2, files=files, drop=(noise, 2))
+    assert (train, val) == ([1, 2], [3])
+    noise.unlink()  # or made anew: a resumed run drops what it has dropped
+    assert folds.of_run(tmp_path, names, None, 2, files=files, drop=(noise, 2)) == (train, val)
+
+
+def test_the_ranking_of_one_run_drops_nothing_in_silence(tmp_path, capsys):
+    """It has only what that run's fold held out, and so does the next run with the same fold; of several runs' ranking
+    the worst may happen to be held out."""
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, file in enumerate(files):
+        Image.new("L", (4, 4), i).save(file)
+    names, noise = [file.name for file in files], tmp_path / "noise.csv"
+    spec = dict(zip(names, (0, 0, 1, 1)))
+    noise.write_text(f"rank,name,score\n1,{files[0]},0.1\n2,{files[1]},0.2\n")
+    with pytest.raises(UserError, match="noise.csv: ranks no sample that is trained on; .* several folds"):
+        folds.of_run(tmp_path / "a", names, spec, 0, files=files, drop=(noise, 1))
+    noise.write_text(noise.read_text() + f"3,{files[2]},0.3\n")
+    for fold, count, dropped in ((0, 1, []), (0, 3, [2]), (1, 1, [0])):
+        run = tmp_path / f"{fold}{count}"
+        run.mkdir()
+        train, _ = folds.of_run(run, names, spec, fold, files=files, drop=(noise, count))
+        assert train == [i for i in range(4) if spec[names[i]] != fold and i not in dropped]
+        assert f"{len(dropped)} of the {count} worst are not trained on" in capsys.readouterr().out
 
 
 def test_some_are_from_all_along():
@@ -466,6 +489,7 @@ def test_what_leaves_nothing_or_something_else(tmp_path):
     for spec in (None, dict.fromkeys(names[:2], 0) | dict.fromkeys(names[2:], 1)):
         with pytest.raises(UserError, match="noise.csv:6: leaves no sample to train on; lower"):
             folds.of_run(tmp_path, names, spec, 0, files=names, drop=(table, 6))
+    assert not (tmp_path / "folds.json").exists() and not (tmp_path / "dropped.json").exists()
 
 
 def test_groups_by_any_form_of_a_name(tmp_path):

@@ -244,6 +244,12 @@ def test_extra_data_that_does_not_fit(refused, dirty, tmp_path):
 
 
 # ---- debug -----------------------------------------------------------------------------------------------------------
+def test_debug_of_many_validations_an_epoch(script, dirty):
+    """Of a few images an epoch has fewer parts."""
+    script(train_cls, "--data", dirty, *TINY_CLS, "--folds", 3, "--debug", "--val-interval", 0.01, "--lr", 0.01)
+    assert len(list(csv.DictReader(open("runs/cls/exp/results.csv")))) == 4  # two epochs in two parts each
+
+
 def test_debug_runs_two_short_epochs(script, tmp_path, capsys):
     root = write_dirty(tmp_path / "data", train=60, test=0, side=16)
     script(train_cls, "--data", root, *TINY_CLS, "--debug", "--epochs", 30, "--lr", 0.003)

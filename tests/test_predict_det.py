@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import predict
-from data import augment, det, submissions
+from data import augment, det, labels, pseudo, submissions
 from nets.yolo import YOLOv5
 from tests.conftest import lot
 from tests.test_scripts_det import ranks
@@ -327,6 +327,29 @@ def test_two_checkpoints_are_fused(script, tmp_path, finder):
             for share, colours in ((3, (0, 1, 2)), (1, (2, 0, 1))) for k, colour in enumerate(colours)]
     for got, expected in zip(found, sorted(want), strict=True):
         assert got[:2] == pytest.approx(expected[:2], abs=2e-4) and np.abs(np.subtract(got, expected)).max() <= 1.0
+
+
+def test_the_order_of_checkpoints_does_not_matter(script, refused, tmp_path, finder):
+    save("1.png", scene(0, 96, 128)[0])
+    whole, windows = weights("whole.pt"), weights("windows.pt", args={"data": "nowhere", "tile": 64, "overlap": 0.5})
+    for pair in ((whole, windows), (windows, whole)):
+        refused(predict, *FLAGS, "--weights", *pair, "--source", "1.png", "--out", "no", says="--tile")
+    for i, pair in enumerate(((whole, windows), (windows, whole))):
+        script(predict, *FLAGS, "--weights", *pair, "--source", "1.png", "--out", f"out{i}", "--tile", 64)
+    assert items_of("out0") == items_of("out1") != []
+    refused(predict, *FLAGS, "--weights", whole, "--source", "1.png", "--overlap", 0.5, "--out", "no",
+            says="--overlap: is of windows")
+
+
+def test_pseudo_labels_are_read_back_whole(tmp_path):
+    """Less than a pixel, and what clipping has made one box: reading drops these, and more than 1 % is an error."""
+    file = save(tmp_path / "a.png", np.zeros((64, 96, 3), np.uint8))
+    rows = torch.tensor([[0, 0, 96, 64, .95, 0], [0, 0, 96, 64, .93, 0], [0, 0, 96, 64, .92, 1], [5, 5, 5.5, 40, .9, 1],
+                         [5, 5, 30, 40, .9, 1], [5, 5, 30, 40, .4, 0]])
+    assert pseudo.write_boxes(tmp_path / "out", [file], [(64, 96)], [rows], NAMES, [1, 2, 7], 0.5) == (1, 3)
+    found = labels.read(tmp_path / "out", cache=None)
+    assert found.boxes[0].tolist() == [[0, 0, 96, 64], [0, 0, 96, 64], [5, 5, 30, 40]]
+    assert found.classes[0].tolist() == [0, 1, 1]
 
 
 # ---- kinds of images -------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_the_best_run_first_and_those_without_a_score_last(tmp_path):
 def test_averaged_weights_have_a_column_of_their_own(tmp_path, capsys):
     """Which moves no run, and follows --metric."""
     for name, scores in (("a", [0.75]), ("b", [0.5, 0.25]), ("c", ())):
-        run = make(tmp_path / "seg" / name, scores)
+        run = make(tmp_path / "seg" / name, scores, swa=0.25)
         (run / "swa.json").write_text(json.dumps({"iou": {"a": 0.625, "b": 0.875, "c": 1.0}[name], "f1": 0.5}))
     found = rows(tmp_path)
     assert [(row["best"], row["last"], row["swa"]) for row in found.values()] == [
@@ -80,6 +80,8 @@ def test_averaged_weights_have_a_column_of_their_own(tmp_path, capsys):
         (tmp_path / "seg/b/swa.json").write_bytes(content)
         assert rows(tmp_path)["b"] == found["b"] | {"swa": None}
         assert capsys.readouterr().err.count("swa.json: damaged, left out\n") == said
+    (tmp_path / "seg/a/args.json").write_text(json.dumps(DEFAULTS | {"swa": 0}))  # resumed without, and trained on
+    assert rows(tmp_path)["a"]["swa"] is None
 
 
 def test_a_run_and_a_folder_above_it_are_the_same_runs(tmp_path):
@@ -355,16 +357,17 @@ def test_no_process_is_started_without_git_and_none_is_waited_for(tmp_path, monk
     assert summary.commit(tmp_path) == ""
 
 
-def test_a_resumed_run_keeps_its_date_and_gets_the_new_defaults(tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_date_and_the_defaults_that_it_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "commit", lambda folder: "abc")
     write_note(tmp_path, {"lr": 1})
     first = json.loads((tmp_path / "run.json").read_text())
     assert first == {"started": first["started"], "commit": "abc", "defaults": {"lr": 1}}
     assert abs(time.mktime(time.strptime(first["started"], "%Y-%m-%d %H:%M")) - time.time()) < 200
     (tmp_path / "run.json").write_text(json.dumps(first | {"started": "2020-01-01 00:00"}))
+    monkeypatch.setattr(summary, "commit", lambda folder: "def")
     write_note(tmp_path, {"lr": 2})
     again = json.loads((tmp_path / "run.json").read_text())
-    assert again["started"] == "2020-01-01 00:00" and again["defaults"] == {"lr": 2}
+    assert again == {"started": "2020-01-01 00:00", "defaults": {"lr": 1}, "commit": "def"}
     with pytest.raises(UserError, match="run.json: cannot be written"):
         (tmp_path / "file").write_text("")
         write_note(tmp_path / "file", {})

@@ -258,6 +258,17 @@ def test_a_longer_run_averages_its_own_end(tmp_path):
     torch.testing.assert_close(last["swa"]["conv1.weight"].double(), mean, rtol=0, atol=1e-6)
 
 
+def test_a_run_made_a_little_longer_averages_none_that_its_first_end_was_made_of(tmp_path):
+    """Of 6 epochs the last 3 are taken, of 8 the last 4: when it goes on with the 7th, the 4th is in the mean."""
+    seen = []
+    averaged(tmp_path, epochs=6, ema=False)
+    averaged(tmp_path, epochs=8, ema=False, resume=True, evaluate=watching(seen))
+    last = read(tmp_path / "last.pt")
+    assert last["swa_count"] == 2
+    mean = torch.stack([weights["conv1.weight"].double() for weights in seen[:2]]).mean(0)
+    torch.testing.assert_close(last["swa"]["conv1.weight"].double(), mean, rtol=0, atol=1e-6)
+
+
 def test_averaging_may_be_switched(tmp_path):
     averaged(tmp_path, epochs=2, total=4, share=0.75, on=False)
     state = averaged(tmp_path, epochs=3, total=4, share=0.75, resume=True)

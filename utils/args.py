@@ -141,23 +141,15 @@ def start(parser, argv=None, *, needs=None):
     needs: {flag: others that do nothing without it}; UserError where one of those is given alone.
     With --resume the run's own flags hold; those given again on the command line override, and are reported.
     """
-    args = parser.parse_args(argv)
-    for flag, others in ({"swa": ("swa_lr", "swa_cycle")} | (needs or {})).items():
-        idle = [other for other in others if getattr(args, other) != parser.get_default(other)]
-        if idle and not getattr(args, flag) and args.resume is None:  # a resumed run has flags of its own
-            given, missing = (name.replace("_", "-") for name in (idle[0], flag))
-            raise UserError(f"--{given}: does nothing without --{missing}; leave it out, or give both")
-    for idle, given in (("--patience", args.patience), ("--schedule plateau", args.schedule == "plateau")):
-        if given and _is_zero(args.folds) and args.resume is None:
-            raise UserError(f"{idle}: does nothing with --folds 0, which gives no score; leave one out")
-    mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
-    if sum(mixing.values()) > 1 + 1e-9:
-        raise UserError(f"{', '.join(f'--{flag}' for flag in mixing)}: happen instead of one another, their shares "
-                        f"exceed 1 in all; lower one")
+    args, given = parser.parse_args(argv), vars(_given(parser, argv))
+    needs = {"swa": ("swa_lr", "swa_cycle")} | (needs or {})
+    idle = [other for others in needs.values() for other in others
+            if other in given and given[other] != parser.get_default(other)]
+    if args.resume is None:  # a resumed run has flags of its own
+        _check_flags(args, needs, idle)
     device = dist.setup(args.device)
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:
-        given = vars(_given(parser, argv))
         stored = {k: v for k, v in state["args"].items() if k in vars(args)}
         stored["device"] = args.device  # it may be another machine
         for flag in KEPT:
@@ -168,6 +160,7 @@ def start(parser, argv=None, *, needs=None):
             if flag != "resume" and stored.get(flag) != value and dist.rank() == 0:
                 print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
         args = argparse.Namespace(**{**vars(args), **stored, **given})
+        _check_flags(args, needs, idle)
     if args.debug:
         args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
     if args.bs % dist.world_size():
@@ -178,6 +171,23 @@ def start(parser, argv=None, *, needs=None):
         summary.write_note(folder, vars(parser.parse_args([])))
         print(f"{'resuming' if state else 'run'}: {folder}" + (f" at step {state['step']}" if state else ""))
     return args, device, folder, state
+
+
+def _check_flags(args, needs, idle):
+    """UserError for flags that do nothing together with the others. idle: those given of the values of `needs`."""
+    for flag, others in needs.items():
+        alone = [other for other in others if other in idle and not getattr(args, flag)]
+        if alone:
+            given, missing = (name.replace("_", "-") for name in (alone[0], flag))
+            raise UserError(f"--{given}: does nothing without --{missing}; leave it out, or give both")
+    for flag, given in {"--patience": args.patience, "--schedule plateau": args.schedule == "plateau",
+                        "--fold": args.fold}.items():
+        if given and _is_zero(args.folds):
+            raise UserError(f"{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
+    mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
+    if sum(mixing.values()) > 1 + 1e-9:
+        raise UserError(f"{', '.join(f'--{flag}' for flag in mixing)}: happen instead of one another, their shares "
+                        f"exceed 1 in all; lower one")
 
 
 def _is_zero(folds):

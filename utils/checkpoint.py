@@ -124,7 +124,7 @@ def average(paths, states):
     shapes = [{name: tensor.shape for name, tensor in part.items()} for part in weights]
     for path, state, shape in zip(paths, states, shapes):
         same = all(state.get(key) == states[0].get(key)
-                   for key in ("arch", "classes", "bands", "scale", "norm", "resize"))
+                   for key in ("arch", "classes", "exclusive", "bands", "scale", "norm", "resize"))
         if shape != shapes[0] or not same:
             raise UserError(f"{path}: is another net than {paths[0]}; weights can be averaged of one only, leave out "
                             f"--soup")

@@ -138,8 +138,8 @@ class State:
                             f"flags make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start "
                             f"a new run with --weights")
         checkpoint.fit_into(self.model, saved["model"], "--resume")
-        if self.ema and saved["ema"]:
-            checkpoint.fit_into(self.ema.module, saved["ema"], "--resume")
+        if self.ema:  # a run without it has none: its mean begins with the weights that it has come to
+            checkpoint.fit_into(self.ema.module, saved["ema"] or saved["model"], "--resume")
             self.ema.n_averaged.fill_(saved["ema_steps"])
         if self.swa and saved.get("swa"):
             checkpoint.fit_into(self.swa.module, saved["swa"], "--resume")
@@ -247,7 +247,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
                         + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
             _stop_if(dist.any_rank(signals.signum), state)
         elif swa:
-            dist.print0("no swa.pt: --patience has ended the run before its epochs for --swa")
+            dist.print0("no swa.pt: the run has ended before its epochs for --swa; --resume it with more --epochs")
     if dist.rank() == 0:
         try:
             summary.write(folder)

@@ -41,13 +41,14 @@ def higher_is_better(key):
 
 
 def write_note(folder, defaults):
-    """Writes run.json into the run's folder: {"started", "commit", "defaults"}. A resumed run keeps its `started`.
+    """Writes run.json into the run's folder: {"started", "commit", "defaults"}. A resumed run keeps all but the commit:
+    its flags are to be compared with the defaults that it began with.
 
     defaults: {flag: value}, such as vars(parser.parse_args([])). Raises UserError when it cannot be written.
     """
     path = Path(folder) / "run.json"
-    started = _read_json(path).get("started") or time.strftime("%Y-%m-%d %H:%M")
-    runs.write_json(path, {"started": started, "commit": commit(Path(__file__).parent), "defaults": defaults})
+    note = {"started": time.strftime("%Y-%m-%d %H:%M"), "defaults": defaults} | _read_json(path)
+    runs.write_json(path, note | {"commit": commit(Path(__file__).parent)})
 
 
 def commit(folder):
@@ -150,7 +151,7 @@ def _row(run, chosen, note, usual, metric):
         "run": str(run), "date": str(note.get("started") or _date(run)), "metric": name or "",
         "best": best[name] if best else None, "epoch": int(best["epoch"]) if best else None,
         "last": known[-1][name] if known and known[-1] is results[-1] else None,
-        "swa": _number(_read_json(run / "swa.json").get(name)),
+        "swa": _number(_read_json(run / "swa.json").get(name)) if chosen.get("swa", 1) else None,  # else of before
         "minutes": sum(seconds) / 60 if seconds else None, "commit": str(note.get("commit") or ""),
         "flags": flags(chosen, defaults if isinstance(defaults, dict) else usual)}
 

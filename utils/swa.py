@@ -51,8 +51,8 @@ class SWA(AveragedModel):
     def take(self, model, epoch):
         """Called at the end of each epoch (counted from 1) takes the weights in, where it is one of those."""
         if epoch in self.epochs:
-            if epoch == self.epochs[0]:
-                self.n_averaged.zero_()  # a run that has been made longer begins anew
+            if self.n_averaged > self.epochs.index(epoch):
+                self.n_averaged.zero_()  # a run that has been made longer begins anew: others were taken for its end
             self.update_parameters(model)
 
     def update_norms(self, batches, compute_loss):
