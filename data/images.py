@@ -152,8 +152,7 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
             if window:
                 image = image[:, window[0]:window[0] + window[2], window[1]:window[1] + window[3]].copy()
             if shape:
-                rows, columns = ((np.arange(n) * 2 + 1) * side // (2 * n) for n, side in zip(shape, image.shape[1:]))
-                image = image[:, rows[:, None], columns]
+                image = nearest(image, shape)
     except (RasterioError, RuntimeError):
         raise UserError(f"{path}: truncated or damaged; replace or remove it") from None
     return _check(image, path)
@@ -248,10 +247,10 @@ def resize(image, size):
     return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
 
 
-def nearest(mask, size):
-    """(H, W) -> `size`, every pixel the one that lies at its centre."""
-    rows, columns = ((torch.arange(n) * 2 + 1) * side // (2 * n) for n, side in zip(size, mask.shape))
-    return mask[rows[:, None], columns]
+def nearest(image, size):
+    """(..., H, W), array or tensor -> `size`, every pixel the one that lies at its centre."""
+    rows, columns = ((np.arange(n) * 2 + 1) * side // (2 * n) for n, side in zip(size, image.shape[-2:]))
+    return image[..., rows[:, None], columns]
 
 
 def default_scale(files):

@@ -12,6 +12,7 @@ import os
 from data.sample_letters import letters
 from data.sample_parking import parking
 from data.sample_wildfire import wildfire
+from utils.args import whole
 from utils.errors import Parser, cli
 from utils.files import check_absent
 
@@ -21,10 +22,10 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=folders, help="write this one alone (default: all)")
     parser.add_argument("--out", default=".", metavar="DIR", help="where the folders go (default: here)")
-    parser.add_argument("--train", type=int, default=48, metavar="N", help="training pictures of each (default: 48)")
-    parser.add_argument("--test", type=int, default=12, metavar="N", help="test pictures of each (default: 12)")
-    parser.add_argument("--size", type=int, default=256, metavar="N", help="pixels a side of a tile (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other seeds, other pictures (default: 0)")
+    parser.add_argument("--train", type=whole(1), default=48, metavar="N", help="training pictures of each (default: 48)")
+    parser.add_argument("--test", type=whole(0), default=12, metavar="N", help="test pictures of each (default: 12)")
+    parser.add_argument("--size", type=whole(64), default=256, metavar="N", help="pixels a side of a tile (default: 256)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="other seeds, other pictures (default: 0)")
     args = parser.parse_args()
     wanted = [args.only] if args.only else list(folders)
     for task in wanted:                                   # before minutes are spent on the others

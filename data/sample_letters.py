@@ -7,7 +7,6 @@ import numpy as np
 
 from data import glyphs
 from data.dirty_mnist import HEADER, Synthesizer, write
-from utils.errors import UserError
 from utils.files import whole_folder
 
 
@@ -30,8 +29,6 @@ def letters(out, *, train=48, test=12, seed=0):
     test_dirty_mnist_2nd_answer.csv, so that a demonstration can score itself. The test set's letters are those of
     test.csv, which no training image shows. Raises UserError when the folder is there. It appears whole or not at all.
     """
-    if train < 1 or test < 0 or seed < 0:
-        raise UserError(f"--train {train} --test {test} --seed {seed}: at least 1, 0 and 0, please")
     target = os.path.join(out, "resources")
     with whole_folder(target) as root:
         for folder in ("mnist_data", "dirty_mnist_2nd", "test_dirty_mnist_2nd"):

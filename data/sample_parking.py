@@ -12,7 +12,6 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from data.sample_models import MODELS, lamp_post, rect, tree
-from utils.errors import UserError
 from utils.files import whole_folder
 
 # how often each is seen; category_id is the place in this table, from 1
@@ -380,9 +379,6 @@ def parking(out, *, train=48, test=12, size=(720, 1280), seed=0):
     score itself. Every twelfth lot is empty. Scene i of a split depends on (seed, split, i) and the size alone.
     Raises UserError when the folder is there already. It appears whole or not at all.
     """
-    if train < 1 or test < 0 or min(size) < 128 or max(size) > 4 * min(size) or seed < 0:
-        raise UserError(f"--train {train} --test {test} --seed {seed}, scenes of {size[0]}x{size[1]}: "
-                        "at least 1, 0 and 0, and 128 pixels a side, none four times the other, please")
     target, classes = os.path.join(out, "DATA"), list(CLASSES)
     with whole_folder(target) as root:
         labels = {split: {"images": [], "annotations": []} for split in ("train", "test")}

@@ -8,7 +8,6 @@ from PIL import Image
 from rasterio import Affine
 from tqdm import tqdm
 
-from utils.errors import UserError
 from utils.files import whole_folder
 
 # ---- spectra ---------------------------------------------------------------------------------------------
@@ -194,8 +193,6 @@ def wildfire(out, *, train=48, test=12, size=256, seed=0):
     back; here they lie in test_mask, so that a demonstration can score itself. Every eighth tile has no fire.
     Raises UserError when the folder is there already. It appears whole or not at all.
     """
-    if train < 1 or test < 0 or size < 64 or seed < 0:
-        raise UserError(f"--train {train} --test {test} --size {size} --seed {seed}: at least 1, 0, 64 and 0, please")
     target = os.path.join(out, "Wildfire")
     with whole_folder(target) as root:
         for folder in ("train_img", "train_mask", "test_img", "test_mask"):

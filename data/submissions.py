@@ -43,12 +43,13 @@ def polygons(mask, name):
 
 
 def write_masks(files, sizes, out):
-    """y_pred.pkl of the wildfire competition: {file name: uint8 mask (H, W)}, a pickle."""
+    """y_pred.pkl of the wildfire competition: {file name: uint8 mask (H, W)}, a pickle; not of scenes that memory might
+    not hold."""
     masks = {}
+    if sum(math.prod(sizes[file][1:]) for file in files) > 2**30:
+        print(f"no y_pred.pkl of more than 2^30 pixels; the masks are in {out / 'masks'}")
+        return
     for file in files:
-        if math.prod(sizes[file][1:]) > 2**26:
-            print(f"{file.name}: too large for y_pred.pkl; its mask is in {out / 'masks'}")
-            continue
         with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
             masks[file.name] = mask.read(1)
     with open(out / "y_pred.pkl", "wb") as file:
@@ -59,7 +60,7 @@ def draw_mask(file, out, bands, *, overlay, outlines):
     """Overlay picture and polygons from a written mask, into folders of these names."""
     with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
         if overlay:
-            reduced = tuple(max(1, round(side * min(1, 1024 / max(mask.shape)))) for side in mask.shape)
+            reduced = det.reduced(mask.shape, 1024)
             rgb = pictures.to_rgb(images.read(file, bands, shape=reduced))
             picture = pictures.overlay(rgb, mask.read(1, out_shape=reduced))
             Image.fromarray(picture).save(out / "overlays" / f"{file.stem}.png")

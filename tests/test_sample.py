@@ -118,10 +118,9 @@ def test_an_existing_folder_is_left_alone(tmp_path):
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["Wildfire", "Wildfire/precious.tif"]
 
 
-@pytest.mark.parametrize("wrong", [dict(train=0), dict(test=-1), dict(size=32), dict(seed=-1)])
-def test_numbers_out_of_range(tmp_path, wrong):
-    with pytest.raises(UserError, match="at least"):
-        sample_wildfire.wildfire(tmp_path, **{**dict(train=1, test=1, size=64), **wrong})
+@pytest.mark.parametrize("wrong", [("--train", 0), ("--test", -1), ("--size", 32), ("--seed", -1), ("--train", "x")])
+def test_numbers_out_of_range(refused, tmp_path, wrong):
+    refused(sample, *wrong, says=wrong[0])
     assert not os.listdir(tmp_path)
 
 

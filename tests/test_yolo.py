@@ -128,7 +128,11 @@ def test_the_free_head_has_a_depthwise_class_branch():
     want = sum(9 * c * box + 9 * box * box + 4 * box + (box + 1) * deep
                + 9 * c + 2 * c + c * width + 2 * width + 9 * width + 2 * width + width * width + 2 * width
                + (width + 1) * classes for c in wide)
-    assert sum(p.numel() for p in YOLOv5("n", classes, head="free").head.parameters()) == want
+    head = YOLOv5("n", classes, head="free").head
+    assert sum(p.numel() for p in head.parameters()) == want
+    for conv in (module for module in head.cls.modules() if isinstance(module, nn.Conv2d) and module.groups > 1):
+        off = conv.weight.flatten(1)[:, [0, 1, 2, 3, 5, 6, 7, 8]]
+        assert off.abs().max() <= 1 / 3 < 2 / 3 <= conv.weight[..., 1, 1].min()  # a cell looks at itself first
 
 
 def test_free_boxes_by_the_formula():

@@ -7,7 +7,6 @@ would be out of step with a run that was resumed, renamed, copied or deleted. Wh
 stands in args.json, results.csv and swa.json; what it would forget (when it began, the code's commit, the defaults of
 that day) `write_note` adds as run.json.
 """
-import contextlib
 import csv
 import fcntl
 import io
@@ -20,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 from utils import runs
@@ -89,8 +87,7 @@ def tables(folders, metric=None):
     metric: the column of results.csv to sort by (the higher the better, with "loss" in its name the lower); by default
     the first one whose name says that higher is better. A run's best value is that over its epochs, of the last or EMA
     weights; `swa` is that of swa.pt, by which no run is sorted. Runs with different metrics are not compared, those
-    without any value come last. For runs without run.json, the flags shown are those that differ from most of the
-    project's runs.
+    without any value come last.
     Raises UserError when there is no run. What is damaged is left out, with a line on stderr.
     """
     found = sorted({path.parent for folder in folders for name in RECORDS for path in Path(folder).rglob(name)})
@@ -132,12 +129,11 @@ def write(folder):
 def _rows(found, metric=None):
     """The rows of one project's runs, the best first."""
     entries = [(run, _read_json(run / "args.json"), _read_json(run / "run.json")) for run in found]
-    usual = _most_common([chosen for _, chosen, _ in entries])
-    rows = [_row(run, chosen, note, usual, metric) for run, chosen, note in entries]
+    rows = [_row(run, chosen, note, metric) for run, chosen, note in entries]
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
-def _row(run, chosen, note, usual, metric):
+def _row(run, chosen, note, metric):
     """-> (sort key, row)"""
     results = _read_results(run / "results.csv")
     name = _metric(results, metric)
@@ -148,12 +144,12 @@ def _row(run, chosen, note, usual, metric):
     key = (best is None, name or "", best and best[name] * (1 if lower else -1), str(run))
     defaults = note.get("defaults")
     return key, {
-        "run": str(run), "date": str(note.get("started") or _date(run)), "metric": name or "",
+        "run": str(run), "date": str(note.get("started") or ""), "metric": name or "",
         "best": best[name] if best else None, "epoch": int(best["epoch"]) if best else None,
         "last": known[-1][name] if known and known[-1] is results[-1] else None,
         "swa": _number(_read_json(run / "swa.json").get(name)) if chosen.get("swa", 1) else None,  # else of before
         "minutes": sum(seconds) / 60 if seconds else None, "commit": str(note.get("commit") or ""),
-        "flags": flags(chosen, defaults if isinstance(defaults, dict) else usual)}
+        "flags": flags(chosen, defaults if isinstance(defaults, dict) else {})}
 
 
 def _number(value):
@@ -167,24 +163,6 @@ def _metric(results, wanted):
     if wanted:
         return wanted if wanted in columns else None
     return next((name for name in columns if higher_is_better(name)), None)
-
-
-def _most_common(dicts):
-    """{key: the value that most of the dicts have}"""
-    values = {}
-    for entry in dicts:
-        for key, value in entry.items():
-            values.setdefault(key, Counter())[json.dumps(value)] += 1
-    return {key: json.loads(counts.most_common(1)[0][0]) for key, counts in values.items()}
-
-
-def _date(run):
-    """When the oldest of a run's tables was last written: about its start, for a run without run.json."""
-    times = []
-    for name in RECORDS:
-        with contextlib.suppress(OSError):  # not there, or deleted just now
-            times.append((run / name).stat().st_mtime)
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(min(times))) if times else ""
 
 
 def _read_json(path):
