@@ -670,7 +670,7 @@ def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, parking, mon
 
 
 @pytest.mark.parametrize("head, flags", [
-    ("free", ["--lr", 5e-4]), ("anchor", ["--lr", 0.01, "--image-weights"])])  # larger steps let rounding grow
+    ("free", ["--lr", 3e-5]), ("anchor", ["--lr", 0.01, "--image-weights"])])  # larger steps let rounding grow
 def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flags):
     flags = ["--data", parking, *TINY_DET, "--head", head, "--sync-bn", *flags, "--no-ema", "--folds", 2, "--optimizer",
              "sgd", "--bs", 10, "--epochs", 2, "--grid", 9]
