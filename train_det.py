@@ -137,11 +137,9 @@ def main():
         dist.print0(f"restarted in the second stage: {folder / SECOND} holds, not the command line")
     both = args.stages and not ((resume or again) and args.preset == "finetune")  # else the second stage goes on
     if both:
-        second, stages = Path(f"{folder}-finetune"), [args.epochs] * 2 if args.debug else args.stages
+        stages = [args.epochs] * 2 if args.debug else args.stages
         longer = resume and resume["args"]["epochs"] != args.epochs  # --resume --epochs
         args.preset, args.epochs = "scratch-low", args.epochs if longer else stages[0]
-        if args.resume is not None and len(resume["history"]) >= args.epochs and second.exists():
-            raise UserError(f"{folder}: its second stage has begun; --resume {second}, or start a new run")
     experiment(args, device, folder, resume)
     if both and not args.show_augment:
         before, after = recipe("scratch-low", args.head), recipe("finetune", args.head)
@@ -149,10 +147,11 @@ def main():
         changed = {k: v for k, v in after.items() if vars(args)[k] == before[k]}
         changed |= {"preset": "finetune", "epochs": stages[1], "image_weights": False,
                     "weights": str(folder / "last.pt")}
-        second = runs.new_folder(second, "--project")
+        second = runs.new_folder(f"{folder}-finetune", "--project")
         if dist.rank() == 0:
             runs.write_json(second / SECOND, vars(args) | changed)
-            shutil.copyfile(folder / "run.json", second / "run.json")
+            for name in ("run.json", "dropped.json")[:1 + bool(args.drop_noisy)]:
+                shutil.copyfile(folder / name, second / name)
         experiment(argparse.Namespace(**vars(args) | changed), device, second, None)
 
 

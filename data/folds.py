@@ -98,9 +98,9 @@ def read(path, names):
 def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=None, untrained=False):
     """-> (indices of the samples to train on, to validate on), by the folds.json and dropped.json in the run's folder,
     which a resumed run finds there. A new run writes them, and prints `leaks` of the files. spec: of `parse`, or the
-    split itself {name: fold}; None: nothing to validate. strata: of `assign`. groups: of `read_groups`, the path. drop:
-    (a noise.csv, the number of its worst files that are not trained on). untrained: all may be held out, because the
-    training images are synthesized.
+    split itself {name: fold}; None: nothing to validate. strata: of `assign`. groups: a CSV, see `read_groups`.
+    drop: (a noise.csv, the number of its worst files that are not trained on). untrained: all may be held out, because
+    the training images are synthesized.
     """
     written = folder / "folds.json"
     groups = read_groups(groups, names) if groups and not written.exists() else None
@@ -118,7 +118,7 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
         raise UserError(f"--fold {fold}: leaves {len(spec) - len(held_out)} samples to train and {len(held_out)} to "
                         f"validate; there are the folds {there} (--folds 0: no validation)")
     train, val = ([i for i, name in enumerate(names) if (name in held_out) is side] for side in (False, True))
-    if drop:
+    if drop and not untrained:
         train = _without_noisy(folder / "dropped.json", drop, train, names, files)
     if spec is None:
         return train, val
@@ -132,21 +132,22 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
 
 def _without_noisy(written, drop, train, names, files):
     """The training samples without the worst of a noise.csv, which are written down: the table may be made anew before
-    the run is resumed. UserError where none is left out: one run's table ranks what its own fold held out."""
-    if written.exists():
-        dropped = set(json.loads(written.read_text()))
-    else:
-        ranked = [os.path.realpath(name) for name in review.read_noise(drop[0])]
-        name_of = {os.path.realpath(files[i]): names[i] for i in train}
-        if name_of.keys().isdisjoint(ranked):
+    the run is resumed. UserError where it ranks no training sample: a single run's has what its own fold held out."""
+    dropped = dist.broadcast(dist.rank() == 0 and written.exists() and json.loads(written.read_text()))
+    if dropped is False:
+        ranked, real = review.read_noise(drop[0]), {i: os.path.realpath(files[i]) for i in train}
+        ranked = [os.path.realpath(name) for name in ranked]
+        if set(ranked).isdisjoint(real.values()):
             raise UserError(f"{drop[0]}: ranks no sample that is trained on; give the ranking of runs of several folds "
                             f"of this data, and start in the folder that they were started in")
-        dropped = {name_of[file] for file in ranked[:drop[1]] if file in name_of}
+        worst = set(ranked[:drop[1]])
+        dropped = [names[i] for i in train if real[i] in worst]
         if len(dropped) == len(train):
             raise UserError(f"--drop-noisy {drop[0]}:{drop[1]}: leaves no sample to train on; lower the number")
         if dist.rank() == 0:
-            runs.write_json(written, sorted(dropped))
-    dist.print0(f"--drop-noisy: {len(dropped)} of the {drop[1]} worst are not trained on; others are held out anyway")
+            runs.write_json(written, dropped)
+    dist.print0(f"--drop-noisy: {len(dropped)} of the {drop[1]} worst are not trained on")
+    dropped = set(dropped)
     return [i for i in train if names[i] not in dropped]
 
 

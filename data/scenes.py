@@ -2,8 +2,8 @@
 
     for y, x, probs in scenes.blocks(file, (0, 0, height, width), bands, predict, tile=512, overlap=0.25, bs=8): ...
 
-So memory does not grow with the image. A piece is (folder, row, column, class map (h, w) uint8): what to write, into
-which folder's mask of the image, and where.
+So memory does not grow with the image, but for `write_parts`. A piece is (folder, row, column, class map (h, w) uint8):
+what to write, into which folder's mask of the image, and where.
 """
 import contextlib
 
@@ -46,13 +46,13 @@ def write(file, pieces, out):
 def write_parts(file, size, pieces, blank, out):
     """The same from pieces that need not cover the image of `size` (height, width), whose masks are held in memory.
     blank: {folder: the value elsewhere}, of "masks" and of labels made from them. Where pieces overlap, the last one
-    holds that is not blank; an object in a mask is no sure background in the labels."""
+    holds that is not blank; where the mask is an object, the labels say the same or are blank."""
     masks = {folder: np.full(size, value, np.uint8) for folder, value in blank.items()}
     for folder, y, x, mask in pieces:
         here = masks[folder][y:y + mask.shape[0], x:x + mask.shape[1]]
         np.copyto(here, mask, where=mask != blank[folder])
     for folder in masks:
-        np.copyto(masks[folder], blank[folder], where=(masks[folder] == 0) & (masks["masks"] > 0))
+        np.copyto(masks[folder], blank[folder], where=(masks["masks"] > 0) & (masks[folder] != masks["masks"]))
     for folder, mask in masks.items():
         with submissions.new_mask(file, out / folder) as target:
             target.write(mask, 1)

@@ -43,13 +43,16 @@ def polygons(mask, name):
 
 
 def write_masks(files, sizes, out):
-    """y_pred.pkl of the wildfire competition: {file name: uint8 mask (H, W)}, a pickle; not of scenes that memory might
-    not hold."""
-    masks = {}
-    if sum(math.prod(sizes[file][1:]) for file in files) > 2**30:
-        print(f"no y_pred.pkl of more than 2^30 pixels; the masks are in {out / 'masks'}")
+    """y_pred.pkl of the wildfire competition: {file name: uint8 mask (H, W)}, a pickle; without large scenes, and not
+    of more than memory may hold."""
+    pixels, masks = {file: math.prod(sizes[file][1:]) for file in files}, {}
+    small = [file for file in files if pixels[file] <= 2**26]
+    if len(small) < len(files):
+        print(f"{len(files) - len(small)} scenes are too large for y_pred.pkl; their masks are in {out / 'masks'}")
+    if sum(pixels[file] for file in small) > 2**32:
+        print(f"no y_pred.pkl: it would hold more than 2^32 pixels; the masks are in {out / 'masks'}")
         return
-    for file in files:
+    for file in small:
         with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
             masks[file.name] = mask.read(1)
     with open(out / "y_pred.pkl", "wb") as file:

@@ -134,10 +134,11 @@ class FreeHead(nn.Module):
         self.cls = nn.ModuleList(nn.Sequential(
             Conv(c, c, 3, groups=c), Conv(c, cls), Conv(cls, cls, 3, groups=cls), Conv(cls, cls),
             nn.Conv2d(cls, num_classes, 1)) for c in channels)
+        # depthwise, a cell looks at itself first: from torch's random numbers alone some short trainings never start
         for branch, stride in zip(self.cls, strides):
+            branch[0].conv.weight.data[..., 1, 1] += 1
+            branch[2].conv.weight.data[..., 1, 1] += 1
             nn.init.constant_(branch[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
-            for depthwise in (branch[0].conv, branch[2].conv):  # a cell looks at itself first; from torch's random
-                depthwise.weight.data[..., 1, 1] += 1  # kernels alone some short trainings do not get going
         for branch in self.box:
             nn.init.constant_(branch[-1].bias, 1.0)
 

@@ -168,6 +168,9 @@ def test_flags_that_do_nothing_in_a_resumed_run(tmp_path):
                         (["--swa-lr", "0.5"], "--swa-lr: does nothing without --swa")):
         with pytest.raises(UserError, match=says):
             opened(tmp_path, "--resume", str(tmp_path / "exp"), *flags)
+    state = checkpoint.load(tmp_path / "exp/last.pt")
+    state["args"]["fold"] = 3  # of a run from before this was refused: it is not asked for again
+    checkpoint.save(tmp_path / "exp/last.pt", state)
     args, *_ = opened(tmp_path, "--resume", str(tmp_path / "exp"), "--swa", "0.5", "--swa-lr", "0.5")
     assert args.swa == args.swa_lr == 0.5
 

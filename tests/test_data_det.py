@@ -324,6 +324,8 @@ def test_large_images_are_reduced_as_they_are_read(tmp_path):
     for i, (file, shape) in enumerate(zip(made[0], shapes)):
         whole = letterboxed(images.read_picture(file), 96, shape, np.eye(3))
         assert torch.equal(small[i]["image"], whole["image"])
+        assert torch.equal(small[i]["boxes"], torch.from_numpy(small.labels[i]))  # pixels of the file
+        assert small[i]["boxes"][:, 1:].tolist() == made[1][i].tolist()
         torch.testing.assert_close(small[i]["matrix"], whole["matrix"])
 
 

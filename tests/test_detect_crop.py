@@ -273,9 +273,10 @@ def test_parts_that_disagree(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     yes, no = np.ones((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
     pieces = [(folder, 0, x, mask) for x, mask in ((0, yes), (2, no)) for folder in ("masks", "pseudo/train_mask")]
+    pieces += [("masks", 0, 7, yes[:, :1] * 2), ("masks", 0, 0, yes[:, :1] * 2)]  # of another class, and not sure of it
     scenes.write_parts(file, (4, 8), pieces, {"masks": 0, "pseudo/train_mask": 254}, tmp_path)
-    for folder, row in {"masks": [1, 1, 1, 1, 0, 0, 0, 0],
-                        "pseudo/train_mask": [1, 1, 254, 254, 0, 0, 254, 254]}.items():
+    for folder, row in {"masks": [2, 1, 1, 1, 0, 0, 0, 2],
+                        "pseudo/train_mask": [254, 1, 254, 254, 0, 0, 254, 254]}.items():
         with rasterio.open(tmp_path / folder / "a.tif") as written:
             assert (written.read(1) == row).all()
 

@@ -492,6 +492,16 @@ def test_what_leaves_nothing_or_something_else(tmp_path):
     assert not (tmp_path / "folds.json").exists() and not (tmp_path / "dropped.json").exists()
 
 
+def test_links_to_one_wrong_image_are_both_dropped(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for i in (0, 2):
+        Image.new("L", (4, 4), i).save(files[i])
+    files[1].symlink_to(files[0])
+    noise = tmp_path / "noise.csv"
+    noise.write_text(f"rank,name,score\n1,{files[1]},0.1\n2,{files[2]},0.2\n")
+    assert folds.of_run(tmp_path, ["a", "b", "c"], None, 0, files=files, drop=(noise, 1)) == ([2], [])
+
+
 def test_groups_by_any_form_of_a_name(tmp_path):
     table = tmp_path / "groups.csv"
     table.write_text("name,group\na/0.png,x\n1.png,y\n2,z\n")

@@ -277,3 +277,14 @@ def test_ground_control_points_stay(script, tmp_path, colour_model):
         found, crs = mask.gcps
     found, points = ([(p.row, p.col, p.x, p.y) for p in each] for each in (found, points))
     assert found == points and crs == "EPSG:4326"
+
+
+def test_the_pickle_holds_what_memory_does(tmp_path, capsys):
+    """Large scenes are left out; of more small ones than memory may hold there is none. Sizes are what is told."""
+    (tmp_path / "masks").mkdir()
+    files = [write_tif(tmp_path / "masks" / f"{name}.tif", np.full((4, 5), k, np.uint8)) for k, name in enumerate("ab")]
+    submissions.write_masks(files, {files[0]: (1, 4, 5), files[1]: (1, 9000, 9000)}, tmp_path)
+    assert [*masks_of(tmp_path)] == ["a.tif"] and "1 scenes are too large" in capsys.readouterr().out
+    (tmp_path / "y_pred.pkl").unlink()
+    submissions.write_masks(files * 40, dict.fromkeys(files, (1, 8192, 8192)), tmp_path)
+    assert not (tmp_path / "y_pred.pkl").exists() and "no y_pred.pkl" in capsys.readouterr().out

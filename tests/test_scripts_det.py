@@ -451,12 +451,6 @@ def test_the_second_stage_of_a_resumed_first_one_is_restarted(script, parking, m
     assert len(last("exp")["history"]) == 2
 
 
-def test_a_first_stage_whose_second_has_begun_is_not_resumed(script, refused, parking):
-    script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--name", "st")
-    refused(train_det, "--resume", "runs/det/st", says=["runs/det/st: its second stage", "runs/det/st-finetune"])
-    assert not Path("runs/det/st-finetune2").exists()
-
-
 def test_a_first_stage_gets_more_epochs(script, parking):
     script(train_det, "--data", parking, *STAGED, "--stages", "1,1")
     script(train_det, "--resume", "runs/det/exp", "--epochs", 2)

@@ -85,7 +85,8 @@ def test_classification(flags, script, tmp_path, gpu):
     script(train_cls, "--data", data, *TINY_CLS, *flags)
     script(train_cls, "--resume", "--epochs", 3)
     script(predict, "--task", "cls", "--tta", "--fit-weights", "--pseudo", 0.5, *OFF)
-    script(predict, "--task", "cls", "--soup", "--tta", "scale", "hflip", "--out", "out", *OFF)
+    pair = ["--weights", "runs/cls/exp/best.pt", "runs/cls/exp/last.pt"]
+    script(predict, "--task", "cls", *pair, "--soup", "--tta", "scale", "hflip", "--out", "out", *OFF)
 
 
 def test_synthesis_on_the_device(script, tmp_path, gpu):

@@ -361,9 +361,9 @@ def test_a_resumed_run_keeps_its_date_and_the_defaults_that_it_began_with(tmp_pa
     assert abs(time.mktime(time.strptime(first["started"], "%Y-%m-%d %H:%M")) - time.time()) < 200
     (tmp_path / "run.json").write_text(json.dumps(first | {"started": "2020-01-01 00:00"}))
     monkeypatch.setattr(summary, "commit", lambda folder: "def")
-    write_note(tmp_path, {"lr": 2})
+    write_note(tmp_path, {"lr": 2, "new": 3})  # a flag that there was not
     again = json.loads((tmp_path / "run.json").read_text())
-    assert again == {"started": "2020-01-01 00:00", "defaults": {"lr": 1}, "commit": "def"}
+    assert again == {"started": "2020-01-01 00:00", "defaults": {"lr": 1, "new": 3}, "commit": "def"}
     with pytest.raises(UserError, match="run.json: cannot be written"):
         (tmp_path / "file").write_text("")
         write_note(tmp_path / "file", {})

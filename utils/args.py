@@ -143,10 +143,8 @@ def start(parser, argv=None, *, needs=None):
     """
     args, given = parser.parse_args(argv), vars(_given(parser, argv))
     needs = {"swa": ("swa_lr", "swa_cycle")} | (needs or {})
-    idle = [other for others in needs.values() for other in others
-            if other in given and given[other] != parser.get_default(other)]
-    if args.resume is None:  # a resumed run has flags of its own
-        _check_flags(args, needs, idle)
+    if args.resume is None:  # else beside the run's own
+        _check_flags(parser, args, given, needs)
     device = dist.setup(args.device)
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:
@@ -160,7 +158,7 @@ def start(parser, argv=None, *, needs=None):
             if flag != "resume" and stored.get(flag) != value and dist.rank() == 0:
                 print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
         args = argparse.Namespace(**{**vars(args), **stored, **given})
-        _check_flags(args, needs, idle)
+        _check_flags(parser, args, given, needs)
     if args.debug:
         args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
     if args.bs % dist.world_size():
@@ -173,19 +171,20 @@ def start(parser, argv=None, *, needs=None):
     return args, device, folder, state
 
 
-def _check_flags(args, needs, idle):
-    """UserError for flags that do nothing together with the others. idle: those given of the values of `needs`."""
+def _check_flags(parser, args, given, needs):
+    """UserError for a flag of those given that does nothing beside the others. What a resumed run had is left as it is.
+    """
     for flag, others in needs.items():
-        alone = [other for other in others if other in idle and not getattr(args, flag)]
-        if alone:
-            given, missing = (name.replace("_", "-") for name in (alone[0], flag))
-            raise UserError(f"--{given}: does nothing without --{missing}; leave it out, or give both")
-    for flag, given in {"--patience": args.patience, "--schedule plateau": args.schedule == "plateau",
-                        "--fold": args.fold}.items():
-        if given and _is_zero(args.folds):
-            raise UserError(f"{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
+        idle = [other for other in others if other in given and given[other] != parser.get_default(other)]
+        if idle and not getattr(args, flag):
+            idle, missing = (name.replace("_", "-") for name in (idle[0], flag))
+            raise UserError(f"--{idle}: does nothing without --{missing}; leave it out, or give both")
+    for flag, waits in {"patience": args.patience, "schedule plateau": args.schedule == "plateau",
+                        "fold": args.fold}.items():
+        if waits and _is_zero(args.folds) and given.keys() & {flag.split()[0], "folds"}:
+            raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
     mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
-    if sum(mixing.values()) > 1 + 1e-9:
+    if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
         raise UserError(f"{', '.join(f'--{flag}' for flag in mixing)}: happen instead of one another, their shares "
                         f"exceed 1 in all; lower one")
 

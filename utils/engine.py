@@ -247,7 +247,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
                         + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
             _stop_if(dist.any_rank(signals.signum), state)
         elif swa:
-            dist.print0("no swa.pt: the run has ended before its epochs for --swa; --resume it with more --epochs")
+            dist.print0("no swa.pt: the run had ended (--patience?) before its epochs for --swa")
     if dist.rank() == 0:
         try:
             summary.write(folder)

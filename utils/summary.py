@@ -45,8 +45,10 @@ def write_note(folder, defaults):
     defaults: {flag: value}, such as vars(parser.parse_args([])). Raises UserError when it cannot be written.
     """
     path = Path(folder) / "run.json"
-    note = {"started": time.strftime("%Y-%m-%d %H:%M"), "defaults": defaults} | _read_json(path)
-    runs.write_json(path, note | {"commit": commit(Path(__file__).parent)})
+    old = _read_json(path)
+    began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
+    runs.write_json(path, {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
+                           "commit": commit(Path(__file__).parent), "defaults": defaults | began})
 
 
 def commit(folder):
@@ -147,7 +149,7 @@ def _row(run, chosen, note, metric):
         "run": str(run), "date": str(note.get("started") or ""), "metric": name or "",
         "best": best[name] if best else None, "epoch": int(best["epoch"]) if best else None,
         "last": known[-1][name] if known and known[-1] is results[-1] else None,
-        "swa": _number(_read_json(run / "swa.json").get(name)) if chosen.get("swa", 1) else None,  # else of before
+        "swa": _number(_read_json(run / "swa.json").get(name)) if chosen.get("swa", 1) else None,  # else outdated
         "minutes": sum(seconds) / 60 if seconds else None, "commit": str(note.get("commit") or ""),
         "flags": flags(chosen, defaults if isinstance(defaults, dict) else {})}
 

@@ -38,7 +38,7 @@ def main():
     facts = seg.scan(list(paired.values()), bands=bands)
     groups = folds.read_groups(args.groups, list(paired)) if args.groups else None
     fold_of = folds.assign(list(paired), [0.2] * 5, strata=folds.area_strata([f["area"] for f in facts]), groups=groups)
-    train, val = folds.split(fold_of, args.fold)
+    train, val = ([n for n, k in fold_of.items() if (k == args.fold) is held_out] for held_out in (False, True))
     options = dict(bands=bands, scale=args.scale, cache="ram")
     data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, seed=args.seed, gain=args.gain,
                        **options)
