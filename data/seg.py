@@ -132,7 +132,7 @@ class SegData(Dataset):
         self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
         self.gain, self.p_object, self.ignore, self.resize = gain, p_object, ignore, resize
         windows = windows or [None] * len(paired)
-        image_files, mask_files = zip(*paired)
+        image_files, mask_files = ([pair[side] for pair in paired] for side in (0, 1))
         places = tuple(windows) if any(windows) else ()
         self.images = Cache(image_files, lambda i: images.read(image_files[i], bands, window=windows[i]), cache,
                             variant=(bands, *places))

@@ -201,7 +201,7 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     two = weights(tmp_path / "two.pt", data=root, classes=["sedan", "bus", "child"])
     predicts(refused, "--weights", one, two, says=["two.pt", "sedan, bus, child", "one.pt"])
     predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says=["--ensemble-weights: 1 for 2 checkpoints"])
-    predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says=["--ensemble-weights: 2 for 1 checkpoints"])
+    predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says=["--ensemble-weights: is for several checkpoints"])
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path):
@@ -216,7 +216,7 @@ def test_sources_that_cannot_be_used(refused, root, tmp_path):
     (tmp_path / "empty").mkdir()
     fails("empty", says="empty: no images")
     two = write_tif(tmp_path / "two.tif", np.zeros((2, 32, 32), np.uint8))
-    fails(two, says=["two.tif: has 2 bands", "band 3", "--source"])
+    fails(two, says=["two.tif: has 2 bands", "band 3", "leave it out"])
     (tmp_path / "cut.png").write_bytes((good / "lot.0.png").read_bytes()[:-900])
     fails("cut.png", says="cut.png: truncated or damaged")
     fails("cut.png", "--tile", 32, says="cut.png: truncated or damaged")

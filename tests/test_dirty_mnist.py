@@ -464,8 +464,6 @@ def test_sample(tmp_path):
 
 
 def test_sample_says_no(tmp_path):
-    with pytest.raises(UserError, match="at least 1, 0 and 0"):
-        sample_letters.letters(tmp_path, train=0)
     (tmp_path / "resources").mkdir()
     with pytest.raises(UserError, match="resources: exists already"):
         sample_letters.letters(tmp_path)
