@@ -133,7 +133,10 @@ def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=N
 def _without_noisy(written, drop, train, names, files):
     """The training samples without the worst of a noise.csv, which are written down: the table may be made anew before
     the run is resumed. UserError where it ranks no training sample: a single run's has what its own fold held out."""
-    dropped = dist.broadcast(dist.rank() == 0 and written.exists() and json.loads(written.read_text()))
+    try:
+        dropped = dist.broadcast(dist.rank() == 0 and written.exists() and json.loads(written.read_text()))
+    except ValueError:
+        raise UserError(f"{written}: damaged; start a new run") from None
     if dropped is False:
         ranked, real = review.read_noise(drop[0]), {i: os.path.realpath(files[i]) for i in train}
         ranked = [os.path.realpath(name) for name in ranked]

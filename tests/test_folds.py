@@ -452,6 +452,9 @@ def test_a_ranking_of_other_files_drops_nothing_in_silence(tmp_path):
     assert (train, val) == ([1, 2], [3])
     noise.unlink()  # or made anew: a resumed run drops what it has dropped
     assert folds.of_run(tmp_path, names, None, 2, files=files, drop=(noise, 2)) == (train, val)
+    (tmp_path / "dropped.json").write_text("[")
+    with pytest.raises(UserError, match="dropped.json: damaged; start a new run"):
+        folds.of_run(tmp_path, names, None, 2, files=files, drop=(noise, 2))
 
 
 def test_the_ranking_of_one_run_drops_nothing_in_silence(tmp_path, capsys):
