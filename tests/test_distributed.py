@@ -228,7 +228,7 @@ def test_two_agents_train_together(tmp_path, straight):
     for run in runs:
         assert run.wait(90) == 0, run.err
     assert sorted("epoch 4" in run.out for run in runs) == [False, True]  # one of them is rank 0
-    assert close(straight, tmp_path / "exp" / "last.pt")  # each may have more threads
+    assert close(straight, tmp_path / "exp" / "last.pt", 1e-5)  # each may have more threads, which round otherwise
 
 
 @pytest.mark.slow
