@@ -295,8 +295,8 @@ def predict_seg(args, device, paths, states, nets):
             for folder, [mask] in decide(probs[None], threshold, args.pseudo, unsure).items():
                 yield folder, y, x, mask
 
-    whole = {file: max(sizes[file][1:]) <= tile and not args.detector for file in files}
-    small, large = ([file for file in files if whole[file] is fits] for fits in (True, False))
+    at_once = {file for file in files if max(sizes[file][1:]) <= tile and not args.detector}
+    small, large = ([file for file in files if (file in at_once) is side] for side in (True, False))
     loader = eval_loader(seg.Tiles(small, bands), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
                          device=device)
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)

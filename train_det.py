@@ -150,8 +150,9 @@ def main():
         second = runs.new_folder(f"{folder}-finetune", "--project")
         if dist.rank() == 0:
             runs.write_json(second / SECOND, vars(args) | changed)
-            for name in ("run.json", "dropped.json")[:1 + bool(args.drop_noisy)]:
-                shutil.copyfile(folder / name, second / name)
+            for file in (folder / "run.json", folder / "dropped.json"):
+                if file.exists():
+                    shutil.copyfile(file, second / file.name)
         experiment(argparse.Namespace(**vars(args) | changed), device, second, None)
 
 

@@ -451,6 +451,14 @@ def test_the_second_stage_of_a_resumed_first_one_is_restarted(script, parking, m
     assert len(last("exp")["history"]) == 2
 
 
+def test_both_stages_drop_the_same_samples(script, parking):
+    files = sorted((parking / "train/images").iterdir())
+    Path("noise.csv").write_text("rank,name,score\n" + "".join(f"{i},{file},0\n" for i, file in enumerate(files, 1)))
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--drop-noisy", "noise.csv:3", "--folds", 0)
+    dropped = [json.loads(Path(f"runs/det/{run}/dropped.json").read_text()) for run in ("exp", "exp-finetune")]
+    assert dropped[0] == dropped[1] == [f"train/images/{file.name}" for file in files[:3]]
+
+
 def test_a_first_stage_gets_more_epochs(script, parking):
     script(train_det, "--data", parking, *STAGED, "--stages", "1,1")
     script(train_det, "--resume", "runs/det/exp", "--epochs", 2)
