@@ -16,7 +16,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed
-	test -d Wildfire || $(PYTHON) -m data.sample --only wildfire
+	test -d Wildfire || $(PYTHON) -m data.samples --only wildfire
 	$(PYTHON) train_seg.py --epochs 24 --bs 4 --repeat 1 --schedule cosine --gain 1 --name demo
 	$(PYTHON) predict.py --task seg --tta --polygons
 

@@ -23,14 +23,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import cls, det, images, pseudo, scenes, seg, submissions
+from data import cls, det, images, seg
+from data.results import pseudo, scenes, submissions
 from data.loader import eval_loader
 from nets import backbones
 from nets.blocks import fuse
 from nets.unet import UNet, probabilities
 from nets.yolo import YOLOv5
-from utils import boxes, checkpoint, dist, engine, ensemble, geometry, review, runs, summary, tta
-from utils.args import noise_list, real, whole
+from utils.metrics import ensemble
+from utils.ops import boxes, geometry, tta
+from utils.pictures import review, table
+from utils.train import checkpoint, dist, engine, runs
+from utils.train.args import noise_list, float_range, int_range
 from utils.errors import NumericalError, Parser, UserError, cli
 
 NETS = {"seg": UNet, "det": YOLOv5, "cls": backbones.make}
@@ -58,42 +62,42 @@ def parse_args():
     add("--tta", nargs="*", choices=tta.NAMES, metavar="NAME", help=f"several views of every image: all combinations "
         f"of what the names offer, {', '.join(tta.NAMES)}; without names: for seg its flips, for det three sizes, one "
         f"flipped, for cls quarter turns")
-    add("--tta-scales", type=real(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale; without: "
+    add("--tta-scales", type=float_range(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale; without: "
         f"{' '.join(f'{scale:g}' for scale in tta.SCALES)}")
     add("--merge", choices=(*tta.MERGES, "wbf"), help="how the views are joined; seg, cls: their probabilities, "
         "without: mean; sum is capped at 1 and needs --threshold, tsharpen averages square roots, so that a threshold "
         "of 0.5 is a probability of 0.25; det: weighted boxes fusion, without: suppression")
-    add("--bs", type=whole(1, 65536), default=8, help="images per forward pass")
+    add("--bs", type=int_range(1, 65536), default=8, help="images per forward pass")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the net: half a minute's start, then faster")
-    add("--workers", type=whole(0, 256), default=2, help="loader processes per process")
+    add("--workers", type=int_range(0, 256), default=2, help="loader processes per process")
     add("--project", metavar="DIR", help="where to look for the newest run; without: runs/TASK")
-    add("--tile", type=whole(16, 65536), help="larger images go through windows of this side; without: for seg "
+    add("--tile", type=int_range(16, 65536), help="larger images go through windows of this side; without: for seg "
         "twice the training size (whole after --resize), for det the training's --tile")
-    add("--overlap", type=real(0, 0.9), help="of neighbouring windows; without: 0.25, for det the training's")
+    add("--overlap", type=float_range(0, 0.9), help="of neighbouring windows; without: 0.25, for det the training's")
     add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
-    add("--threshold", type=real(0, 1), help="probability from which a pixel, a class is there; det: score from which "
+    add("--threshold", type=float_range(0, 1), help="probability from which a pixel, a class is there; det: score from which "
         "a box is drawn; without: the best ones of the trainings' validations, of which --merge tsharpen takes the "
         "square roots")
-    add("--pseudo", type=real(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
+    add("--pseudo", type=float_range(0.5, 1), metavar="P", help="also write what has at least this probability as labels, for "
         "--extra-data; in doubt, pixels are ignored, images left out, boxes background; not with --merge sum, max, "
         "min, tsharpen")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
-    add("--imgsz", type=whole(32, 65536), help="det, cls, --detector: side of the net's input; without: that of the "
+    add("--imgsz", type=int_range(32, 65536), help="det, cls, --detector: side of the net's input; without: that of the "
         "training")
-    add("--ensemble-weights", type=real(1e-6), nargs="+", metavar="W", help="det, cls: of the checkpoints (and then of "
+    add("--ensemble-weights", type=float_range(1e-6), nargs="+", metavar="W", help="det, cls: of the checkpoints (and then of "
         "the tables)")
     add = parser.add_argument_group("segmentation").add_argument
     add("--polygons", action="store_true", help="also write the masks' outlines as GeoJSON")
     add("--detector", metavar="PATH", help="a checkpoint of train_det.py: only its boxes, a little enlarged, are cut "
         "out and segmented")
     add = parser.add_argument_group("detection").add_argument
-    add("--conf", type=real(0, 1), help="lowest score of a detection, before it is fused with others; without: 0.01, "
+    add("--conf", type=float_range(0, 1), help="lowest score of a detection, before it is fused with others; without: 0.01, "
         "for --detector 0.25")
-    add("--iou", type=real(0, 1), default=0.7, help="overlap from which the lower score goes")
-    add("--max-det", type=whole(1, 100000), default=300, help="most detections per image")
-    add("--max-mb", type=real(0.001), default=20.0, help="largest submission.json, 10^6 bytes; the best scores stay")
+    add("--iou", type=float_range(0, 1), default=0.7, help="overlap from which the lower score goes")
+    add("--max-det", type=int_range(1, 100000), default=300, help="most detections per image")
+    add("--max-mb", type=float_range(0.001), default=20.0, help="largest submission.json, 10^6 bytes; the best scores stay")
     add = parser.add_argument_group("classification").add_argument
     add("--probs", nargs="+", metavar="CSV", help="probabilities.csv of earlier predictions, to be averaged in")
     add("--fit-weights", action="store_true", help="find the checkpoints' weights and a threshold per class on the "
@@ -243,7 +247,7 @@ def make_passes(args, task, size, *, stride=1, factor=1.0):
     if task == "det" and args.tta == []:
         return tta.yolov5(size, stride=stride, factor=factor)
     names = TTA[task] if args.tta == [] else args.tta or ()
-    return tta.passes(names, size, stride=stride, scales=args.tta_scales or tta.SCALES, factor=factor)
+    return tta.tta_views(names, size, stride=stride, scales=args.tta_scales or tta.SCALES, factor=factor)
 
 
 def best_threshold(args, states):
@@ -426,7 +430,7 @@ def det_views(args, states, nets, files):
     if args.task == "det" and args.overlap is not None and not tile:
         raise UserError("--overlap: is of windows; leave it out, or give --tile")
     overlap = max(state["args"].get("overlap", OVERLAP) for state in states) if args.overlap is None else args.overlap
-    return det.Views(files, bands=all_bands(states), imgsz=imgsz, stride=stride, tile=tile, overlap=overlap)
+    return det.TiledImages(files, bands=all_bands(states), imgsz=imgsz, stride=stride, tile=tile, overlap=overlap)
 
 
 def detect(args, device, states, nets, views):
@@ -458,7 +462,7 @@ def det_ensemble(args, device, states, nets):
             x = net_input(raw, bands, state, device).clamp_(0, 1)
             factor = 1.0 if args.imgsz else state["imgsz"] / largest  # each at the size that it was trained for
             passes = make_passes(args, "det", x.shape[2:], stride=net.stride, factor=factor)
-            found = list(tta.rows(lambda view: run(net, view), x, passes))  # resized in fp32: CPUs cannot in bf16
+            found = list(tta.tta_boxes(lambda view: run(net, view), x, passes))  # resized in fp32: CPUs cannot in bf16
             for rows in found:
                 check_finite(rows)
             if args.merge == "wbf":
@@ -476,7 +480,7 @@ def predict_cls(args, device, paths, states, nets):
     names, exclusive = states[0]["classes"], states[0]["exclusive"]
     shares = args.ensemble_weights or [1.0] * (len(paths) + len(args.probs or ()))
     thresholds = best_threshold(args, states)
-    views = summary.flags({flag: vars(args)[flag] for flag in ("tta", "tta_scales", "merge", "imgsz")}, {})
+    views = table.flags({flag: vars(args)[flag] for flag in ("tta", "tta_scales", "merge", "imgsz")}, {})
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, exclusive, flags=views)
         paths, states, nets, shares = zip(*(m for m in zip(paths, states, nets, shares) if m[-1] > 0))
@@ -536,7 +540,7 @@ def class_probabilities(args, device, net, state, files, name):
     """One net's probabilities (N, classes) of all files, the same on every rank."""
     imgsz = args.imgsz or state["imgsz"]
     blank = np.zeros((len(files), len(state["classes"])), np.float32)
-    data = cls.Views(cls.Images(files, blank, bands=state["bands"], limit=2 * imgsz), imgsz)
+    data = cls.AugmentedImages(cls.Images(files, blank, bands=state["bands"], limit=2 * imgsz), imgsz)
     loader = eval_loader(data, args.bs, workers=args.workers, device=device, collate=cls.collate)
     passes = make_passes(args, "cls", (imgsz, imgsz))  # square ones
     probs = np.zeros((len(files), len(state["classes"])))
@@ -544,7 +548,7 @@ def class_probabilities(args, device, net, state, files, name):
     with torch.inference_mode(), progress as bar:
         for batch in loader:
             batch = engine.to_device(batch, device)
-            views = (cls.see(batch, size, state["scale"], *state["norm"], turn=turn) for turn, (size, _) in passes)
+            views = (cls.to_input(batch, size, state["scale"], *state["norm"], turn=turn) for turn, (size, _) in passes)
             logits = (run(net, x).float() for x in views)
             found = tta.merge((z.softmax(1) if state["exclusive"] else z.sigmoid() for z in logits),
                               args.merge or "mean", exclusive=state["exclusive"])

@@ -11,11 +11,14 @@ from argparse import BooleanOptionalAction
 import numpy as np
 import torch
 
-from data import cls, dirty_mnist, folds, images, mix
+from data import cls, folds, images, mix
+from data.samples import dirty_mnist
 from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
-from utils import dist, engine, losses, metrics, pictures, report, review, runs
-from utils.args import band_list, loss_term, real, start, train_parser, training, whole
+from utils import losses, metrics
+from utils.pictures import charts, review, sheets
+from utils.train import dist, engine, runs
+from utils.train.args import band_list, loss_term, float_range, setup_run, train_parser, training, int_range
 from utils.errors import UserError, answers_for, cli
 
 LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
@@ -31,32 +34,32 @@ def parse_args():
     add = parser.add_argument_group("classification").add_argument
     add("--net", choices=backbones.NAMES, default="efficientnetv2_s")
     add("--bands", type=band_list, help="such as 1 or 1-3; without: all of the first image")
-    add("--scale", type=real(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
+    add("--scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
     add("--labels", metavar="CSV", help="table of answers; without: see data/cls.py")
     add("--images", metavar="DIR", help="folder of that table's images")
     add("--synthesize", metavar="CSV", help="train on Dirty-MNIST images made on the fly from these letters")
-    add("--letters-per-image", type=whole(1, 26), nargs=2, default=[10, 14], metavar="N", help="of --synthesize")
-    add("--noise", type=whole(0, 255), default=254, help="largest value of the background of --synthesize")
-    add("--synthesize-count", type=whole(1, 10**9), default=50000, help="images of an epoch of --synthesize")
-    add("--subset", type=whole(2, 10**9), help="train on about so many samples, with the same share of every class")
-    add("--val-interval", type=real(1e-4, 1), default=1.0, help="validate every so many passes (1, 1/2, 1/3, ...), "
+    add("--letters-per-image", type=int_range(1, 26), nargs=2, default=[10, 14], metavar="N", help="of --synthesize")
+    add("--noise", type=int_range(0, 255), default=254, help="largest value of the background of --synthesize")
+    add("--synthesize-count", type=int_range(1, 10**9), default=50000, help="images of an epoch of --synthesize")
+    add("--subset", type=int_range(2, 10**9), help="train on about so many samples, with the same share of every class")
+    add("--val-interval", type=float_range(1e-4, 1), default=1.0, help="validate every so many passes (1, 1/2, 1/3, ...), "
         "each then shown as an epoch")
     add("--loss", type=loss_term(LOSSES), nargs="+", metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(LOSSES)}; without: ce where every image has one class, else bce "
         "(in place of ce, bce and focal find the class, but what predict.py makes of them are no probabilities)")
-    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="pulls labels towards the middle")
-    add("--drop", type=real(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
-    add("--drop-path", type=real(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
+    add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="pulls labels towards the middle")
+    add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
+    add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
     add("--rot90", action=BooleanOptionalAction, default=True, help="random quarter turns")
-    add("--flip", type=real(0, 1), default=0.0, help="probability of each flip")
-    add("--degrees", type=real(0, 180), default=15.0, help="largest rotation")
-    add("--p-affine", type=real(0, 1), default=0.5, help="probability of a small shift, scale and rotation")
-    add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
-    add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of others")
-    add("--snapmix", type=real(0, 1), default=0.0, metavar="P", help="the same, labels weighed by where the net looks")
-    add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
-    add("--cutout", type=real(0, 0.99), default=0.3, help="side of a blank square, share of the image; 0: none")
-    return start(parser, needs={"synthesize": ("letters_per_image", "noise", "synthesize_count")})
+    add("--flip", type=float_range(0, 1), default=0.0, help="probability of each flip")
+    add("--degrees", type=float_range(0, 180), default=15.0, help="largest rotation")
+    add("--p-affine", type=float_range(0, 1), default=0.5, help="probability of a small shift, scale and rotation")
+    add("--mixup", type=float_range(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
+    add("--cutmix", type=float_range(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of others")
+    add("--snapmix", type=float_range(0, 1), default=0.0, metavar="P", help="the same, labels weighed by where the net looks")
+    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
+    add("--cutout", type=float_range(0, 0.99), default=0.3, help="side of a blank square, share of the image; 0: none")
+    return setup_run(parser, needs={"synthesize": ("letters_per_image", "noise", "synthesize_count")})
 
 
 def main():
@@ -103,7 +106,7 @@ def main():
                                        device=device if device.type == "cuda" else "cpu")
     else:
         source = cls.Images(files, answers, **options)
-    train_data = cls.Views(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
+    train_data = cls.AugmentedImages(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip, degrees=args.degrees,
                            cutout=args.cutout, p_affine=args.p_affine)
     on_gpu = args.synthesize and device.type == "cuda"  # made there: no workers, and nothing to be pinned
     parts, batches = round(1 / args.val_interval), -(-len(train_data) // args.bs)
@@ -143,7 +146,7 @@ def main():
     norm = resume["norm"] if resume else pretrained.normalisation(args.weights, len(bands))
 
     def inputs(batch):
-        return cls.see(batch, args.imgsz, scale, *norm)
+        return cls.to_input(batch, args.imgsz, scale, *norm)
 
     def mixed(batch):
         x, labels = inputs(batch), batch["label"]
@@ -158,7 +161,7 @@ def main():
 
     # ---- validation ----
     if val:
-        val_data = cls.Views(cls.Images([table.files[i] for i in val], table.labels[val], **options), args.imgsz)
+        val_data = cls.AugmentedImages(cls.Images([table.files[i] for i in val], table.labels[val], **options), args.imgsz)
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), workers=args.workers, device=device,
                                  collate=cls.collate)
 
@@ -178,7 +181,7 @@ def main():
 
     if args.show_augment:
         if dist.rank() == 0:
-            show(folder / "augment.png", train_data, lambda batch: mixed(engine.to_device(batch, device)), table.names)
+            save_augmentations(folder / "augment.png", train_data, lambda batch: mixed(engine.to_device(batch, device)), table.names)
         return
 
     # ---- training ----
@@ -187,8 +190,8 @@ def main():
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(table.names)} classes; {params:,} "
               f"parameters; {device}")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
-        shown = [pictures.to_rgb(image) for image in cls.see(batch, args.imgsz, scale)]
-        pictures.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
+        shown = [sheets.to_rgb(image) for image in cls.to_input(batch, args.imgsz, scale)]
+        sheets.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
     header = {"task": "cls", "arch": {"name": "backbones.make", "kwargs": arch}, "classes": table.names,
               "exclusive": table.exclusive, "bands": bands, "scale": scale, "norm": norm, "imgsz": args.imgsz,
               "args": vars(args), "threshold": (resume or {}).get("threshold")}
@@ -198,7 +201,7 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, judge, table.names, folder, [table.files[i] for i in val], bands)
+        write_report(state, judge, table.names, folder, [table.files[i] for i in val], bands)
 
 
 def split(args, folder, table):
@@ -208,7 +211,7 @@ def split(args, folder, table):
     spec = folds.given(args.folds, names, table.held_out, args.fold)
     if args.synthesize and args.folds is None and not table.held_out:
         spec = dict.fromkeys(names, args.fold)
-    train, val = folds.of_run(folder, names, spec, args.fold, files=table.files, groups=args.groups,
+    train, val = folds.load_or_make_split(folder, names, spec, args.fold, files=table.files, groups=args.groups,
                               strata=cls.strata(table.labels), drop=args.drop_noisy, untrained=bool(args.synthesize))
     if args.subset and args.subset < len(train):
         chosen = cls.subset(table.labels[train], args.subset, seed=args.seed)
@@ -220,15 +223,15 @@ def split(args, folder, table):
     return train, val
 
 
-def show(path, data, mixed, names, samples=8, epochs=6):
+def save_augmentations(path, data, mixed, names, samples=8, epochs=6):
     """A sheet of what is trained on: a row per image, a column per epoch; labels above 1 % are written below."""
     columns, captions = [], []
     for epoch in range(epochs):
         images, labels = mixed(cls.collate([data[epoch, i] for i in range(samples)]))
-        columns.append([pictures.to_rgb(image) for image in images])
+        columns.append([sheets.to_rgb(image) for image in images])
         captions.append([" ".join(name if share > 0.99 else f"{name} {share:.2f}" for name, share in zip(names, row)
                                   if share > 0.01) for row in labels.tolist()])
-    pictures.contact_sheet(path, list(zip(*columns)), captions=list(zip(*captions)),
+    sheets.contact_sheet(path, list(zip(*columns)), captions=list(zip(*captions)),
                            titles=[f"epoch {k + 1}" for k in range(epochs)])
     print(path)
 
@@ -242,21 +245,21 @@ def first_guess(linear, shares, exclusive):
     linear.bias.data.copy_(shares.log() if exclusive else shares.logit())
 
 
-def final(state, judge, names, folder, files, bands):
+def write_report(state, judge, names, folder, files, bands):
     """The run's last weights: class by class results.json, image by image samples.csv; the worst and the best images
     with labels and predictions, and scores by class, in review.png."""
-    metric = engine.judge(state, judge)
+    metric = engine.evaluate_on(state, judge)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
         samples = metric.samples(files, names)
         ends = [part for part in review.ends([row["score"] for row in samples]) if part]
-        rows = [[pictures.to_rgb(images.read_picture(files[i], bands)) for i in part] for part in ends]
+        rows = [[sheets.to_rgb(images.read_picture(files[i], bands)) for i in part] for part in ends]
         captions = [[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]
                     for part in ends]
         review.sheet(folder / "review.png", rows, captions=captions,
                      tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         review.keep(folder, [samples[i] for i in ends[0]], [[picture] for picture in rows[0]], captions[0])
-        report.write_csv(folder / "samples.csv", samples)
+        charts.write_csv(folder / "samples.csv", samples)
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

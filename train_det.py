@@ -24,10 +24,14 @@ from data import augment, det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import anchors, boxes, dist, engine, losses_det, metrics, optim
-from utils import pictures, pictures_det, report, review, runs, summary
-from utils.args import band_list, real, start, train_parser, training, whole
-from utils.average_precision import AREAS
+from utils import metrics
+from utils.losses import detection as losses_det
+from utils.ops import anchors, boxes
+from utils.train import dist, engine, optim
+from utils.pictures import charts, detection as pictures_det, review, sheets, table
+from utils.train import runs
+from utils.train.args import band_list, float_range, setup_run, train_parser, training, int_range
+from utils.metrics.average_precision import AREAS
 from utils.errors import UserError, answers_for, cli
 
 GAINS = {  # per head: weights of the loss's parts
@@ -65,41 +69,41 @@ def parse_args():
     add("--variant", choices=VARIANTS, default="s", help="of the net; those with a 6 are for --imgsz 1280")
     add("--head", choices=("free", "anchor"), help="free: anchor-free, decoupled; anchor: YOLOv5's own")
     add("--bands", type=band_list, help="such as 1-3 or 5,3,2; without: all")
-    add("--band-scale", type=real(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
+    add("--band-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
     add("--allow-bad-labels", action="store_true", help="go on when more than 1 %% of the boxes had to be dropped")
-    add("--tile", type=whole(32, 65536), help="larger images are learned in windows of this side, at full resolution, "
+    add("--tile", type=int_range(32, 65536), help="larger images are learned in windows of this side, at full resolution, "
         "and validated as predict.py --tile goes through them")
-    add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows")
-    add("--epoch-parts", type=whole(1, 10**6), default=1, help="an epoch is one of so many parts of the data")
+    add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring windows")
+    add("--epoch-parts", type=int_range(1, 10**6), default=1, help="an epoch is one of so many parts of the data")
     add("--image-weights", action="store_true", help="images with rare classes come more often")
-    add("--multi-scale", type=real(0, 0.9), default=0.0, help="batches at 1 - F to 1 + F times --imgsz")
+    add("--multi-scale", type=float_range(0, 0.9), default=0.0, help="batches at 1 - F to 1 + F times --imgsz")
     add("--autoanchor", action=BooleanOptionalAction, default=True,
         help="new anchors where the net's do not fit the data (anchor)")
     add = parser.add_argument_group("augmentation").add_argument
-    add("--mosaic", type=real(0, 1), default=1.0, help="probability")
+    add("--mosaic", type=float_range(0, 1), default=1.0, help="probability")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
-    add("--close-mosaic", type=whole(0), default=0, help="last epochs without mosaic")
-    add("--mixup", type=real(0, 1), default=0.0, help="probability of blending two mosaics")
-    add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of pictures that lose a grid of squares")
-    add("--cutout", type=real(0, 1), default=0.0, metavar="P", help="share of pictures that lose one square")
-    add("--hsv", type=real(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, saturation, value")
-    add("--degrees", type=real(0, 180), default=0.0, help="largest rotation")
-    add("--translate", type=real(0, 1), help="largest shift, share of the size")
-    add("--scale", type=real(0, 0.99), help="zoom, 1 - F to 1 + F")
-    add("--shear", type=real(0, 80), default=0.0, help="degrees")
-    add("--flip-ud", type=real(0, 1), default=0.0, help="probability")
-    add("--flip-lr", type=real(0, 1), default=0.5, help="probability")
+    add("--close-mosaic", type=int_range(0), default=0, help="last epochs without mosaic")
+    add("--mixup", type=float_range(0, 1), default=0.0, help="probability of blending two mosaics")
+    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="share of pictures that lose a grid of squares")
+    add("--cutout", type=float_range(0, 1), default=0.0, metavar="P", help="share of pictures that lose one square")
+    add("--hsv", type=float_range(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, saturation, value")
+    add("--degrees", type=float_range(0, 180), default=0.0, help="largest rotation")
+    add("--translate", type=float_range(0, 1), help="largest shift, share of the size")
+    add("--scale", type=float_range(0, 0.99), help="zoom, 1 - F to 1 + F")
+    add("--shear", type=float_range(0, 80), default=0.0, help="degrees")
+    add("--flip-ud", type=float_range(0, 1), default=0.0, help="probability")
+    add("--flip-lr", type=float_range(0, 1), default=0.5, help="probability")
     add = parser.add_argument_group("loss").add_argument
     for name, what in {"box": "of the boxes' CIoU", "dfl": "of the distances' distribution (free)",
                        "obj": "of objectness (anchor)", "cls": "of the classes"}.items():
-        add(f"--{name}", type=real(0), help=f"weight {what}")
-    add("--obj-pw", type=real(0), help="weight of positives in objectness (anchor)")
-    add("--cls-pw", type=real(0), help="weight of positives in the classes (anchor)")
-    add("--anchor-threshold", type=real(1, 100), help="largest ratio of a box's side to its anchor's (anchor)")
-    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of the classes (anchor)")
-    add("--focal-gamma", type=real(0, 10), default=0.0, help="focal loss; 0: cross-entropy (anchor)")
-    add("--warmup-bias-lr", type=real(0, 10), help="learning rate of the biases at the start")
-    add("--warmup-momentum", type=real(0, 0.9999), help="momentum at the start")
+        add(f"--{name}", type=float_range(0), help=f"weight {what}")
+    add("--obj-pw", type=float_range(0), help="weight of positives in objectness (anchor)")
+    add("--cls-pw", type=float_range(0), help="weight of positives in the classes (anchor)")
+    add("--anchor-threshold", type=float_range(1, 100), help="largest ratio of a box's side to its anchor's (anchor)")
+    add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="of the classes (anchor)")
+    add("--focal-gamma", type=float_range(0, 10), default=0.0, help="focal loss; 0: cross-entropy (anchor)")
+    add("--warmup-bias-lr", type=float_range(0, 10), help="learning rate of the biases at the start")
+    add("--warmup-momentum", type=float_range(0, 0.9999), help="momentum at the start")
     # without the flag for help: that is to show the recipe's values
     known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
     preset = "scratch-low" if known.stages else known.preset
@@ -109,7 +113,7 @@ def parse_args():
         if known.stages and known.resume is None and vars(known)[flag] != parser.get_default(flag):
             raise UserError(f"--{flag}: does nothing with --stages, which tells the epochs of two presets; leave one "
                             f"of them out")
-    return start(parser, needs=NEEDS)
+    return setup_run(parser, needs=NEEDS)
 
 
 def recipe(preset, head=None):
@@ -123,7 +127,7 @@ def recipe(preset, head=None):
 def stage_list(text):
     """argparse type: "50,15" -> [50, 15]."""
     try:
-        first, second = map(whole(1, 10**6), text.split(","))
+        first, second = map(int_range(1, 10**6), text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not two numbers of epochs; write 50,15") from None
     return [first, second]
@@ -180,7 +184,7 @@ def experiment(args, device, folder, resume):
     stored = resume["args"] if resume else {}  # of an older version, which took such flags
     for flag in IDLE[args.head]:
         if vars(args)[flag] not in (usual[flag], stored.get(flag, usual[flag])):
-            raise UserError(f"{summary.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
+            raise UserError(f"{table.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
                             f"leave it out, or choose the other head")
 
     # ---- data ----
@@ -238,7 +242,7 @@ def experiment(args, device, folder, resume):
         if "colour" not in batch:
             return (batch["image"].float() / scale).clamp_(0, 1)  # as recolour does
         x = augment.recolour(batch["image"], batch["colour"], scale)
-        return mix.without_parts(x, p_gridmask=args.gridmask, p_cutout=args.cutout)
+        return mix.random_erase(x, p_gridmask=args.gridmask, p_cutout=args.cutout)
 
     def compute_loss(model, batch):
         x, targets = inputs(batch), batch["boxes"]
@@ -262,7 +266,7 @@ def experiment(args, device, folder, resume):
 
     # ---- validation ----
     if val and args.tile:
-        val_data = det.Views([data.files[i] for i in val], labelled(data, val), bands=bands, imgsz=args.imgsz,
+        val_data = det.TiledImages([data.files[i] for i in val], labelled(data, val), bands=bands, imgsz=args.imgsz,
                              stride=model.stride, tile=args.tile, overlap=args.overlap)
         shapes = val_data.shapes
     elif val:
@@ -278,7 +282,7 @@ def experiment(args, device, folder, resume):
             batch = engine.to_device(batch, device)
             x = inputs(batch)
             found = boxes.nms(model(x), conf=0.001, iou=0.65, max_det=300)
-            truths = det.truths(batch)
+            truths = det.gt_boxes(batch)
             restored = [det.restore(rows, m) for rows, m in zip(found, batch["matrix"])]
             if args.tile:
                 by_view |= {view: (rows.cpu(),) for view, rows in zip(batch["index"].tolist(), restored)}
@@ -304,7 +308,7 @@ def experiment(args, device, folder, resume):
 
     if args.show_augment:
         if dist.rank() == 0:
-            show(folder / "augment.png", train_data, inputs, names)
+            save_augmentations(folder / "augment.png", train_data, inputs, names)
         return
 
     # ---- training ----
@@ -313,7 +317,7 @@ def experiment(args, device, folder, resume):
         print(f"{len(train_data)} images with {sum(map(len, sources[1]))} boxes to train, "
               f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
-        pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.truths(batch), names=names)
+        pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.gt_boxes(batch), names=names)
         pictures_det.label_statistics(folder / "labels.png", *sources[1:4], names)
     # sgd follows a sum over images, and its decay is for 64 of them; adamw's does not depend on their number
     decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
@@ -332,18 +336,18 @@ def experiment(args, device, folder, resume):
         else:
             engine.check_debug(state.history)
     if val:
-        final(state, judge, names, folder, [data.files[i] for i in val], bands)
+        write_report(state, judge, names, folder, [data.files[i] for i in val], bands)
 
 
-def show(path, data, inputs, names, samples=8, epochs=4):
+def save_augmentations(path, data, inputs, names, samples=8, epochs=4):
     """A sheet of what is trained on: a row per image (and those around it), a column per epoch."""
     columns = []
     for epoch in range(epochs):
         batch = det.collate([data[epoch, i] for i in range(samples)])
-        shown = (pictures.to_rgb((x * 255).byte()) for x in inputs(batch))
+        shown = (sheets.to_rgb((x * 255).byte()) for x in inputs(batch))
         columns.append([pictures_det.draw_boxes(rgb, rows[:, :4], rows[:, 4].long(), names)
-                        for rgb, rows in zip(shown, det.truths(batch))])
-    pictures.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)], max_side=320)
+                        for rgb, rows in zip(shown, det.gt_boxes(batch))])
+    sheets.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)], max_side=320)
     print(path)
 
 
@@ -355,7 +359,7 @@ def split(args, folder, data):
     count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
     rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
     spec = folds.given(args.folds, names, data.held_out, args.fold)
-    return folds.of_run(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=args.groups,
+    return folds.load_or_make_split(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=args.groups,
                         drop=args.drop_noisy)
 
 
@@ -397,7 +401,7 @@ def draw_ends(path, metric, samples, files, bands, *, names, tables):
         for i in chosen:
             size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
             shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
-            rgb, zoom = pictures.to_rgb(images.read_picture(files[i], bands, shape=shape)), max(shape) / max(size)
+            rgb, zoom = sheets.to_rgb(images.read_picture(files[i], bands, shape=shape)), max(shape) / max(size)
             found = found[found[:, 4] >= threshold]
             row = [pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
                    pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
@@ -417,10 +421,10 @@ def tables(metric, scores, classes, names):
     return {"Classes": by_class, "Boxes by area": by_size}
 
 
-def final(state, judge, names, folder, files, bands):
+def write_report(state, judge, names, folder, files, bands):
     """The run's last weights judged class by class (results.json, precision-recall curves, confusion matrix) and image
     by image (samples.csv; the worst and the best, and tables, in review.png)."""
-    metric = engine.judge(state, judge)
+    metric = engine.evaluate_on(state, judge)
     if dist.rank() > 0:
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
@@ -429,7 +433,7 @@ def final(state, judge, names, folder, files, bands):
     samples = metric.samples(files)
     draw_ends(folder / "review.png", metric, samples, files, bands, names=names,
               tables=tables(metric, scores, classes, names))
-    report.write_csv(folder / "samples.csv", samples)
+    charts.write_csv(folder / "samples.csv", samples)
     pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

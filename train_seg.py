@@ -15,8 +15,11 @@ from data import folds, images, mix, seg
 from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
 from nets.unet import UNet, probabilities
-from utils import dist, engine, losses, metrics, pictures, report, review, runs, tiles, tta
-from utils.args import band_list, loss_term, real, start, train_parser, training, whole
+from utils import losses, metrics
+from utils.ops import tiles, tta
+from utils.pictures import charts, review, sheets
+from utils.train import dist, engine, runs
+from utils.train.args import band_list, loss_term, float_range, setup_run, train_parser, training, int_range
 from utils.errors import UserError, answers_for, cli
 
 BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore, label smoothing) -> mean over the batch
@@ -27,14 +30,14 @@ BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore, label smoothing) -> 
     "focal": lambda z, y, ignore, s: losses.focal(z, y, smoothing=s, ignore=ignore),
     "topk": lambda z, y, ignore, s: losses.top_k(z, y, ignore=ignore),
 }
-SEVERAL = {  # the same for logits (B, classes, H, W) and masks of class indices
+MULTICLASS = {  # the same for logits (B, classes, H, W) and masks of class indices
     "lovasz": lambda z, y, ignore, s: losses.lovasz_softmax(z, y, ignore=ignore),
     "ce": lambda z, y, ignore, s: losses.cross_entropy(z, y, smoothing=s, ignore=ignore),
     "dice": lambda z, y, ignore, s: losses.dice_softmax(z, y, ignore=ignore),
     "focal": lambda z, y, ignore, s: losses.focal_softmax(z, y, ignore=ignore),
     "topk": lambda z, y, ignore, s: losses.top_k_softmax(z, y, ignore=ignore),
 }
-SMOOTHED = {"bce", "focal"}, {"ce"}  # those that take --label-smoothing, of BINARY, of SEVERAL
+SMOOTHED = {"bce", "focal"}, {"ce"}  # those that take --label-smoothing, of BINARY, of MULTICLASS
 
 
 def parse_args():
@@ -42,35 +45,35 @@ def parse_args():
                           schedule="restarts")
     add = parser.add_argument_group("segmentation").add_argument
     add("--bands", type=band_list, default="1-7", help="such as 1-7 or 7,5,3, or all")
-    add("--scale", type=real(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
+    add("--scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
     add("--mean-planes", action=BooleanOptionalAction, default=True,
         help="for every band a constant plane with its mean")
-    add("--classes", type=whole(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
-    add("--ignore", type=whole(0, 255), help="mask value without influence")
+    add("--classes", type=int_range(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
+    add("--ignore", type=int_range(0, 255), help="mask value without influence")
     add("--resize", action="store_true", help="whole tiles at --imgsz in place of crops; masks are resized back")
-    add("--tile", type=whole(16, 65536), help="larger images are windows of this side, read alone; crops are cut from "
+    add("--tile", type=int_range(16, 65536), help="larger images are windows of this side, read alone; crops are cut from "
         "those")
-    add("--overlap", type=real(0, 0.9), default=0.25, help="of neighbouring windows; in the validation none")
-    add("--repeat", type=whole(1, 10**6), default=10, help="passes over the data that make an epoch")
-    add("--gain", type=real(0, 10), default=0.0, help="random brightness, octaves either way")
-    add("--presence", type=real(0), default=0.0, metavar="WEIGHT", help="weight of the loss of a second head "
+    add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring windows; in the validation none")
+    add("--repeat", type=int_range(1, 10**6), default=10, help="passes over the data that make an epoch")
+    add("--gain", type=float_range(0, 10), default=0.0, help="random brightness, octaves either way")
+    add("--presence", type=float_range(0), default=0.0, metavar="WEIGHT", help="weight of the loss of a second head "
         "that tells which classes an image has, and clears the masks of others; where pixels are ignored it learns of "
         "those that are seen; 0: no head")
-    add("--p-object", type=real(0, 1), default=0.0, help="probability that a crop is laid over an object")
-    add("--mixup", type=real(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
-    add("--cutmix", type=real(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
-    add("--gridmask", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
-    add("--cutout", type=real(0, 1), default=0.0, metavar="P", help="share of the images that lose one square")
-    add("--label-smoothing", type=real(0, 0.99), default=0.0, help="of bce, ce, binary focal: towards the middle")
-    add("--loss", nargs="+", type=loss_term(BINARY | SEVERAL), metavar="NAME[=WEIGHT]",
+    add("--p-object", type=float_range(0, 1), default=0.0, help="probability that a crop is laid over an object")
+    add("--mixup", type=float_range(0, 1), default=0.0, metavar="P", help="share of the batches whose images are blended")
+    add("--cutmix", type=float_range(0, 1), default=0.0, metavar="P", help="share of the batches with boxes of other images")
+    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="share of the images that lose a grid of squares")
+    add("--cutout", type=float_range(0, 1), default=0.0, metavar="P", help="share of the images that lose one square")
+    add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="of bce, ce, binary focal: towards the middle")
+    add("--loss", nargs="+", type=loss_term(BINARY | MULTICLASS), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
-        f"of {', '.join(SEVERAL)}; without: lovasz_elu and bce, or lovasz and ce")
+        f"of {', '.join(MULTICLASS)}; without: lovasz_elu and bce, or lovasz and ce")
     add("--encoder", choices=backbones.NAMES, metavar="NAME", default="regnetx_002",
         help="regnetx_002 ... 032, efficientnetv2_s, m, l, b0 ... b3, repvgg_a0 ..., hrnet_w18 ...")
-    add("--conv0", type=whole(1, 4096), nargs="*", default=[32, 32], help="widths of 1x1 convolutions before it")
-    add("--decoder", type=whole(1, 4096), nargs="*", default=[128, 64, 48, 32], help="widths, coarse to fine; none: "
+    add("--conv0", type=int_range(1, 4096), nargs="*", default=[32, 32], help="widths of 1x1 convolutions before it")
+    add("--decoder", type=int_range(1, 4096), nargs="*", default=[128, 64, 48, 32], help="widths, coarse to fine; none: "
         "all maps concatenated, with an HRNet that is HRNetV2")
-    return start(parser, needs={"tile": ("overlap",)})
+    return setup_run(parser, needs={"tile": ("overlap",)})
 
 
 def main():
@@ -85,7 +88,7 @@ def main():
     bands = args.bands or list(range(1, facts[0]["bands"] + 1))
     if not any(fact["area"] for fact in facts):
         dist.print0(f"warning: {root / 'train_mask'}: no pixel is of a class above 0; see --classes and --ignore")
-    train, val = folds.of_run(folder, names, folds.parse(args.folds), args.fold, groups=args.groups,
+    train, val = folds.load_or_make_split(folder, names, folds.parse(args.folds), args.fold, groups=args.groups,
                               files=[image for image, _ in paired], drop=args.drop_noisy,
                               strata=folds.area_strata([fact["area"] for fact in facts]))
     if args.debug:
@@ -125,7 +128,7 @@ def main():
     def inputs(batch):
         return seg.add_mean_planes(batch["image"]) if args.mean_planes else batch["image"]
 
-    known = BINARY if args.classes == 1 else SEVERAL
+    known = BINARY if args.classes == 1 else MULTICLASS
     terms = args.loss or [(name, 1.0) for name in (("lovasz_elu", "bce") if args.classes == 1 else ("lovasz", "ce"))]
 
     def mixed(batch):
@@ -158,7 +161,7 @@ def main():
 
     def predict(model, batch, flips):
         def views(x):
-            passes = tta.passes(("hflip", "vflip") if flips else (), x.shape[2:])
+            passes = tta.tta_views(("hflip", "vflip") if flips else (), x.shape[2:])
             return tta.merge(tta.maps(lambda x: probabilities(model(x)), x, passes))
         return tta.at_size(views, inputs(batch), args.imgsz) if args.resize else views(inputs(batch))
 
@@ -173,7 +176,7 @@ def main():
                 masks = probs[:, 0] > 0.5 if args.classes == 1 else probs.argmax(1)
                 found.update(batch["index"], masks, batch["mask"])
             if i == 0 and dist.rank() == 0:
-                pictures.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs,
+                sheets.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs,
                                             ignore=args.ignore)
         metric.reduce()
         if args.classes == 1:  # predict.py takes it from the checkpoint
@@ -183,12 +186,12 @@ def main():
     def draw(model, indices):
         for sample in (val_data[i] for i in indices):
             batch = engine.to_device(torch.utils.data.default_collate([sample]), device)
-            yield pictures.segmentation_row(sample["image"], sample["mask"], predict(model, batch, flips=True)[0],
+            yield sheets.segmentation_row(sample["image"], sample["mask"], predict(model, batch, flips=True)[0],
                                             ignore=args.ignore)
 
     if args.show_augment:
         if dist.rank() == 0:
-            show(folder / "augment.png", train_data, mixed)
+            save_augmentations(folder / "augment.png", train_data, mixed)
         return
 
     # ---- training ----
@@ -197,7 +200,7 @@ def main():
         print(f"{len(paired_train)} tiles to train, {len(val_data) if val else 0} to validate; {params:,} parameters; "
               f"{device}")
         batch = [train_data[0, i] for i in range(min(args.bs, 8))]
-        pictures.segmentation_sheet(folder / "train_batch.png", torch.stack([b["image"] for b in batch]),
+        sheets.segmentation_sheet(folder / "train_batch.png", torch.stack([b["image"] for b in batch]),
                                   torch.stack([b["mask"] for b in batch]), ignore=args.ignore)
     header = {"task": "seg", "arch": {"name": "UNet", "kwargs": arch}, "classes": args.classes, "bands": bands,
               "scale": scale, "mean_planes": args.mean_planes, "imgsz": args.imgsz, "resize": args.resize,
@@ -207,23 +210,23 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        final(state, evaluate, draw, folder, args.ignore, [paired[i][0] for i in judged])
+        write_report(state, evaluate, draw, folder, args.ignore, [paired[i][0] for i in judged])
 
 
-def show(path, data, mixed, samples=8, epochs=6):
+def save_augmentations(path, data, mixed, samples=8, epochs=6):
     """A sheet of what is trained on: a row per tile, a column per epoch, labels drawn in."""
     columns = []
     for epoch in range(epochs):
         batch = torch.utils.data.default_collate([data[epoch, i] for i in range(min(samples, len(data)))])
         image, [(masks, _), *_] = mixed(batch)
-        columns.append([pictures.overlay(pictures.to_rgb(x), mask) for x, mask in zip(image, masks)])
-    pictures.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)])
+        columns.append([sheets.overlay(sheets.to_rgb(x), mask) for x, mask in zip(image, masks)])
+    sheets.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)])
     print(path)
 
 
 def check_flags(args, resumed):
     """Flags that are right by themselves and wrong together; of a resumed run idle ones may stay."""
-    known, smoothed = (BINARY, SMOOTHED[0]) if args.classes == 1 else (SEVERAL, SMOOTHED[1])
+    known, smoothed = (BINARY, SMOOTHED[0]) if args.classes == 1 else (MULTICLASS, SMOOTHED[1])
     for name, _ in args.loss or ():
         if name not in known:
             raise UserError(f"--loss {name}: not for --classes {args.classes}; choose from {', '.join(known)}")
@@ -240,11 +243,11 @@ def check_flags(args, resumed):
                         f"out, or add one")
 
 
-def final(state, evaluate, draw, folder, ignore, files):
+def write_report(state, evaluate, draw, folder, ignore, files):
     """The run's last weights judged with flips, at 0.5: results.json; tile by tile samples.csv; the worst and the
     best tiles, and scores by class and by size, in review.png."""
     found = review.SegmentationReview(ignore)
-    scores = engine.judge(state, functools.partial(evaluate, flips=True, found=found))
+    scores = engine.evaluate_on(state, functools.partial(evaluate, flips=True, found=found))
     found.reduce()
     if dist.rank() > 0:
         return
@@ -252,10 +255,10 @@ def final(state, evaluate, draw, folder, ignore, files):
     samples, tables, parts = found.samples(files), {"Classes": by_class} if by_class else {}, {}
     tables |= found.tables()  # of all classes together
     for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
-        rows = engine.judge(state, lambda model, chosen=chosen: list(draw(model, chosen)))
+        rows = engine.evaluate_on(state, lambda model, chosen=chosen: list(draw(model, chosen)))
         parts[part] = [(samples[i], row) for i, row in zip(chosen, rows)]
     review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
-    report.write_csv(folder / "samples.csv", samples)
+    charts.write_csv(folder / "samples.csv", samples)
     runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
     print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-from utils import geometry
+from utils.ops import geometry
 
 
 def crop_flip(rng, height, width, size, point=None):
@@ -134,7 +134,7 @@ def recolour(images, matrices, scale=1.0):
 
 # ---- classification ----
 
-def turn(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout=0.3,
+def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout=0.3,
          p_cutout=0.5):
     """The winning Dirty-MNIST system's: a quarter turn, then half of the time a small shift, scale and rotation, and
     half of the time a blank square.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import dist
+from utils.train import dist
 from utils.errors import UserError
 
 

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from data import augment, folds, images
 from data.cache import Cache
-from data.label_formats import same_name
-from utils import checkpoint, dist, geometry
+from data.labels.formats import same_name
+from utils.ops import geometry
+from utils.train import checkpoint, dist
 from utils.errors import UserError
 
 ANSWER = "_answer"  # the competition's dirty_mnist_2nd_answer.csv belongs to the folder dirty_mnist_2nd
@@ -41,7 +42,7 @@ def read(root, *, table=None, folder=None, least=2):
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; put the data there, or point --data to it (python -m data.sample "
+        raise UserError(f"{root}: no such folder; put the data there, or point --data to it (python -m data.samples "
                         f"makes sample data)")
     found = sorted(p for p in [*root.glob(f"*{ANSWER}.csv"), root / "train.csv"]
                    if p.is_file() and not p.name.startswith("test"))
@@ -256,13 +257,13 @@ class Images(Dataset):
         return {"image": self.pictures[i], "label": self.labels[i]}
 
 
-class Views(Dataset):
+class AugmentedImages(Dataset):
     """`views[(epoch, index)]` -> a sample of `source` and a random view of it, which depends on (seed, epoch, index)
     only; `views[index]` -> the sample and the view of the whole. Both are the sample with
         "matrix": float64 (3, 3) onto the net's imgsz x imgsz canvas, "hole": float32 (4,) x1, y1, x2, y2 on that
         canvas, to be blanked, and "index".
     The batch is warped by its matrices at once, where the net is: `see`. Images of several sizes are filled up to the
-    largest of the batch, which a turned view's corners show. options: of `augment.turn`.
+    largest of the batch, which a turned view's corners show. options: of `augment.random_affine`.
     source: `Images`, or data.dirty_mnist.Synthetic, which makes a new image for every (epoch, index).
     """
 
@@ -287,7 +288,7 @@ class Views(Dataset):
     def place(self, key, height, width):
         matrix, hole = geometry.scale(self.imgsz / width, self.imgsz / height), np.zeros(4)
         if isinstance(key, tuple):
-            turn, hole = augment.turn(np.random.default_rng((self.seed, *key)), self.imgsz, **self.options)
+            turn, hole = augment.random_affine(np.random.default_rng((self.seed, *key)), self.imgsz, **self.options)
             matrix = turn @ matrix
         return {"matrix": torch.from_numpy(matrix), "hole": torch.from_numpy(hole).float(),
                 "index": (key[1] if isinstance(key, tuple) else key) % len(self)}
@@ -312,7 +313,7 @@ def collate(samples):
     return torch.utils.data.default_collate(samples) | {"matrix": matrices}
 
 
-def see(batch, imgsz, scale, mean=(0.0,), std=(1.0,), *, turn=np.eye(3)):
+def to_input(batch, imgsz, scale, mean=(0.0,), std=(1.0,), *, turn=np.eye(3)):
     """A batch of `collate` -> the net's input (B, C, imgsz, imgsz) float32, as its matrices and holes say, in one
     resampling. Pixel values are divided by `scale`; then mean and std, one per band or one for all, are applied.
     turn: a matrix after the batch's own, of test-time augmentation."""

@@ -8,9 +8,9 @@ from torch.utils.data import Dataset, default_collate
 
 from data import augment, images
 from data.cache import Cache
-from utils import boxes, tiles
+from utils.ops import boxes, tiles
 from utils.errors import UserError
-from utils.geometry import paste, scale, translate, warp_boxes
+from utils.ops.geometry import paste, scale, translate, warp_boxes
 
 GREY = 114  # of 255, around the images
 
@@ -192,7 +192,7 @@ def collate(samples):
     return batch
 
 
-def truths(batch):
+def gt_boxes(batch):
     """The boxes of a collated batch, image by image: B tensors (n, 5) of x1, y1, x2, y2, class."""
     image, rows = batch["boxes"][:, 0], batch["boxes"][:, 1:].roll(-1, 1)
     return [rows[image == i] for i in range(len(batch["image"]))]
@@ -210,7 +210,7 @@ def restore(rows, matrix):
     return move(rows, np.linalg.inv(matrix))
 
 
-class Views(Dataset):
+class TiledImages(Dataset):
     """What the nets look at: every image as a whole and, if it is larger than `tile`, also its windows.
 
     `views[k]` -> as a letterboxed sample of DetData, without boxes or with the image's `boxes`: float32 (n, 5) of
@@ -264,7 +264,7 @@ class Views(Dataset):
         for by_view in zip(*[found[k] for k in mine]):
             rows = by_view[0]
             if len(mine) > 1:
-                kept = [some if window is None else boxes.uncut(some, window, height, width)
+                kept = [some if window is None else boxes.drop_border_boxes(some, window, height, width)
                         for some, (_, window) in zip(by_view, (self.items[k] for k in mine))]
                 rows = boxes.suppress(torch.cat(kept), iou=iou, max_det=max_det)
             per_member.append(rows)

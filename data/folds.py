@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import images
-from utils import dist, review, runs
+from utils.pictures import review
+from utils.train import dist, runs
 from utils.errors import UserError
 
 
@@ -72,7 +73,7 @@ def parse(text):
 
 
 def given(text, names, held_out, fold):
-    """--folds, as `of_run` takes it; without (None), the data's own split, where it holds samples out, else a fifth.
+    """--folds, as `load_or_make_split` takes it; without (None), the data's own split, where it holds samples out, else a fifth.
     held_out: True for those, a value per name, or empty. The own split's validation is fold 0: UserError for another.
     """
     if text is not None or not any(held_out):
@@ -95,7 +96,7 @@ def read(path, names):
     return {n: fold_of[n] for n in names}
 
 
-def of_run(folder, names, spec, fold, *, files, strata=None, groups=None, drop=None, untrained=False):
+def load_or_make_split(folder, names, spec, fold, *, files, strata=None, groups=None, drop=None, untrained=False):
     """-> (indices of the samples to train on, to validate on), by the folds.json and dropped.json in the run's folder,
     which a resumed run finds there. A new run writes them, and prints `leaks` of the files. spec: of `parse`, or the
     split itself {name: fold}; None: nothing to validate. strata: of `assign`. groups: a CSV, see `read_groups`.

@@ -30,7 +30,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from utils import dist
+from utils.train import dist
 from utils.errors import UserError
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
@@ -55,7 +55,7 @@ def find(folder):
         files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
     except OSError:
         raise UserError(f"{folder}: no such folder, or not readable; put the data there, or point --data or --source "
-                        f"to it (python -m data.sample makes sample data)") from None
+                        f"to it (python -m data.samples makes sample data)") from None
     if not files:
         raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)}); check the path")
     return files

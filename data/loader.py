@@ -7,7 +7,7 @@ import signal
 import numpy as np
 from torch.utils.data import DataLoader
 
-from utils import dist
+from utils.train import dist
 
 TIMEOUT = 300  # seconds without a batch until a worker counts as stuck
 

@@ -15,13 +15,13 @@ def for_labels(images, labels, *, p_mixup=0.0, p_cutmix=0.0, p_snapmix=0.0, heat
     cross_entropy take.
 
     p_mixup, p_cutmix, p_snapmix: how often a batch is mixed so, at most one of them at a time. heat: a function that
-    returns `percent_map` of the unmixed images, for snapmix. p_gridmask: how often an image loses a grid.
+    returns `cam` of the unmixed images, for snapmix. p_gridmask: how often an image loses a grid.
     """
     kind = _one_of(mixup=p_mixup, cutmix=p_cutmix, snapmix=p_snapmix)
     if kind:
         images, *mixed = {"mixup": mixup, "cutmix": cutmix, "snapmix": lambda x: snapmix(x, heat())}[kind](images)
         labels = mixed_labels(labels, *mixed)
-    return without_parts(images, p_gridmask=p_gridmask), labels
+    return random_erase(images, p_gridmask=p_gridmask), labels
 
 
 def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cutout=0.0):
@@ -38,10 +38,10 @@ def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cut
     elif kind == "cutmix":
         images, partner, own = cutmix(images)
         targets = [(torch.where(own[:, 0] > 0, masks, masks[partner]), 1.0)]
-    return without_parts(images, p_gridmask=p_gridmask, p_cutout=p_cutout), targets
+    return random_erase(images, p_gridmask=p_gridmask, p_cutout=p_cutout), targets
 
 
-def without_parts(images, *, p_gridmask=0.0, p_cutout=0.0):
+def random_erase(images, *, p_gridmask=0.0, p_cutout=0.0):
     """images (B,C,H,W) -> the same, of which some have lost parts."""
     images = gridmask(images, p=p_gridmask)[0] if p_gridmask else images
     return cutout(images, p=p_cutout)[0] if p_cutout else images
@@ -92,7 +92,7 @@ def snapmix(images, heat, alpha=5.0):
     show, not by their area (Huang et al. 2021, "SnapMix", arXiv 2012.04846).
 
     images   (B,C,H,W), float
-    heat     (B,H,W) of `percent_map`
+    heat     (B,H,W) of `cam`
     alpha    > 0: both boxes are drawn as in `cutmix`, independently
     returns  images, partner (B,) int64, own (B,1) fp32: the share of the image's heat outside its box, other (B,1): the
              share of the partner's heat inside the partner's box. They need not add up to 1: an object pasted
@@ -109,7 +109,7 @@ def snapmix(images, heat, alpha=5.0):
 
 
 @torch.no_grad()
-def percent_map(maps, weight, labels, size):
+def cam(maps, weight, labels, size):
     """Where the evidence for an image's labels lies: SnapMix's semantic percent map, a class activation map (Zhou et
     al. 2016, arXiv 1512.04150) that adds up to 1.
 
@@ -132,14 +132,14 @@ def percent_map(maps, weight, labels, size):
 
 @torch.no_grad()
 def heat(net, weight, images, labels):
-    """`percent_map` of the net (with `last_map`) as it is now, batch norms as in prediction."""
+    """`cam` of the net (with `last_map`) as it is now, batch norms as in prediction."""
     training = net.training
     maps = net.eval().last_map(images)
     net.train(training)
     # autocast would keep the casts of the weights for the step itself: their gradients would come last there, and DDP's
     # sums in another order than on a rank that has not looked
     torch.clear_autocast_cache()
-    return percent_map(maps, weight, labels, images.shape[2:])
+    return cam(maps, weight, labels, images.shape[2:])
 
 
 def mixed_labels(labels, partner, own, other=None):

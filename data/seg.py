@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from data import augment, images
 from data.cache import Cache
-from utils import dist
+from utils.train import dist
 from utils.errors import UserError
-from utils.geometry import warp
+from utils.ops.geometry import warp
 
 UNKNOWN = -1  # of `presence`
 

@@ -67,8 +67,8 @@ class Inert:
     and the state that the object would have been given."""
     __slots__ = "name", "args", "state"
 
-    def __init__(self, name, args=()):
-        self.name, self.args, self.state = name, args, None
+    def __init__(self, name, arguments=()):
+        self.name, self.args, self.state = name, arguments, None
 
 
 def parse(data):
@@ -120,9 +120,9 @@ def parse(data):
             case "BINPERSID":
                 stack.append(Inert("storage", stack.pop()))
             case "REDUCE" | "NEWOBJ":  # would call
-                args, function = stack.pop(), stack.pop()
+                arguments, function = stack.pop(), stack.pop()
                 ordered = function.name == "collections OrderedDict"
-                stack.append({} if ordered else Inert(function.name, args))
+                stack.append({} if ordered else Inert(function.name, arguments))
             case "BUILD":  # would call __setstate__
                 state = stack.pop()
                 if isinstance(stack[-1], Inert):

@@ -118,7 +118,7 @@ class AnchorHead(nn.Module):
         return torch.cat((xy, wh, y[..., 4:]), -1).flatten(1, 3)
 
 
-class FreeHead(nn.Module):
+class AnchorFreeHead(nn.Module):
     """Anchor-free: per level two branches of two 3x3 convolutions, for the box and, depthwise, for the classes.
 
     A cell's box is given by the distances from its centre to the four sides, each a distribution over BINS
@@ -206,7 +206,7 @@ class YOLOv5(nn.Module):
         if head == "anchor":
             layers += [AnchorHead(channels, self.strides, num_classes, ANCHORS[kind] if anchors is None else anchors)]
         else:
-            layers += [FreeHead(channels, self.strides, num_classes)]
+            layers += [AnchorFreeHead(channels, self.strides, num_classes)]
         self.model = nn.ModuleList(layers)
         self.task_prefixes = (f"model.{len(layers) - 1}.",)  # the head may differ from that of published weights
 

@@ -26,7 +26,7 @@ def _child(argv, out, env):
     from datetime import timedelta
 
     from tests import toy
-    from utils import dist
+    from utils.train import dist
     from utils.errors import cli
     os.setsid()  # a terminal's job: signals to the group reach the loader's workers, not pytest
     for path, fd in ((f"{out}.out", 1), (f"{out}.err", 2)):

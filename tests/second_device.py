@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from utils import dist
+from utils.train import dist
 
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten

@@ -1,9 +1,9 @@
-"""utils/anchors.py against plain loops, known clusters and boxes that the given anchors do not fit."""
+"""utils/ops/anchors.py against plain loops, known clusters and boxes that the given anchors do not fit."""
 import numpy as np
 import pytest
 
 from nets.yolo import ANCHORS
-from utils.anchors import auto, evolve, fitness, kmeans, recall
+from utils.ops.anchors import auto, evolve, fitness, kmeans, recall
 
 ANCHORS_P5, ANCHORS_P6 = (np.array(ANCHORS[kind], np.float32) for kind in "56")
 

@@ -1,4 +1,4 @@
-"""utils/args.py: every wrong flag is answered in one line with exit code 2; what --resume keeps and what it reports."""
+"""utils/train/args.py: every wrong flag is answered in one line with exit code 2; what --resume keeps and what it reports."""
 import argparse
 import json
 
@@ -6,8 +6,8 @@ import pytest
 
 from tests.harness import toy
 from tests.test_runs import free, give_locks_back, no_torchrun  # noqa: F401 (fixtures)
-from utils import checkpoint
-from utils.args import band_list, loss_term, real, start, train_parser, whole
+from utils.train import checkpoint
+from utils.train.args import band_list, loss_term, float_range, setup_run, train_parser, int_range
 from utils.errors import UserError
 
 PARSER = train_parser("Toy.", "toy", epochs=3, bs=4, imgsz=16, lr=0.1)
@@ -60,7 +60,7 @@ def test_numbers_that_do():
     args = PARSER.parse_args("--lr 1e-3 --epochs 1000000 --seed 0 --clip 0 --warmup-epochs 0.5 --workers 0".split())
     assert (args.lr, args.epochs, args.seed, args.clip, args.warmup_epochs, args.workers) == (1e-3, 10**6, 0, 0, 0.5, 0)
     assert PARSER.parse_args(["--seed", str(2**31)]).seed == 2**31
-    assert whole(2, 3)("3") == 3 and real(-1, 1)("-1") == -1.0
+    assert int_range(2, 3)("3") == 3 and float_range(-1, 1)("-1") == -1.0
 
 
 def test_bands():
@@ -90,7 +90,7 @@ def test_a_process_says_it_in_one_line_too(tmp_path):
 # ---- from the flags to the run ---------------------------------------------------------------------------------------
 def opened(tmp_path, *argv):
     free()
-    return start(PARSER, ["--project", str(tmp_path), "--device", "cpu", *argv])
+    return setup_run(PARSER, ["--project", str(tmp_path), "--device", "cpu", *argv])
 
 
 def saved(tmp_path, *argv):

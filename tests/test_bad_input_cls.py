@@ -9,7 +9,7 @@ from PIL import Image
 
 import predict
 import train_cls
-from data import glyphs
+from data.samples import glyphs
 from nets import backbones
 from nets.unet import UNet
 from tests.conftest import TINY_CLS, write_dirty, write_tif

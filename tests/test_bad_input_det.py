@@ -13,7 +13,7 @@ import train_det
 from nets.unet import UNet
 from tests.conftest import TINY_DET, write_parking, write_tif
 from tests.test_predict_det import weights
-from utils import checkpoint
+from utils.train import checkpoint
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
 
 def test_a_batch_that_the_processes_cannot_share(refused, root, monkeypatch):
     def main():  # in the forked process: one of three, whose group is never joined
-        monkeypatch.setattr("utils.dist.setup", lambda device: torch.device("cpu"))
-        monkeypatch.setattr("utils.dist.broadcast", lambda value: value)
+        monkeypatch.setattr("utils.train.dist.setup", lambda device: torch.device("cpu"))
+        monkeypatch.setattr("utils.train.dist.broadcast", lambda value: value)
         monkeypatch.setenv("WORLD_SIZE", "3"), monkeypatch.setenv("RANK", "0")
         train_det.main()
     refused(SimpleNamespace(main=main, __name__="train_det"), *TINY_DET, "--data", root, says=["--bs 4", "3 processes"])

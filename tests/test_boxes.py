@@ -1,4 +1,4 @@
-"""utils/boxes.py against torchvision, plain float64 loops and hand-computed cases."""
+"""utils/ops/boxes.py against torchvision, plain float64 loops and hand-computed cases."""
 import math
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import batched_nms, box_convert, box_iou, complete_box_iou, complete_box_iou_loss
 from torchvision.ops import nms as torchvision_nms
 
-from utils.boxes import clip, iou, nms, suppress, to_xywh, to_xyxy, wbf
+from utils.ops.boxes import clip, iou, nms, suppress, to_xywh, to_xyxy, wbf
 
 
 def random_boxes(n, size=100., seed=0, dtype=torch.float64):

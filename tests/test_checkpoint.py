@@ -1,4 +1,4 @@
-"""utils/checkpoint.py: a valid file at every moment, no silent damage, no code from files, one line for every fault."""
+"""utils/train/checkpoint.py: a valid file at every moment, no silent damage, no code from files, one line for every fault."""
 import builtins
 import errno
 import io
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tests.harness import differences, read, toy
-from utils import checkpoint
+from utils.train import checkpoint
 from utils.errors import UserError
 
 
@@ -459,10 +459,10 @@ def test_weights_of_another_net_are_itemised_in_one_line():
     before = {k: v.clone() for k, v in good.items()}
     for name, weights in wrong.items():
         with pytest.raises(UserError) as caught:
-            checkpoint.fit_into(net, weights, "runs/x.pt")
+            checkpoint.load_strict(net, weights, "runs/x.pt")
         one_line(caught, "runs/x.pt", "1 tensors differ", *words[name])
     with pytest.raises(UserError) as caught:
-        checkpoint.fit_into(net, {f"other.{i}": torch.zeros(3) for i in range(500)}, "runs/x.pt")
+        checkpoint.load_strict(net, {f"other.{i}": torch.zeros(3) for i in range(500)}, "runs/x.pt")
     one_line(caught, "507 tensors differ")
     assert differences(before, dict(net.state_dict())) == []
 

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import augment, cls, dirty_mnist, glyphs, images
+from data import augment, cls, images
+from data.samples import dirty_mnist, glyphs
 from data.loader import eval_loader, train_loader
 from tests.conftest import write_dirty
-from utils import engine, geometry
+from utils.ops import geometry
+from utils.train import engine
 from utils.errors import UserError
 
 
@@ -220,17 +222,17 @@ def noise(*shape, seed=0):
 
 def shown(sample, imgsz, **options):
     """One sample as the net sees it, (C, imgsz, imgsz), 0..255."""
-    return cls.see(cls.collate([dict(sample)]), imgsz, 1.0, **options)[0]
+    return cls.to_input(cls.collate([dict(sample)]), imgsz, 1.0, **options)[0]
 
 
 def test_the_whole_view_is_the_image():
     picture = noise(2, 24, 24)
-    sample = cls.Views(Pictures(picture), 24)[0]
+    sample = cls.AugmentedImages(Pictures(picture), 24)[0]
     assert sample["index"] == 0 and sample["hole"].tolist() == [0] * 4 and sample["matrix"].dtype == torch.float64
     torch.testing.assert_close(shown(sample, 24), picture.float(), atol=0.01, rtol=0)
     for size, imgsz in (((12, 40), 20), ((9, 13), 30)):  # another side ratio: both sides are scaled to imgsz
         picture = noise(1, *size)
-        got = shown(cls.Views(Pictures(picture), imgsz)[0], imgsz)
+        got = shown(cls.AugmentedImages(Pictures(picture), imgsz)[0], imgsz)
         centre = F.interpolate(picture[None].float(), (imgsz, imgsz), mode="bilinear")[0]  # repeats the edge instead
         torch.testing.assert_close(got[:, 3:-3, 3:-3], centre[:, 3:-3, 3:-3], atol=0.01, rtol=0)
 
@@ -238,14 +240,14 @@ def test_the_whole_view_is_the_image():
 def test_random_views_are_quarter_turns_and_flips():
     """Without the rest, each of the eight comes, and each is one of torch's."""
     picture = noise(3, 16, 16)
-    views = cls.Views(Pictures(picture), 16, flip=0.5, p_affine=0, p_cutout=0)
+    views = cls.AugmentedImages(Pictures(picture), 16, flip=0.5, p_affine=0, p_cutout=0)
     eight = [torch.rot90(p, k, (1, 2)) for k in range(4) for p in (picture, picture.flip(2))]
     seen = [[(shown(views[0, i], 16) - want.float()).abs().max() < 0.01 for want in eight].index(True)
             for i in range(80)]
     assert set(seen) == set(range(8))
-    only = cls.Views(Pictures(picture), 16, rot90=False, flip=0.0, p_affine=0, p_cutout=0)
+    only = cls.AugmentedImages(Pictures(picture), 16, rot90=False, flip=0.0, p_affine=0, p_cutout=0)
     assert all((shown(only[0, i], 16) - picture.float()).abs().max() < 0.01 for i in range(8))
-    turned = [shown(cls.Views(Pictures(picture), 16, p_affine=0, p_cutout=0)[0, i], 16) for i in range(40)]
+    turned = [shown(cls.AugmentedImages(Pictures(picture), 16, p_affine=0, p_cutout=0)[0, i], 16) for i in range(40)]
     kinds = {next(k for k in range(4) if (t - torch.rot90(picture, k, (1, 2)).float()).abs().max() < 0.01)
              for t in turned}
     assert kinds == {0, 1, 2, 3}
@@ -255,7 +257,7 @@ def test_affine_views_are_where_their_matrices_say():
     """A gradient tells at every pixel of the view from which place of the image it comes, outside by reflection."""
     height, width, imgsz = 40, 60, 32
     x, y = torch.meshgrid(torch.arange(width) + 0.5, torch.arange(height) + 0.5, indexing="xy")
-    views = cls.Views(Pictures(torch.stack((x, y))), imgsz, p_affine=1, p_cutout=0, degrees=30, shift=0.1, zoom=0.2)
+    views = cls.AugmentedImages(Pictures(torch.stack((x, y))), imgsz, p_affine=1, p_cutout=0, degrees=30, shift=0.1, zoom=0.2)
     for i in range(6):
         sample = views[3, i]
         seen = shown(sample, imgsz).double().numpy()
@@ -271,7 +273,7 @@ def test_affine_views_are_where_their_matrices_say():
 def test_affine_views_change_as_much_as_asked_for():
     rng, found = np.random.default_rng(0), []
     for _ in range(400):
-        matrix, _ = augment.turn(rng, 100, rot90=False, p_affine=1.0, degrees=20, shift=0.1, zoom=0.3)
+        matrix, _ = augment.random_affine(rng, 100, rot90=False, p_affine=1.0, degrees=20, shift=0.1, zoom=0.3)
         zoom = np.linalg.det(matrix[:2, :2]) ** 0.5
         angle = np.degrees(np.arctan2(matrix[0, 1], matrix[0, 0]))
         found.append((angle, zoom, *(matrix @ (50, 50, 1))[:2] - 50))
@@ -280,12 +282,12 @@ def test_affine_views_change_as_much_as_asked_for():
     limits = np.array([(-20, 20), (0.7, 1.3), (-10, 10), (-10, 10)])
     assert (low >= limits[:, 0]).all() and (high <= limits[:, 1]).all()
     assert (high - low > 0.95 * np.ptp(limits, axis=1)).all()
-    assert abs(np.mean([augment.turn(rng, 9, rot90=False)[0][0, 0] == 1 for _ in range(400)]) - 0.5) < 0.1
+    assert abs(np.mean([augment.random_affine(rng, 9, rot90=False)[0][0, 0] == 1 for _ in range(400)]) - 0.5) < 0.1
 
 
 def test_the_blank_square():
     imgsz, cutout = 40, 0.3
-    views = cls.Views(Pictures(torch.full((2, 40, 40), 200, dtype=torch.uint8)), imgsz, p_affine=0, p_cutout=1.0,
+    views = cls.AugmentedImages(Pictures(torch.full((2, 40, 40), 200, dtype=torch.uint8)), imgsz, p_affine=0, p_cutout=1.0,
                       cutout=cutout)
     corners = []
     for i in range(60):
@@ -302,15 +304,15 @@ def test_the_blank_square():
     assert np.ptp(corners, axis=0).min() > 0.8 * 28 and abs(np.corrcoef(np.transpose(corners))[0, 1]) < 0.4
     normal = shown(sample, imgsz, mean=(50.0,), std=(10.0, 20.0))  # 0 before normalisation, as the recipe has it
     assert normal[0].min() == -5 and normal[1].min() == -2.5 and normal[1].max() == pytest.approx(7.5, abs=1e-3)
-    half = cls.Views(views.source, imgsz, p_cutout=0.5)
+    half = cls.AugmentedImages(views.source, imgsz, p_cutout=0.5)
     assert abs(np.mean([half[0, i]["hole"].sum() > 0 for i in range(300)]) - 0.5) < 0.1
 
 
 def test_scale_mean_and_std():
     picture = noise(3, 8, 8)
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    batch = cls.collate([cls.Views(Pictures(picture), 8)[0]])
-    got = cls.see(batch, 8, 255.0, mean, std)[0]
+    batch = cls.collate([cls.AugmentedImages(Pictures(picture), 8)[0]])
+    got = cls.to_input(batch, 8, 255.0, mean, std)[0]
     want = (picture / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
@@ -321,10 +323,10 @@ def test_turns_of_test_time_augmentation():
     """A turn shows what rot90 makes of the view without it, and the four undo each other."""
     pictures = Pictures(noise(1, 20, 20), noise(1, 20, 20, seed=1), noise(1, 31, 17, seed=2))
     for keys in ([0, 1], [0, 2], [(0, 0), (0, 4)]):
-        batch = cls.collate([cls.Views(pictures, 20, p_cutout=0)[key] for key in keys])
-        plain = cls.see(batch, 20, 1.0)
+        batch = cls.collate([cls.AugmentedImages(pictures, 20, p_cutout=0)[key] for key in keys])
+        plain = cls.to_input(batch, 20, 1.0)
         for k in range(4):
-            seen = cls.see(batch, 20, 1.0, turn=geometry.rot90(k, 20, 20))
+            seen = cls.to_input(batch, 20, 1.0, turn=geometry.rot90(k, 20, 20))
             torch.testing.assert_close(seen, torch.rot90(plain, k, (2, 3)), atol=0.02, rtol=0)
 
 
@@ -332,9 +334,9 @@ def test_turns_of_test_time_augmentation():
 def test_images_of_several_sizes_in_one_batch_are_each_seen_whole(imgsz):
     pictures = Pictures(noise(1, 30, 10), noise(1, 16, 16, seed=1), noise(1, 12, 50, seed=2))
     for keys in ([0, 1, 2], [(0, 0), (0, 1), (1, 2)]):
-        samples = [cls.Views(pictures, imgsz)[key] for key in keys]
+        samples = [cls.AugmentedImages(pictures, imgsz)[key] for key in keys]
         alone = [shown(sample, imgsz) for sample in samples]
-        together = cls.see(cls.collate(samples), imgsz, 1.0)
+        together = cls.to_input(cls.collate(samples), imgsz, 1.0)
         assert together.shape == (3, 1, imgsz, imgsz)
         torch.testing.assert_close(together, torch.stack(alone), atol=0.05, rtol=0)
 
@@ -349,9 +351,9 @@ def test_8_and_16_bits(tmp_path, workers, mixed):
         files.append(tmp_path / f"{i}.tif")
         with rasterio.open(files[-1], "w", driver="GTiff", count=2, height=side, width=side, dtype=dtype) as file:
             file.write((values.repeat(side // 16, 1).repeat(side // 16, 2) * (1 if mixed else 200)).astype(dtype))
-    views = cls.Views(cls.Images(files, np.zeros((3, 1), np.float32), limit=16), 16)
+    views = cls.AugmentedImages(cls.Images(files, np.zeros((3, 1), np.float32), limit=16), 16)
     batch = next(iter(eval_loader(views, 3, workers=workers, collate=cls.collate)))
-    seen = cls.see(batch, 16, 1.0) / (1 if mixed else 200)
+    seen = cls.to_input(batch, 16, 1.0) / (1 if mixed else 200)
     torch.testing.assert_close(seen[:2], torch.from_numpy(np.stack([values] * 2)).float(), atol=0.02, rtol=0)
     large = torch.from_numpy(values.repeat(4, 1).repeat(4, 2))[None].float()
     reduced = F.interpolate(large, (16, 16), mode="bilinear", antialias=True)[0]
@@ -379,12 +381,12 @@ def test_a_view_depends_on_seed_epoch_and_index_alone(tmp_path):
     labels = np.eye(6, dtype=np.float32)
 
     def batches(epoch, seed=0, cache=None, workers=0, bs=2):
-        views = cls.Views(cls.Images(files, labels, cache=cache), 16, seed=seed)
+        views = cls.AugmentedImages(cls.Images(files, labels, cache=cache), 16, seed=seed)
         loader = train_loader(views, bs, seed=5, workers=workers, collate=cls.collate)
         loader.batch_sampler.set_epoch(epoch)
         seen = {}
         for batch in loader:
-            images = cls.see(batch, 16, 255.0)
+            images = cls.to_input(batch, 16, 255.0)
             for n, i in enumerate(batch["index"].tolist()):
                 assert batch["label"][n].argmax() == i and images[n].max() == pytest.approx((20 * i + 10) / 255, 1e-3)
                 seen[i] = (torch.from_numpy(batch["matrix"][n]), batch["hole"][n])
@@ -395,7 +397,7 @@ def test_a_view_depends_on_seed_epoch_and_index_alone(tmp_path):
     for options in ({"cache": "ram"}, {"workers": 2}, {"bs": 3}, {"cache": "ram", "workers": 1}):
         assert torch.equal(batches(1, **options), want)
     assert not torch.equal(batches(1, seed=1), want) and not torch.equal(batches(2), want)
-    views = cls.Views(cls.Images(files, labels), 16)
+    views = cls.AugmentedImages(cls.Images(files, labels), 16)
     samples = [views[0, 2], views[0, 8], views[1, 2]]  # the same image, counted on: another view
     assert {int(sample["index"]) for sample in samples} == {2}
     assert len({str(sample["matrix"]) + str(sample["hole"]) for sample in samples}) == 3
@@ -423,7 +425,7 @@ def test_images_made_on_the_fly(tmp_path):
     """Synthetic through Views: new images each epoch, and views drawn from other numbers than the images."""
     path = write_letters(tmp_path / "letters.csv")
     source = dirty_mnist.Synthetic(path, 5, seed=3, size=96)
-    views = cls.Views(source, 96, seed=3, p_affine=0, p_cutout=0)
+    views = cls.AugmentedImages(source, 96, seed=3, p_affine=0, p_cutout=0)
     assert len(views) == 5
     loader = train_loader(views, 2, seed=3, collate=cls.collate)
     first = [batch for batch in loader]
@@ -434,7 +436,7 @@ def test_images_made_on_the_fly(tmp_path):
         wanted, letters = source.synthesizer.one(key, 3)
         assert np.array_equal(image, wanted) and np.array_equal(label, letters) and index == key[1] % 5
         assert 10 <= label.sum() <= 14
-        turn, _ = augment.turn(np.random.default_rng((3, *key)), 96, p_affine=0, p_cutout=0)
+        turn, _ = augment.random_affine(np.random.default_rng((3, *key)), 96, p_affine=0, p_cutout=0)
         assert np.allclose(matrix, turn)
     assert not torch.equal(views[0, 1]["image"], views[1, 1]["image"])
     assert torch.equal(views[4]["image"], source[4]["image"]) and np.allclose(views[4]["matrix"], np.eye(3))
@@ -455,7 +457,7 @@ def test_images_made_on_the_fly_are_reduced_like_files(tmp_path):
     for i, picture in enumerate(pictures):
         Image.fromarray(picture[0].numpy()).save(tmp_path / f"{i}.png")
     files = cls.Images([tmp_path / f"{i}.png" for i in range(4)], np.zeros((4, 26), np.float32), limit=2 * 24)
-    made, read = (cls.see(cls.collate([cls.Views(kind, 24)[i] for i in range(4)]), 24, 255.0)
+    made, read = (cls.to_input(cls.collate([cls.AugmentedImages(kind, 24)[i] for i in range(4)]), 24, 255.0)
                   for kind in (source, files))
     assert torch.equal(made, read) and pictures[0].shape == (1, 128, 128)
 

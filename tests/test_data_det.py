@@ -7,7 +7,7 @@ from PIL import Image
 from data import augment, det, images
 from data.det import DetData, collate, letterboxed, rect
 from tests.test_images import png
-from utils import geometry
+from utils.ops import geometry
 
 COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [250, 10, 250], [10, 250, 250]])
 PLAIN = dict(mosaic=0.0, hsv=(0, 0, 0))

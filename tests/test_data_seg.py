@@ -13,7 +13,7 @@ from PIL import Image
 from data import augment, images, seg
 from data.cache import Cache
 from tests.conftest import digest, tile, write_tif
-from utils import geometry, tiles
+from utils.ops import geometry, tiles
 from utils.errors import UserError
 
 

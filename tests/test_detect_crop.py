@@ -18,13 +18,14 @@ from rasterio.features import rasterize
 from rasterio.transform import from_origin
 
 import predict
-from data import scenes
+from data.results import scenes
 from nets.unet import UNet
 from tests import test_bad_input_cls, test_predict_det
 from tests.conftest import tile, write_tif
 from tests.test_scripts_det import ranks
 from tests.test_scripts_seg import masks_of
-from utils import boxes, checkpoint
+from utils.ops import boxes
+from utils.train import checkpoint
 
 CPU = ["--task", "seg", "--device", "cpu", "--amp", "off", "--workers", 0]
 SIDE = 128  # of the detector's input

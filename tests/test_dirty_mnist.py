@@ -1,4 +1,4 @@
-"""data/dirty_mnist.py and data/sample_letters.py: the recipe's statistics, a slow renderer, runs that are stopped."""
+"""data/samples/dirty_mnist.py and data/samples/letters.py: the recipe's statistics, a slow renderer, runs that are stopped."""
 import csv
 import io
 import json
@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torchvision.io import decode_image
 
-from data import dirty_mnist, glyphs, sample_letters
-from data.dirty_mnist import HEADER, Synthesizer, Synthetic, write
+from data.samples import dirty_mnist, glyphs
+from data.samples import letters as sample_letters
+from data.samples.dirty_mnist import HEADER, Synthesizer, Synthetic, write
 from data.loader import eval_loader, train_loader
 from utils.errors import UserError, cli
 
@@ -448,8 +449,8 @@ def test_sample(tmp_path):
         "dirty_mnist_2nd/00000.png", "dirty_mnist_2nd/00001.png", "dirty_mnist_2nd/00002.png",
         "dirty_mnist_2nd_answer.csv", "mnist_data/test.csv", "mnist_data/train.csv", "sample_submission.csv",
         "test_dirty_mnist_2nd/50000.png", "test_dirty_mnist_2nd/50001.png", "test_dirty_mnist_2nd_answer.csv"]
-    for split, letters, first in (("", "train", 0), ("test_", "test", 50_000)):
-        source = glyphs.read(root / "mnist_data" / f"{letters}.csv")
+    for split, name, first in (("", "train", 0), ("test_", "test", 50_000)):
+        source = glyphs.read(root / "mnist_data" / f"{name}.csv")
         answers = table_of(root / f"{split}dirty_mnist_2nd_answer.csv")
         for row in answers[1:]:
             image, label = Synthesizer(*source).one(int(row[0]), 1)

@@ -1,4 +1,4 @@
-"""utils/dist.py and the loop on two processes (CPU, gloo): one and two processes are the same run, and faults end both.
+"""utils/train/dist.py and the loop on two processes (CPU, gloo): one and two processes are the same run, and faults end both.
 
 `world` and `toys` start the ranks as torchrun would, without its own 7 s; what depends on torchrun uses it.
 """
@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.harness import differences, free_port, read, torchrun, toy, toys, world
 from tests.test_faults import gone
-from utils import dist
+from utils.train import dist
 
 ROOT = Path(__file__).parents[1]
 
@@ -254,7 +254,7 @@ def test_freed_memory_is_kept():
     for keep in (False, True):
         code = f"""
 import resource, torch
-from utils import dist
+from utils.train import dist
 if {keep}:
     dist.keep_memory()
 def fill():

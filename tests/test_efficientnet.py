@@ -19,7 +19,7 @@ from nets.efficientnet import VARIANTS, Block, EfficientNetV2, SameConv, drop_pa
 from nets.unet import UNet
 from tests.conftest import TINY
 from tests.test_nets import assert_equal, count, lived_in, randn
-from utils import checkpoint
+from utils.train import checkpoint
 
 # variant: parameters with 1000 classes; widths of the maps at strides 2, 4, 8, 16, 32 (published)
 PUBLISHED = {

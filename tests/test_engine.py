@@ -1,4 +1,4 @@
-"""utils/engine.py: the loop against a loop written by hand, its records, and what it refuses to save."""
+"""utils/train/engine.py: the loop against a loop written by hand, its records, and what it refuses to save."""
 import contextlib
 import copy
 import csv
@@ -15,7 +15,8 @@ import torch
 from data.loader import eval_loader, train_loader
 from tests.harness import differences, read
 from tests.toy import Data, Faults, Net, make_evaluate, make_loss
-from utils import checkpoint, engine, optim, report
+from utils.pictures import charts
+from utils.train import checkpoint, engine, optim
 from utils.errors import NumericalError, Stopped, UserError
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def no_plots(request, monkeypatch):
     if "row_per_epoch" not in request.node.name:
-        monkeypatch.setattr(report, "plot_curves", lambda *_: None)  # half of a toy epoch's time
+        monkeypatch.setattr(charts, "plot_curves", lambda *_: None)  # half of a toy epoch's time
 
 
 def train(folder, *, epochs=2, size=26, bs=4, seed=0, lr=0.02, optimizer="adamw", momentum=0.9, weight_decay=0.01,
@@ -210,9 +211,9 @@ def test_best_is_the_first_best(tmp_path, scores, best, epochs):
 def test_boards_are_closed_however_the_run_ends(tmp_path, faults):
     """They flush once in a while only, and what they have lost no resumed run sends again."""
     told = []
-    boards = report.Boards([(lambda row, step: told.append(step), lambda: told.append("closed"))])
+    loggers = charts.Loggers([(lambda row, step: told.append(step), lambda: told.append("closed"))])
     with contextlib.suppress(NumericalError, Stopped):
-        train(tmp_path, epochs=1, boards=boards, faults=faults)
+        train(tmp_path, epochs=1, loggers=loggers, faults=faults)
     assert told == ([] if faults else [1]) + ["closed"]
 
 

@@ -1,4 +1,4 @@
-"""utils/ensemble.py against brute force; --fit-weights and --ensemble of predict.py from files to files."""
+"""utils/metrics/ensemble.py against brute force; --fit-weights and --ensemble of predict.py from files to files."""
 import functools
 import itertools
 import json
@@ -16,7 +16,8 @@ from tests.test_bad_input_cls import FLAGS as CPU
 from tests.test_bad_input_cls import weights as net_at
 from tests.test_scripts_cls import results, table_of
 from tests.test_scripts_det import ranks
-from utils import checkpoint, ensemble
+from utils.metrics import ensemble
+from utils.train import checkpoint
 from utils.errors import UserError
 
 FLAGS = [*CPU, "--amp", "off"]

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.harness import command, differences, read, start, toy
-from utils import checkpoint
+from utils.train import checkpoint
 
 RUN = ("--epochs", 4, "--accumulate", 3, "--clip", 1, "--save-period", 2)
 

@@ -203,7 +203,7 @@ def test_split_into_training_and_validation(tmp_path):
     def split(fold_of, fold):
         run = tmp_path / f"run{fold}-{len(fold_of)}"
         run.mkdir()
-        return folds.of_run(run, list(fold_of), fold_of, fold, files=paths)
+        return folds.load_or_make_split(run, list(fold_of), fold_of, fold, files=paths)
     fold_of = {"a": 0, "b": 1, "c": 0, "d": 2}
     assert split(fold_of, 0) == ([1, 3], [0, 2])
     assert split(fold_of, 2) == ([0, 1, 2], [3])
@@ -446,15 +446,15 @@ def test_a_ranking_of_other_files_drops_nothing_in_silence(tmp_path):
     noise.write_text("rank,name,score\n1,elsewhere/0.png,0.1\n2,elsewhere/1.png,0.2\n")
     names = [file.name for file in files]
     with pytest.raises(UserError, match="noise.csv: ranks no sample that is trained on"):
-        folds.of_run(tmp_path, names, [0.5, 0.5], 0, files=files, drop=(noise, 2))
+        folds.load_or_make_split(tmp_path, names, [0.5, 0.5], 0, files=files, drop=(noise, 2))
     noise.write_text(f"rank,name,score\n1,{files[0]},0.1\n2,elsewhere/1.png,0.2\n")
-    train, val = folds.of_run(tmp_path, names, dict(zip(names, (0, 1, 1, 2))), 2, files=files, drop=(noise, 2))
+    train, val = folds.load_or_make_split(tmp_path, names, dict(zip(names, (0, 1, 1, 2))), 2, files=files, drop=(noise, 2))
     assert (train, val) == ([1, 2], [3])
     noise.unlink()  # or made anew: a resumed run drops what it has dropped
-    assert folds.of_run(tmp_path, names, None, 2, files=files, drop=(noise, 2)) == (train, val)
+    assert folds.load_or_make_split(tmp_path, names, None, 2, files=files, drop=(noise, 2)) == (train, val)
     (tmp_path / "dropped.json").write_text("[")
     with pytest.raises(UserError, match="dropped.json: damaged; start a new run"):
-        folds.of_run(tmp_path, names, None, 2, files=files, drop=(noise, 2))
+        folds.load_or_make_split(tmp_path, names, None, 2, files=files, drop=(noise, 2))
 
 
 def test_the_ranking_of_one_run_drops_nothing_in_silence(tmp_path, capsys):
@@ -467,12 +467,12 @@ def test_the_ranking_of_one_run_drops_nothing_in_silence(tmp_path, capsys):
     spec = dict(zip(names, (0, 0, 1, 1)))
     noise.write_text(f"rank,name,score\n1,{files[0]},0.1\n2,{files[1]},0.2\n")
     with pytest.raises(UserError, match="noise.csv: ranks no sample that is trained on; .* several folds"):
-        folds.of_run(tmp_path / "a", names, spec, 0, files=files, drop=(noise, 1))
+        folds.load_or_make_split(tmp_path / "a", names, spec, 0, files=files, drop=(noise, 1))
     noise.write_text(noise.read_text() + f"3,{files[2]},0.3\n")
     for fold, count, dropped in ((0, 1, []), (0, 3, [2]), (1, 1, [0])):
         run = tmp_path / f"{fold}{count}"
         run.mkdir()
-        train, _ = folds.of_run(run, names, spec, fold, files=files, drop=(noise, count))
+        train, _ = folds.load_or_make_split(run, names, spec, fold, files=files, drop=(noise, count))
         assert train == [i for i in range(4) if spec[names[i]] != fold and i not in dropped]
         assert f"{len(dropped)} of the {count} worst are not trained on" in capsys.readouterr().out
 
@@ -486,12 +486,12 @@ def test_some_are_from_all_along():
 def test_what_leaves_nothing_or_something_else(tmp_path):
     names = [f"a/{i}.png" for i in range(6)]
     with pytest.raises(UserError, match="--fold 1: --folds is a fraction"):
-        folds.of_run(tmp_path, names, folds.parse("0.3"), 1, files=names)
+        folds.load_or_make_split(tmp_path, names, folds.parse("0.3"), 1, files=names)
     table = tmp_path / "noise.csv"
     table.write_text("rank,name,score\n" + "".join(f"{i + 1},{name},0\n" for i, name in enumerate(names)))
     for spec in (None, dict.fromkeys(names[:2], 0) | dict.fromkeys(names[2:], 1)):
         with pytest.raises(UserError, match="noise.csv:6: leaves no sample to train on; lower"):
-            folds.of_run(tmp_path, names, spec, 0, files=names, drop=(table, 6))
+            folds.load_or_make_split(tmp_path, names, spec, 0, files=names, drop=(table, 6))
     assert not (tmp_path / "folds.json").exists() and not (tmp_path / "dropped.json").exists()
 
 
@@ -502,7 +502,7 @@ def test_links_to_one_wrong_image_are_both_dropped(tmp_path):
     files[1].symlink_to(files[0])
     noise = tmp_path / "noise.csv"
     noise.write_text(f"rank,name,score\n1,{files[1]},0.1\n2,{files[2]},0.2\n")
-    assert folds.of_run(tmp_path, ["a", "b", "c"], None, 0, files=files, drop=(noise, 1)) == ([2], [])
+    assert folds.load_or_make_split(tmp_path, ["a", "b", "c"], None, 0, files=files, drop=(noise, 1)) == ([2], [])
 
 
 def test_groups_by_any_form_of_a_name(tmp_path):

@@ -1,4 +1,4 @@
-"""utils/geometry.py and data/augment.py against numpy's pad, flip and rot90 and against a pixel loop."""
+"""utils/ops/geometry.py and data/augment.py against numpy's pad, flip and rot90 and against a pixel loop."""
 import math
 from collections import Counter
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.augment import crop_flip, gain
-from utils.geometry import flip_h, flip_v, rot90, rotate, scale, translate, warp, warp_boxes, warp_points
+from utils.ops.geometry import flip_h, flip_v, rot90, rotate, scale, translate, warp, warp_boxes, warp_points
 
 BORDERS = ("constant", "reflect", "wrap")
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool, torch.float16,

@@ -1,11 +1,11 @@
-"""data/glyphs.py: three sources of letters, written here byte by byte, and everything that can be wrong with them."""
+"""data/samples/glyphs.py: three sources of letters, written here byte by byte, and everything that can be wrong with them."""
 import gzip
 import struct
 
 import numpy as np
 import pytest
 
-from data import glyphs
+from data.samples import glyphs
 from utils.errors import UserError
 
 NAMES = ",".join(["id", "digit", "letter", *map(str, range(784))])

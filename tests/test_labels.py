@@ -1,4 +1,4 @@
-"""data/labels.py: one data set in every format gives the same boxes; every bad file is named in one line; what is kept
+"""data/labels: one data set in every format gives the same boxes; every bad file is named in one line; what is kept
 is never out of date."""
 import contextlib
 import copy
@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from data import images, label_formats, labels
+from data import images, labels
+from data.labels import formats
 from tests.conftest import digest
 from utils.errors import UserError
 
@@ -751,7 +752,7 @@ def test_bad_images(lot):
 def reading(tmp_path, monkeypatch):
     """reading(root) -> (Labels, whether the files were read for it); what is kept equals what is read."""
     calls = []
-    for module, name in ((label_formats, "parse"), (images, "size")):
+    for module, name in ((formats, "parse"), (images, "size")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real: calls.append(args) or real(*args))
 
@@ -879,14 +880,14 @@ def test_a_place_that_cannot_be_written(lot, tmp_path, reading, monkeypatch, cap
 def test_several_processes_read_once(lot, tmp_path, monkeypatch):
     """They start together; one reads, all have the same, nothing is left over."""
     expected, log = read(lot), tmp_path / "log"
-    real = label_formats.parse
+    real = formats.parse
 
     def slowly(layout):
         with open(log, "a") as file:
             file.write("read\n")
         time.sleep(0.2)
         return real(layout)
-    monkeypatch.setattr(label_formats, "parse", slowly)
+    monkeypatch.setattr(formats, "parse", slowly)
     children = []
     for _ in range(4):
         pid = os.fork()

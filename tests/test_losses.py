@@ -1,4 +1,4 @@
-"""utils/losses.py against its formulas, written out pixel by pixel in float64, and against other people's code."""
+"""utils/losses against its formulas, written out pixel by pixel in float64, and against other people's code."""
 import math
 
 import pytest

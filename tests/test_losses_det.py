@@ -1,12 +1,12 @@
-"""utils/losses_det.py against plain loops in float64, written from the papers' formulas."""
+"""utils/losses/detection.py against plain loops in float64, written from the papers' formulas."""
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from utils import losses_det
-from utils.losses_det import anchor_loss, assign, distribution_focal, free_loss, match_anchors, pad
+from utils.losses import detection as losses_det
+from utils.losses.detection import anchor_loss, assign, distribution_focal, free_loss, match_anchors, pad
 
 STRIDES = [8, 16, 32]
 ANCHORS = torch.tensor([[[1.25, 1.6], [2.0, 3.75], [4.1, 2.9]], [[1.9, 3.8], [3.9, 2.8], [3.7, 7.4]],

@@ -1,4 +1,4 @@
-"""utils/metrics.py against pixel-by-pixel counting, over batch splits and over processes."""
+"""utils/metrics against pixel-by-pixel counting, over batch splits and over processes."""
 import json
 import os
 

@@ -204,7 +204,7 @@ def test_percent_map_written_out():
     maps[4] = 2.0  # flat
     for cast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            found = mix.percent_map(maps, weight, labels, SIZE)
+            found = mix.cam(maps, weight, labels, SIZE)
         assert found.dtype == torch.float32 and (found >= 0).all()
         torch.testing.assert_close(found.sum((1, 2)), torch.ones(5))
         for i in range(3):
@@ -220,7 +220,7 @@ def test_percent_map_written_out():
 def test_percent_map_finds_the_object():
     maps, weight = torch.zeros(2, 2, 4, 4), torch.eye(2)
     maps[:, 0, 0, 0], maps[:, 1, 3, 3] = 1, 1
-    found = mix.percent_map(maps, weight, torch.eye(2), (16, 16))
+    found = mix.cam(maps, weight, torch.eye(2), (16, 16))
     assert found[0, :4, :4].sum() > 0.5 and found[1, 12:, 12:].sum() > 0.5
     _, _, own, other = mix.snapmix(torch.rand(2, 1, 16, 16), found)
     assert not torch.allclose(own + other, torch.ones(2, 1))
@@ -228,7 +228,7 @@ def test_percent_map_finds_the_object():
 
 @pytest.mark.parametrize("name", ["regnetx_002", "repvgg_a0", "efficientnetv2_b0"])
 def test_maps_of_our_nets_are_those_before_the_classifier(name):
-    """As percent_map's docstring has it: what the classifier says of the maps is, on average, what the net says."""
+    """As cam's docstring has it: what the classifier says of the maps is, on average, what the net says."""
     net = backbones.make(name, 3, 5).eval()
     x = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
@@ -239,7 +239,7 @@ def test_maps_of_our_nets_are_those_before_the_classifier(name):
             head = net.head.fc
         cams = torch.einsum("bfhw,kf->bkhw", maps, head.weight)
         torch.testing.assert_close(cams.mean((2, 3)) + head.bias, net(x), rtol=1e-4, atol=1e-4)
-        assert mix.percent_map(maps, head.weight, torch.ones(2, 5), (64, 64)).shape == (2, 64, 64)
+        assert mix.cam(maps, head.weight, torch.ones(2, 5), (64, 64)).shape == (2, 64, 64)
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_nothing_waits_for_the_values(function):
     with FakeTensorMode() as mode:
         x = mode.from_tensor(torch.rand(4, 3, *SIZE))
         function(x)
-        maps = mix.percent_map(torch.rand(4, 5, 2, 2), torch.rand(7, 5), torch.rand(4, 7), SIZE)
+        maps = mix.cam(torch.rand(4, 5, 2, 2), torch.rand(7, 5), torch.rand(4, 7), SIZE)
         mix.mixed_labels(torch.rand(4, 7), *mix.snapmix(x, maps)[1:])
 
 

@@ -1,4 +1,4 @@
-"""utils/optim.py against torch's schedulers, textbook update formulas in plain float64, and points by hand."""
+"""utils/train/optim.py against torch's schedulers, textbook update formulas in plain float64, and points by hand."""
 import copy
 import math
 
@@ -11,9 +11,10 @@ from torch.optim import lr_scheduler
 from nets.regnet import RegNetX
 from tests.harness import differences, read
 from tests.test_engine import train
-from utils import optim, report
+from utils.pictures import charts
+from utils.train import optim
 from utils.errors import Stopped
-from utils.optim import SCHEDULES, lookahead, make_ema, make_optimizer, make_schedule, param_groups, plateaus, set_lr
+from utils.train.optim import SCHEDULES, lookahead, make_ema, make_optimizer, make_schedule, param_groups, plateaus, set_lr
 
 
 def factors(name, steps, scores=(), **options):
@@ -477,7 +478,7 @@ def test_lookahead_in_a_run_that_is_stopped(tmp_path, monkeypatch, amp):
     """Killed in the middle of a window, resumed by the loop: the same bits."""
     make = optim.make_optimizer
     monkeypatch.setattr(optim, "make_optimizer", lambda *args, **options: lookahead(make(*args, **options), 3))
-    monkeypatch.setattr(report, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(charts, "plot_curves", lambda *_: None)
     train(tmp_path / "a", epochs=1, amp=amp)
     with pytest.raises(Stopped):
         train(tmp_path / "b", epochs=1, amp=amp, faults=["term@batch:5"])

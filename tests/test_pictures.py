@@ -1,11 +1,11 @@
-"""utils/pictures.py: colours by their formulas, and the sheets pixel by pixel."""
+"""utils/pictures/sheets.py: colours by their formulas, and the sheets pixel by pixel."""
 import math
 
 import numpy as np
 import torch
 from PIL import Image
 
-from utils.pictures import ERRORS, PALETTE, contact_sheet, error_map, heat, overlay, segmentation_sheet, to_rgb
+from utils.pictures.sheets import ERRORS, PALETTE, contact_sheet, error_map, heat, overlay, segmentation_sheet, to_rgb
 
 
 def read(path):

@@ -1,4 +1,4 @@
-"""utils/pictures_det.py: boxes, curves and heat maps pixel by pixel, and the texts that go with them."""
+"""utils/pictures/detection.py: boxes, curves and heat maps pixel by pixel, and the texts that go with them."""
 import errno
 import math
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import pictures_det
+from utils.pictures import detection as pictures_det
 from utils.errors import UserError
-from utils.pictures import INK, PALETTE, to_rgb
-from utils.pictures_det import confusion_matrix, detection_sheet, draw_boxes, label_statistics, pr_curves
-from utils.report import BEST, LINE
+from utils.pictures.sheets import INK, PALETTE, to_rgb
+from utils.pictures.detection import confusion_matrix, detection_sheet, draw_boxes, label_statistics, pr_curves
+from utils.pictures.charts import BEST, LINE
 
 pytestmark = pytest.mark.filterwarnings("error")
 ODD = ["a name that is much longer than any picture is wide " * 4, "Müller", "飞机", "two\nlines", "", "50%"]

@@ -22,7 +22,8 @@ from data import augment, images, seg
 from nets.unet import UNet, probabilities
 from tests.conftest import TINY, TINY_CLS, TINY_DET, tile, write_dirty, write_parking, write_tif, write_wildfire
 from tests.harness import differences, read
-from utils import checkpoint, geometry
+from utils.ops import geometry
+from utils.train import checkpoint
 from utils.errors import Stopped
 
 TRAIN = [*TINY, "--amp", "off"]

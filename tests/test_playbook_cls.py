@@ -18,7 +18,8 @@ from tests.conftest import TINY_CLS, write_dirty
 from tests.harness import differences, read
 from tests.test_bad_input_cls import FLAGS, weights
 from tests.test_scripts_cls import direct, pictures, results, squares, table_of  # noqa: F401, pictures is a fixture
-from utils import checkpoint, report
+from utils import report
+from utils.train import checkpoint
 from utils.errors import Stopped, UserError
 
 PREDICT = [*FLAGS, "--amp", "off", "--source", "in"]
@@ -38,15 +39,15 @@ def folds(dirty, tmp_path_factory):
     return folder / "runs/cls"
 
 
-def judged(run, name, root):
+def eval_model(run, name, root):
     """-> the held-out files of a run, and what a checkpoint of it says about them: (N, classes) float64."""
     state = checkpoint.load(run / name)
     fold_of = json.loads((run / "folds.json").read_text())
     files = [root / file for file, fold in fold_of.items() if fold == state["args"]["fold"]]
-    views = cls.Views(cls.Images(files, np.zeros((len(files), 1)), bands=state["bands"]), state["imgsz"])
+    views = cls.AugmentedImages(cls.Images(files, np.zeros((len(files), 1)), bands=state["bands"]), state["imgsz"])
     net = checkpoint.load_weights(backbones.make(**state["arch"]["kwargs"]).eval(), state, name)
     with torch.no_grad():
-        z = net(cls.see(cls.collate([views[i] for i in range(len(files))]), state["imgsz"], state["scale"],
+        z = net(cls.to_input(cls.collate([views[i] for i in range(len(files))]), state["imgsz"], state["scale"],
                         *state["norm"]))
     return files, (z.softmax(1) if state["exclusive"] else z.sigmoid()).double().numpy()
 
@@ -111,7 +112,7 @@ def test_checkpoints_keep_the_thresholds_of_their_own_evaluation(folds, dirty):
     header, keys, rows = table_of(dirty / "dirty_mnist_2nd_answer.csv")
     stored = []
     for name in ("epoch_1.pt", "epoch_2.pt", "last.pt", "best.pt"):
-        files, probs = judged(folds / "fold0", name, dirty)
+        files, probs = eval_model(folds / "fold0", name, dirty)
         labels = np.array([rows[keys.index(str(int(file.stem)))] for file in files])
         stored.append(checkpoint.load(folds / "fold0" / name)["threshold"])
         for p, y, threshold in zip(probs.T, labels.T, stored[-1]):
@@ -275,7 +276,7 @@ def test_samples_are_the_mean_log_likelihoods(script, folds, dirty, tmp_path):
     header, keys, rows = table_of(dirty / "dirty_mnist_2nd_answer.csv")
     for run, root, names in ((folds / "fold0", dirty, header[1:]),
                              (tmp_path / "runs/cls/exp", Path("photos"), ["blue", "green", "red"])):
-        files, probs = judged(run, "last.pt", root)
+        files, probs = eval_model(run, "last.pt", root)
         with open(run / "samples.csv", newline="") as file:
             samples = list(csv.DictReader(file))
         assert [row["name"] for row in samples] == list(map(str, files))

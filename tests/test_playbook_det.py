@@ -18,12 +18,14 @@ from pycocotools.cocoeval import COCOeval
 
 import predict
 import train_det
-from data import det, images, labels, mask_boxes
+from data import det, images, labels
+from data.labels import masks
 from nets.yolo import YOLOv5
 from tests.conftest import TINY_DET, lot, tile, write_parking, write_tif, write_wildfire
 from tests.test_predict_det import FLAGS, NAMES, Finder, finder, items_of, weights  # noqa: F401, finder is a fixture
 from tests.test_scripts_det import STAGED, edit, ranks
-from utils import checkpoint, tiles
+from utils.ops import tiles
+from utils.train import checkpoint
 from utils.errors import Stopped, UserError
 
 
@@ -246,7 +248,7 @@ def test_a_window_shows_the_files_pixels(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     lists, pixels_of = scenes(tmp_path)
     sources, _ = det.cut(*lists, tile=64, overlap=0.25)
-    data, uncut = det.DetData(*sources, cache=cache, **PLAIN), det.DetData(*lists, **PLAIN)[3, 3]
+    data, drop_border_boxes = det.DetData(*sources, cache=cache, **PLAIN), det.DetData(*lists, **PLAIN)[3, 3]
     if cache:
         reads = []
         monkeypatch.setattr(det, "read_small", lambda *args: reads.append(args))
@@ -256,7 +258,7 @@ def test_a_window_shows_the_files_pixels(tmp_path, monkeypatch, cache):
         assert trained["index"] == judged["index"] == i and (window is None) == (size == (40, 48))
         assert trained["image"].shape == judged["image"].shape == (64, 64, pixels_of[file].shape[2])
         if window is None:
-            assert all(torch.equal(trained[name], uncut[name]) for name in ("image", "boxes"))
+            assert all(torch.equal(trained[name], drop_border_boxes[name]) for name in ("image", "boxes"))
             continue
         y, x, height, width = window
         want = pixels_of[file][y:y + height, x:x + width].astype(np.float32)
@@ -437,7 +439,7 @@ def test_boxes_of_random_masks_are_opencvs(size, share):
     rng = np.random.default_rng((*size, int(share * 10)))
     for top in (2, 4, 256):
         mask = np.where(rng.random(size) < share, rng.integers(1, top, size), 0)
-        found = mask_boxes.find(torch.from_numpy(mask))
+        found = masks.find(torch.from_numpy(mask))
         assert sorted(found) == opencv(mask)
         assert all(type(value) is int and set(map(type, box)) == {float} for value, box in found)
 
@@ -481,8 +483,8 @@ def test_masks_are_labels(tmp_path, values, names):
 
 def test_a_changed_mask_is_read_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    root, reads, parse = write_blobs(Path("blobs"), [blobs(i, [1]) for i in range(3)]), [], mask_boxes.parse
-    monkeypatch.setattr(mask_boxes, "parse", lambda layout: reads.append(layout) or parse(layout))
+    root, reads, parse = write_blobs(Path("blobs"), [blobs(i, [1]) for i in range(3)]), [], masks.parse
+    monkeypatch.setattr(masks, "parse", lambda layout: reads.append(layout) or parse(layout))
     first, again = labels.read(root), labels.read(root)
     assert len(reads) == 1 and all((a == b).all() for a, b in zip(first.boxes, again.boxes))
     write_tif(root / "train_mask/train_mask_1.tif", mask := blobs(77, [1]))  # of the same size in bytes

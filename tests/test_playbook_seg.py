@@ -19,7 +19,9 @@ from data import images, seg
 from nets.unet import UNet, probabilities
 from tests.conftest import TINY, write_wildfire
 from tests.test_scripts_seg import masks_of
-from utils import checkpoint, losses, metrics, optim, report
+from utils import losses, metrics
+from utils import report
+from utils.train import checkpoint, optim
 from utils.errors import UserError
 
 TRAIN = [*TINY, "--amp", "off", "--folds", "3", "--lr", "0.01"]
@@ -181,7 +183,7 @@ def several_values(z, y, s):
 
 
 @pytest.mark.parametrize("classes, known, values", [(1, train_seg.BINARY, binary_values),
-                                                    (3, train_seg.SEVERAL, several_values)])
+                                                    (3, train_seg.MULTICLASS, several_values)])
 def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
     rng = np.random.default_rng(classes)
     z, y = rng.normal(size=(4, classes, 9, 11)), rng.integers(0, max(classes, 2), (4, 9, 11))
@@ -207,7 +209,7 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
                                             (3, {"dice": 1, "topk": 3, "focal": 1, "ce": 0.5})])
 def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms):
     root = write_wildfire(tmp_path / "data", train=4, test=1, size=(32, 32), classes=classes)
-    known, seen = train_seg.BINARY if classes == 1 else train_seg.SEVERAL, []
+    known, seen = train_seg.BINARY if classes == 1 else train_seg.MULTICLASS, []
     for name in terms:
         monkeypatch.setitem(known, name, lambda *args, loss=known[name]: seen.append(args[2:]) or loss(*args))
     script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--classes", classes, "--ignore", 255, "--label-smoothing",

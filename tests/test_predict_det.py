@@ -20,12 +20,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import predict
-from data import augment, det, labels, pseudo, submissions
+from data import augment, det, labels
+from data.results import pseudo, submissions
 from nets.yolo import YOLOv5
 from tests.conftest import lot
 from tests.test_scripts_det import ranks
-from utils import boxes as box_tools
-from utils import checkpoint, tta
+from utils.ops import boxes as box_tools
+from utils.ops import tta
+from utils.train import checkpoint
 from utils.errors import UserError
 from utils.metrics import DetectionAP
 
@@ -258,11 +260,11 @@ def test_every_pass_says_the_same(height, width, factor):
         tuple(-(-round(side * share * factor) // 32) * 32 for side in (height, width)) for share in (1, 0.83, 0.67)]
     assert [matrix[0, 0] < 0 for matrix, _ in passes] == [False, True, False]
     for matrix, size in passes:  # each by itself, back in the image's pixels
-        found = box_tools.to_xyxy(next(tta.rows(Finder(), x, [(matrix, size)]))[0, :, :4])
+        found = box_tools.to_xyxy(next(tta.tta_boxes(Finder(), x, [(matrix, size)]))[0, :, :4])
         for k, box in truth.items():
             assert (found[k] - torch.tensor(box)).abs().max() < max(1.0, width / size[1] + 0.5)
-    assert [rows.shape for rows in tta.rows(Finder(), x, passes)] == [(1, 3, 8)] * 3
-    plain, = tta.rows(Finder(), x, tta.passes((), (height, width), stride=32))
+    assert [rows.shape for rows in tta.tta_boxes(Finder(), x, passes)] == [(1, 3, 8)] * 3
+    plain, = tta.tta_boxes(Finder(), x, tta.tta_views((), (height, width), stride=32))
     assert torch.equal(plain, Finder()(x))
 
 
@@ -294,7 +296,7 @@ def test_views_read_no_more_than_they_show(tmp_path):
     """Of a long strip every 15th pixel; boxes still fit, and no side vanishes."""
     picture = np.full((9, 6000, 3), 50, np.uint8)
     picture[:, 3000:4200] = 230, 30, 30
-    views = det.Views([save(tmp_path / "1.png", picture)], bands=[1, 2, 3], imgsz=96, stride=32)
+    views = det.TiledImages([save(tmp_path / "1.png", picture)], bands=[1, 2, 3], imgsz=96, stride=32)
     view = views[0]
     rows = Finder()(view["image"].permute(2, 0, 1)[None] / 255)
     box = det.restore(box_tools.to_xyxy(rows[0, :1, :4]), view["matrix"])[0]
@@ -305,10 +307,10 @@ def test_uncut():
     rows = torch.tensor([[10.0, 10, 20, 20, 1, 0], [5, 10, 20, 20, 1, 0], [10, 10, 64, 20, 1, 0],
                          [10, 10, 20, 63, 1, 0]])
     shifted = rows + torch.tensor([100.0, 50, 100, 50, 0, 0])
-    inner = box_tools.uncut(shifted, (50, 105, 64, 59), 500, 500)
+    inner = box_tools.drop_border_boxes(shifted, (50, 105, 64, 59), 500, 500)
     assert inner.tolist() == shifted[:1].tolist()
-    assert len(box_tools.uncut(rows, (0, 5, 63, 59), 63, 64)) == 3  # the image's own borders cut nothing
-    assert len(box_tools.uncut(rows, (0, 0, 63, 64), 63, 64)) == 4
+    assert len(box_tools.drop_border_boxes(rows, (0, 5, 63, 59), 63, 64)) == 3  # the image's own borders cut nothing
+    assert len(box_tools.drop_border_boxes(rows, (0, 0, 63, 64), 63, 64)) == 4
 
 
 # ---- ensembles -------------------------------------------------------------------------------------------------------
@@ -409,7 +411,7 @@ def test_the_true_net_on_training_images(script, tmp_path, parking):
     with torch.inference_mode():
         nets = predict.load_nets(args, torch.device("cpu"), [path], [state])
         run = predict.det_ensemble(args, torch.device("cpu"), [state], nets)
-        view = det.Views([file], bands=[1, 2, 3], imgsz=64, stride=nets[0].stride)[0]
+        view = det.TiledImages([file], bands=[1, 2, 3], imgsz=64, stride=nets[0].stride)[0]
         want = box_tools.nms(net(view["image"].permute(2, 0, 1)[None].float() / 255), conf=0.001, iou=0.7, max_det=20)
         got = run(view["image"].permute(2, 0, 1)[None])
     matrix = augment.letterbox(64, 96, 64, det.rect((64, 96), 64, 32))

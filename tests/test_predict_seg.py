@@ -17,10 +17,11 @@ from rasterio.transform import Affine, from_origin
 
 import predict
 import train_seg
-from data import images, scenes, submissions
+from data import images
+from data.results import scenes, submissions
 from tests.conftest import TINY, digest, tile, write_tif, write_wildfire
 from tests.test_scripts_seg import masks_of
-from utils import checkpoint
+from utils.train import checkpoint
 from utils.errors import NumericalError
 
 CPU = ["--task", "seg", "--device", "cpu", "--workers", 0]

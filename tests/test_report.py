@@ -1,4 +1,4 @@
-"""utils/report.py: the cells, the pixels of the curves and the calls of the loggers."""
+"""utils/pictures/charts.py: the cells, the pixels of the curves and the calls of the loggers."""
 import csv
 import math
 import sys
@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import report
+from utils.pictures import charts
 from utils.errors import UserError
-from utils.report import AXES, BEST, GRID, LINE, PANEL, make_boards, plot_curves, write_csv
+from utils.pictures.charts import AXES, BEST, GRID, LINE, PANEL, make_loggers, plot_curves, write_csv
 
 
 def read(path):
@@ -163,7 +163,7 @@ def test_odd_values_are_drawn(tmp_path, values):
                                        (0.9, 0.90013), (41.3, 97.2), (1e-12, 2e-12)])
 def test_ticks_are_three_to_five_round_numbers(low, high):
     for scale in (1, 1.3, 1.7, 2.9, 4.1, 7.3):
-        ticks = report._ticks(low * scale, high * scale)
+        ticks = charts._ticks(low * scale, high * scale)
         values = np.array([float(label) for _, label in ticks])
         assert 3 <= len(ticks) <= 5
         assert values == pytest.approx([value for value, _ in ticks], rel=1e-6, abs=1e-9 * high)
@@ -175,11 +175,11 @@ def test_ticks_are_three_to_five_round_numbers(low, high):
 
 def test_epoch_ticks_are_whole(tmp_path, monkeypatch):
     texts = []
-    monkeypatch.setattr(report, "text_line", lambda draw, xy, text, **_: texts.append(text))
+    monkeypatch.setattr(charts, "text_line", lambda draw, xy, text, **_: texts.append(text))
     plot_curves(tmp_path / "a.png", [{"epoch": 1, "iou": 0.5}, {"epoch": 2, "iou": 0.7}])
     assert texts == ["1", "2", "0.5", "0.6", "0.7", "best 0.7 at 2", "iou"]
-    assert [label for _, label in report._ticks(0.94, 2.06, whole=True)] == ["1", "2"]
-    assert [label for _, label in report._ticks(-8.0, 159.0, whole=True)] == ["0", "50", "100", "150"]
+    assert [label for _, label in charts._ticks(0.94, 2.06, whole=True)] == ["1", "2"]
+    assert [label for _, label in charts._ticks(-8.0, 159.0, whole=True)] == ["0", "50", "100", "150"]
 
 
 # ---- loggers ---------------------------------------------------------------------------------------------------------
@@ -211,16 +211,16 @@ def fake(monkeypatch):
 
 
 def test_boards_that_nobody_asked_for_do_nothing(tmp_path, fake):
-    boards = make_boards(tmp_path)
-    boards.log({"loss": 1.0}, 1)
-    boards.close()
+    loggers = make_loggers(tmp_path)
+    loggers.log({"loss": 1.0}, 1)
+    loggers.close()
     assert fake.calls == [] and list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_gets_every_number(tmp_path, fake):
-    boards = make_boards(tmp_path, tensorboard=True)
-    boards.log({"loss": torch.tensor(0.5), "note": "text", "flag": True, "none": None, "epoch": 3}, 3)
-    boards.close()
+    loggers = make_loggers(tmp_path, tensorboard=True)
+    loggers.log({"loss": torch.tensor(0.5), "note": "text", "flag": True, "none": None, "epoch": 3}, 3)
+    loggers.close()
     assert fake.calls == [("writer", (str(tmp_path),), {}), ("add_scalar", ("loss", 0.5, 3), {}),
                           ("add_scalar", ("epoch", 3.0, 3), {}), ("close", (), {})]
 
@@ -229,9 +229,9 @@ def test_wandb_resumes_its_own_run(tmp_path, fake, monkeypatch):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     folder = tmp_path / "seg" / "exp3"
     folder.mkdir(parents=True)
-    boards = make_boards(folder, wandb=True, config={"lr": 1e-3})
-    boards.log({"iou": np.float32(0.5), "note": "text"}, 7)
-    boards.close()
+    loggers = make_loggers(folder, wandb=True, config={"lr": 1e-3})
+    loggers.log({"iou": np.float32(0.5), "note": "text"}, 7)
+    loggers.close()
     (start, _, given), log, finish = fake.calls
     assert start == "init" and given == {"project": "seg", "name": "exp3", "dir": str(folder), "id": None,
                                          "resume": "allow", "config": {"lr": 1e-3}}
@@ -239,7 +239,7 @@ def test_wandb_resumes_its_own_run(tmp_path, fake, monkeypatch):
     assert (folder / "wandb_id.txt").read_text() == "abc123"
     fake.calls.clear()
     monkeypatch.setenv("WANDB_PROJECT", "other")
-    make_boards(folder, wandb=True, name="mine")
+    make_loggers(folder, wandb=True, name="mine")
     given = fake.calls[0][2]
     assert (given["id"], given["name"], given["project"]) == ("abc123", "mine", "other")
 
@@ -250,7 +250,7 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path, fake, monkeypatch):
 
     monkeypatch.setattr(sys.modules["wandb"], "init", no_account)
     with pytest.raises(UserError, match=r"api_key not configured.*WANDB_MODE=offline") as error:
-        make_boards(tmp_path, wandb=True)
+        make_loggers(tmp_path, wandb=True)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -258,8 +258,8 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path, fake, monkeypatch):
 def test_missing_package_is_a_user_error(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(package, package), None)
     with pytest.raises(UserError, match=f"pip install {package}"):
-        make_boards(tmp_path, **{package: True})
+        make_loggers(tmp_path, **{package: True})
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # a stray folder of that name
     if package == "wandb":
         with pytest.raises(UserError, match="pip install wandb"):
-            make_boards(tmp_path, wandb=True)
+            make_loggers(tmp_path, wandb=True)

@@ -1,4 +1,4 @@
-"""utils/review.py: components against OpenCV, scores by size against sets of pixels, pages pixel by pixel."""
+"""utils/pictures/review.py: components against OpenCV, scores by size against sets of pixels, pages pixel by pixel."""
 import csv
 import json
 import math
@@ -19,11 +19,13 @@ import train_seg
 from tests import test_bad_input_cls, test_predict_det
 from tests.conftest import TINY, TINY_CLS, TINY_DET, write_wildfire
 from tests.test_predict_det import finder  # noqa: F401, a fixture
-from utils import dist, report, review
+from utils import report
+from utils.pictures import charts, review
+from utils.train import dist
 from utils.errors import Stopped, UserError
 from utils.metrics import BinaryIoU
-from utils.pictures import contact_sheet
-from utils.review import SegmentationReview, components, ends, page, rank, read_noise
+from utils.pictures.sheets import contact_sheet
+from utils.pictures.review import SegmentationReview, components, ends, page, rank, read_noise
 
 VOID = 255
 
@@ -226,7 +228,7 @@ def runs(tmp_path, *tables):
     found = []
     for i, table in enumerate(tables):
         found.append(tmp_path / f"seg/fold{i}")
-        report.write_csv(found[-1] / "samples.csv", [{"name": n, "area": 3, "score": s, "note": "a, b"}
+        charts.write_csv(found[-1] / "samples.csv", [{"name": n, "area": 3, "score": s, "note": "a, b"}
                                                      for n, s in table.items()])
     return found
 
@@ -301,7 +303,7 @@ CPU = ["--device", "cpu", "--amp", "off", "--workers", 0]
 
 def ranking(path, rows):
     """A noise.csv of (rank, name, run)."""
-    report.write_csv(Path(path), [{"rank": rank, "name": str(name), "score": 0.5, "run": str(run)}
+    charts.write_csv(Path(path), [{"rank": rank, "name": str(name), "score": 0.5, "run": str(run)}
                                   for rank, name, run in rows])
     return path
 
@@ -397,7 +399,7 @@ def test_boxes_of_the_noisy_images(script, parking, finder, monkeypatch):  # noq
     Path("runs/det/a").mkdir(parents=True)
     path = test_predict_det.weights("runs/det/a/best.pt", data=parking)
     ranking("noise.csv", [(i + 1, files[n], "x") for i, n in enumerate((7, 2, 9, 4, 0, 1))])
-    report.write_csv("runs/det/a/samples.csv", [{"name": str(files[n]), "score": 0.5} for n in (0, 7, 9)])
+    charts.write_csv("runs/det/a/samples.csv", [{"name": str(files[n]), "score": 0.5} for n in (0, 7, 9)])
     script(predict, "--task", "det", *CPU, "--noisy", "noise.csv:4", "--pseudo", 0.5, "--weights", path)
     out = Path("runs/det/a/predict")
     assert {p.stem for p in (out / "labels").iterdir()} == {"007", "009"} and {
@@ -420,7 +422,7 @@ def test_classes_of_the_noisy_images(script, dirty, monkeypatch):
     Path("runs/cls/a").mkdir(parents=True)
     path = test_bad_input_cls.weights("runs/cls/a/last.pt", data=dirty)  # the newest run's
     ranking("noise.csv", [(i + 1, files[n], "x") for i, n in enumerate((7, 2, 4, 9, 0, 1))])
-    report.write_csv("runs/cls/a/samples.csv", [{"name": str(files[n]), "score": 0.5} for n in (0, 4, 7)])
+    charts.write_csv("runs/cls/a/samples.csv", [{"name": str(files[n]), "score": 0.5} for n in (0, 4, 7)])
     script(predict, "--task", "cls", *CPU, "--noisy", "noise.csv:5", "--pseudo", 0.5)
     out = path.parent / "predict"
     with open(out / "probabilities.csv") as file:
@@ -439,7 +441,7 @@ def test_noisy_samples_that_cannot_be_predicted(refused, parking, tmp_path, monk
     for run in "ab":
         Path(f"runs/det/{run}").mkdir(parents=True)
         test_predict_det.weights(f"runs/det/{run}/best.pt", data=parking)
-        report.write_csv(f"runs/det/{run}/samples.csv", [{"name": dict(a=str(image), b="gone.jpg")[run], "score": 0.5}])
+        charts.write_csv(f"runs/det/{run}/samples.csv", [{"name": dict(a=str(image), b="gone.jpg")[run], "score": 0.5}])
     ranking("noise.csv", [(1, image, "runs/det/a"), (2, "gone.jpg", "runs/det/b")])
     Path("bad.csv").write_text("rank,name\n1\n")
     flags = ["--task", "det", *CPU, "--out", "out", "--weights", "runs/det/b/best.pt"]
@@ -505,7 +507,7 @@ def test_the_worst_of_several_runs_are_drawn_by_rank(command, refused, tmp_path)
         samples = [{"name": name, "score": score} for name, score in table.items()]
         rows = [[np.full((40 + 10 * k, 60, 3), colour, np.uint8)] * 2 for k in range(2)]
         review.keep(tmp_path / f"fold{i}", samples[:2], rows, ["x", "y"], titles=["label", "prediction"])
-        report.write_csv(tmp_path / f"fold{i}/samples.csv", samples)
+        charts.write_csv(tmp_path / f"fold{i}/samples.csv", samples)
     done = command(report, "noise", "fold0", "fold1")
     assert done.out.splitlines()[-1] == "noise.csv.png: 4 of them with labels and predictions"
     shown = read(tmp_path / "noise.csv.png")

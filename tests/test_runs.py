@@ -1,4 +1,4 @@
-"""utils/runs.py: run folders are never overwritten, belong to one process, and are found again."""
+"""utils/train/runs.py: run folders are never overwritten, belong to one process, and are found again."""
 import errno
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_checkpoint import forked, one_line, small
-from utils import checkpoint, runs
+from utils.train import checkpoint, runs
 from utils.errors import UserError
 
 

@@ -1,17 +1,17 @@
-"""data/sample.py: the layout, what makes the tiles easy or hard, and what an interrupted run leaves."""
+"""data/samples: the layout, what makes the tiles easy or hard, and what an interrupted run leaves."""
 import os
 
 import numpy as np
 import pytest
 import rasterio
 
-from data import sample, sample_wildfire
+from data.samples import __main__, wildfire
 from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return sample_wildfire.wildfire(tmp_path_factory.mktemp("sample"), train=24, test=6, seed=0)
+    return wildfire.wildfire(tmp_path_factory.mktemp("sample"), train=24, test=6, seed=0)
 
 
 def _read(path):
@@ -93,9 +93,9 @@ def test_no_threshold_finds_the_fires(train):
 
 def test_a_tile_depends_on_seed_split_and_index_alone(tmp_path):
     size = dict(train=2, size=64)
-    a = sample_wildfire.wildfire(tmp_path / "a", test=2, seed=3, **size)
-    b = sample_wildfire.wildfire(tmp_path / "b", test=1, seed=3, **size)
-    c = sample_wildfire.wildfire(tmp_path / "c", test=1, seed=4, **size)
+    a = wildfire.wildfire(tmp_path / "a", test=2, seed=3, **size)
+    b = wildfire.wildfire(tmp_path / "b", test=1, seed=3, **size)
+    c = wildfire.wildfire(tmp_path / "c", test=1, seed=4, **size)
     (xa, ya), (xb, yb), (xc, _) = (_split(r, "train") for r in (a, b, c))
     assert np.array_equal(xa, xb) and np.array_equal(ya, yb)
     assert not np.array_equal(xa, xc)
@@ -105,7 +105,7 @@ def test_a_tile_depends_on_seed_split_and_index_alone(tmp_path):
 
 @pytest.mark.parametrize("size", [65, 100])
 def test_any_size(tmp_path, size):
-    images, masks = _split(sample_wildfire.wildfire(tmp_path, train=2, test=0, size=size), "train")
+    images, masks = _split(wildfire.wildfire(tmp_path, train=2, test=0, size=size), "train")
     assert images.shape == (2, 10, size, size) and masks.shape == (2, size, size)
 
 
@@ -113,20 +113,20 @@ def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / "Wildfire").mkdir()
     (tmp_path / "Wildfire" / "precious.tif").write_text("years of work")
     with pytest.raises(UserError, match="Wildfire: exists already") as error:
-        sample_wildfire.wildfire(tmp_path, train=1, test=0, size=64)
+        wildfire.wildfire(tmp_path, train=1, test=0, size=64)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["Wildfire", "Wildfire/precious.tif"]
 
 
 @pytest.mark.parametrize("wrong", [("--train", 0), ("--test", -1), ("--size", 32), ("--seed", -1), ("--train", "x")])
 def test_numbers_out_of_range(refused, tmp_path, wrong):
-    refused(sample, *wrong, says=wrong[0])
+    refused(__main__, *wrong, says=wrong[0])
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("No space left on device")])
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, stop):
-    write, calls = sample_wildfire._write_tif, []
+    write, calls = wildfire._write_tif, []
 
     def fails_on_third(*args):
         calls.append(args)
@@ -134,21 +134,21 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, stop):
             raise stop
         write(*args)
 
-    monkeypatch.setattr(sample_wildfire, "_write_tif", fails_on_third)
+    monkeypatch.setattr(wildfire, "_write_tif", fails_on_third)
     with pytest.raises((KeyboardInterrupt, UserError)):
-        sample_wildfire.wildfire(tmp_path, train=2, test=1, size=64)
+        wildfire.wildfire(tmp_path, train=2, test=1, size=64)
     assert len(calls) == 3 and not os.listdir(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written .*; check"):
-        sample_wildfire.wildfire(tmp_path / "file", train=1, test=0, size=64)
+        wildfire.wildfire(tmp_path / "file", train=1, test=0, size=64)
 
 
 def _command(monkeypatch, *flags):
     monkeypatch.setattr("sys.argv", ["sample", *map(str, flags)])
-    sample.main()
+    __main__.main()
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

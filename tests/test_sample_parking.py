@@ -1,4 +1,4 @@
-"""data/sample_parking.py: layout, boxes against rendered pixels, occlusion against ray casting, class frequencies."""
+"""data/samples/parking.py: layout, boxes against rendered pixels, occlusion against ray casting, class frequencies."""
 import json
 import os
 from collections import Counter
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import sample_models as models
-from data import sample_parking as lots
+from data.samples import models as models
+from data.samples import parking as lots
 from utils.errors import UserError
 
 NAMES = ["sedan", "SUV", "van", "bus", "school bus", "truck", "taxi", "adult", "child", "motorcycle", "kickboard",

@@ -13,14 +13,15 @@ from PIL import Image
 
 import predict
 import train_cls
-from data import sample_letters
+from data.samples import letters
 from nets import backbones
 from tests.conftest import TINY_CLS, write_dirty
 from tests.harness import differences, read
 from tests.test_bad_input_cls import FLAGS as CPU
 from tests.test_bad_input_cls import weights
 from tests.test_scripts_det import ranks
-from utils import checkpoint, review
+from utils.pictures import review
+from utils.train import checkpoint
 from utils.errors import Stopped, UserError
 
 FLAGS = [*CPU, "--amp", "off"]
@@ -61,7 +62,7 @@ def squares(root, *, train=48, test=12, size=32):
 
 # ---- from files to the submission ------------------------------------------------------------------------------------
 def test_the_competition_from_letters_to_a_weighted_ensemble(script, tmp_path, capsys):
-    sample_letters.letters(tmp_path, train=8, test=5)
+    letters.letters(tmp_path, train=8, test=5)
     flags = [*TINY_CLS, "--imgsz", 48, "--folds", 2]  # --data: the folder's name is the default
     for fold in (0, 1):
         script(train_cls, *flags, "--fold", fold, "--name", f"fold{fold}", "--lr", 0.01)
@@ -181,7 +182,7 @@ def stop():
 
 
 def test_validation_twice_a_pass(script, dirty, monkeypatch):
-    seen, see = [], train_cls.cls.see
+    seen, see = [], train_cls.cls.to_input
 
     def watch(batch, *args, **options):
         if torch.is_grad_enabled():
@@ -223,7 +224,7 @@ def test_a_subset_is_trained_on_and_what_it_changes_is_told(script, tmp_path, mo
 
 
 def test_synthesized_images(script, tmp_path, capsys):
-    sample_letters.letters(tmp_path, train=4, test=0)
+    letters.letters(tmp_path, train=4, test=0)
     script(train_cls, *TINY_CLS, "--bs", 2, "--synthesize", "resources/mnist_data/train.csv", "--synthesize-count", 5,
            "--folds", 2, "--val-interval", 0.34)
     state = last()
@@ -445,7 +446,7 @@ def test_names_that_are_no_text(script, tmp_path, dirty, capsys):
 
 
 def test_synthesis_is_told_the_device(script, tmp_path, monkeypatch):
-    root, seen = sample_letters.letters(tmp_path, train=6, test=1), []
+    root, seen = letters.letters(tmp_path, train=6, test=1), []
     monkeypatch.setattr(train_cls.dirty_mnist, "Synthetic", lambda *args, **options: seen.append(options) or stop())
     with pytest.raises(Stopped):
         script(train_cls, "--data", root, *TINY_CLS, "--synthesize", "letters.csv", "--bands", 1)

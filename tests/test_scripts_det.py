@@ -21,7 +21,7 @@ from data import images
 from data.loader import EpochBatches
 from tests.conftest import TINY_DET, _child, write_parking, write_tif
 from tests.harness import differences, free_port, read
-from utils import checkpoint, optim
+from utils.train import checkpoint, optim
 from utils.errors import Stopped
 
 STAGED = " ".join(TINY_DET).replace("--epochs 1", "").split()

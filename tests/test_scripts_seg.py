@@ -17,7 +17,8 @@ import train_seg
 from data import images, seg
 from nets.unet import UNet
 from tests.conftest import TINY, tile, write_tif, write_wildfire
-from utils import checkpoint, report
+from utils import report
+from utils.train import checkpoint
 from utils.errors import UserError
 
 

@@ -6,7 +6,7 @@ import predict
 import train_cls
 import train_det
 import train_seg
-from data.dirty_mnist import Synthetic
+from data.samples.dirty_mnist import Synthetic
 from tests import second_device
 from tests.conftest import TINY, TINY_CLS, TINY_DET, write_dirty, write_parking, write_wildfire
 from tests.test_data_cls import write_letters

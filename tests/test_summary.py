@@ -1,4 +1,4 @@
-"""utils/summary.py: rows counted by hand from the runs' own files, whatever state these are in."""
+"""utils/pictures/table.py: rows counted by hand from the runs' own files, whatever state these are in."""
 import csv
 import io
 import json
@@ -16,10 +16,12 @@ import pytest
 from tests.harness import toy, toys
 from tests.test_runs import free
 from tests.test_runs import written as checkpoints
-from utils import checkpoint, report, runs, summary
-from utils.args import band_list, loss_term, start, train_parser
+from utils import report
+from utils.pictures import charts, table
+from utils.train import checkpoint, runs
+from utils.train.args import band_list, loss_term, setup_run, train_parser
 from utils.errors import UserError
-from utils.summary import COLUMNS, flags, render, tables, write_note
+from utils.pictures.table import COLUMNS, flags, render, tables, write_note
 
 DEFAULTS = {"lr": 0.001, "ema": True, "bs": 64, "loss": None, "name": "exp", "project": "runs/seg", "resume": None}
 
@@ -29,7 +31,7 @@ def make(path, scores=(), *, key="iou", note=True, **changed):
     path.mkdir(parents=True)
     (path / "args.json").write_text(json.dumps(DEFAULTS | changed))
     if scores:
-        report.write_csv(path / "results.csv", [
+        charts.write_csv(path / "results.csv", [
             {"epoch": i, "lr": 1e-3, "loss": 2 - i / 10, key: score, "f1": 1 - i / 100, "seconds": 120.0}
             for i, score in enumerate(scores, 1)])
     if note:
@@ -114,7 +116,7 @@ def test_another_column_to_sort_by(tmp_path):
 
 def test_a_resumed_run_has_one_row_and_it_is_the_new_one(tmp_path):
     run = make(tmp_path / "seg/exp", [0.5])
-    report.write_csv(run / "results.csv", [{"epoch": 1, "iou": 0.5, "seconds": 60}, {"epoch": 2, "iou": 0.75}])
+    charts.write_csv(run / "results.csv", [{"epoch": 1, "iou": 0.5, "seconds": 60}, {"epoch": 2, "iou": 0.75}])
     found = tables([tmp_path])[tmp_path / "seg"]
     assert len(found) == 1 and (found[0]["best"], found[0]["epoch"], found[0]["minutes"]) == (0.75, 2, 1)
 
@@ -164,19 +166,19 @@ def test_the_file_is_the_table_of_the_projects_of_the_tasks(tmp_path):
     make(tmp_path / "cls/c", [0.9], key="acc")
     make(tmp_path / "seg/a/predict/below", [0.9])  # of no project here
     make(tmp_path / "other/e", [0.9])  # nor this
-    summary.write(run)
+    table.write(run)
     assert list(written(tmp_path)) == ["seg/b", "seg/a", "seg/größe, \"火\"", "cls/c"]
     assert [p.name for p in tmp_path.rglob("summary.csv")] == ["summary.csv"]
     assert written(tmp_path)["seg/b"] == dict(
         run="seg/b", date="2026-01-02 03:04", metric="iou", best="0.75", epoch="2", last="0.75", swa="", minutes="4",
         commit="abc1234", flags="--lr 0.01")
-    table = tables([tmp_path])[tmp_path / "seg"]
-    text = render({"seg": [row | {"run": f"seg/{Path(row['run']).name}"} for row in table]}, "csv")
+    found = tables([tmp_path])[tmp_path / "seg"]
+    text = render({"seg": [row | {"run": f"seg/{Path(row['run']).name}"} for row in found]}, "csv")
     assert (tmp_path / "summary.csv").read_text().startswith(text)
     make(tmp_path / "cls/d")
-    summary.write(tmp_path / "cls/d")
+    table.write(tmp_path / "cls/d")
     assert [*written(tmp_path)] == ["seg/b", "seg/a", "seg/größe, \"火\"", "cls/c", "cls/d"]
-    summary.write(tmp_path / "other/e")
+    table.write(tmp_path / "other/e")
     assert [*written(tmp_path / "other")] == ["e"]
 
 
@@ -184,15 +186,15 @@ def test_the_file_follows_its_runs(tmp_path, monkeypatch):
     """Resumed, renamed, copied, deleted; and whatever stood in it."""
     for name in "abc":
         make(tmp_path / name, [0.5])
-    summary.write(tmp_path / "a")
+    table.write(tmp_path / "a")
     assert [*written(tmp_path)] == ["a", "b", "c"]
-    report.write_csv(tmp_path / "a/results.csv", [{"epoch": i, "iou": i / 8} for i in range(6)])
+    charts.write_csv(tmp_path / "a/results.csv", [{"epoch": i, "iou": i / 8} for i in range(6)])
     (tmp_path / "b").rename(tmp_path / "x")
     shutil.rmtree(tmp_path / "c")
     shutil.copytree(tmp_path / "x", tmp_path / "y")
     (tmp_path / "summary.csv").write_text("by hand")
     monkeypatch.chdir(tmp_path / "x")
-    summary.write(Path("."))  # as --resume . has it
+    table.write(Path("."))  # as --resume . has it
     assert {run: row["best"] for run, row in written(tmp_path).items()} == {"a": "0.625", "x": "0.5", "y": "0.5"}
     assert sorted(p.name for p in tmp_path.iterdir()) == [".summary.lock", "a", "summary.csv", "x", "y"]
 
@@ -200,12 +202,12 @@ def test_the_file_follows_its_runs(tmp_path, monkeypatch):
 def test_a_project_with_a_summary_is_a_project_as_before(tmp_path, capsys):
     checkpoints(make(tmp_path / "seg/exp", [0.5]), "last.pt")
     before = tables([tmp_path])
-    summary.write(tmp_path / "seg/exp")
+    table.write(tmp_path / "seg/exp")
     assert tables([tmp_path]) == before and runs.newest(tmp_path / "seg", "last.pt") == tmp_path / "seg/exp/last.pt"
     assert runs.restarted(tmp_path / "seg") is None and runs.create(tmp_path / "seg", "exp").name == "exp2"
     assert runs.create(tmp_path, "summary.csv").name == "summary.csv2"
     free()
-    summary.write(tmp_path / "seg/exp")
+    table.write(tmp_path / "seg/exp")
     assert [*written(tmp_path)] == ["seg/exp"] and capsys.readouterr().err == ""  # the new ones have no records yet
 
 
@@ -221,7 +223,7 @@ def test_damaged_runs_do_not_keep_the_file_from_being_written(tmp_path, capsys):
     (tmp_path / "loop").symlink_to("loop")
     os.mkdir(os.fsencode(tmp_path) + b"/\xff")
     (tmp_path / os.fsdecode(b"\xff") / "args.json").write_text("{}")
-    summary.write(tmp_path / "good")
+    table.write(tmp_path / "good")
     found = written(tmp_path)
     assert len(found) == 2 + 3 * len(contents) and found["\\udcff"]["flags"] == ""
     assert found["3args.json"]["flags"] == "--lr '\\ud800'"
@@ -232,9 +234,9 @@ def test_damaged_runs_do_not_keep_the_file_from_being_written(tmp_path, capsys):
 def test_a_run_that_is_deleted_meanwhile(tmp_path, monkeypatch):
     make(tmp_path / "exp", [0.5])
     make(tmp_path / "gone", [0.75])
-    read = summary._read_results
-    monkeypatch.setattr(summary, "_read_results", lambda path: shutil.rmtree(tmp_path / "gone", True) or read(path))
-    summary.write(tmp_path / "exp")
+    read = table._read_results
+    monkeypatch.setattr(table, "_read_results", lambda path: shutil.rmtree(tmp_path / "gone", True) or read(path))
+    table.write(tmp_path / "exp")
     assert written(tmp_path)["exp"]["best"] == "0.5" and written(tmp_path)["gone"]["best"] == ""
 
 
@@ -249,8 +251,8 @@ def test_runs_that_end_together(tmp_path):
         try:
             time.sleep(max(begin - time.time(), 0))
             for epoch in (1, 2, 3):
-                report.write_csv(run / "results.csv", [{"epoch": epoch, "iou": 0.5}])
-                summary.write(run)
+                charts.write_csv(run / "results.csv", [{"epoch": epoch, "iou": 0.5}])
+                table.write(run)
             code = 0
         finally:
             os._exit(code)
@@ -268,7 +270,7 @@ def test_places_where_it_cannot_be_written(tmp_path):
     (tmp_path / "b/.summary.lock").mkdir()
     for project in ("a", "b", "missing"):
         with pytest.raises(UserError, match=f"{project}/summary.csv: cannot be written .*;"):
-            summary.write(tmp_path / project / "exp")
+            table.write(tmp_path / project / "exp")
     assert not (tmp_path / "missing").exists()
 
 
@@ -315,7 +317,7 @@ def test_what_a_run_was_started_with_comes_back(tmp_path):
     typed = ["--lr", "0.01", "--no-ema", "--compile", "--loss", "bce=0.5", "dice=2"]
     for argv in (typed, ["--bands", "1-7", "--lr", "1e-3"]):
         free()
-        _, _, folder, _ = start(parser, ["--project", str(tmp_path), "--device", "cpu", *argv])
+        _, _, folder, _ = setup_run(parser, ["--project", str(tmp_path), "--device", "cpu", *argv])
         write_note(folder, vars(parser.parse_args([])))
     found = rows(tmp_path)
     assert set(found["exp"]["flags"][2:].split(" --")) == {"lr 0.01", "no-ema", "compile", "loss bce=0.5 dice=2",
@@ -332,14 +334,14 @@ def git(folder, *words):
 
 def test_the_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    assert summary.commit(tmp_path) == "" and summary.commit(tmp_path / "missing") == ""
+    assert table.commit(tmp_path) == "" and table.commit(tmp_path / "missing") == ""
     git(tmp_path, "init", "-q")
-    assert summary.commit(tmp_path) == ""  # a repository without any
+    assert table.commit(tmp_path) == ""  # a repository without any
     (tmp_path / "code.py").write_text("1")
     git(tmp_path, "add", "-A"), git(tmp_path, "commit", "-q", "-m", "x"), git(tmp_path, "tag", "-a", "v1", "-m", "x")
-    assert summary.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") != ""
+    assert table.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") != ""
     (tmp_path / "code.py").write_text("2")
-    assert summary.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") + "-dirty"
+    assert table.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") + "-dirty"
 
 
 def test_no_process_is_started_without_git_and_none_is_waited_for(tmp_path, monkeypatch):
@@ -347,20 +349,20 @@ def test_no_process_is_started_without_git_and_none_is_waited_for(tmp_path, monk
         raise subprocess.TimeoutExpired("git", 10)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert summary.commit(tmp_path) == ""
+    assert table.commit(tmp_path) == ""
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert summary.commit(tmp_path) == ""
+    assert table.commit(tmp_path) == ""
 
 
 def test_a_resumed_run_keeps_its_date_and_the_defaults_that_it_began_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(summary, "commit", lambda folder: "abc")
+    monkeypatch.setattr(table, "commit", lambda folder: "abc")
     write_note(tmp_path, {"lr": 1})
     first = json.loads((tmp_path / "run.json").read_text())
     assert first == {"started": first["started"], "commit": "abc", "defaults": {"lr": 1}}
     assert abs(time.mktime(time.strptime(first["started"], "%Y-%m-%d %H:%M")) - time.time()) < 200
     (tmp_path / "run.json").write_text(json.dumps(first | {"started": "2020-01-01 00:00"}))
-    monkeypatch.setattr(summary, "commit", lambda folder: "def")
+    monkeypatch.setattr(table, "commit", lambda folder: "def")
     write_note(tmp_path, {"lr": 2, "new": 3})  # a flag that there was not
     again = json.loads((tmp_path / "run.json").read_text())
     assert again == {"started": "2020-01-01 00:00", "defaults": {"lr": 1, "new": 3}, "commit": "def"}

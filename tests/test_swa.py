@@ -1,4 +1,4 @@
-"""utils/swa.py and the loop's part in it: means in float64, norms recomputed by hand, runs killed and resumed."""
+"""utils/train/swa.py and the loop's part in it: means in float64, norms recomputed by hand, runs killed and resumed."""
 import copy
 import csv
 import json
@@ -15,16 +15,17 @@ from data.loader import train_loader
 from tests.harness import ENV, differences, free_port, read
 from tests.test_engine import CPU, given_scores, train
 from tests.toy import Data, Net
-from utils import checkpoint, dist, engine, optim, report
+from utils.pictures import charts
+from utils.train import checkpoint, dist, engine, optim
 from utils.errors import NumericalError, Stopped, UserError
-from utils.swa import SWA, swa_epochs, with_swa
+from utils.train.swa import SWA, swa_epochs, with_swa
 
 STEPS = 7  # per epoch of the toy data
 
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(report, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(charts, "plot_curves", lambda *_: None)
 
 
 def averaged(folder, *, epochs=4, share=0.5, lr=0.5, cycle=0, on=True, total=None, net=None, seed=0, **options):
@@ -215,7 +216,7 @@ def noisy_loss(faults=()):
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swa") / "straight"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_curves", lambda *_: None)
+        patch.setattr(charts, "plot_curves", lambda *_: None)
         averaged(folder, compute_loss=noisy_loss())
     return folder
 
@@ -313,7 +314,7 @@ def rank_of_two(folder, rank, port):
     """One of two processes: a run, the same run stopped and resumed; keeps this rank's average."""
     os.environ.update(ENV, RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    report.plot_curves = lambda *_: None
+    charts.plot_curves = lambda *_: None
     dist.setup("cpu")
     state = averaged(folder / "straight", epochs=3, share=0.6)
     torch.save(state.swa.module.state_dict(), folder / f"rank{rank}.pt")

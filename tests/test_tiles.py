@@ -1,4 +1,4 @@
-"""utils/tiles.py against full-size sums in float64, on many sizes of scene and window."""
+"""utils/ops/tiles.py against full-size sums in float64, on many sizes of scene and window."""
 import math
 
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import tiles
+from utils.ops import tiles
 
 overlaps = st.floats(0, 0.9)
 

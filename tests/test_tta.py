@@ -1,4 +1,4 @@
-"""utils/tta.py against numpy and Pillow, and predict.py --tta for each task against passes made by hand."""
+"""utils/ops/tta.py against numpy and Pillow, and predict.py --tta for each task against passes made by hand."""
 import itertools
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from tests.conftest import tile, write_tif
 from tests.test_predict_det import Finder, finder  # noqa: F401, a fixture
 from tests.test_scripts_cls import results
 from tests.test_scripts_seg import masks_of
-from utils import boxes, checkpoint, geometry, tta
+from utils.ops import boxes, geometry, tta
+from utils.train import checkpoint
 
 ALL = ("hflip", "vflip", "rot90", "scale")  # 24 passes
 CPU = ["--device", "cpu", "--amp", "off", "--workers", 0]
@@ -64,7 +65,7 @@ def test_flips_and_turns_are_numpys_and_exact(names):
     want = {}
     for there, _, size in views_by_hand(names, 5, 8):
         want.setdefault(there(x.numpy()).tobytes(), (there(x.numpy()), size))
-    for (matrix, size), (view, canvas) in zip(tta.passes(names, (5, 8)), want.values(), strict=True):
+    for (matrix, size), (view, canvas) in zip(tta.tta_views(names, (5, 8)), want.values(), strict=True):
         moved = tta.move(x, matrix, size)
         assert size == canvas and np.array_equal(moved, view)
         assert torch.equal(tta.move(moved, np.linalg.inv(matrix), (5, 8)), x)
@@ -74,11 +75,11 @@ def test_flips_and_turns_are_numpys_and_exact(names):
 @pytest.mark.parametrize("names, count", [(("hflip", "rot90", "scale"), 12), (ALL, 24), (tta.NAMES, 24), ((), 1),
                                           (("scale",), 3), (("rot90", "rot180"), 4), (("hflip", "hflip"), 2)])
 def test_the_number_of_passes(names, count):
-    assert len(tta.passes(names, (64, 96), stride=8)) == count
+    assert len(tta.tta_views(names, (64, 96), stride=8)) == count
 
 
 def test_sizes_are_multiples_of_the_stride():
-    sizes = lambda *args, **kwargs: [size for _, size in tta.passes(*args, **kwargs)]  # noqa: E731
+    sizes = lambda *args, **kwargs: [size for _, size in tta.tta_views(*args, **kwargs)]  # noqa: E731
     assert sizes(("scale",), (100, 200)) == [(83, 166), (100, 200), (120, 240)]
     assert sizes(("scale", "rot90"), (96, 160), stride=32) == [
         (96, 160), (160, 96), (128, 192), (192, 128)]  # 0.83 becomes 96 x 160 too: what comes twice comes once
@@ -86,14 +87,14 @@ def test_sizes_are_multiples_of_the_stride():
     assert sizes((), (100, 200), stride=32, factor=0.5) == [(64, 128)]  # 50 x 100
     assert sizes(("scale",), (1, 9), scales=(0.1,)) == [(1, 1)]
     with pytest.raises(ValueError, match="flip"):
-        tta.passes(("hflip", "flip"), (8, 8))
+        tta.tta_views(("hflip", "flip"), (8, 8))
 
 
 @pytest.mark.parametrize("stride", [1, 8])
 def test_every_pass_is_a_resizing_before_a_flip_and_a_turn(stride):
     """Pixels as Pillow resizes them, and of the points the corners."""
     x = image(2, 2, 64, 80)
-    passes, by_hand = tta.passes(ALL, (64, 80), stride=stride), views_by_hand(ALL, 64, 80, stride=stride)
+    passes, by_hand = tta.tta_views(ALL, (64, 80), stride=stride), views_by_hand(ALL, 64, 80, stride=stride)
     for (matrix, size), (there, back, canvas) in zip(passes, by_hand, strict=True):
         view = tta.move(x, matrix, size)
         assert size == canvas == tuple(view.shape[2:]) and size[0] % stride == size[1] % stride == 0
@@ -111,14 +112,14 @@ def test_what_every_pass_says_alike_comes_back():
     """Predictors that know neither left from right nor large from small: every map is the plain one."""
     for predict_maps in (lambda x: x, lambda x: (x > 0.5).float(), lambda x: x.square() + 1):
         x = smooth(48, 64)
-        views = tta.passes(ALL, (48, 64), scales=(0.5, 1, 2))
+        views = tta.tta_views(ALL, (48, 64), scales=(0.5, 1, 2))
         for (_, size), found in zip(views, tta.maps(predict_maps, x, views), strict=True):
             difference = (found - predict_maps(x)).abs()
             if sorted(size) == [48, 64]:
                 assert torch.equal(found, predict_maps(x))
             else:
                 assert difference.mean() < 0.02 and (difference > 0.1).float().mean() < 0.08
-    x, views = image(2, 3, 6, 7), tta.passes(("hflip", "vflip", "rot90"), (6, 7))
+    x, views = image(2, 3, 6, 7), tta.tta_views(("hflip", "vflip", "rot90"), (6, 7))
     blurred = avg_pool2d(x, 3, 1, 1)
     assert torch.allclose(tta.merge(tta.maps(lambda x: avg_pool2d(x, 3, 1, 1), x, views)), blurred, atol=1e-6)
 
@@ -133,20 +134,20 @@ def test_mean_of_any_predictor_is_the_mean_over_the_passes(names):
     x = image(2, 3, 12, 14)
     by_hand = [back(predict_maps(torch.from_numpy(there(x.numpy()).copy())).numpy())
                for there, back, _ in views_by_hand(names, 12, 14)]
-    found = tta.merge(tta.maps(predict_maps, x, tta.passes(names, (12, 14))))
+    found = tta.merge(tta.maps(predict_maps, x, tta.tta_views(names, (12, 14))))
     assert np.allclose(found, np.mean(by_hand, 0), atol=1e-5)
     assert not np.allclose(predict_maps(x), found, atol=1e-2)
-    assert torch.equal(tta.merge(tta.maps(predict_maps, x, tta.passes((), (12, 14)))), predict_maps(x))
+    assert torch.equal(tta.merge(tta.maps(predict_maps, x, tta.tta_views((), (12, 14)))), predict_maps(x))
 
 
 # ---- boxes -----------------------------------------------------------------------------------------------------------
 def test_rows_are_moved_as_the_matrix_says():
     truth = np.array([[10, 20, 40, 30], [0, 0, 100, 60], [97.5, 1, 100, 60]])
-    for matrix, size in tta.passes(ALL, (60, 100), stride=4):
+    for matrix, size in tta.tta_views(ALL, (60, 100), stride=4):
         moved = torch.tensor(geometry.warp_boxes(truth, matrix)).float()
         assert moved[1].tolist() == [0, 0, size[1], size[0]]
         given = torch.cat((boxes.to_xywh(moved), image(3, 4)), 1)[None]
-        found, = tta.rows(lambda view: given.clone(), torch.zeros(1, 3, 60, 100), [(matrix, size)])
+        found, = tta.tta_boxes(lambda view: given.clone(), torch.zeros(1, 3, 60, 100), [(matrix, size)])
         assert np.allclose(boxes.to_xyxy(found[0, :, :4]), truth, atol=1e-4)
         assert torch.equal(found[..., 4:], given[..., 4:])
 
@@ -157,8 +158,8 @@ def test_every_pass_finds_the_same_boxes():
     truth = torch.tensor([[20, 40, 80, 60], [100, 4, 120, 100], [150, 64, 190, 126.]])
     for k, (x1, y1, x2, y2) in enumerate(truth.int().tolist()):
         x[0, k, y1:y2, x1:x2] = 0.9
-    views = tta.passes(ALL, (128, 192), stride=32, scales=(0.5, 1, 2))
-    rows = torch.cat(list(tta.rows(Finder(), x, views)), 1)
+    views = tta.tta_views(ALL, (128, 192), stride=32, scales=(0.5, 1, 2))
+    rows = torch.cat(list(tta.tta_boxes(Finder(), x, views)), 1)
     assert len(views) == 24 and rows.shape == (1, 24 * 3, 8)
     for (_, size), found in zip(views, rows[0].reshape(24, 3, 8)):
         difference = (boxes.to_xyxy(found[:, :4]) - truth).abs().max()
@@ -254,7 +255,7 @@ def test_detection_of_the_true_net(script, monkeypatch, merge):
     state = checkpoint.load(path)
     net = YOLOv5(**state["arch"]["kwargs"]).eval()
     net.load_state_dict(state["model"])
-    x = det.Views([Path("1.png")], bands=[1, 2, 3], imgsz=64, stride=32)[0]["image"].permute(2, 0, 1).numpy()
+    x = det.TiledImages([Path("1.png")], bands=[1, 2, 3], imgsz=64, stride=32)[0]["image"].permute(2, 0, 1).numpy()
     x, want, (height, width) = np.ascontiguousarray(x, np.float32) / 255, [], x.shape[1:]
     assert height > width
     for there, _, size in views_by_hand(("hflip", "rot90", "scale"), height, width, scales=(1, 2)):

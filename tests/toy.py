@@ -21,8 +21,8 @@ from torch import nn
 
 from data import loader as loader_module
 from data.loader import eval_loader, train_loader
-from utils import checkpoint, dist, engine, optim
-from utils.args import start, train_parser
+from utils.train import checkpoint, dist, engine, optim
+from utils.train.args import setup_run, train_parser
 from utils.errors import UserError, cli
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}
@@ -41,7 +41,7 @@ def parse_args():
     add("--fault-rank", type=int, default=0, help="the rank that has the faults; only before torchrun's first restart")
     add("--timeout", type=float, help="seconds until a loader's worker counts as stuck")
     add("--slow", nargs="*", default=[], metavar="EVENT=SECONDS", help="wait so long at every such event")
-    args, *run = start(parser)
+    args, *run = setup_run(parser)
     for name in ("fault", "fault_rank", "slow", "every_step", "timeout"):  # these are not kept by --resume
         setattr(args, name, getattr(parser.parse_args(), name))
     return args, *run

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data import cls
 from tests.bench.timing import loading_round
-from utils import dist
+from utils.train import dist
 
 
 class OpenCVViews:
@@ -57,9 +57,9 @@ def main():
             pixels = np.random.default_rng(i).integers(0, 255, (256, 256), dtype=np.uint8)
             Image.fromarray(pixels).save(file)
         for keep in (None, "ram"):
-            ours = cls.Views(cls.Images(files, np.zeros((len(files), 26), np.float32), cache=keep), args.size)
+            ours = cls.AugmentedImages(cls.Images(files, np.zeros((len(files), 26), np.float32), cache=keep), args.size)
             runs = {"OpenCV": (OpenCVViews(files, args.size, keep), torch.stack, lambda batch: batch),
-                    "ours": (ours, cls.collate, lambda batch: cls.see(batch, args.size, 255.0, (0.5,), (0.5,)))}
+                    "ours": (ours, cls.collate, lambda batch: cls.to_input(batch, args.size, 255.0, (0.5,), (0.5,)))}
             best = {name: (float("inf"), 0, 0) for name in runs}
             for i in range(args.rounds + 1):
                 for name, run in runs.items():

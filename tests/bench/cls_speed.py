@@ -18,7 +18,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import predict
 from nets import backbones
 from tests.bench.timing import clock, in_turn, show, training_step
-from utils import dist, engine, losses, optim
+from utils import losses
+from utils.train import dist, engine, optim
 
 CLASSES, PLAIN, SAME = 26, "timm as it comes", "timm, same numerics"
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from data import augment, det, labels
 from tests.bench.timing import loading_round
-from utils import dist
+from utils.train import dist
 
 CASES = [(640, None), (640, "ram"), (320, "ram")]
 

@@ -18,7 +18,10 @@ import predict
 from nets.yolo import BINS, YOLOv5
 from tests.bench.timing import clock, in_turn, show, training_step, with_plain_memory
 from train_det import GAINS
-from utils import boxes, dist, engine, losses_det, metrics, optim
+from utils import metrics
+from utils.losses import detection as losses_det
+from utils.ops import boxes
+from utils.train import dist, engine, optim
 
 NAMES = ["red", "green", "blue"]
 OLD = "as in 2022"

@@ -15,7 +15,9 @@ import torch
 
 from data import folds, seg
 from data.loader import eval_loader, train_loader
-from utils import engine, losses, metrics, optim, tta
+from utils import losses, metrics
+from utils.ops import tta
+from utils.train import engine, optim
 
 
 def main():
@@ -62,7 +64,7 @@ def main():
         for batch in val_loader:
             batch = engine.to_device(batch, device)
             x = batch["image"]
-            passes = tta.passes(("hflip", "vflip") if flips else (), x.shape[2:])
+            passes = tta.tta_views(("hflip", "vflip") if flips else (), x.shape[2:])
             metric.update(tta.merge(tta.maps(lambda x: model(x).float().sigmoid(), x, passes)), batch["mask"])
         return metric.compute()
 

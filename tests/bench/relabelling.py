@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.submissions import write_rows
+from data.results.submissions import write_rows
 from tests.bench.playbook import SCORE, campaign, predict, run_prediction, run_training, table, write_glyphs
-from utils import review
+from utils.pictures import review
 
 MORE = {"water": "--ignore 254", "bccd": "", "letters": ""}  # for pseudo labels
 SURE = {"water": 0.9, "bccd": 0.5, "letters": 0.9}  # few boxes have more, after so short a training

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 import predict
 from data import seg
 from data.loader import train_loader
-from data.sample_wildfire import wildfire
+from data.samples.wildfire import wildfire
 from nets.unet import UNet
 from tests.bench.timing import clock, in_turn, show, training_step
-from utils import dist, engine, losses, optim
+from utils import losses
+from utils.train import dist, engine, optim
 
 
 def lovasz_loop(logits, masks):

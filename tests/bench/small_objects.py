@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from nets.yolo import BINS, YOLOv5
-from utils import boxes, losses_det, metrics
+from utils import metrics
+from utils.losses import detection as losses_det
+from utils.ops import boxes
 
 STEPS = (60, 90, 120)
 

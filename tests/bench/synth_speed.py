@@ -1,4 +1,4 @@
-"""Dirty-MNIST images, files and all, a second and core: data/dirty_mnist.py against a loop as one writes it.
+"""Dirty-MNIST images, files and all, a second and core: data/samples/dirty_mnist.py against a loop as one writes it.
 
     OMP_NUM_THREADS=1 taskset -c 1 python -m tests.bench.synth_speed [--letters FILE] [--rounds 5] [--device cuda]
 
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import glyphs
-from data.dirty_mnist import Synthesizer, write
+from data.samples import glyphs
+from data.samples.dirty_mnist import Synthesizer, write
 
 try:
     import cv2

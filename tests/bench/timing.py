@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from utils import dist, engine
+from utils.train import dist, engine
 
 
 def clock(device):
@@ -41,7 +41,7 @@ def in_turn(runs, rounds):
 
 def training_step(loss, model, optimizer, device, *, dtype=None, ema=None):
     """-> a function that does one step and returns the seconds of (forward and loss, backward, optimizer). loss: a
-    function without arguments. ema: if given, the gradients' norm is taken too, as in utils/engine.py."""
+    function without arguments. ema: if given, the gradients' norm is taken too, as in utils/train/engine.py."""
     def step():
         times = [clock(device)]
         with engine.autocast(device, dtype):

@@ -1,0 +1,147 @@
+"""Checkpoints: plain dicts of tensors, numbers, strings, lists and dicts, which are never half written.
+
+A file is written beside its target, synced, read back, and only then renamed; the file it replaces stays as
+`NAME.prev` where asked. torch's zip format stores a CRC-32 for every record, which torch itself does not
+check on loading: we do.
+"""
+import os
+import stat
+import zipfile
+
+import torch
+
+from utils.errors import UserError
+
+OTHER_VERSION = "{}: made by another version of this project; use that, or train again"
+
+
+def save(path, state, *, keep_previous=False):
+    """Writes `state` so that at every moment a valid file stands at `path` (or, while two renames are under
+    way, at `path + ".prev"`). Raises UserError when the disk is full or not writable; the old file stays."""
+    path = os.fspath(path)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _check(temporary)
+        if keep_previous and os.path.exists(path):
+            os.replace(path, f"{path}.prev")
+        os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)  # the rename itself
+        os.close(folder)
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        try:
+            os.remove(temporary)
+        except OSError:
+            pass  # nothing was written, or the folder is gone: the message below says it
+        while error.__context__ and not isinstance(error, OSError):
+            error = error.__context__  # torch's writer hides the system's reason behind one of its own
+        raise UserError(f"{path}: cannot write the checkpoint ({getattr(error, 'strerror', None) or error}); "
+                        f"make room or mend the folder, then go on with --resume") from None
+
+
+def load(path):
+    """Reads a checkpoint on the CPU; falls back to `path + ".prev"` when the newer file is damaged.
+
+    Executes nothing in the file. Raises UserError naming the file when there is no valid one.
+    """
+    path = os.fspath(path)
+    try:
+        return _read(path)
+    except UserError as error:
+        if not os.path.exists(f"{path}.prev"):
+            raise
+        state = _read(f"{path}.prev")
+        print(f"warning: {error}; going on from {path}.prev")
+        return state
+
+
+def _read(path):
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: not a file; give a checkpoint such as runs/seg/exp/best.pt")
+        _check(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_content(path, state)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train one, or give its path") from None
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
+    except Exception as error:  # zipfile and torch raise a dozen types on damaged and foreign files
+        raise UserError(f"{path}: damaged, or not a checkpoint of this project ({type(error).__name__}); "
+                        f"use another one (runs keep best.pt, last.pt and last.pt.prev)") from None
+    return state
+
+
+def _check(path):
+    """Every record against its CRC-32, and nothing compressed (our files never are: no zip bombs)."""
+    with zipfile.ZipFile(path) as file:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
+            raise ValueError("checksum mismatch")
+
+
+def _check_content(path, state):
+    """Raises UserError, or for a state that was made to do harm anything else that walking through it may raise."""
+    if not isinstance(state, dict) or not {"task", "arch", "model"} <= state.keys():
+        raise UserError(f"{path}: holds no net of this project; published weights go to train_*.py --weights")
+    for name, tensor in _tensors(state):
+        # a 1 KB file can pretend to be a tensor of 1e9 numbers by repeating one
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(f"{path}: tensor {name} is larger than its data; use another checkpoint")
+    for weights in (state["model"], state.get("ema") or {}):
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{path}: tensor {name} is not finite; use an earlier checkpoint")
+
+
+def _tensors(value, name="state"):
+    """Pairs (name, tensor) of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(child, f"{name}.{key}")
+
+
+def load_weights(model, state, path):
+    """The averaged weights where the run kept them, else the raw ones, into `model`.
+
+    Raises UserError with what differs when they belong to another net.
+    """
+    load_strict(model, state.get("ema") or state["model"], path)
+    return model
+
+
+def average(paths, states):
+    """Several checkpoints of one net -> one with the mean of their weights: a model soup (Wortsman et al. 2022, arXiv
+    2203.05482), or with epochs of one run a poor man's SWA; buffers are averaged too. UserError for different nets."""
+    weights = [state.get("ema") or state["model"] for state in states]
+    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in weights]
+    for path, state, shape in zip(paths, states, shapes):
+        same = all(state.get(key) == states[0].get(key)
+                   for key in ("arch", "classes", "exclusive", "bands", "scale", "norm", "resize"))
+        if shape != shapes[0] or not same:
+            raise UserError(f"{path}: is another net than {paths[0]}; weights can be averaged of one only, leave out "
+                            f"--soup")
+    mean = {name: torch.stack([part[name].double() for part in weights]).mean(0).to(tensor.dtype)
+            for name, tensor in weights[0].items()}
+    # the mean of these too, as ensembles take it; a run without validation has none
+    found = [state["threshold"] for state in states if state.get("threshold") is not None]
+    threshold = torch.tensor(found, dtype=torch.float64).mean(0).tolist() if found else None
+    return states[0] | {"model": mean, "ema": None, "threshold": threshold}
+
+
+def load_strict(model, weights, path):
+    ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    theirs = {name: tuple(t.shape) for name, t in weights.items()}
+    if ours != theirs:
+        differ = [f"{n} {theirs.get(n, 'missing')} instead of {ours.get(n, 'nothing')}"
+                  for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
+        raise UserError(f"{path}: weights of another net ({len(differ)} tensors differ, such as {differ[0]}); "
+                        f"use the flags that it was trained with")
+    model.load_state_dict(weights)

@@ -1,0 +1,152 @@
+"""Run folders: runs/<task>/<name>, one per experiment, never overwritten. Only rank 0 touches them."""
+import fcntl
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+
+from utils.train import checkpoint, dist
+from utils.errors import UserError
+
+_locks = []  # open for the life of the process: closing the file would give the lock back
+
+
+def create(project, name, flag="--project"):
+    """Makes and locks `project/name`, with a number behind the name where it exists. Returns its path.
+
+    Raises UserError, which names the flag, when the folder cannot be written.
+    """
+    for number in itertools.count(1):
+        path = Path(project) / (name if number == 1 else f"{name}{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if path.parent.is_dir():
+                continue
+            raise UserError(f"{path.parent}: not a folder; choose another {flag}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot make the run folder ({error.strerror}); choose another {flag}") from None
+        lock(path)
+        return path
+
+
+def lock(path):
+    """Takes the run folder for this process. Raises UserError when another process trains in it."""
+    try:
+        file = open(path / "lock", "a+")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(launcher())
+        file.flush()
+    except BlockingIOError:
+        raise UserError(f"{path}: another process trains in this run folder; stop it first") from None
+    except OSError as error:
+        raise UserError(f"{path}: the run folder cannot be written ({error.strerror}); mend its permissions") from None
+    _locks.append(file)
+
+
+def launcher():
+    """Names this process's torchrun agent, which lives on when its workers are restarted: host, number, start time."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    agent = os.getppid()
+    try:
+        since = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # numbers come again
+    except OSError:
+        since = "?"  # not Linux
+    return f"{os.uname().nodename} {agent} {since}"
+
+
+def restarted(project):
+    """The run folder that this torchrun worked in before it restarted its workers, or None."""
+    if not launcher():
+        return None
+    for path in sorted(Path(project).glob("*/**/lock"), key=_age):
+        if path.read_text() == launcher():
+            return path.parent
+    return None
+
+
+def newest(project, *files):
+    """The newest run's first existing file of `files` (such as "best.pt", "last.pt").
+
+    Raises UserError when there is no run yet.
+    """
+    found = [path for file in files for path in Path(project).glob(f"*/**/{file}")]
+    if not found:
+        raise UserError(f"{project}: no run with {' or '.join(files)} in it yet; train one first, or give a path")
+    folder = min(found, key=_age).parent
+    return next(folder / file for file in files if (folder / file).exists())
+
+
+def _age(path):
+    return -path.stat().st_mtime_ns
+
+
+def open_run(project, name, resume=None):
+    """-> (run folder, state to go on from or None), the same on every rank.
+
+    resume: None for a new run, "" for the project's newest, or a checkpoint's or run folder's path.
+    Workers that torchrun has restarted go on in the folder they had.
+    """
+    found = None
+    if dist.rank() == 0:
+        found = _guarded(lambda: _open(Path(project), name, resume))
+    found = dist.broadcast(found)
+    if isinstance(found, str):  # rank 0's error, on every rank at once
+        raise UserError(found)
+    return found
+
+
+def _guarded(function):
+    try:
+        return function()
+    except UserError as error:
+        if dist.world_size() == 1:
+            raise
+        return str(error)
+
+
+def _open(project, name, resume):
+    again = restarted(project)
+    if not again and resume is None:
+        return create(project, name), None
+    last = again or Path(resume or newest(project, "last.pt", "last.pt.prev", "args.json"))
+    if last.name == "args.json":
+        raise UserError(f"{last.parent}: was begun last, and has no checkpoint; start it again, or name the run to go "
+                        f"on with (--resume RUN)")
+    last = last / "last.pt" if last.is_dir() else last
+    state = None
+    if not again or last.exists() or last.with_name("last.pt.prev").exists():  # else killed before its first save
+        state = checkpoint.load(last)
+        if not {"optimizer", "args"} <= state.keys():
+            raise UserError(f"{last}: holds weights only; resume from the run's last.pt, or start anew with --weights")
+    lock(last.parent)
+    return last.parent, state
+
+
+def new_folder(path, flag="--out"):
+    """A new folder, the same on every rank; numbered when it exists. flag: of `create`."""
+    path = Path(path)
+    if path.name in ("", ".."):  # no name that a number could follow
+        path = path.resolve()
+    return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name, flag))))
+
+
+def write_json(path, value):
+    """Writes a file whole or not at all; NaN, which JSON has not, as null. Raises UserError when it cannot be written.
+    """
+    def strict(value):
+        if isinstance(value, dict):
+            return {key: strict(inside) for key, inside in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [strict(inside) for inside in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    path = Path(path)
+    try:  # a run folder that is gone is not made again
+        path.with_suffix(".tmp").write_text(json.dumps(strict(value), indent=1))
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or mend the folder") from None
