@@ -15,8 +15,9 @@ from data import cls, folds, images, mix
 from data.samples import dirty_mnist
 from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
-from utils import losses, metrics
-from utils.pictures import charts, review, sheets
+from utils import losses
+from utils.metrics.classification import Accuracy
+from utils.pictures import review, sheets
 from utils.train import dist, engine, runs
 from utils.train.args import band_list, loss_term, float_range, setup_run, train_parser, training, int_range
 from utils.errors import UserError, answers_for, cli
@@ -166,7 +167,7 @@ def main():
                                  collate=cls.collate)
 
     def judge(model):
-        metric = metrics.Accuracy(len(table.names), exclusive=table.exclusive)
+        metric = Accuracy(len(table.names), single_label=table.exclusive)
         for batch in val_loader:
             batch = engine.to_device(batch, device)
             logits = model(inputs(batch)).float()
@@ -251,15 +252,11 @@ def write_report(state, judge, names, folder, files, bands):
     metric = engine.evaluate_on(state, judge)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
-        samples = metric.samples(files, names)
-        ends = [part for part in review.ends([row["score"] for row in samples]) if part]
-        rows = [[sheets.to_rgb(images.read_picture(files[i], bands)) for i in part] for part in ends]
-        captions = [[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]
-                    for part in ends]
-        review.sheet(folder / "review.png", rows, captions=captions,
-                     tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
-        review.keep(folder, [samples[i] for i in ends[0]], [[picture] for picture in rows[0]], captions[0])
-        charts.write_csv(folder / "samples.csv", samples)
+        review.write_review(
+            folder, metric.samples(files, names), across=4,
+            draw=lambda chosen: [[sheets.to_rgb(images.read_picture(files[i], bands))] for i in chosen],
+            caption=lambda row: f"{row['labels']} > {row['predicted']}   {os.path.basename(row['name'])}",
+            tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

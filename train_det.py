@@ -7,6 +7,7 @@
         --stages 50,15 --epoch-parts 15 --image-weights --folds 0      # the competition's two stages
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -24,14 +25,13 @@ from data import augment, det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS, YOLOv5
-from utils import metrics
 from utils.losses import detection as losses_det
 from utils.ops import anchors, boxes
 from utils.train import dist, engine, optim
 from utils.pictures import charts, detection as pictures_det, review, sheets, table
 from utils.train import runs
 from utils.train.args import band_list, float_range, setup_run, train_parser, training, int_range
-from utils.metrics.average_precision import AREAS
+from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.errors import UserError, answers_for, cli
 
 GAINS = {  # per head: weights of the loss's parts
@@ -277,7 +277,7 @@ def experiment(args, device, folder, resume):
                                  device=device, collate=det.collate)
 
     def judge(model):  # boxes are compared in pixels of the files
-        metric, by_view = metrics.DetectionAP(len(names)), {}
+        metric, by_view = DetectionAP(len(names)), {}
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
             x = inputs(batch)
@@ -318,7 +318,7 @@ def experiment(args, device, folder, resume):
               f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
         pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.gt_boxes(batch), names=names)
-        pictures_det.label_statistics(folder / "labels.png", *sources[1:4], names)
+        charts.label_statistics(folder / "labels.png", *sources[1:4], names)
     # sgd follows a sum over images, and its decay is for 64 of them; adamw's does not depend on their number
     decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
     options = training(args, folder, model, loader, weight_decay=decay)
@@ -393,25 +393,22 @@ def fit_anchors(head, args, boxes, sizes):
     return pixels.tolist()
 
 
-def draw_ends(path, metric, samples, files, bands, *, names, tables):
-    """The images with the worst F1 and the best: their boxes, and what was detected; below, the tables."""
-    threshold, parts = metric.best_threshold()[0], {}
-    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
-        parts[part] = []
-        for i in chosen:
-            size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
-            shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
-            rgb, zoom = sheets.to_rgb(images.read_picture(files[i], bands, shape=shape)), max(shape) / max(size)
-            found = found[found[:, 4] >= threshold]
-            row = [pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
-                   pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
-            parts[part].append((samples[i], row))
-    review.page(path, parts, tables=tables, titles=("labels", "detections"), max_side=640)
+def draw_samples(metric, files, bands, names, chosen):
+    """-> per image two pictures: its boxes, and what was detected."""
+    threshold, rows = metric.best_threshold()[0], []
+    for i in chosen:
+        size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
+        shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
+        rgb, zoom = sheets.to_rgb(images.read_picture(files[i], bands, shape=shape)), max(shape) / max(size)
+        found = found[found[:, 4] >= threshold]
+        rows.append([pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
+                     pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])])
+    return rows
 
 
 def tables(metric, scores, classes, names):
-    """{title: rows} for `review.page`, from what a metric has computed: AP and boxes by class, and by their area."""
-    boxes = np.concatenate(metric.truths)
+    """{title: rows} for `review.write_review`, from what a metric has computed: AP and boxes by class, and by their area."""
+    boxes = torch.cat(metric.gt_boxes)
     area = (boxes[:, 2:4] - boxes[:, :2]).prod(1)
     by_class = [{"class": pictures_det.class_name(names, k), "AP": c["ap"], "AP50": c["ap50"], "boxes": c["truths"]}
                 for k, c in enumerate(classes)]
@@ -430,12 +427,11 @@ def write_report(state, judge, names, folder, files, bands):
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
     runs.write_json(folder / "results.json", {
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
-    samples = metric.samples(files)
-    draw_ends(folder / "review.png", metric, samples, files, bands, names=names,
-              tables=tables(metric, scores, classes, names))
-    charts.write_csv(folder / "samples.csv", samples)
-    pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
-    pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
+    review.write_review(folder, metric.samples(files), tables=tables(metric, scores, classes, names),
+                        draw=functools.partial(draw_samples, metric, files, bands, names),
+                        titles=("labels", "detections"), max_side=640)
+    charts.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
+    charts.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
     for name, c in zip(names, classes):
         line = f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes"

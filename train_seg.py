@@ -15,9 +15,10 @@ from data import folds, images, mix, seg
 from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
 from nets.unet import UNet, probabilities
-from utils import losses, metrics
+from utils import losses
+from utils.metrics.segmentation import BinaryIoU, MeanIoU, SampleIoU
 from utils.ops import tiles, tta
-from utils.pictures import charts, review, sheets
+from utils.pictures import review, sheets
 from utils.train import dist, engine, runs
 from utils.train.args import band_list, loss_term, float_range, setup_run, train_parser, training, int_range
 from utils.errors import UserError, answers_for, cli
@@ -166,8 +167,7 @@ def main():
         return tta.at_size(views, inputs(batch), args.imgsz) if args.resize else views(inputs(batch))
 
     def evaluate(model, flips=False, found=None):
-        metric = metrics.BinaryIoU(ignore=args.ignore) if args.classes == 1 else \
-            metrics.MeanIoU(args.classes, ignore=args.ignore)
+        metric = BinaryIoU(args.ignore) if args.classes == 1 else MeanIoU(args.classes, args.ignore)
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
             probs = predict(model, batch, flips)
@@ -246,19 +246,15 @@ def check_flags(args, resumed):
 def write_report(state, evaluate, draw, folder, ignore, files):
     """The run's last weights judged with flips, at 0.5: results.json; tile by tile samples.csv; the worst and the
     best tiles, and scores by class and by size, in review.png."""
-    found = review.SegmentationReview(ignore)
+    found = SampleIoU(ignore)
     scores = engine.evaluate_on(state, functools.partial(evaluate, flips=True, found=found))
     found.reduce()
     if dist.rank() > 0:
         return
     by_class = [{"class": int(k[4:]), "iou": v} for k, v in scores.items() if k.startswith("iou_") and k[4:].isdigit()]
-    samples, tables, parts = found.samples(files), {"Classes": by_class} if by_class else {}, {}
-    tables |= found.tables()  # of all classes together
-    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
-        rows = engine.evaluate_on(state, lambda model, chosen=chosen: list(draw(model, chosen)))
-        parts[part] = [(samples[i], row) for i, row in zip(chosen, rows)]
-    review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
-    charts.write_csv(folder / "samples.csv", samples)
+    tables = ({"Classes": by_class} if by_class else {}) | found.by_size()  # the latter of all classes together
+    review.write_review(folder, found.samples(files), tables=tables, titles=("image", "truth", "prediction", "errors"),
+                        draw=lambda chosen: engine.evaluate_on(state, lambda model: list(draw(model, chosen))))
     runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
     print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

@@ -187,22 +187,22 @@ def test_a_file_gives_back_what_was_written(tmp_path, monkeypatch):
     assert shares == [1.5, 0.0] and found.tolist() == [0.5, 1 / 3, 0.1 + 0.2]
     ensemble.write("one.json", ["a", "b"], [1, 2], "xyz")
     assert ensemble.read("one.json", ["b", "a"], list("xyz"), True) == ([2, 1], 0.5)
-    with pytest.raises(UserError, match="one.json: has thresholds for other classes"):
+    with pytest.raises(UserError, match="one.json: was fitted with the classes , not x y z;"):
         ensemble.read("one.json", ["b", "a"], list("xyz"), False)
 
 
 GOOD = {"weights": {"a": 1.0, "b": 2.0}, "thresholds": {"x": 0.5, "y": 0.25}}
 SAYS = {"not a fitted ensemble": ["", "{", "[]", "3", "null", "\xff", "[" * 100000, "{}", '{"weights": {}}', '"text"',
                                   GOOD | {"weights": [1, 2]}, GOOD | {"weights": 3}, GOOD | {"thresholds": None},
-                                  GOOD | {"weights": None}],
-        "out of range": [GOOD | {"weights": {"a": value, "b": 1}}
-                         for value in (-1, "1", None, True, float("nan"), float("inf"), 10**400, 1e10, [1])] + [
-                        GOOD | {"thresholds": {"x": value, "y": 0.5}} for value in (-0.1, 1.1, "0", None, float("nan"))
-                        ] + [GOOD | {"weights": {"a": 0, "b": 0}}, GOOD | {"weights": {}}],
-        "was fitted to": [GOOD | {"weights": {"a": 1}}, GOOD | {"weights": {"a": 1, "c": 1}},
+                                  GOOD | {"weights": None}] + [GOOD | {"weights": {"a": value, "b": 1}}
+                                  for value in (-1, "1", None, float("nan"), float("inf"), 10**400, 1e10, [1])] + [
+                                  GOOD | {"thresholds": {"x": value, "y": 0.5}} 
+                                  for value in (-0.1, 1.1, "0", None, float("nan"))] + [
+                                  GOOD | {"weights": {"a": 0, "b": 0}}, GOOD | {"weights": {}}],
+        "was fitted with the checkpoints": [GOOD | {"weights": {"a": 1}}, GOOD | {"weights": {"a": 1, "c": 1}},
                           GOOD | {"weights": {"a": 1, "b": 1, "c": 1}}],
-        "fitted with the flags": [GOOD | {"flags": flags} for flags in ("--tta", "--imgsz\n48", 7, None, ["--tta"])],
-        "other classes": [GOOD | {"thresholds": {}}, GOOD | {"thresholds": {"x": 0.5, "z": 0.5}},
+        "was fitted with the flags": [GOOD | {"flags": flags} for flags in ("--tta", "--imgsz\n48", 7, None, ["--tta"])],
+        "was fitted with the classes": [GOOD | {"thresholds": {}}, GOOD | {"thresholds": {"x": 0.5, "z": 0.5}},
                           GOOD | {"thresholds": {"x": 0.5, "y": 0.5, "z": 0.5}}]}
 
 

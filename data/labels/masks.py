@@ -12,7 +12,7 @@ from data import images, seg
 from data.labels.formats import Parsed
 from utils.train import dist
 from utils.errors import UserError
-from utils.pictures.review import components
+from utils.ops.components import components
 
 VOID = 255  # beside classes above 1 it is no object, else the objects of a binary mask
 

@@ -3,9 +3,10 @@ import argparse
 import copy
 import math
 
-from utils.pictures import charts, table
+from utils.pictures import table
 from utils.train import dist, optim, runs
 from utils.errors import Parser, UserError
+from utils.train.loggers import make_loggers
 from utils.train.swa import SWA, with_swa
 
 
@@ -215,7 +216,7 @@ def training(args, folder, model, loader, *, part=1.0, weight_decay=None, eps=1e
         optimizer=optim.lookahead(optimizer, args.lookahead), epochs=epochs,
         schedule=with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa),
         ema=optim.make_ema(model, steps * epochs) if args.ema else None, swa=SWA(model, **swa) if args.swa else None,
-        loggers=charts.make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
+        loggers=make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
                                   config=vars(args)),
         **{name: vars(args)[name] for name in ("accumulate", "clip", "amp", "compile", "seed", "patience",
                                                "save_period")})

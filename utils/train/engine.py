@@ -22,9 +22,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils.pictures import charts, table
+from utils.pictures import cells, charts, table
 from utils.train import checkpoint, dist, runs
 from utils.errors import NumericalError, Stopped, UserError
+from utils.train.loggers import Loggers
 from utils.train.optim import set_lr
 
 SAVE_MINUTES = 10  # within long epochs
@@ -174,7 +175,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     ema: `utils.optim.make_ema`; it is what gets evaluated. swa: `utils.swa.SWA`; evaluated after the last epoch.
     header: what prediction needs (task, arch, args, ...), stored in every checkpoint. resume: a loaded checkpoint
     to go on from. clip: largest gradient norm, 0: any. patience: epochs without a better score before the run ends,
-    0: all epochs. loggers: `charts.make_loggers`.
+    0: all epochs. loggers: `loggers.make_loggers`.
 
     Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, swa.json (its scores), results.csv,
     results.png; at the end summary.csv, the table of all runs (utils/pictures/table.py).
@@ -198,7 +199,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
         if dist.rank() == 0:
             checkpoint.save(folder / name, saved, keep_previous=name == "last.pt")
 
-    loggers = loggers or charts.Loggers()
+    loggers = loggers or Loggers()
     with contextlib.closing(loggers), Signals() as signals:
         while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
             epoch, began = len(state.history), time.monotonic()
@@ -393,7 +394,7 @@ def _write_results(folder, history):
     if dist.rank() > 0 or not history:
         return
     try:
-        charts.write_csv(folder / "results.csv", history)
+        cells.write_csv(folder / "results.csv", history)
         charts.plot_curves(folder / "results.png", history)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the results ({error.strerror}); make room, then --resume") from None
