@@ -19,6 +19,7 @@ import os
 import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -340,3 +341,24 @@ def _check(array, path):
     if array.dtype == np.float32 and not np.isfinite(array).all():
         raise UserError(f"{path}: has NaN or infinite pixels; fill them (0 counts as no data), or remove the file")
     return torch.from_numpy(array)
+
+
+# ---- what a net sees -------------------------------------------------------------------------------------------------
+@dataclass
+class Input:
+    """How the pixels of a file become what a net sees; each task has a subclass that is called on a batch.
+
+    The fields are plain values and stand in every checkpoint as "input", so training, validation and prediction share
+    one definition. bands: the bands that the net sees, from 1; pixel_scale: pixel values are divided by it; imgsz: side
+    of the net's input in training, pixels.
+    """
+    bands: list
+    pixel_scale: float
+    imgsz: int
+
+    def scaled(self, images, bands=None):
+        """images (B, len(bands), H, W) in the files' numbers -> (B, len(self.bands), H, W) float32, the input's bands,
+        divided by pixel_scale. bands: what the channels of `images` are; None: the input's own bands."""
+        if bands is not None and list(bands) != list(self.bands):
+            images = images[:, [list(bands).index(band) for band in self.bands]]
+        return images.float() / self.pixel_scale

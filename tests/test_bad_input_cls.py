@@ -10,7 +10,7 @@ from PIL import Image
 import predict
 import train_cls
 from data.samples import glyphs
-from nets import backbones
+import nets
 from nets.unet import UNet
 from tests.conftest import TINY_CLS, write_dirty, write_tif
 
@@ -27,9 +27,9 @@ def weights(path="net.pt", *, data="resources", in_chans=1, bands=(1,), scale=25
     """A checkpoint of a net that has learned nothing."""
     torch.manual_seed(seed)
     arch = dict(name="regnetx_002", in_chans=in_chans, num_classes=len(classes))
-    torch.save({"task": "cls", "arch": {"name": "backbones.make", "kwargs": arch}, "classes": list(classes),
+    torch.save({"task": "cls", "arch": arch, "classes": list(classes),
                 "exclusive": exclusive, "bands": list(bands), "scale": scale, "norm": ([0.5], [0.5]), "imgsz": imgsz,
-                "args": {"data": str(data)}, "model": backbones.make(**arch).state_dict(), "ema": None}, path)
+                "args": {"data": str(data)}, "model": nets.make(**arch).state_dict(), "ema": None}, path)
     return Path(path)
 
 

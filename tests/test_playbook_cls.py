@@ -13,7 +13,7 @@ import torch
 import predict
 import train_cls
 from data import cls
-from nets import backbones
+import nets
 from tests.conftest import TINY_CLS, write_dirty
 from tests.harness import differences, read
 from tests.test_bad_input_cls import FLAGS, weights
@@ -45,7 +45,7 @@ def eval_model(run, name, root):
     fold_of = json.loads((run / "folds.json").read_text())
     files = [root / file for file, fold in fold_of.items() if fold == state["args"]["fold"]]
     views = cls.AugmentedImages(cls.Images(files, np.zeros((len(files), 1)), bands=state["bands"]), state["imgsz"])
-    net = checkpoint.load_weights(backbones.make(**state["arch"]["kwargs"]).eval(), state, name)
+    net = checkpoint.load_weights(nets.build(state["arch"]).eval(), state, name)
     with torch.no_grad():
         z = net(cls.to_input(cls.collate([views[i] for i in range(len(files))]), state["imgsz"], state["scale"],
                         *state["norm"]))

@@ -14,7 +14,7 @@ from PIL import Image
 import predict
 import train_cls
 from data.samples import letters
-from nets import backbones
+import nets
 from tests.conftest import TINY_CLS, write_dirty
 from tests.harness import differences, read
 from tests.test_bad_input_cls import FLAGS as CPU
@@ -129,7 +129,7 @@ def test_the_checkpoint_says_what_prediction_needs(script, dirty, capsys):
     assert (state["bands"], state["scale"], state["imgsz"]) == ([1], 255.0, 32)
     assert state["arch"]["kwargs"] == {"name": "regnetx_002", "in_chans": 1, "num_classes": 4}
     assert [len(values) for values in state["norm"]] in ([1, 1], [3, 3])
-    backbones.make(**state["arch"]["kwargs"]).load_state_dict(state["model"])
+    nets.build(state["arch"]).load_state_dict(state["model"])
     assert set(state["history"][-1]) >= {"acc", "exact", "map", "loss"}
     out = capsys.readouterr().out
     assert "9 images to train, 3 to validate; 4 classes; " in out or "10 images to train, 2 to validate" in out
@@ -167,7 +167,7 @@ def test_losses_are_what_they_are_called():
 
 def test_dropout_comes_from_the_recipe_or_from_the_flags(script, dirty, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_cls.backbones, "make", lambda **kwargs: seen.append(kwargs) or stop())
+    monkeypatch.setattr(train_cls.nets, "make", lambda **kwargs: seen.append(kwargs) or stop())
     for flags, want in (([], (0.5, 0.2)), (["--drop", 0], (0, 0.2)), (["--drop-path", 0.3], (0.5, 0.3))):
         with pytest.raises(Stopped):
             script(train_cls, "--data", dirty, *TINY_CLS, "--net", "efficientnetv2_b0", *flags)
@@ -292,7 +292,7 @@ def test_two_processes_train_what_one_does(script, tmp_path, dirty):
     assert [[c["images"] for c in json.loads(Path(f"runs/cls/{name}/results.json").read_text())["classes"].values()]
             for name in ("one", "two")].count([sum(c) for c in zip(*held_out_labels(dirty, "one"))]) == 2
     torch.manual_seed(0)  # as the run's --seed
-    start = backbones.make("regnetx_002", 1, 4)
+    start = nets.make("regnetx_002", 1, 4)
     nets = start.state_dict(), one["model"], two["model"]
     tensors = [[net[name] for name, _ in start.named_parameters()] for net in nets]
     before, one, two = (torch.cat([t.flatten().double() for t in parts]) for parts in tensors)
@@ -317,7 +317,7 @@ def held_out_labels(root, name):
 def direct(path, files, *, tta=False, bands=(1,), scale=255.0):
     """What a net says about pictures of its own size, computed with torch alone."""
     state = torch.load(path, weights_only=True)
-    net = backbones.make(**state["arch"]["kwargs"]).eval()
+    net = nets.build(state["arch"]).eval()
     net.load_state_dict(state["model"])
     x = [np.atleast_3d(np.asarray(Image.open(file)))[..., [band - 1 for band in bands]] for file in files]
     x = (torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float() / scale - 0.5) / 0.5

@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool2d
 
 import predict
 from data import det, images
-from nets import backbones
+import nets
 from nets.unet import UNet
 from nets.yolo import YOLOv5
 from tests import test_bad_input_cls, test_predict_det
@@ -354,7 +354,7 @@ def test_classification(script, exclusive, how):
         if values.ndim == 2:  # the head's: a more decided net
             values *= 30
     torch.save(state, path)
-    net = backbones.make(**state["arch"]["kwargs"]).eval()
+    net = nets.build(state["arch"]).eval()
     net.load_state_dict(state["model"])
     passes = []
     for size, flip, turn in itertools.product((53, 64, 77), (False, True), (0, 1)):
