@@ -175,9 +175,7 @@ def main():
 
     def evaluate(model):
         metric = judge(model)
-        if not table.exclusive:  # a threshold per class; predict.py takes them from the checkpoint
-            header["threshold"] = metric.best_thresholds()
-        return metric.compute()
+        return metric.compute() | ({} if table.exclusive else {"threshold": metric.best_thresholds()})  # one per class
 
     if args.show_augment:
         if dist.rank() == 0:
@@ -194,10 +192,10 @@ def main():
         sheets.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
     header = {"task": "cls", "arch": {"name": "backbones.make", "kwargs": arch}, "classes": table.names,
               "exclusive": table.exclusive, "bands": bands, "scale": scale, "norm": norm, "imgsz": args.imgsz,
-              "args": vars(args), "threshold": (resume or {}).get("threshold")}
-    state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None, folder=folder,
-                       header=header, device=device, resume=resume,
-                       **training(args, folder, model, loader, part=1 / parts, eps=1e-6))
+              "args": vars(args)}
+    state, options = training(args, folder, model, loader, device, part=1 / parts, eps=1e-6)
+    engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
+               **options)
     if args.debug:
         engine.check_debug(state.history)
     if val:

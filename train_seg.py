@@ -179,9 +179,7 @@ def main():
                 sheets.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs,
                                             ignore=args.ignore)
         metric.reduce()
-        if args.classes == 1:  # predict.py takes it from the checkpoint
-            header["threshold"] = metric.best_threshold()
-        return metric.compute()
+        return metric.compute() | ({"threshold": metric.best_threshold()} if args.classes == 1 else {})
 
     def draw(model, indices):
         for sample in (val_data[i] for i in indices):
@@ -204,9 +202,10 @@ def main():
                                   torch.stack([b["mask"] for b in batch]), ignore=args.ignore)
     header = {"task": "seg", "arch": {"name": "UNet", "kwargs": arch}, "classes": args.classes, "bands": bands,
               "scale": scale, "mean_planes": args.mean_planes, "imgsz": args.imgsz, "resize": args.resize,
-              "args": vars(args), "threshold": (resume or {}).get("threshold")}
-    state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None, folder=folder,
-                       header=header, device=device, resume=resume, **training(args, folder, model, loader))
+              "args": vars(args)}
+    state, options = training(args, folder, model, loader, device)
+    engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
+               **options)
     if args.debug:
         engine.check_debug(state.history)
     if val:
