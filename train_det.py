@@ -302,9 +302,9 @@ def experiment(args, device, folder, resume):
     def evaluate(model):
         began = time.monotonic()
         metric = judge(model)
-        threshold, _ = metric.best_threshold()  # predict.py takes it from the checkpoint: what is drawn
-        header["threshold"] = None if math.isnan(threshold) else threshold
-        return metric.compute() | {"val_seconds": time.monotonic() - began}
+        threshold, _ = metric.best_threshold()  # boxes below it are not drawn
+        return metric.compute() | {"val_seconds": time.monotonic() - began,
+                                   "threshold": None if math.isnan(threshold) else threshold}
 
     if args.show_augment:
         if dist.rank() == 0:
@@ -321,15 +321,15 @@ def experiment(args, device, folder, resume):
         pictures_det.label_statistics(folder / "labels.png", *sources[1:4], names)
     # sgd follows a sum over images, and its decay is for 64 of them; adamw's does not depend on their number
     decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
-    options = training(args, folder, model, loader, weight_decay=decay)
+    state, options = training(args, folder, model, loader, device, weight_decay=decay)
     steps = -(-len(loader) // args.accumulate)
-    optim.warm_up(options["optimizer"], round(args.warmup_epochs * steps), bias_lr=args.warmup_bias_lr,
+    optim.warm_up(state.optimizer, round(args.warmup_epochs * steps), bias_lr=args.warmup_bias_lr,
                   momentum=args.warmup_momentum)
     header = {"task": "det", "arch": {"name": "YOLOv5", "kwargs": arch}, "classes": names,
               "category_ids": data.category_ids, "bands": bands, "scale": scale, "imgsz": args.imgsz,
-              "args": vars(args), "threshold": (resume or {}).get("threshold")}
-    state = engine.fit(model, loader, compute_loss=compute_loss, evaluate=evaluate if val else None,
-                       folder=folder, header=header, device=device, resume=resume, **options)
+              "args": vars(args)}
+    engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
+               **options)
     if args.debug:
         if args.head == "free" and state.history[0]["box"] < state.history[-1]["box"]:  # its mean is over what it finds
             dist.print0("--debug: the net finds too little as yet for its loss to tell; look at train_batch.png")

@@ -47,8 +47,8 @@ def write_note(folder, defaults):
     path = Path(folder) / "run.json"
     old = _read_json(path)
     began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
-    runs.write_json(path, {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
-                           "commit": commit(Path(__file__).parent), "defaults": defaults | began})
+    runs.write_json(path, old | {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
+                                 "commit": commit(Path(__file__).parent), "defaults": defaults | began})
 
 
 def commit(folder):

@@ -4,7 +4,7 @@ import copy
 import math
 
 from utils.pictures import charts, table
-from utils.train import dist, optim, runs
+from utils.train import dist, engine, optim, runs
 from utils.errors import Parser, UserError
 from utils.train.swa import SWA, with_swa
 
@@ -136,7 +136,7 @@ def train_parser(description, task, **defaults):
     return parser
 
 
-def setup_run(parser, argv=None, *, needs=None):
+def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
     """Parses, joins the process group, opens the run. Returns (args, device, run folder, state or None).
 
     needs: {flag: others that do nothing without it}; UserError where one of those is given alone.
@@ -146,6 +146,7 @@ def setup_run(parser, argv=None, *, needs=None):
     needs = {"swa": ("swa_lr", "swa_cycle")} | (needs or {})
     if args.resume is None:  # else beside the run's own
         _check_flags(parser, args, given, needs)
+        check(args)
     device = dist.setup(args.device)
     folder, state = runs.open_run(args.project, args.name, args.resume)
     if state:
@@ -160,6 +161,7 @@ def setup_run(parser, argv=None, *, needs=None):
                 print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
         args = argparse.Namespace(**{**vars(args), **stored, **given})
         _check_flags(parser, args, given, needs)
+        check(args)
     if args.debug:
         args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
     if args.bs % dist.world_size():
@@ -198,8 +200,8 @@ def _is_zero(folds):
         return False
 
 
-def training(args, folder, model, loader, *, part=1.0, weight_decay=None, eps=1e-8):
-    """-> the keyword arguments of engine.fit that the shared flags decide: optimizer, schedule, averages, records.
+def training(args, folder, model, loader, device, *, part=1.0, weight_decay=None, eps=1e-8):
+    """What the shared flags decide -> (engine.State, the keyword arguments of engine.fit: epochs, records, ...).
 
     part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
     count passes. weight_decay: in place of --weight-decay.
@@ -211,14 +213,15 @@ def training(args, folder, model, loader, *, part=1.0, weight_decay=None, eps=1e
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
     swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
-    return dict(
-        optimizer=optim.lookahead(optimizer, args.lookahead), epochs=epochs,
-        schedule=with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa),
-        ema=optim.make_ema(model, steps * epochs) if args.ema else None, swa=SWA(model, **swa) if args.swa else None,
-        loggers=charts.make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
-                                  config=vars(args)),
-        **{name: vars(args)[name] for name in ("accumulate", "clip", "amp", "compile", "seed", "patience",
-                                               "save_period")})
+    schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa)
+    state = engine.State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
+                         ema=optim.make_ema(model, steps * epochs) if args.ema else None,
+                         swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
+                         clip=args.clip, compile=args.compile)
+    loggers = charts.make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
+                                  config=vars(args))
+    return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,
+                       loggers=loggers)
 
 
 def _given(parser, argv):

@@ -134,6 +134,17 @@ def new_folder(path, flag="--out"):
     return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name, flag))))
 
 
+def add_record(folder, **values):
+    """Adds values to the run's record, run.json: the name of its score, what utils/pictures/table.py notes, ..."""
+    path = Path(folder) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none yet, or it is damaged
+        record = {}
+    if not record.items() >= values.items():
+        write_json(path, record | values)
+
+
 def write_json(path, value):
     """Writes a file whole or not at all; NaN, which JSON has not, as null. Raises UserError when it cannot be written.
     """
