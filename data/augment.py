@@ -134,12 +134,12 @@ def recolour(images, matrices, scale=1.0):
 
 # ---- classification ----
 
-def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout=0.3,
-         p_cutout=0.5):
+def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout_size=0.3,
+                  p_cutout=0.5):
     """The winning Dirty-MNIST system's: a quarter turn, then half of the time a small shift, scale and rotation, and
     half of the time a blank square.
 
-    degrees, shift (of the size), zoom: largest change. flip: probability of each flip. cutout: side of the square, of
+    degrees, shift (of the size), zoom: largest change. flip: probability of each flip. cutout_size: side of the square, of
     the size. -> (matrix on a size x size canvas, square (4,) x1, y1, x2, y2; zeros for none)
     """
     matrix = geometry.rot90(rng.integers(4) if rot90 else 0, size, size)
@@ -152,5 +152,5 @@ def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625
         matrix = geometry.translate(*(size * (0.5 + rng.uniform(-shift, shift, 2)))) @ moved @ matrix
     if rng.random() >= p_cutout:
         return matrix, np.zeros(4)
-    corner = rng.uniform(0, size * (1 - cutout), 2)
-    return matrix, np.concatenate((corner, corner + size * cutout))
+    corner = rng.uniform(0, size * (1 - cutout_size), 2)
+    return matrix, np.concatenate((corner, corner + size * cutout_size))
