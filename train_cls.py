@@ -22,7 +22,7 @@ from utils.errors import UserError, answers_for, cli
 from utils.ops import decide
 from utils.pictures import charts, review, sheets
 from utils.train import dist, engine, runs
-from utils.train.args import band_list, float_range, int_range, loss_term, setup_run, train_parser, training
+from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
 
 LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
     "bce": lambda z, y, s: losses.bce(z, y, smoothing=s),
@@ -33,13 +33,11 @@ LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
 
 def make_parser():
     parser = train_parser(__doc__.splitlines()[0], "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
-                          optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01, folds=None)
+                          optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01, folds=None,
+                          cutout=0.5, cutout_size=0.3)
     add = parser.add_argument_group("classification").add_argument
     add("--net", default="efficientnetv2_s", metavar="NAME", help=f"{', '.join(nets.NAMES)}, or mine.Mine: class "
         f"Mine in nets/mine.py")
-    add("--bands", type=band_list, help="such as 1 or 1-3; without: all of the first image")
-    add("--pixel-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it; without: 65535 for "
-        "uint16, 255 for uint8, else 1")
     add("--labels", metavar="CSV", help="table of answers; without: see data/cls.py")
     add("--images", metavar="DIR", help="folder of that table's images")
     add("--synthesize", metavar="CSV", help="train on Dirty-MNIST images made on the fly from these letters")
@@ -52,22 +50,16 @@ def make_parser():
     add("--loss", type=loss_term(LOSSES), nargs="+", metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(LOSSES)}; without: ce where every image has a single label, else bce (with single "
         f"labels, bce and focal find the class, but what predict.py makes of their logits are no probabilities)")
-    add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="share of the labels that is spread evenly")
     add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
     add("--rot90", action=BooleanOptionalAction, default=True, help="random quarter turns")
     add("--flip", type=float_range(0, 1), default=0.0, help="probability of each flip")
     add("--degrees", type=float_range(0, 180), default=15.0, help="largest rotation")
     add("--p-affine", type=float_range(0, 1), default=0.5, help="probability of a small shift, scale and rotation")
-    add("--mixup", type=float_range(0, 1), default=0.0, metavar="P", help="probability that a batch is blended")
     add("--cutmix", type=float_range(0, 1), default=0.0, metavar="P", help="probability that a batch gets boxes of "
         "other images")
     add("--snapmix", type=float_range(0, 1), default=0.0, metavar="P", help="the same, with labels weighted by the "
         "net's class activation maps")
-    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses a grid "
-        "of squares")
-    add("--cutout", type=float_range(0, 1), default=0.5, metavar="P", help="probability that an image loses one square")
-    add("--cutout-size", type=float_range(0.01, 0.99), default=0.3, help="side of that square, share of the image's")
     return parser
 
 

@@ -30,7 +30,7 @@ from utils.ops import anchors, boxes
 from utils.train import dist, engine, optim
 from utils.pictures import charts, detection as pictures_det, review, sheets, table
 from utils.train import runs
-from utils.train.args import band_list, float_range, setup_run, train_parser, training, int_range
+from utils.train.args import float_range, setup_run, train_parser, training, int_range
 from utils.metrics.average_precision import AREAS
 from utils.errors import UserError, answers_for, cli
 
@@ -68,8 +68,6 @@ def parse_args():
         help="epochs of scratch-low, then of finetune from its last weights, as two runs")
     add("--variant", choices=VARIANTS, default="s", help="of the net; those with a 6 are for --imgsz 1280")
     add("--head", choices=("free", "anchor"), help="free: anchor-free, decoupled; anchor: YOLOv5's own")
-    add("--bands", type=band_list, help="such as 1-3 or 5,3,2; without: all")
-    add("--band-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it (65535 for uint16, 255 for uint8)")
     add("--allow-bad-labels", action="store_true", help="go on when more than 1 %% of the boxes had to be dropped")
     add("--tile", type=int_range(32, 65536), help="larger images are learned in windows of this side, at full resolution, "
         "and validated as predict.py --tile goes through them")
@@ -83,9 +81,6 @@ def parse_args():
     add("--mosaic", type=float_range(0, 1), default=1.0, help="probability")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
     add("--close-mosaic", type=int_range(0), default=0, help="last epochs without mosaic")
-    add("--mixup", type=float_range(0, 1), default=0.0, help="probability of blending two mosaics")
-    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="share of pictures that lose a grid of squares")
-    add("--cutout", type=float_range(0, 1), default=0.0, metavar="P", help="share of pictures that lose one square")
     add("--hsv", type=float_range(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, saturation, value")
     add("--degrees", type=float_range(0, 180), default=0.0, help="largest rotation")
     add("--translate", type=float_range(0, 1), help="largest shift, share of the size")
@@ -100,7 +95,6 @@ def parse_args():
     add("--obj-pw", type=float_range(0), help="weight of positives in objectness (anchor)")
     add("--cls-pw", type=float_range(0), help="weight of positives in the classes (anchor)")
     add("--anchor-threshold", type=float_range(1, 100), help="largest ratio of a box's side to its anchor's (anchor)")
-    add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="of the classes (anchor)")
     add("--focal-gamma", type=float_range(0, 10), default=0.0, help="focal loss; 0: cross-entropy (anchor)")
     add("--warmup-bias-lr", type=float_range(0, 10), help="learning rate of the biases at the start")
     add("--warmup-momentum", type=float_range(0, 0.9999), help="momentum at the start")
@@ -200,7 +194,7 @@ def experiment(args, device, folder, resume):
         chosen = folds.some(chosen, 8 * args.bs) if args.debug else chosen
         sources = [ours + theirs for ours, theirs in zip(sources, pick(extra, chosen))]
         weights = np.concatenate((weights, np.full(len(chosen), weight)))
-    scale = args.band_scale or det.default_scale(sources[0] + [data.files[i] for i in val], bands)
+    scale = args.pixel_scale or det.default_scale(sources[0] + [data.files[i] for i in val], bands)
     if args.tile:
         sources, image_of = det.cut(*sources, tile=args.tile, overlap=args.overlap)
         weights = weights[image_of]

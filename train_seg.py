@@ -20,7 +20,7 @@ from utils.errors import UserError, answers_for, cli
 from utils.ops import decide, tiles
 from utils.pictures import charts, review, sheets
 from utils.train import dist, engine, runs
-from utils.train.args import band_list, float_range, int_range, loss_term, setup_run, train_parser, training
+from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
 
 BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore, label smoothing) -> mean over the batch
     "lovasz_elu": lambda z, y, ignore, s: losses.lovasz_hinge(z, y, elu=True, ignore=ignore),
@@ -42,11 +42,8 @@ SMOOTHED = {"bce", "focal"}, {"ce"}  # the losses of BINARY and of MULTICLASS th
 
 def make_parser():
     parser = train_parser(__doc__.splitlines()[0], "seg", data="Wildfire", epochs=150, bs=64, imgsz=256, lr=1e-3,
-                          schedule="restarts")
+                          schedule="restarts", bands="1-7")
     add = parser.add_argument_group("segmentation").add_argument
-    add("--bands", type=band_list, default="1-7", help="such as 1-7 or 7,5,3, or all")
-    add("--pixel-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it; without: 65535 for "
-        "uint16, 255 for uint8, else 1")
     add("--mean-planes", action=BooleanOptionalAction, default=True,
         help="give the net a constant plane per band, with the band's mean")
     add("--classes", type=int_range(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
@@ -60,14 +57,8 @@ def make_parser():
     add("--aux-cls", type=float_range(0), default=0.0, metavar="WEIGHT", help="loss weight of an auxiliary head that "
         "predicts which classes an image contains and sets the masks of absent classes to 0; 0: no head")
     add("--p-object", type=float_range(0, 1), default=0.0, help="probability that a crop is laid over an object")
-    add("--mixup", type=float_range(0, 1), default=0.0, metavar="P", help="probability that a batch is blended")
     add("--cutmix", type=float_range(0, 1), default=0.0, metavar="P", help="probability that a batch gets boxes of "
         "other images")
-    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses a grid "
-        "of squares")
-    add("--cutout", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses one square")
-    add("--cutout-size", type=float_range(0.01, 1), default=0.5, help="side of that square, share of the image's side")
-    add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="of bce, ce and the binary focal loss")
     add("--loss", nargs="+", type=loss_term(BINARY | MULTICLASS), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
         f"of {', '.join(MULTICLASS)}; without: lovasz_elu and bce, or lovasz and ce")
