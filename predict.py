@@ -15,6 +15,7 @@ is defined in data/<task>.py (Input) and in utils/ops/decide.py, for training an
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -359,7 +360,28 @@ def predict_det(args, device, members):
     ids = submissions.image_ids(files, near, others=args.source is not None)
     out = new_folder(args, members)
     results = detect(args, device, members, views)
-    DET_WRITE
+
+    names, threshold = first["classes"], best_threshold(args, members)
+    for folder in ("labels", "overlays") if args.overlays else ("labels",):
+        (out / folder).mkdir(exist_ok=True)
+    for file, size, rows in list(zip(files, views.sizes, results))[dist.rank()::dist.world_size()]:
+        (out / "labels" / f"{file.stem}.txt").write_text(submissions.yolo_lines(rows, *size))
+        if args.overlays:
+            drawn = rows[rows[:, 4] >= threshold]
+            submissions.draw_boxes(out / "overlays" / f"{file.stem}.jpg", file, size, drawn, names,
+                                   members[0].inputs.bands)
+    if dist.rank() == 0:
+        items = submissions.coco_items(results, ids, first["category_ids"])
+        (out / "coco.json").write_text(json.dumps(items))
+        submission, dropped = submissions.cut(submissions.parking_items(items), args.max_mb * 1e6)
+        (out / "submission.json").write_text(submission)
+        if args.pseudo:
+            count, boxed = pseudo.write_boxes(out / "pseudo", files, views.sizes, results, names,
+                                              first["category_ids"], args.pseudo)
+            print(f"pseudo labels of {count} images, {boxed} boxes: train_det.py --extra-data {out / 'pseudo'}"
+                  if count else "no pseudo labels: no box is sure enough; lower --pseudo")
+        note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
+        print(f"{len(files)} images, {sum(map(len, results))} detections{note}: {out}")
 
 
 def det_views(args, members, files):
@@ -387,8 +409,12 @@ def detect(args, device, members, views):
             per_member = []
             for net, inputs in ((member.net, member.inputs) for member in members):
                 x = inputs(batch["image"].to(device, non_blocking=True), bands)
-                factor = 1.0 if args.imgsz else inputs.imgsz / largest  # each at the size that it was trained for
-                DET_DETECT
+                sizes = dict(stride=net.stride, factor=1.0 if args.imgsz else inputs.imgsz / largest)  # as it was trained
+                tta_views = decide.DETECTION_VIEWS(x.shape[2:], **sizes) if args.tta == [] else tta.tta_views(
+                    args.tta or (), x.shape[2:], scales=args.tta_scales or tta.SCALES, **sizes)
+                rows = decide.detect(net, x, tta_views, conf=args.conf, iou=args.iou, max_det=args.max_det,
+                                     merge=args.merge)
+                per_member.append([det.restore(r.cpu(), matrix) for r, matrix in zip(rows, batch["matrix"])])
             found |= zip(batch["index"].tolist(), zip(*per_member))
             bar.update(len(batch["image"]) * dist.world_size())
     found = {view: rows for part in dist.gather(found) for view, rows in part.items()}
