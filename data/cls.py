@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 
 from data import augment, folds, images
 from data.cache import Cache
-from data.labels.formats import same_name
 from utils.ops import geometry
 from utils.train import checkpoint, dist
 from utils.errors import UserError
+from utils.files import same_name
 
 ANSWER = "_answer"  # the competition's dirty_mnist_2nd_answer.csv belongs to the folder dirty_mnist_2nd
 COMPETITION = f"dirty_mnist_2nd{ANSWER}.csv"
