@@ -17,9 +17,10 @@ from data.loader import eval_loader, train_loader
 from nets import backbones, pretrained
 from utils import losses, metrics
 from utils.pictures import charts, review, sheets
-from utils.train import dist, engine, runs
+from utils.train import dist, engine
 from utils.train.args import band_list, loss_term, float_range, setup_run, train_parser, training, int_range
 from utils.errors import UserError, answers_for, cli
+from utils.files import write_json
 
 LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
     "bce": lambda z, y, s: losses.bce(z, y, smoothing=s),
@@ -260,7 +261,7 @@ def write_report(state, judge, names, folder, files, bands):
                      tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         review.keep(folder, [samples[i] for i in ends[0]], [[picture] for picture in rows[0]], captions[0])
         charts.write_csv(folder / "samples.csv", samples)
-        runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
+        write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 

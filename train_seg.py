@@ -18,9 +18,10 @@ from nets.unet import UNet, probabilities
 from utils import losses, metrics
 from utils.ops import tiles, tta
 from utils.pictures import charts, review, sheets
-from utils.train import dist, engine, runs
+from utils.train import dist, engine
 from utils.train.args import band_list, loss_term, float_range, setup_run, train_parser, training, int_range
 from utils.errors import UserError, answers_for, cli
+from utils.files import write_json
 
 BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore, label smoothing) -> mean over the batch
     "lovasz_elu": lambda z, y, ignore, s: losses.lovasz_hinge(z, y, elu=True, ignore=ignore),
@@ -259,7 +260,7 @@ def write_report(state, evaluate, draw, folder, ignore, files):
         parts[part] = [(samples[i], row) for i, row in zip(chosen, rows)]
     review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
     charts.write_csv(folder / "samples.csv", samples)
-    runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
+    write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
     print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 

@@ -6,6 +6,7 @@ import math
 from utils.pictures import charts, table
 from utils.train import dist, optim, runs
 from utils.errors import Parser, UserError
+from utils.files import write_json
 from utils.train.swa import SWA, with_swa
 
 
@@ -166,7 +167,7 @@ def setup_run(parser, argv=None, *, needs=None):
         raise UserError(f"--bs {args.bs}: not divisible by the {dist.world_size()} processes; make it a multiple")
     if dist.rank() == 0:
         if not state:  # else in engine.fit, when it has been accepted
-            runs.write_json(folder / "args.json", vars(args))
+            write_json(folder / "args.json", vars(args))
         table.write_note(folder, vars(parser.parse_args([])))
         print(f"{'resuming' if state else 'run'}: {folder}" + (f" at step {state['step']}" if state else ""))
     return args, device, folder, state

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from utils.pictures import charts, table
-from utils.train import checkpoint, dist, runs
+from utils.train import checkpoint, dist
 from utils.errors import NumericalError, Stopped, UserError
+from utils.files import write_json
 from utils.train.optim import set_lr
 
 SAVE_MINUTES = 10  # within long epochs
@@ -185,7 +186,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     if resume:
         state.load_state_dict(resume)
         if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
-            runs.write_json(folder / "args.json", header["args"])
+            write_json(folder / "args.json", header["args"])
         _write_results(folder, state.history)  # the run may have been killed between its checkpoint and this
 
     net = torch.compile(model) if compile else model
@@ -243,7 +244,7 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
             averaged = {"model": swa.module.state_dict(), "ema": None, "ema_steps": 0, "swa_scores": scores}
             save("swa.pt", _slim(header | state.state_dict()) | averaged)
             if dist.rank() == 0 and scores:  # no row of results.csv: that is the history, of other weights
-                runs.write_json(folder / "swa.json", scores)
+                write_json(folder / "swa.json", scores)
             dist.print0(f"swa.pt, the mean of {int(swa.n_averaged)} epochs: "
                         + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
             _stop_if(dist.any_rank(signals.signum), state)

@@ -1,8 +1,6 @@
 """Run folders: runs/<task>/<name>, one per experiment, never overwritten. Only rank 0 touches them."""
 import fcntl
 import itertools
-import json
-import math
 import os
 from pathlib import Path
 
@@ -132,21 +130,3 @@ def new_folder(path, flag="--out"):
     if path.name in ("", ".."):  # no name that a number could follow
         path = path.resolve()
     return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name, flag))))
-
-
-def write_json(path, value):
-    """Writes a file whole or not at all; NaN, which JSON has not, as null. Raises UserError when it cannot be written.
-    """
-    def strict(value):
-        if isinstance(value, dict):
-            return {key: strict(inside) for key, inside in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(inside) for inside in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    path = Path(path)
-    try:  # a run folder that is gone is not made again
-        path.with_suffix(".tmp").write_text(json.dumps(strict(value), indent=1))
-        os.replace(path.with_suffix(".tmp"), path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or mend the folder") from None
