@@ -328,7 +328,7 @@ def test_a_damaged_disk_cache_is_rebuilt(tmp_path, damage):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file in its place")
-    with pytest.raises(UserError, match="cache: cannot write the cache .*; make room"):
+    with pytest.raises(UserError, match="cache: cannot be written .*; make room"):
         files = write_numbers(tmp_path, 1)
         Cache(files, reader(files, []), "disk", folder=tmp_path / "cache")
 
