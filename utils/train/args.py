@@ -106,6 +106,18 @@ def train_parser(description, task, **defaults):
     add("--patience", type=int_range(0), default=0, help="stop after so many epochs without a better score; 0: never")
     add("--seed", type=int_range(0), default=0, help="of weights, order and augmentation")
 
+    add = parser.add_argument_group("input and augmentation").add_argument
+    add("--bands", type=band_list, help="such as 1-7 or 7,5,3; without, or all: all of the first image")
+    add("--pixel-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it; without: 65535 for "
+        "uint16, 255 for uint8, else 1")
+    add("--mixup", type=float_range(0, 1), default=0.0, metavar="P", help="probability that images are blended")
+    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses a grid "
+        "of squares")
+    add("--cutout", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses one square")
+    add("--cutout-size", type=float_range(0.01, 0.99), default=0.5, help="side of that square, share of the image's")
+    add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="share of the labels that is spread evenly "
+        "over the classes")
+
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
@@ -145,7 +157,7 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
     given = {flag: value for flag, value in given.items() if value is not unset}  # on the command line
 
     def check_all(args):
-        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle")} | (needs or {}))
+        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",)} | (needs or {}))
         check(args)
 
     if args.resume is None:
