@@ -77,13 +77,13 @@ def main():
     bands = args.bands or images.default_bands(table.files)
     train, val = split(args, folder, table)
     if args.debug:
-        train, val = folds.some(train, 8 * args.bs), folds.some(val, args.bs)
+        train, val = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs)
         args.synthesize_count = 8 * args.bs
     files, answers, weights = [table.files[i] for i in train], table.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
         extra = cls.with_names(cls.read(more, least=1), table, more)
-        chosen = folds.unseen(extra.files, [table.files[i] for i in val], more)
-        chosen = folds.some(chosen, 8 * args.bs) if args.debug else chosen
+        chosen = folds.without_copies(extra.files, [table.files[i] for i in val], more)
+        chosen = folds.spread(chosen, 8 * args.bs) if args.debug else chosen
         files, answers = files + [extra.files[i] for i in chosen], np.concatenate((answers, extra.labels[chosen]))
         weights += [weight] * len(chosen)
     known = table.files + files[len(train):]
@@ -209,7 +209,7 @@ def split(args, folder, table):
     """Indices to train and to validate on; of the former those of --subset. Without --folds: the data's own validation
     images are held out, else a fifth; with --synthesize, which trains on none of the files, all are."""
     names = [os.path.relpath(path, args.data) for path in table.files]
-    spec = folds.given(args.folds, names, table.held_out, args.fold)
+    spec = folds.parse_folds(args.folds, names, table.held_out, args.fold)
     if args.synthesize and args.folds is None and not table.held_out:
         spec = dict.fromkeys(names, args.fold)
     train, val = folds.load_or_make_split(folder, names, spec, args.fold, files=table.files, groups=args.groups,

@@ -193,12 +193,12 @@ def experiment(args, device, folder, resume):
     train, val = split(args, folder, data)
     bands = args.bands or images.default_bands(data.files)
     if args.debug:
-        train, val = folds.some(train, 8 * args.bs), folds.some(val, args.bs)
+        train, val = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs)
     sources, weights = pick(data, train), np.ones(len(train))
     for more, weight in args.extra_data:
         extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
-        chosen = folds.unseen(extra.files, [data.files[i] for i in val], more)
-        chosen = folds.some(chosen, 8 * args.bs) if args.debug else chosen
+        chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
+        chosen = folds.spread(chosen, 8 * args.bs) if args.debug else chosen
         sources = [ours + theirs for ours, theirs in zip(sources, pick(extra, chosen))]
         weights = np.concatenate((weights, np.full(len(chosen), weight)))
     scale = args.band_scale or det.default_scale(sources[0] + [data.files[i] for i in val], bands)
@@ -359,7 +359,7 @@ def split(args, folder, data):
     names = [os.path.relpath(path, root) for path in data.files]
     count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
     rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
-    spec = folds.given(args.folds, names, data.held_out, args.fold)
+    spec = folds.parse_folds(args.folds, names, data.held_out, args.fold)
     return folds.load_or_make_split(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=args.groups,
                         drop=args.drop_noisy)
 

@@ -89,16 +89,16 @@ def main():
     bands = args.bands or list(range(1, facts[0]["bands"] + 1))
     if not any(fact["area"] for fact in facts):
         dist.print0(f"warning: {root / 'train_mask'}: no pixel is of a class above 0; see --classes and --ignore")
-    train, val = folds.load_or_make_split(folder, names, folds.parse(args.folds), args.fold, groups=args.groups,
+    train, val = folds.load_or_make_split(folder, names, folds.parse_folds(args.folds), args.fold, groups=args.groups,
                               files=[image for image, _ in paired], drop=args.drop_noisy,
                               strata=folds.area_strata([fact["area"] for fact in facts]))
     if args.debug:
-        train, val, args.repeat = folds.some(train, 8 * args.bs), folds.some(val, args.bs), 1
+        train, val, args.repeat = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs), 1
     paired_train, sizes, weights = [paired[i] for i in train], [facts[i]["size"] for i in train], [1.0] * len(train)
     for more, weight in args.extra_data:
         found = list(seg.pairs(Path(more) / "train_img", Path(more) / "train_mask").values())
-        found = [found[i] for i in folds.unseen([image for image, _ in found], [paired[i][0] for i in val], more)]
-        found = folds.some(found, 8 * args.bs) if args.debug else found
+        found = [found[i] for i in folds.without_copies([image for image, _ in found], [paired[i][0] for i in val], more)]
+        found = folds.spread(found, 8 * args.bs) if args.debug else found
         sizes += [fact["size"] for fact in seg.scan(found, bands=bands, classes=args.classes, ignore=args.ignore)]
         paired_train, weights = paired_train + found, weights + [weight] * len(found)
     scale = args.scale or images.default_scale([image for image, _ in (*paired_train, *paired)])
