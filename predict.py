@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import functools
 import json
 import os
 from datetime import timedelta

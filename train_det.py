@@ -298,16 +298,16 @@ def load_samples(args, folder):
     keys = [os.path.relpath(file, root) for file in data.files]
     count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
     rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
-    spec = folds.given(args.folds, keys, data.held_out, args.fold)
+    spec = folds.parse_folds(args.folds, keys, data.held_out, args.fold)
     train, val = folds.load_or_make_split(folder, keys, spec, args.fold, files=data.files, strata=rarest,
                                           groups=args.groups, drop=args.drop_noisy)
     few = 8 * args.bs if args.debug else 10**9
-    val = folds.some(val, args.bs if args.debug else few)
-    samples = det.samples(data, folds.some(train, few))
+    val = folds.spread(val, args.bs if args.debug else few)
+    samples = det.samples(data, folds.spread(train, few))
     for more, weight in args.extra_data:
         extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
-        chosen = folds.unseen(extra.files, [data.files[i] for i in val], more)
-        samples += det.samples(extra, folds.some(chosen, few), weight)
+        chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
+        samples += det.samples(extra, folds.spread(chosen, few), weight)
     return data, val, samples
 
 
