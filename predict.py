@@ -14,7 +14,6 @@ Several checkpoints are averaged: folds, seeds and epochs make an ensemble.
 import argparse
 import contextlib
 import functools
-import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import cls, det, images, seg
-from data.results import pseudo, scenes, submissions
+from data import cls, det, images, labels, seg
+from data.results import masks, pseudo, submissions
 from data.loader import eval_loader
 from nets import backbones
 from nets.blocks import fuse
@@ -284,20 +283,18 @@ def predict_seg(args, device, paths, states, nets):
         if sizes[file][0] < bands[-1]:
             raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
                             f"another --source")
-    unsure = pseudo.unsure(states[0]["classes"], states[0]["args"].get("ignore"))
-    threshold, drawn = best_threshold(args, states), dict(overlay=args.overlays, outlines=args.polygons)
+    unsure = pseudo.unsure_value(states[0]["classes"], states[0]["args"].get("ignore")) if args.pseudo else None
+    threshold = best_threshold(args, states)
     parts = find_parts(args, device, files) if args.detector else {}
     out = runs.new_folder(args.out or Path(paths[0]).parent / "predict")
-    for folder in ("masks", *("overlays",) * args.overlays, *("polygons",) * args.polygons,
-                   *("pseudo/train_mask",) * bool(args.pseudo)):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    writer = masks.MaskWriter(out, overlays=states[0]["bands"] if args.overlays else None, polygons=args.polygons,
+                              unsure=unsure)
 
     def pieces(file, part):
-        """Yields (folder, row, column, class map (h, w)) of a part (y, x, height, width) of an image."""
-        for y, x, probs in scenes.blocks(file, part, bands, predict, tile=tile, bs=args.bs, workers=args.workers,
-                                         overlap=OVERLAP if args.overlap is None else args.overlap):
-            for folder, [mask] in decide(probs[None], threshold, args.pseudo, unsure).items():
-                yield folder, y, x, mask
+        """Yields (row, column, class map (h, w), labels) of a part (y, x, height, width) of an image."""
+        for y, x, probs in seg.predict_windows(file, part, bands, predict, tile=tile, bs=args.bs, workers=args.workers,
+                                               overlap=OVERLAP if args.overlap is None else args.overlap):
+            yield y, x, *(decided[0] for decided in decide(probs[None], threshold, args.pseudo, unsure))
 
     at_once = {file for file in files if max(sizes[file][1:]) <= tile and not args.detector}
     small, large = ([file for file in files if (file in at_once) is side] for side in (True, False))
@@ -308,25 +305,18 @@ def predict_seg(args, device, paths, states, nets):
         for batch in loader:
             decided = decide(predict(batch["image"]), threshold, args.pseudo, unsure)
             for k, i in enumerate(batch["index"].tolist()):
-                for folder, masks in decided.items():
-                    with submissions.new_mask(small[i], out / folder) as target:
-                        target.write(masks[k], 1)
-                submissions.draw_mask(small[i], out, states[0]["bands"], **drawn)
+                writer.write(small[i], [(0, 0, *(maps[k] for maps in decided))])
             bar.update(len(batch["index"]) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
-            if args.detector:  # what it has missed must not be taught
-                blank = {"masks": 0} | ({"pseudo/train_mask": unsure} if args.pseudo else {})
-                found = (piece for part in parts[file] for piece in pieces(file, part))
-                scenes.write_parts(file, sizes[file][1:], found, blank, out)
+            if args.detector:  # pixels outside the detections are ignored in the pseudo labels
+                writer.write_parts(file, (piece for part in parts[file] for piece in pieces(file, part)))
             else:
-                scenes.write(file, pieces(file, (0, 0, *sizes[file][1:])), out)
-            submissions.draw_mask(file, out, states[0]["bands"], **drawn)
+                writer.write(file, pieces(file, (0, 0, *sizes[file][1:])))
             bar.update(dist.world_size())
     dist.barrier()
     if dist.rank() == 0:
-        submissions.write_masks(files, sizes, out)
+        writer.finish(files)
         if args.pseudo:
-            pseudo.link(files, out / "pseudo/train_img")
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {unsure}")
         print(f"{len(files)} images: {out}")
 
@@ -361,13 +351,10 @@ def seg_views(args, net, exclusive, x):
 
 
 def decide(probs, threshold, sure, unsure):
-    """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W)}; for pseudo labels too, where
-    `sure` is their least probability, and `unsure` what stands where it is less."""
-    masks = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
-    decided = {"masks": masks.numpy()}
-    if sure:
-        decided["pseudo/train_mask"] = pseudo.sure_mask(probs, masks, sure, unsure).numpy()
-    return decided
+    """Probabilities (B, K, H, W) -> [uint8 class maps (B, H, W)], and the pseudo labels, where `sure` is their least
+    probability, and `unsure` the value where it is less."""
+    mask = (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8).cpu()
+    return [mask.numpy(), *([pseudo.sure_mask(probs, mask, sure, unsure).numpy()] if sure else [])]
 
 
 def find_parts(args, device, files):
@@ -389,28 +376,19 @@ def find_parts(args, device, files):
 # ---- detection ----
 def predict_det(args, device, paths, states, nets):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
-    data = Path(states[0]["args"]["data"])
-    root = data.parent if data.is_file() else data
-    files = images.find_sources(args.source, root / "test" / "images", states[0]["scale"])
+    files = images.find_sources(args.source, labels.test_folder(states[0]["args"]["data"]), states[0]["scale"])
     views = det_views(args, states, nets, files)
-    near = root if args.source is None else files[0].parent
-    ids = submissions.image_ids(files, near, others=args.source is not None)
+    ids = submissions.image_ids(files, files[0].parent, others=args.source is not None)
     out = runs.new_folder(args.out or Path(paths[0]).parent / "predict")
     results = detect(args, device, states, nets, views)
 
     names, threshold = states[0]["classes"], best_threshold(args, states)
-    for folder in ("labels", "overlays") if args.overlays else ("labels",):
-        (out / folder).mkdir(exist_ok=True)
-    for file, size, rows in list(zip(files, views.sizes, results))[dist.rank()::dist.world_size()]:
-        (out / "labels" / f"{file.stem}.txt").write_text(submissions.yolo_lines(rows, *size))
-        if args.overlays:
-            drawn = rows[rows[:, 4] >= threshold]
-            submissions.draw_boxes(out / "overlays" / f"{file.stem}.jpg", file, size, drawn, names, states[0]["bands"])
+    dropped = submissions.write_boxes(out, files, views.sizes, results, ids=ids,
+                                      category_ids=states[0]["category_ids"], max_mb=args.max_mb)
+    if args.overlays:
+        submissions.draw_boxes(out / "overlays", files, views.sizes, results, names=names, bands=states[0]["bands"],
+                               threshold=threshold)
     if dist.rank() == 0:
-        items = submissions.coco_items(results, ids, states[0]["category_ids"])
-        (out / "coco.json").write_text(json.dumps(items))
-        submission, dropped = submissions.cut(submissions.parking_items(items), args.max_mb * 1e6)
-        (out / "submission.json").write_text(submission)
         if args.pseudo:
             count, boxed = pseudo.write_boxes(out / "pseudo", files, views.sizes, results, names,
                                               states[0]["category_ids"], args.pseudo)
