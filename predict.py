@@ -401,25 +401,20 @@ def det_views(args, members, files):
 def detect(args, device, members, views):
     """-> the detections (n, 6) in each of the views' files, in its pixels; the same on every rank."""
     bands, largest = all_bands(members), max(member.inputs.imgsz for member in members)
+
+    def predict(batch):
+        raw = batch["image"].to(device, non_blocking=True)
+        for _, _, net, inputs in members:
+            x = inputs(raw, bands)
+            options = dict(stride=net.stride, factor=1.0 if args.imgsz else inputs.imgsz / largest)  # as it was trained
+            of_image = decide.DETECTION_VIEWS(x.shape[2:], **options) if args.tta == [] else tta.tta_views(
+                args.tta or (), x.shape[2:], scales=args.tta_scales or tta.SCALES, **options)
+            yield decide.detect(net, x, of_image, conf=args.conf, iou=args.iou, max_det=args.max_det, merge=args.merge)
+
     loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
-    found = {}  # view -> detections of each checkpoint
-    progress = tqdm(total=len(views), desc="predict", unit="view", disable=dist.rank() > 0)
-    with torch.inference_mode(), progress as bar:
-        for batch in loader:
-            per_member = []
-            for net, inputs in ((member.net, member.inputs) for member in members):
-                x = inputs(batch["image"].to(device, non_blocking=True), bands)
-                sizes = dict(stride=net.stride, factor=1.0 if args.imgsz else inputs.imgsz / largest)  # as it was trained
-                tta_views = decide.DETECTION_VIEWS(x.shape[2:], **sizes) if args.tta == [] else tta.tta_views(
-                    args.tta or (), x.shape[2:], scales=args.tta_scales or tta.SCALES, **sizes)
-                rows = decide.detect(net, x, tta_views, conf=args.conf, iou=args.iou, max_det=args.max_det,
-                                     merge=args.merge)
-                per_member.append([det.restore(r.cpu(), matrix) for r, matrix in zip(rows, batch["matrix"])])
-            found |= zip(batch["index"].tolist(), zip(*per_member))
-            bar.update(len(batch["image"]) * dist.world_size())
-    found = {view: rows for part in dist.gather(found) for view, rows in part.items()}
-    return [views.merge(i, found, iou=args.iou, max_det=args.max_det, weights=args.ensemble_weights)
-            for i in range(len(views.files))]
+    with torch.inference_mode():
+        return views.detect(tqdm(loader, "predict", unit="batch", disable=dist.rank() > 0), predict, iou=args.iou,
+                            max_det=args.max_det, weights=args.ensemble_weights)
 
 
 # ---- classification --------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from data.samples import dirty_mnist
 from nets import pretrained
 from utils import losses, metrics
 from utils.errors import UserError, answers_for, cli
+from utils.files import write_json
 from utils.ops import decide
 from utils.pictures import charts, review, sheets
-from utils.train import dist, engine, runs
+from utils.train import dist, engine
 from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
 
 LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
@@ -279,7 +280,7 @@ def write_report(state, evaluate_metric, names, folder, files, bands):
                      tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         review.keep(folder, [samples[i] for i in ends[0]], [[picture] for picture in rows[0]], captions[0])
         charts.write_csv(folder / "samples.csv", samples)
-        runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
+        write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 

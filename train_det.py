@@ -33,6 +33,7 @@ from utils.train import runs
 from utils.train.args import float_range, setup_run, train_parser, training, int_range
 from utils.metrics.average_precision import AREAS
 from utils.errors import UserError, answers_for, cli
+from utils.files import write_json
 
 GAINS = {  # per head: weights of the loss's parts
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
@@ -147,7 +148,7 @@ def main():
                     "weights": str(folder / "last.pt")}
         second = runs.new_folder(f"{folder}-finetune", "--project")
         if dist.rank() == 0:
-            runs.write_json(second / SECOND, vars(args) | changed)
+            write_json(second / SECOND, vars(args) | changed)
             for file in (folder / "run.json", folder / "dropped.json"):
                 if file.exists():
                     shutil.copyfile(file, second / file.name)
@@ -170,7 +171,7 @@ def experiment(args, device, folder, resume):
     """One run, from the labels to the last epoch's results; the competition's two stages are two of them."""
     engine.seed_everything(args.seed, args.deterministic)
     if dist.rank() == 0 and not resume:
-        runs.write_json(folder / "args.json", vars(args))  # of a second stage, what has changed too
+        write_json(folder / "args.json", vars(args))  # of a second stage, what has changed too
 
     if args.grid == 9 and (args.degrees or args.shear):  # pictures at its sides would cover others' objects
         raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
@@ -422,7 +423,7 @@ def write_report(state, judge, names, folder, files, bands):
     if dist.rank() > 0:
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
-    runs.write_json(folder / "results.json", {
+    write_json(folder / "results.json", {
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
     samples = metric.samples(files)
     draw_ends(folder / "review.png", metric, samples, files, bands, names=names,

@@ -17,9 +17,10 @@ from data.loader import eval_loader, train_loader
 from nets import pretrained
 from utils import losses, metrics
 from utils.errors import UserError, answers_for, cli
+from utils.files import write_json
 from utils.ops import decide, tiles
 from utils.pictures import charts, review, sheets
-from utils.train import dist, engine, runs
+from utils.train import dist, engine
 from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
 
 BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore, label smoothing) -> mean over the batch
@@ -256,7 +257,7 @@ def write_report(state, evaluate, inputs, data, folder, files):
         parts[part] = [(samples[i], row) for i, row in zip(chosen, rows)]
     review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
     charts.write_csv(folder / "samples.csv", samples)
-    runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
+    write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
     print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 

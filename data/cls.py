@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from data import augment, folds, images
 from data.cache import Cache
-from data.labels.formats import same_name
 from utils.errors import UserError
+from utils.files import same_name
 from utils.ops import geometry
 from utils.train import checkpoint, dist
 

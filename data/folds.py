@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from data import images
 from utils.pictures import review
-from utils.train import dist, runs
+from utils.train import dist
 from utils.errors import UserError
+from utils.files import write_json
 
 
 def assign(names, sizes, *, strata=None, groups=None, seed=910103):
@@ -124,7 +125,7 @@ def load_or_make_split(folder, names, spec, fold, *, files, strata=None, groups=
     if spec is None:
         return train, val
     if dist.rank() == 0 and not written.exists():
-        runs.write_json(written, spec)
+        write_json(written, spec)
         sides = ([files[i] for i in part] for part in (train, val))
         for line in leaks(*sides, groups=groups and dict(zip(files, groups))):
             print(line)
@@ -149,7 +150,7 @@ def _without_noisy(written, drop, train, names, files):
         if len(dropped) == len(train):
             raise UserError(f"--drop-noisy {drop[0]}:{drop[1]}: leaves no sample to train on; lower the number")
         if dist.rank() == 0:
-            runs.write_json(written, dropped)
+            write_json(written, dropped)
     dist.print0(f"--drop-noisy: {len(dropped)} of the {drop[1]} worst are not trained on")
     dropped = set(dropped)
     return [i for i in train if names[i] not in dropped]

@@ -187,7 +187,7 @@ def test_run_folders_that_cannot_be_made(refused, root, tmp_path):
 def test_a_cache_folder_that_cannot_be_made(refused, root, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/cache").write_text("x")
-    train(refused, "--data", root, "--cache", "disk", says=["runs/cache: cannot write the cache", "--cache"])
+    train(refused, "--data", root, "--cache", "disk", says=["runs/cache: cannot be written", "--cache"])
 
 
 def test_checkpoints_of_other_nets(refused, root, tmp_path, model):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from utils.pictures import charts, table
 from utils.train import checkpoint, dist, runs
 from utils.errors import NumericalError, Stopped, UserError
+from utils.files import write_json
 from utils.train.optim import set_lr
 
 SAVE_MINUTES = 10  # within long epochs
@@ -238,7 +239,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
     if resume:
         state.load_state_dict(resume)
         if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
-            runs.write_json(folder / "args.json", header["args"])
+            write_json(folder / "args.json", header["args"])
         _write_results(folder, state.history)  # the run may have been killed between its checkpoint and this
 
     def save(name="last.pt", saved=None):
@@ -289,7 +290,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
                         "threshold": threshold}
             save("swa.pt", _slim(header | state.state_dict()) | averaged)
             if dist.rank() == 0 and scores:  # no row of results.csv: that is the history, of other weights
-                runs.write_json(folder / "swa.json", scores)
+                write_json(folder / "swa.json", scores)
             dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: "
                         + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
             _stop_if(dist.any_rank(signals.signum), state)

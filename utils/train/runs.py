@@ -2,13 +2,13 @@
 import fcntl
 import itertools
 import json
-import math
 import os
 import re
 from pathlib import Path
 
 from utils.train import checkpoint, dist
 from utils.errors import UserError
+from utils.files import write_json
 
 _locks = []  # open for the life of the process: closing the file would give the lock back
 
@@ -142,21 +142,3 @@ def add_record(folder, **values):
         record = {}
     if not record.items() >= values.items():
         write_json(path, record | values)
-
-
-def write_json(path, value):
-    """Writes a file whole or not at all; NaN, which JSON has not, as null. Raises UserError when it cannot be written.
-    """
-    def strict(value):
-        if isinstance(value, dict):
-            return {key: strict(inside) for key, inside in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(inside) for inside in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    path = Path(path)
-    try:  # a run folder that is gone is not made again
-        path.with_suffix(".tmp").write_text(json.dumps(strict(value), indent=1))
-        os.replace(path.with_suffix(".tmp"), path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or mend the folder") from None
