@@ -15,6 +15,7 @@ is defined in data/<task>.py (Input) and in utils/ops/decide.py, for training an
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from datetime import timedelta
@@ -401,20 +402,21 @@ def det_views(args, members, files):
 def detect(args, device, members, views):
     """-> the detections (n, 6) in each of the views' files, in its pixels; the same on every rank."""
     bands, largest = all_bands(members), max(member.inputs.imgsz for member in members)
+    make_views = decide.DETECTION_VIEWS if args.tta == [] else functools.partial(
+        tta.tta_views, args.tta or (), scales=args.tta_scales or tta.SCALES)
+    loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
 
-    def predict(batch):
+    def predict(batch):  # yields, checkpoint by checkpoint, the detections in each image of the batch
         raw = batch["image"].to(device, non_blocking=True)
         for _, _, net, inputs in members:
-            x = inputs(raw, bands)
-            options = dict(stride=net.stride, factor=1.0 if args.imgsz else inputs.imgsz / largest)  # as it was trained
-            of_image = decide.DETECTION_VIEWS(x.shape[2:], **options) if args.tta == [] else tta.tta_views(
-                args.tta or (), x.shape[2:], scales=args.tta_scales or tta.SCALES, **options)
-            yield decide.detect(net, x, of_image, conf=args.conf, iou=args.iou, max_det=args.max_det, merge=args.merge)
+            factor = 1.0 if args.imgsz else inputs.imgsz / largest  # each at the size that it was trained for
+            yield decide.detect(net, inputs(raw, bands), make_views(raw.shape[2:], stride=net.stride, factor=factor),
+                                conf=args.conf, iou=args.iou, max_det=args.max_det, merge=args.merge)
+        progress.update(len(raw) * dist.world_size())
 
-    loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
-    with torch.inference_mode():
-        return views.detect(tqdm(loader, "predict", unit="batch", disable=dist.rank() > 0), predict, iou=args.iou,
-                            max_det=args.max_det, weights=args.ensemble_weights)
+    progress = tqdm(total=len(views), desc="predict", unit="view", disable=dist.rank() > 0)
+    with torch.inference_mode(), progress:
+        return views.detect(loader, predict, iou=args.iou, max_det=args.max_det, weights=args.ensemble_weights)
 
 
 # ---- classification --------------------------------------------------------------------------------------------------

@@ -114,14 +114,14 @@ def load_samples(args, folder):
     if not any(data.areas):
         dist.print0(f"warning: {args.data}: no mask has a pixel of a class above 0; see --classes and --ignore")
     train, val = folds.load_or_make_split(
-        folder, data.names, folds.parse(args.folds), args.fold, files=data.images, groups=args.groups,
+        folder, data.names, folds.parse_folds(args.folds), args.fold, files=data.images, groups=args.groups,
         strata=folds.area_strata(data.areas), drop=args.drop_noisy)
     few = 8 * args.bs if args.debug else 10**9
-    train, val = folds.some(train, few), folds.some(val, args.bs if args.debug else few)
+    train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
     samples, weights = data.pick(train), [1.0] * len(train)
     for more, weight in args.extra_data:
         extra = seg.read(more, bands=args.bands or list(range(1, data.bands + 1)), **masks)
-        chosen = folds.some(folds.unseen(extra.images, [data.images[i] for i in val], more), few)
+        chosen = folds.spread(folds.without_copies(extra.images, [data.images[i] for i in val], more), few)
         samples, weights = samples + extra.pick(chosen), weights + [weight] * len(chosen)
     return data, val, samples, weights
 

@@ -19,6 +19,15 @@ def check_absent(target):
 
 
 @contextlib.contextmanager
+def reading(path):
+    """While the block runs, an OSError becomes a UserError which says that `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check path and permissions") from None
+
+
+@contextlib.contextmanager
 def writing(path, remedy="make room, or choose another folder"):
     """While the block runs, an OSError becomes a UserError which says that `path` cannot be written."""
     try:

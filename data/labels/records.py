@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from utils.errors import UserError
+from utils.files import reading
 
 short = reprlib.Repr()
 short.maxstring = 200
@@ -76,12 +77,10 @@ def check_pairs(image_folder, images, label_folder, labels):
 
 def read_bytes(path):
     """The content of a regular file. Raises UserError."""
-    try:
+    with reading(path):
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
             raise UserError(f"{path}: not a regular file; replace or remove it")
         return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check path and permissions") from None
 
 
 def read_lines(path):

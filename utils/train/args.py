@@ -233,7 +233,7 @@ def _check_flags(parser, args, given, needs):
 
 
 def _is_zero(folds):
-    """Whether --folds is 0, as data.folds.parse reads it: no validation."""
+    """Whether --folds is 0, as data.folds.parse_folds reads it: no validation."""
     try:
         return float(folds) == 0
     except (TypeError, ValueError):  # None, or a file

@@ -62,14 +62,17 @@ def launcher():
 def restarted(project, name=None):
     """The newest run folder that this torchrun worked in before it restarted its workers, or None.
 
-    name: of the folder, or what stands before its number: a script may have begun several runs. None: any.
+    name: of the folder, or what stands before its number: a script may have begun several runs. None: any run that has
+    a checkpoint.
     """
     if not launcher():
         return None
     for path in sorted(Path(project).glob("*/**/lock"), key=_age):
-        same = name is None or re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(path.parent))
+        folder = path.parent
+        same = re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(folder)) if name else \
+            (folder / "last.pt").exists() or (folder / "last.pt.prev").exists()
         if same and path.read_text() == launcher():
-            return path.parent
+            return folder
     return None
 
 
@@ -108,7 +111,7 @@ def open_run(project, name, resume=None):
 
 
 def _open(project, name, resume):
-    folder = restarted(project, name if resume is None else None)
+    folder = None if resume else restarted(project, name if resume is None else None)
     if not folder and resume is None:
         return create(project, name), None
     path = folder or Path(resume or newest(project, "last.pt", "last.pt.prev", "args.json"))
