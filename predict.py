@@ -13,10 +13,8 @@ Several checkpoints are averaged: folds, seeds and epochs make an ensemble. How 
 is defined in data/<task>.py (Input) and in utils/ops/decide.py, for training and prediction alike.
 """
 import argparse
-import contextlib
 import dataclasses
 import functools
-import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +27,7 @@ from tqdm import tqdm
 import nets
 from data import cls, det, images, labels, seg
 from data.loader import eval_loader
-from data.results import pseudo, scenes, submissions
+from data.results import masks, pseudo, submissions
 from nets.blocks import fuse
 from utils.errors import Parser, UserError, cli
 from utils.metrics import ensemble
@@ -122,8 +120,7 @@ def main():
     args = parse_args()
     device = dist.setup(args.device, patience=timedelta(days=7))  # a rank may have the one large scene
     if args.probs and not args.weights:
-        with writing(args):
-            return combine_tables(args)
+        return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     check_ensemble(args, paths)
     if args.noisy:
@@ -134,22 +131,8 @@ def main():
     if args.soup:
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     members = load_members(args, args.task, device, paths, states)
-    with writing(args):
-        {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
+    {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
     dist.barrier()
-
-
-@contextlib.contextmanager
-def writing(args):
-    """Answers for results that cannot be written; errors of reading are UserErrors already."""
-    try:
-        yield
-    except ConnectionError:  # to a loader worker or to another rank
-        raise
-    except OSError as error:
-        what = error.filename or args.out or "the results"
-        raise UserError(f"{what}: cannot be written ({error.strerror or error}); make room, or choose another --out"
-                        ) from None
 
 
 def check_views(args):
@@ -237,8 +220,9 @@ def find_sources(args, members):
     return images.find_sources(args.source, default, members[0].inputs.pixel_scale)
 
 
-def new_folder(args, members):
-    return runs.new_folder(args.out or Path(members[0].path).parent / "predict")
+def new_folder(args, path):
+    """The folder of the results: --out, or `predict` beside the file at `path`."""
+    return runs.new_folder(args.out or Path(path).parent / "predict")
 
 
 def best_threshold(args, members, single_label=False):
@@ -259,51 +243,43 @@ def best_threshold(args, members, single_label=False):
 # ---- segmentation ----------------------------------------------------------------------------------------------------
 def predict_seg(args, device, members):
     """Masks as GeoTIFF, overlays, polygons, and the wildfire competition's y_pred.pkl."""
-    first, bands = members[0], all_bands(members)
-    files = find_sources(args, members)
+    first, bands, files = members[0], all_bands(members), find_sources(args, members)
     if len({member.inputs.resize for member in members}) > 1:
         raise UserError("--weights: some are trained on whole images (--resize), others on crops; predict them apart")
     # trained on whole images, a net gets whole images
     tile = args.tile or (2**31 if first.inputs.resize else 2 * max(member.inputs.imgsz for member in members))
+    overlap = OVERLAP if args.overlap is None else args.overlap
     sizes = {file: images.size(file) for file in files}
-    for file in files:
-        if sizes[file][0] < bands[-1]:
-            raise UserError(f"{file}: has {sizes[file][0]} bands, the checkpoint needs band {bands[-1]}; choose "
-                            f"another --source")
-    unsure = pseudo.unsure(first.state["classes"], first.state["args"].get("ignore"))
+    for file, (count, *_) in sizes.items():
+        if count < bands[-1]:
+            raise UserError(f"{file}: has {count} bands, the checkpoint needs band {bands[-1]}; choose another --source")
+    unsure = pseudo.unsure_value(first.state["classes"], first.state["args"].get("ignore")) if args.pseudo else None
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
+    views = view_options(args, decide.SEGMENTATION_VIEWS)
     parts = find_parts(args, device, files) if args.detector else {}
-    out = new_folder(args, members)
-    for folder in ("masks", *("overlays",) * args.overlays, *("polygons",) * args.polygons,
-                   *("pseudo/train_mask",) * bool(args.pseudo)):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    out = new_folder(args, members[0].path)
+    writer = masks.MaskWriter(out, overlays=first.inputs.bands if args.overlays else None, polygons=args.polygons,
+                              unsure=unsure)
 
     def predict(raw):
         """Images (B, len(bands), H, W) in the files' numbers -> the mean probabilities (B, K, H, W) of the members."""
-        count, options = len(raw), view_options(args, decide.SEGMENTATION_VIEWS)
+        count = len(raw)
         if args.compile:  # one compilation per shape of the views: a last, smaller batch is filled up
             raw = raw[torch.arange(args.bs) % count]
         raw = raw.to(device, non_blocking=True)
-        total = sum(decide.segment(m.net, m.inputs(raw, bands), side=m.inputs.side, **options) for m in members)
+        total = sum(decide.segment(m.net, m.inputs(raw, bands), side=m.inputs.side, **views) for m in members)
         return (total / len(members))[:count]
 
-    def masks_of(probs):
-        """Probabilities (B, K, H, W) -> {folder of the results: uint8 class maps (B, H, W)}."""
-        masks = decide.masks(probs, threshold).cpu()
-        found = {"masks": masks.numpy()}
-        if args.pseudo:
-            found["pseudo/train_mask"] = pseudo.sure_mask(probs, masks, args.pseudo, unsure).numpy()
-        return found
+    def maps(probs):
+        """Probabilities (B, K, H, W) -> [class maps (B, H, W) uint8, and with --pseudo those of the labels]."""
+        mask = decide.masks(probs, threshold).cpu()
+        return [mask.numpy(), *([pseudo.sure_mask(probs, mask, args.pseudo, unsure).numpy()] if args.pseudo else [])]
 
     def pieces(file, part):
-        """Yields (folder, row, column, class map (h, w)) of a part (y, x, height, width) of an image."""
-        for y, x, probs in scenes.blocks(file, part, bands, predict, tile=tile, bs=args.bs, workers=args.workers,
-                                         overlap=OVERLAP if args.overlap is None else args.overlap):
-            for folder, [mask] in masks_of(probs[None]).items():
-                yield folder, y, x, mask
-
-    def draw(file):
-        submissions.draw_mask(file, out, first.inputs.bands, overlay=args.overlays, outlines=args.polygons)
+        """Yields (row, column, class map (h, w), labels) of a part (y, x, height, width) of an image."""
+        for y, x, probs in seg.predict_windows(file, part, bands, predict, tile=tile, bs=args.bs, workers=args.workers,
+                                               overlap=overlap):
+            yield y, x, *(found[0] for found in maps(probs[None]))
 
     at_once = {file for file in files if max(sizes[file][1:]) <= tile and not args.detector}
     small, large = ([file for file in files if (file in at_once) is side] for side in (True, False))
@@ -312,27 +288,20 @@ def predict_seg(args, device, members):
     progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
-            found = masks_of(predict(batch["image"]))
+            found = maps(predict(batch["image"]))
             for k, i in enumerate(batch["index"].tolist()):
-                for folder, masks in found.items():
-                    with submissions.new_mask(small[i], out / folder) as target:
-                        target.write(masks[k], 1)
-                draw(small[i])
+                writer.write(small[i], [(0, 0, *(values[k] for values in found))])
             bar.update(len(batch["index"]) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
             if args.detector:  # pixels outside the detections are ignored in the pseudo labels
-                blank = {"masks": 0} | ({"pseudo/train_mask": unsure} if args.pseudo else {})
-                found = (piece for part in parts[file] for piece in pieces(file, part))
-                scenes.write_parts(file, sizes[file][1:], found, blank, out)
+                writer.write_parts(file, (piece for part in parts[file] for piece in pieces(file, part)))
             else:
-                scenes.write(file, pieces(file, (0, 0, *sizes[file][1:])), out)
-            draw(file)
+                writer.write(file, pieces(file, (0, 0, *sizes[file][1:])))
             bar.update(dist.world_size())
     dist.barrier()
     if dist.rank() == 0:
-        submissions.write_masks(files, sizes, out)
+        writer.finish(files)
         if args.pseudo:
-            pseudo.link(files, out / "pseudo/train_img")
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {unsure}")
         print(f"{len(files)} images: {out}")
 
@@ -354,31 +323,21 @@ def find_parts(args, device, files):
 # ---- detection -------------------------------------------------------------------------------------------------------
 def predict_det(args, device, members):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
-    first, data = members[0].state, Path(members[0].state["args"]["data"])
-    files = find_sources(args, members)
+    state, files = members[0].state, find_sources(args, members)
+    names, category_ids, threshold = state["classes"], state["category_ids"], best_threshold(args, members)
     views = det_views(args, members, files)
-    near = (data.parent if data.is_file() else data) if args.source is None else files[0].parent
-    ids = submissions.image_ids(files, near, others=args.source is not None)
-    out = new_folder(args, members)
+    ids = submissions.image_ids(files, files[0].parent, others=args.source is not None)
+    out = new_folder(args, members[0].path)
     results = detect(args, device, members, views)
-
-    names, threshold = first["classes"], best_threshold(args, members)
-    for folder in ("labels", "overlays") if args.overlays else ("labels",):
-        (out / folder).mkdir(exist_ok=True)
-    for file, size, rows in list(zip(files, views.sizes, results))[dist.rank()::dist.world_size()]:
-        (out / "labels" / f"{file.stem}.txt").write_text(submissions.yolo_lines(rows, *size))
-        if args.overlays:
-            drawn = rows[rows[:, 4] >= threshold]
-            submissions.draw_boxes(out / "overlays" / f"{file.stem}.jpg", file, size, drawn, names,
-                                   members[0].inputs.bands)
+    dropped = submissions.write_boxes(out, files, views.sizes, results, ids=ids, category_ids=category_ids,
+                                      max_mb=args.max_mb)
+    if args.overlays:
+        submissions.draw_boxes(out / "overlays", files, views.sizes, results, names=names, threshold=threshold,
+                               bands=members[0].inputs.bands)
     if dist.rank() == 0:
-        items = submissions.coco_items(results, ids, first["category_ids"])
-        (out / "coco.json").write_text(json.dumps(items))
-        submission, dropped = submissions.cut(submissions.parking_items(items), args.max_mb * 1e6)
-        (out / "submission.json").write_text(submission)
         if args.pseudo:
-            count, boxed = pseudo.write_boxes(out / "pseudo", files, views.sizes, results, names,
-                                              first["category_ids"], args.pseudo)
+            count, boxed = pseudo.write_boxes(out / "pseudo", files, views.sizes, results, names, category_ids,
+                                              args.pseudo)
             print(f"pseudo labels of {count} images, {boxed} boxes: train_det.py --extra-data {out / 'pseudo'}"
                   if count else "no pseudo labels: no box is sure enough; lower --pseudo")
         note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
@@ -440,7 +399,7 @@ def predict_cls(args, device, members):
     known, answers = cls.held_out(paths, [m.state for m in members]) if args.fit_weights else ([], None)
     for member in members:
         cls.check_bands(known + files, member.inputs.bands)
-    out = new_folder(args, members)
+    out = new_folder(args, members[0].path)
 
     found = [class_probabilities(args, device, member, known + files) for member in members]
     if args.fit_weights:
@@ -473,7 +432,7 @@ def combine_tables(args):
     if single_label and args.threshold is not None:
         raise UserError("--threshold: does nothing where the most probable class is taken; leave it out")
     probs = ensemble.average(tables, args.ensemble_weights or [1.0] * len(tables))
-    out = runs.new_folder(args.out or Path(args.probs[0]).parent / "predict")
+    out = new_folder(args, args.probs[0])
     if dist.rank() == 0:
         threshold = decide.THRESHOLD["cls"] if args.threshold is None else args.threshold
         submissions.write_classes(out, keys, probs, names, single_label, threshold)

@@ -18,7 +18,7 @@ from rasterio.features import rasterize
 from rasterio.transform import from_origin
 
 import predict
-from data.results import scenes
+from data.results.masks import MaskWriter
 from nets.unet import UNet
 from tests import test_bad_input_cls, test_predict_det
 from tests.conftest import tile, write_tif
@@ -270,12 +270,10 @@ def test_a_crop_is_as_an_image_of_its_own(script, finds, kind):
 def test_parts_that_disagree(tmp_path):
     """What one part takes for an object and the next one surely not is an object in the mask, and no label."""
     file = write_tif(tmp_path / "a.tif", np.zeros((4, 8), np.uint8))
-    for folder in ("masks", "pseudo/train_mask"):
-        (tmp_path / folder).mkdir(parents=True)
     yes, no = np.ones((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
-    pieces = [(folder, 0, x, mask) for x, mask in ((0, yes), (2, no)) for folder in ("masks", "pseudo/train_mask")]
-    pieces += [("masks", 0, 7, yes[:, :1] * 2), ("masks", 0, 0, yes[:, :1] * 2)]  # of another class, and not sure of it
-    scenes.write_parts(file, (4, 8), pieces, {"masks": 0, "pseudo/train_mask": 254}, tmp_path)
+    pieces = [(0, x, mask, mask) for x, mask in ((0, yes), (2, no))]
+    pieces += [(0, x, yes[:, :1] * 2, yes[:, :1] * 254) for x in (7, 0)]  # of another class, and not sure of it
+    MaskWriter(tmp_path, unsure=254).write_parts(file, pieces)
     for folder, row in {"masks": [2, 1, 1, 1, 0, 0, 0, 2],
                         "pseudo/train_mask": [254, 1, 254, 254, 0, 0, 254, 254]}.items():
         with rasterio.open(tmp_path / folder / "a.tif") as written:

@@ -330,7 +330,7 @@ def test_tables_alone(script, refused, tmp_path, monkeypatch):
     Path("full").mkdir()
     Path("full/submission.csv").mkdir()  # what cannot be written is answered
     monkeypatch.setattr(predict.runs, "new_folder", lambda *_: Path("full"))
-    refused(predict, *flags, says=["full/submission.csv: cannot be written", "--out"])
+    refused(predict, *flags, says=["full/submission.csv: cannot be written", "make room"])
 
 
 def member(script, net, files, out):

@@ -149,7 +149,7 @@ def test_ids(tmp_path):
     for near in (tmp_path, folder):
         assert submissions.image_ids(names, near) == [entry["id"] for entry in listed]
         assert submissions.image_ids([folder / "8.jpg"], near, others=True) == [8]  # training images, for a look
-        with pytest.raises(UserError, match="9.jpg.*not in .*Test_Images_Information.json .1 such."):
+        with pytest.raises(UserError, match="9.jpg.*not in .*Test_Images_Information.json .1 in total."):
             submissions.image_ids([names[0], folder / "9.jpg"], near, others=True)
 
 
@@ -432,7 +432,8 @@ def test_boxes_are_drawn_from_the_trainings_best_score_on(script, finder, monkey
     path, seen = weights(), []
     state = torch.load(path, weights_only=True)
     checkpoint.save(path, state | {"threshold": stored})
-    monkeypatch.setattr(predict.submissions, "draw_boxes", lambda path, file, size, rows, *rest: seen.append(len(rows)))
+    monkeypatch.setattr(predict.submissions.pictures_det, "draw_boxes",
+                        lambda rgb, corners, *rest: seen.append(len(corners)) or rgb)
     script(predict, *FLAGS, "--weights", path, "--source", "in", "--out", "out", *flags)
     assert seen == [drawn] and len(items_of("out")) == 3
 
