@@ -68,7 +68,8 @@ class Synthesizer:
         glyphs sorted by letter; x, y, side: the letter's box in pixels; angle: degrees counter-clockwise; factor: of
         the brightness.
         """
-        rngs, chosen, random = [np.random.default_rng((seed, *np.atleast_1d(key), STREAM)) for key in keys], [], []
+        rngs = [np.random.default_rng((seed, *np.atleast_1d(key), STREAM)) for key in keys]
+        chosen, random = [], []
         for rng in rngs:
             count = rng.integers(self.counts[0], self.counts[1] + 1)
             chosen.append(rng.permutation(26)[:count])
