@@ -301,7 +301,7 @@ def as_rows(found):
 @pytest.mark.parametrize("flags", [[], ["--max-det", 2], ["--conf", 0.6]], ids=["plain", "max-det", "conf"])
 def test_boxes_of_the_views_are_fused(script, finder, monkeypatch, flags):  # noqa: F811
     """Against boxes.wbf of what every view says by itself after its own suppression; views moved by hand."""
-    monkeypatch.setitem(predict.NETS, "det", Shifting)
+    monkeypatch.setattr(predict.nets, "build", lambda arch: Shifting(**arch["kwargs"]))
     picture, truth = next(found for found in (test_predict_det.scene(i, 96, 128) for i in range(100))
                           if len(found[1]) == 3)
     test_predict_det.save("1.png", picture)
@@ -328,7 +328,7 @@ def test_boxes_of_the_views_are_fused(script, finder, monkeypatch, flags):  # no
 
 def test_one_view_is_fused_with_itself_only(script, finder, monkeypatch):  # noqa: F811
     """Nothing changes, but for what suppression lets pass and overlaps by more than fusion's own 0.55."""
-    monkeypatch.setitem(predict.NETS, "det", Shifting)
+    monkeypatch.setattr(predict.nets, "build", lambda arch: Shifting(**arch["kwargs"]))
     picture, truth = test_predict_det.scene(3, 96, 128)
     test_predict_det.save("1.png", picture)
     path = test_predict_det.weights(imgsz=128)
