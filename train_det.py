@@ -78,14 +78,16 @@ def make_parser():
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring windows")
     add("--epoch-parts", type=int_range(1, 10**6), default=1, help="an epoch is one of this many parts of the data")
     add("--image-weights", action=BooleanOptionalAction, default=False, help="draw images with rare classes more often")
-    add("--multi-scale", type=float_range(0, 0.9), default=0.0, help="random batch sizes of 1 - F to 1 + F times --imgsz")
+    add("--multi-scale", type=float_range(0, 0.9), default=0.0, help="every batch at a random size, 1 - F to 1 "
+        "+ F times --imgsz")
     add("--autoanchor", action=BooleanOptionalAction, help="fit new anchors where the net's anchors do "
         "not fit the data (anchor)")
     add = parser.add_argument_group("augmentation").add_argument
     add("--mosaic", type=float_range(0, 1), default=1.0, help="probability; --mixup blends two mosaics")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
     add("--close-mosaic", type=int_range(0), default=0, help="number of last epochs without mosaic")
-    add("--hsv", type=float_range(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, saturation, value")
+    add("--hsv", type=float_range(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, "
+        "saturation, value")
     add("--degrees", type=float_range(0, 180), default=0.0, help="largest rotation")
     add("--translate", type=float_range(0, 1), help="largest shift, share of the size")
     add("--scale", type=float_range(0, 0.99), help="zoom by 1 - F to 1 + F")
@@ -143,8 +145,6 @@ def check_flags(args):
         if vars(args)[flag] != usual[flag]:
             raise UserError(f"{table.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
                             f"leave it out, or choose the other head")
-    if args.net != YOLO and args.variant != "s":
-        raise UserError(f"--variant: does nothing for --net {args.net}; leave it out")
     if args.grid == 9 and (args.degrees or args.shear):  # outer pictures would cover the objects of others
         raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
     if args.stages and args.resume is None and (args.preset, args.epochs) != ("scratch-low", args.stages[0]):
@@ -152,6 +152,8 @@ def check_flags(args):
         raise UserError(f"{flag}: does nothing with --stages, which tells the epochs of two presets; leave one out")
     with torch.device("meta"), answers_for("--net:"):
         stride = nets.build(describe_net(args, num_classes=1, in_chans=3)).stride
+    if args.net != YOLO and args.variant != "s":
+        raise UserError(f"--variant: does nothing for --net {args.net}; leave it out")
     if args.imgsz % stride:
         raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {stride}; take "
                         f"{-(-args.imgsz // stride) * stride}")

@@ -236,8 +236,8 @@ class TiledImages(Dataset):
         {"image": (height, width, C) in the file's numbers, uint8 or float32; "index": k,
          "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the file,
          "matrix": float64 (3, 3), from pixels of the file to pixels of the view}
-    boxes: per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: (height,
-    width) per view. UserError for a file without the bands.
+    boxes: per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: the same
+    per view. UserError for a file without the bands.
     """
 
     def __init__(self, files, boxes=None, *, bands, imgsz, stride, tile=None, overlap=0.25, cache=None):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import nets
+import predict
 import train_det
 from data import det, images
 from data.loader import EpochBatches
@@ -114,6 +116,38 @@ def test_the_checkpoint_says_what_prediction_needs(script, parking, head, capsys
 def finest_anchor(state):
     """Width and height in pixels of the first anchor."""
     return (state["model"]["model.24.anchors"][0, 0] * 8).tolist()
+
+
+MINE = """
+from torch import nn
+
+from nets.yolo import BINS, AnchorFreeHead
+
+
+class Mine(nn.Module):
+    strides, stride = [8, 32], 32
+
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(in_chans, 8, 8, 8), nn.Conv2d(8, 16, 4, 4)
+        self.head = AnchorFreeHead([8, 16], self.strides, num_classes)
+
+    def forward(self, x):
+        x = self.fine(x).relu()
+        return self.head([x, self.coarse(x).relu()])
+"""
+
+
+def test_a_net_of_ones_own(script, parking, tmp_path, monkeypatch):
+    """Class Mine in nets/mine.py is trained, resumed and predicted with by its name."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.setattr(nets, "__path__", [*nets.__path__, str(tmp_path)])
+    script(train_det, "--data", parking, *TINY_DET[2:], "--net", "mine.Mine")
+    assert last("exp")["arch"] == {"name": "mine.Mine", "kwargs": {"num_classes": 3, "in_chans": 3}}
+    script(train_det, "--resume", "--epochs", 2)
+    script(predict, "--task", "det", "--device", "cpu", "--amp", "off", "--conf", 0, "--max-det", 5, "--out", "out")
+    assert len(last("exp")["history"]) == 2 and len(json.loads(Path("out/coco.json").read_text())) == 3 * 5
+    sys.modules.pop("nets.mine")
 
 
 FLAGS = [["--folds", "0"], ["--grid", "9", "--mixup", "1"], ["--degrees", "20", "--shear", "5"],
@@ -547,8 +581,8 @@ def test_anchors_are_fitted_to_boxes_as_the_net_sees_them(monkeypatch):
     monkeypatch.setattr(train_det.anchors, "auto", lambda *args, **options: seen.append((args, options)) or (new, ""))
     args = SimpleNamespace(imgsz=320, anchor_threshold=2.91, seed=5)
     boxes = [np.array([[1, 0, 0, 10, 20.0], [0, 3, 4, 8, 5]]), np.zeros((0, 5)), np.array([[2, 5, 5, 105, 25.0]])]
-    train_det.fit_anchors(head, [det.Sample("", rows, size) for rows, size in zip(boxes, [(40, 80), (9, 9), (200, 100)])],
-                          args)
+    samples = [det.Sample("", rows, size) for rows, size in zip(boxes, [(40, 80), (9, 9), (200, 100)])]
+    train_det.fit_anchors(head, samples, args)
     [((wh, old), options)] = seen
     assert wh.tolist() == [[40, 80], [20, 4], [160, 32]] and options == dict(threshold=2.91, seed=5)
     assert old.tolist() == [[[stride] * 2] * 3 for stride in (8, 16, 32)]
