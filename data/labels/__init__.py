@@ -171,7 +171,8 @@ def _report(path, found, file, allow_bad):
                 write_text(file, "".join(f"{kind}: {place}\n" for kind in cases for place in cases[kind]))
             see = f"; all in {file}"
     for kind, places in cases.items():
-        line = f"{path}: {kind}: {len(places)} {'found' if kind in (CLIPPED, RESIZED) else 'left out'}, first {places[0]}{see}"
+        what = "found" if kind in (CLIPPED, RESIZED) else "left out"
+        line = f"{path}: {kind}: {len(places)} {what}, first {places[0]}{see}"
         dist.print0(line.encode(errors="backslashreplace").decode())
     dropped = {kind: len(cases[kind]) for kind in DROPPED if kind in cases}
     count = sum(dropped.values())
