@@ -1,15 +1,11 @@
-"""utils.metrics.DetectionAP against pycocotools, and against plain loops where COCO has no such number."""
+"""utils/metrics/average_precision.py against pycocotools, and against plain loops where COCO has no such number."""
 import contextlib
 import io
-import json
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -275,7 +271,6 @@ def test_the_result_can_be_asked_for_in_between():
     assert growing.compute() == pytest.approx(metric(found[:4], actual[:4]).compute(), nan_ok=True)
     growing.update(found[4:], actual[4:])
     assert growing.compute() == pytest.approx(metric(found, actual).compute(), nan_ok=True)
-    assert growing.reduce() is growing
 
 
 def test_gradients_are_not_kept():
@@ -307,12 +302,8 @@ def overlap(a, b):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_scores_of_images_against_a_loop(seed):
-    """Image by image, and by the images' numbers, in whatever order they came."""
     found, actual = case(seed, images=10, ties=False)
-    order = np.random.default_rng(seed).permutation(10)
-    result = DetectionAP(3)
-    for part in np.array_split(order, 4):
-        result.update([found[i] for i in part], [actual[i] for i in part], part)
+    result = metric(found, actual)
     threshold, _ = result.best_threshold()
     rows = result.samples([f"{i}.png" for i in range(10)])
     assert [row["name"] for row in rows] == [f"{i}.png" for i in range(10)]
@@ -326,38 +317,3 @@ def test_scores_of_images_against_a_loop(seed):
                 hits += 1
         assert (row["boxes"], row["detections"], row["hits"]) == (len(truth), len(some), hits)
         assert row["score"] == (2 * hits / (len(truth) + len(some)) if len(truth) + len(some) else 1)
-
-
-def everything(result):
-    recalls, precision = result.curve()
-    return json.loads(json.dumps([result.compute(), result.per_class(), result.best_threshold(), precision.tolist(),
-                                  result.confusion().tolist()]))
-
-
-def shard(rank, world, folder):
-    """Every second image; all of them on the second rank alone; the first 15 and the rest. The ties in order."""
-    torch.set_num_threads(1)  # OpenMP's threads did not come along with the fork
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    result = {}
-    for name, step in (("dealt", slice(rank, None, world)), ("one has all", slice(0, None if rank else 0))):
-        found, actual = case(6, images=20, ties=False)
-        result[name] = everything(metric(found[step], actual[step]).reduce())
-    found, actual = case(6, images=20)
-    part = slice(15, None) if rank else slice(0, 15)
-    gathered = metric(found[part], actual[part]).reduce()
-    assert len(gathered.gt_boxes) == 20
-    result["ties"] = everything(gathered)
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(result, file)
-    dist.destroy_process_group()
-
-
-def test_two_ranks_equal_one_process(tmp_path):
-    mp.start_processes(shard, (2, str(tmp_path)), nprocs=2, start_method="fork")  # nothing to import again
-    alone = everything(metric(*case(6, images=20, ties=False)))
-    for rank in range(2):
-        result = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert result == {"dealt": alone, "one has all": alone, "ties": everything(metric(*case(6, images=20)))}
-    half = everything(metric(*(side[::2] for side in case(6, images=20, ties=False))))
-    assert half[0] != alone[0]  # else a reduce that does nothing would pass

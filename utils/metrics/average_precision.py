@@ -6,7 +6,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.ops import boxes
-from utils.train import dist
 
 IOUS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
 AREAS = {"ap": (0, 1e10), "ap_small": (0, 32 ** 2), "ap_medium": (32 ** 2, 96 ** 2), "ap_large": (96 ** 2, 1e10)}
@@ -23,12 +22,13 @@ class DetectionAP:
 
     def __init__(self, classes, max_det=100):
         self.classes, self.max_det = classes, max_det
-        self.index, self.detections, self.gt_boxes = [], [], []  # image by image: its number; (n, 6); (m, 5)
+        self.detections, self.gt_boxes = [], []  # image by image: (n, 6) and (m, 5), float64
 
     @torch.no_grad()
-    def update(self, detections, gt_boxes, index=None):
+    def update(self, detections, gt_boxes):
         """detections: per image a tensor (n, 6) of x1 y1 x2 y2 score class, in any order, on any device; gt_boxes: per
-        image (m, 5) of x1 y1 x2 y2 class. Pixels; classes 0 .. C-1. index: the images' numbers, for samples().
+        image (m, 5) of x1 y1 x2 y2 class. Pixels; classes 0 .. C-1. Where several processes validate, each is given the
+        images of all (`TiledImages.detect` gathers them).
 
         ValueError when the lists differ in length, or a shape or a class is wrong.
         """
@@ -37,7 +37,6 @@ class DetectionAP:
         detections = [self._checked("detections", rows, 6) for rows in detections]
         self.gt_boxes += [self._checked("gt_boxes", rows, 5) for rows in gt_boxes]
         self.detections += [rows if len(rows) <= self.max_det else self._best(rows) for rows in detections]
-        self.index += [-1] * len(gt_boxes) if index is None else [int(i) for i in index]
 
     def _checked(self, name, rows, columns):
         if rows.dim() != 2 or rows.shape[1] != columns:
@@ -52,14 +51,6 @@ class DetectionAP:
         """Of each class the max_det rows with the highest scores."""
         rows = rows[rows[:, 4].argsort(descending=True, stable=True)]
         return torch.cat([rows[rows[:, 5] == c][:self.max_det] for c in rows[:, 5].unique()])
-
-    def reduce(self):
-        """Gathers the images of all ranks, if there are several: every rank calls it once, after its last update, and
-        a rank without images too. Then all have the same result; it depends on which rank had which image only where
-        scores are equal (COCO ranks equal scores in the order of the images). Returns self."""
-        self.index, self.detections, self.gt_boxes = (
-            sum(dist.gather(kept), []) for kept in (self.index, self.detections, self.gt_boxes))
-        return self
 
     def compute(self):
         """{"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"}, each 0 .. 1: means over the classes that have
@@ -118,7 +109,7 @@ class DetectionAP:
         return matrix
 
     def samples(self, files, iou=0.5):
-        """The rows of samples.csv, by index: name, score (the F1 of the image's boxes, class by class, with the
+        """The rows of samples.csv, one per image: name, score (the F1 of the image's boxes, class by class, with the
         detections from `best_threshold` on; 1 where nothing is and nothing is found), and the numbers of its
         ground-truth boxes, detections and hits."""
         threshold, rows = self.best_threshold(iou)[0], []
@@ -126,16 +117,10 @@ class DetectionAP:
         image, d, t, overlap = _pairs(kept, self.gt_boxes, iou)
         order = np.lexsort((-overlap, d, -_joined(kept, 6)[d, 4]))  # each, the best first, takes the highest IoU
         hits = np.bincount(image[order[_greedy(d[order], t[order])]], minlength=len(kept)).tolist()
-        for k in np.argsort(self.index, kind="stable"):
-            n, m = len(kept[k]), len(self.gt_boxes[k])
-            rows.append({"name": str(files[self.index[k]]), "score": 2 * hits[k] / (n + m) if n + m else 1.0,
-                         "boxes": m, "detections": n, "hits": hits[k]})
+        for file, n, m, hit in zip(files, map(len, kept), map(len, self.gt_boxes), hits):
+            rows.append({"name": str(file), "score": 2 * hit / (n + m) if n + m else 1.0, "boxes": m, "detections": n,
+                         "hits": hit})
         return rows
-
-    def boxes_of(self, number):
-        """The image of this number -> detections (n, 6) and ground truth (m, 5), float64."""
-        k = self.index.index(number)
-        return self.detections[k], self.gt_boxes[k]
 
     def _evaluate(self, ious, areas):
         """-> per class: scores (n,), the highest first, of equal ones in the order of the images; hits and counted

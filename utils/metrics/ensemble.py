@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.train import dist, runs
+from utils.files import write_json
+from utils.train import dist
 
 FACTORS = (0, 0.5, 1, 1.5, 2, 3)
 
@@ -81,8 +82,8 @@ def fit_thresholds(probs, labels):
 # ---- ensemble.json: weights by checkpoint, thresholds by class (none for single labels), flags of the prediction ----
 def write(path, checkpoints, weights, names, thresholds=(), *, flags=""):
     """checkpoints: their paths; thresholds: one per name, or none. Raises UserError when it cannot be written."""
-    runs.write_json(path, {"weights": dict(zip(map(str, checkpoints), map(float, weights))),
-                           "thresholds": dict(zip(names, map(float, thresholds))), "flags": flags})
+    write_json(path, {"weights": dict(zip(map(str, checkpoints), map(float, weights))),
+                      "thresholds": dict(zip(names, map(float, thresholds))), "flags": flags})
 
 
 def read(path, checkpoints, names, single_label, *, flags=""):

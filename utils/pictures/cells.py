@@ -8,7 +8,7 @@ import math
 
 from PIL import ImageOps
 
-from utils.files import whole_file
+from utils.files import write_text
 from utils.pictures.sheets import FAINT, GAP, INK, font, join, label, swatch
 
 WIDEST = 300  # pixels of a column of a picture
@@ -38,10 +38,8 @@ def as_csv(rows):
 
 
 def write_csv(path, rows):
-    """Writes `as_csv(rows)`, in place of an older file. What is no valid text in the name of a file is written as an
-    escape: "\\udce9". Raises UserError if the file cannot be written."""
-    with whole_file(path) as temporary:
-        temporary.write_text(as_csv(rows), encoding="utf-8", errors="backslashreplace")
+    """Writes `as_csv(rows)`, in place of an older file. Raises UserError if the file cannot be written."""
+    write_text(path, as_csv(rows))
 
 
 def as_text(rows, *, markdown=False, digits=None):

@@ -8,7 +8,6 @@ most of a row; run.json holds what they do not tell: when the run began, the cod
 time, and the name of the score.
 """
 import csv
-import fcntl
 import json
 import math
 import os
@@ -20,8 +19,8 @@ import time
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import locked, write_json, writing
 from utils.pictures import cells
-from utils.train import runs
 
 RECORDS = ("args.json", "results.csv")  # a folder with one of them is a run
 TASKS = ("seg", "det", "cls")  # projects of these names share a table
@@ -38,8 +37,8 @@ def write_note(folder, defaults):
     path = Path(folder) / "run.json"
     old = _read(path, _parse_json) or {}
     began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
-    runs.write_json(path, {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
-                           "commit": commit(Path(__file__).parent), "defaults": defaults | began})
+    write_json(path, old | {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
+                            "commit": commit(Path(__file__).parent), "defaults": defaults | began})
 
 
 def commit(folder):
@@ -105,15 +104,12 @@ def write(folder):
     project = Path(os.path.abspath(folder)).parent  # of "." too
     shared = project.name in TASKS
     path = (project.parent if shared else project) / "summary.csv"
-    try:
-        with open(path.with_name(".summary.lock"), "a") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # the last to write is the last to read: it sees all runs that have ended
-            rows = []
-            for place in [path.parent / task for task in TASKS] if shared else [project]:
-                rows += _rows(sorted({file.parent for name in RECORDS for file in place.glob(f"*/{name}")}))
-            cells.write_csv(path, [row | {"run": os.path.relpath(row["run"], path.parent)} for row in rows])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); check folder and space") from None
+    # the process that writes last has read last, so it sees runs that end at the same time
+    with writing(path), locked(path.with_name(".summary.lock")):
+        rows = []
+        for place in [path.parent / task for task in TASKS] if shared else [project]:
+            rows += _rows(sorted({file.parent for name in RECORDS for file in place.glob(f"*/{name}")}))
+        cells.write_csv(path, [row | {"run": os.path.relpath(row["run"], path.parent)} for row in rows])
 
 
 def render(projects, form="text"):

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import whole_file
+from utils.files import write_text
 
 
 class Loggers:
@@ -57,7 +57,6 @@ def make_loggers(run_dir, *, tensorboard=False, wandb=False, name="", config=Non
         except Exception as error:  # no account, no network, a deleted run: the user must settle all of them
             message = " ".join(str(error).split())
             raise UserError(f"--wandb: W&B did not start ({message}); `wandb login`, or WANDB_MODE=offline") from error
-        with whole_file(kept) as temporary:
-            temporary.write_text(run.id)
+        write_text(kept, run.id)
         sinks.append((lambda row, step: run.log(row, step=step), run.finish))
     return Loggers(sinks)
