@@ -29,7 +29,7 @@ def default_scale(files, bands):
     cut off at 0 and 1."""
     file, scale = files[0], images.default_scale(files)
     pixels = images.read_picture(file, bands, shape=reduced(images.size(file)[1:], 1024))
-    kind, least, most = images.depth(file), float(pixels.numpy().min()), float(pixels.numpy().max())
+    kind, least, most = images.header(file).dtype, float(pixels.numpy().min()), float(pixels.numpy().max())
     if least < 0:  # such as decibels, of which nothing would be left
         raise UserError(f"{file}: has {kind} pixels down to {least:g}, and all below 0 is black; add a number to the "
                         f"pixels of all images so that they begin at 0, or let it be black by --band-scale")
