@@ -146,7 +146,7 @@ def _sort_out(records, files, sizes, category_ids, place):
     for owner, category, box, label, number in records.boxes:
         height, width = sizes[owner]
         corners = [side * n for side, n in zip(box, (width, height) * 2)] if records.normalised else box
-        inside = tuple(min(max(side, 0.0), n) for side, n in zip(corners, (width, height) * 2))
+        inside = tuple(min(max(0.0, side), n) for side, n in zip(corners, (width, height) * 2))
         reasons = (not all(map(math.isfinite, corners)), category not in class_of,
                    min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE, (owner, category, inside) in seen)
         case = next(itertools.compress(DROPPED, reasons), None)
