@@ -7,6 +7,7 @@
 import csv
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,29 +17,32 @@ from torch.utils.data import Dataset
 
 from data import augment, folds, images
 from data.cache import Cache
-from data.labels.formats import same_name
+from utils.errors import UserError
+from utils.files import same_name
 from utils.ops import geometry
 from utils.train import checkpoint, dist
-from utils.errors import UserError
 
 ANSWER = "_answer"  # the competition's dirty_mnist_2nd_answer.csv belongs to the folder dirty_mnist_2nd
 COMPETITION = f"dirty_mnist_2nd{ANSWER}.csv"
+COMPETITION_TEST = "test_dirty_mnist_2nd"
 TRUTHS = {"true": 1.0, "false": 0.0}
 
 
-class Table(NamedTuple):
-    files: list     # of images, as Path
+class Samples(NamedTuple):
+    """Images and their classes, a row per image."""
+    files: list     # Path
     labels: object  # float32 (N, classes) of 0 and 1
     names: list     # of the classes
-    exclusive: bool  # one class an image
+    single_label: bool  # every image has one class
     held_out: list = ()  # True where the data set itself has the image for validation; or empty
 
 
 def read(root, *, table=None, folder=None, least=2):
-    """-> Table, of a CSV and a folder of images, or of one folder per class.
+    """-> Samples, of a CSV and a folder of images, or of one folder per class.
 
     table, folder: where they are; without: `*_answer.csv` or `train.csv` in root, and the folder of that name, of
-    several the competition's. Every image needs its row and every row its image. Raises UserError naming file and line.
+    several the competition's. Every image needs its row and every row its image. least: so many classes at least.
+    Raises UserError naming file and line.
     """
     root = Path(root)
     if not root.is_dir():
@@ -60,7 +64,7 @@ def read(root, *, table=None, folder=None, least=2):
                         f"train on")
     table = Path(table) if table else found[0]
     folder = Path(folder) if folder else root / table.stem.removesuffix(ANSWER)
-    keys, labels, names, exclusive = read_table(table, least)
+    keys, labels, names, single_label = read_table(table, least)
     file_of = find_files(folder)
     files = {}
     for key in keys:
@@ -74,7 +78,13 @@ def read(root, *, table=None, folder=None, least=2):
     spare = set(file_of.values()) - set(files)
     if spare:
         raise UserError(f"{min(spare)}: has no row in {table} ({len(spare)} such); add it, or remove the image")
-    return Table(list(files), labels, names, exclusive)
+    return Samples(list(files), labels, names, single_label)
+
+
+def test_folder(root):
+    """Where the images without answers are that predict.py reads by default: the competition's, or `test`."""
+    competition = Path(root) / COMPETITION_TEST
+    return competition if competition.is_dir() else Path(root) / "test"
 
 
 def find_files(folder):
@@ -93,10 +103,11 @@ def find_files(folder):
 
 
 def read_table(path, least=2):
-    """A CSV whose first column names the images -> keys, labels (N, classes) float32, class names, exclusive.
+    """A CSV whose first column names the images -> keys, labels (N, classes) float32, class names, and whether every
+    image has a single label.
 
-    With one more column that is the class; with several they are the classes, 0 or 1 in each row, and exclusive where
-    every row has one 1.
+    A second column that is the last one holds the class. Several further columns are the classes, 0 or 1 in each row;
+    images have a single label where every row has one 1.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # a BOM is no part of the first name
@@ -173,19 +184,19 @@ def _class_folders(root, least):
             others += [p for p in there if p.suffix.lower() not in images.SUFFIXES]
     if others:
         dist.print0(f"{root}: {len(others)} files are no TIFF, PNG or JPEG and left out, such as {others[0]}")
-    return Table(files, np.eye(len(names), dtype=np.float32)[classes], names, True, held_out if any(held_out) else ())
+    return Samples(files, np.eye(len(names), dtype=np.float32)[classes], names, True, held_out if any(held_out) else ())
 
 
 def with_names(extra, table, root):
-    """The Table of other data, its classes in the order of `table`'s; those that it lacks are not in its images.
-    UserError when it has classes that `table` has not, or several classes an image where that has one."""
+    """The Samples of other data with the classes of `table`, in that order; classes that it lacks are absent from its
+    images. UserError when it has classes that `table` does not have, or several labels per image where that has one."""
     unknown = [name for name in extra.names if name not in table.names]
-    if unknown or table.exclusive and not extra.exclusive:
+    if unknown or table.single_label and not extra.single_label:
         what = f"has the class {unknown[0][:80]}" if unknown else "has one class an image or several"
         raise UserError(f"{root}: {what}, unlike --data; correct its table, or leave --extra-data out")
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)
     labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
-    return Table(extra.files, labels, table.names, table.exclusive)
+    return Samples(extra.files, labels, table.names, table.single_label)
 
 
 def held_out(paths, states):
@@ -205,7 +216,7 @@ def held_out(paths, states):
         if table.names != state["classes"]:
             raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
         names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split
-        out = {name for name, fold in folds.read(split, names).items() if fold == settings["fold"]}
+        out = {name for name, fold in folds.read_split(split, names).items() if fold == settings["fold"]}
         found.append({file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
                       if name in out})
         if found[-1].keys() != found[0].keys():
@@ -258,13 +269,13 @@ class Images(Dataset):
 
 
 class AugmentedImages(Dataset):
-    """`views[(epoch, index)]` -> a sample of `source` and a random view of it, which depends on (seed, epoch, index)
-    only; `views[index]` -> the sample and the view of the whole. Both are the sample with
-        "matrix": float64 (3, 3) onto the net's imgsz x imgsz canvas, "hole": float32 (4,) x1, y1, x2, y2 on that
-        canvas, to be blanked, and "index".
-    The batch is warped by its matrices at once, where the net is: `see`. Images of several sizes are filled up to the
-    largest of the batch, which a turned view's corners show. options: of `augment.random_affine`.
-    source: `Images`, or data.dirty_mnist.Synthetic, which makes a new image for every (epoch, index).
+    """`data[(epoch, index)]` -> a sample of `source` and a random placement of it, which depends on (seed, epoch,
+    index) only; `data[index]` -> the sample, placed as a whole. To the sample are added
+        "matrix": float64 (3, 3) onto the net's imgsz x imgsz canvas,
+        "hole": float32 (4,) x1, y1, x2, y2 of an erased square on that canvas, "index".
+    `Input` warps the batch by its matrices on the net's device. Images of several sizes are padded by reflection to the
+    largest of the batch. options: of `augment.random_affine`.
+    source: `Images`, or dirty_mnist.Synthetic, which makes a new image for every (epoch, index).
     """
 
     def __init__(self, source, imgsz, *, seed=0, **options):
@@ -313,14 +324,23 @@ def collate(samples):
     return torch.utils.data.default_collate(samples) | {"matrix": matrices}
 
 
-def to_input(batch, imgsz, scale, mean=(0.0,), std=(1.0,), *, turn=np.eye(3)):
-    """A batch of `collate` -> the net's input (B, C, imgsz, imgsz) float32, as its matrices and holes say, in one
-    resampling. Pixel values are divided by `scale`; then mean and std, one per band or one for all, are applied.
-    turn: a matrix after the batch's own, of test-time augmentation."""
-    pixels = batch["image"].float() / scale
-    x = geometry.warp(pixels, turn @ batch["matrix"], (imgsz, imgsz), border="reflect")
-    line = torch.arange(imgsz, device=x.device) + 0.5
-    x1, y1, x2, y2 = batch["hole"].to(x.device).T[..., None]
-    inside = ((line > y1) & (line < y2))[:, None, :, None] & ((line > x1) & (line < x2))[:, None, None, :]
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (x.masked_fill_(inside, 0) - mean) / std
+@dataclass
+class Input(images.Input):
+    """What a classifier sees of images: (pixel / pixel_scale - mean) / std. mean, std: one number per band, or one for
+    all."""
+    mean: list = (0.0,)
+    std: list = (1.0,)
+
+    def __call__(self, batch, view=np.eye(3), side=None):
+        """A batch of `collate`, whose images have the input's bands -> (B, C, side, side) float32, placed by the
+        batch's matrices in one resampling, erased squares black.
+
+        view: matrix of a view of test-time augmentation, after the batch's own; side: of its canvas; None: imgsz.
+        """
+        side = side or self.imgsz
+        x = geometry.warp(self.scaled(batch["image"]), view @ batch["matrix"], (side, side), border="reflect")
+        line = torch.arange(side, device=x.device) + 0.5
+        x1, y1, x2, y2 = batch["hole"].to(x.device).T[..., None]
+        inside = ((line > y1) & (line < y2))[:, None, :, None] & ((line > x1) & (line < x2))[:, None, None, :]
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (x.masked_fill_(inside, 0) - mean) / std

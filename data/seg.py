@@ -1,21 +1,61 @@
-"""Segmentation data: image and mask files, in the wildfire competition's layout, -> tensors.
+"""Segmentation data: image and mask files in the wildfire competition's layout -> tensors -> what the net sees.
 
     DATA/train_img/train_img_17.tif    DATA/train_mask/train_mask_17.tif    DATA/test_img/test_img_3.tif
 """
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import augment, images
 from data.cache import Cache
 from utils.train import dist
 from utils.errors import UserError
+from utils.ops import tiles
 from utils.ops.geometry import warp
 
-UNKNOWN = -1  # of `presence`
+UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
+
+
+class Samples(NamedTuple):
+    """Pairs of image and mask. A list per column: names, (image path, mask path), (height, width), pixels of an object;
+    bands: how many the images have."""
+    names: list
+    pairs: list
+    sizes: list
+    areas: list
+    bands: int
+
+    @property
+    def images(self):
+        return [image for image, _ in self.pairs]
+
+    def pick(self, indices):
+        """The samples with these indices."""
+        return Samples(*([column[i] for i in indices] for column in self[:4]), self.bands)
+
+    def __add__(self, other):
+        return Samples(*(ours + theirs for ours, theirs in zip(self[:4], other[:4])), self.bands)
+
+
+def read(root, *, bands=None, classes=1, ignore=None):
+    """The training samples of a data folder, checked: sizes, band counts, mask values. -> Samples
+
+    bands: those that will be read; None: all. classes, ignore: of `read_mask`. Raises UserError naming the file.
+    """
+    matched = pairs(Path(root) / "train_img", Path(root) / "train_mask")
+    sizes, areas, counts = scan(matched.values(), bands=bands, classes=classes, ignore=ignore)
+    return Samples(list(matched), list(matched.values()), sizes, areas, counts[0])
+
+
+def test_folder(root):
+    """Where the images without masks are that predict.py reads by default."""
+    return Path(root) / "test_img"
 
 
 def pairs(image_folder, mask_folder):
@@ -69,9 +109,10 @@ def read_mask(path, classes=1, ignore=None, window=None):
 
 
 def scan(paired, *, bands=None, classes=1, ignore=None):
-    """Checks every pair before training: sizes, band counts, mask values.
+    """Checks every (image, mask) -> [(height, width)], [pixels of an object], [band count], in their order.
 
-    -> [{"size": (H, W), "bands": count, "area": positive pixels}] in the order of `paired`.
+    Raises UserError for an image without the bands, a mask of another size than its image, a wrong mask value, and,
+    where `bands` is None, images with different band counts.
     """
     def check(item):
         image, mask = item
@@ -82,27 +123,55 @@ def scan(paired, *, bands=None, classes=1, ignore=None):
         if list(labels.shape) != size:
             raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} is {tuple(size)}; make them "
                             f"equal")
-        positive = (labels > 0) & (labels != (-1 if ignore is None else ignore))
-        return {"size": tuple(size), "bands": count, "area": int(positive.sum())}
+        return tuple(size), int(objects(labels, ignore).sum()), count
 
-    with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock alone
+    paired = list(paired)
+    with ThreadPoolExecutor(4) as pool:  # decoding releases Python's lock
         found = list(tqdm(pool.map(check, paired), total=len(paired), desc="check", leave=False,
                           disable=dist.rank() > 0))
-    if bands is None and len({item["bands"] for item in found}) > 1:
-        first = next(i for i, item in enumerate(found) if item["bands"] != found[0]["bands"])
-        raise UserError(f"{paired[first][0]}: has {found[first]['bands']} bands, others {found[0]['bands']}; choose "
-                        f"--bands")
-    return found
+    sizes, areas, counts = map(list, zip(*found))
+    other = next((i for i, count in enumerate(counts) if count != counts[0]), None)
+    if bands is None and other is not None:
+        raise UserError(f"{paired[other][0]}: has {counts[other]} bands, others {counts[0]}; choose --bands")
+    return sizes, areas, counts
 
 
-def presence(mask, classes=1, ignore=None):
-    """Masks (B, H, W) of class indices -> float32 (B, classes), of binary masks (B, 1): 1 for a class that has a pixel,
-    0 for one that has none, UNKNOWN where ignored pixels may be of it, as in pseudo labels those of unsure objects are.
-    """
-    void = torch.zeros_like(mask, dtype=torch.bool) if ignore is None else mask == ignore
+def objects(mask, ignore=None):
+    """Mask (H, W) of class indices -> bool (H, W): the pixels of a class above 0."""
+    return (mask > 0) & (mask != (-1 if ignore is None else ignore))
+
+
+def present(masks, classes=1, ignore=None):
+    """Which classes an image contains, the target of the auxiliary head: masks (B, H, W) of class indices -> float32
+    (B, classes), with one class (B, 1). 1: the class has a pixel, 0: it has none, UNKNOWN: ignored pixels may belong to
+    it."""
+    void = torch.zeros_like(masks, dtype=torch.bool) if ignore is None else masks == ignore
     wanted = [1] if classes == 1 else range(classes)
-    seen = torch.stack([((mask == k) & ~void).flatten(1).any(1) for k in wanted], 1)
+    seen = torch.stack([((masks == k) & ~void).flatten(1).any(1) for k in wanted], 1)
     return seen.float().masked_fill(~seen & void.flatten(1).any(1, keepdim=True), UNKNOWN)
+
+
+@dataclass
+class Input(images.Input):
+    """What a segmentation net sees of images. mean_planes: also a constant plane per band, see `add_mean_planes`.
+    resize: whole images at imgsz x imgsz, in place of crops."""
+    mean_planes: bool = True
+    resize: bool = False
+
+    @property
+    def channels(self):
+        """How many channels the net's input has."""
+        return len(self.bands) * (1 + self.mean_planes)
+
+    @property
+    def side(self):
+        """The side to which whole images are resized for the net; None: they are not."""
+        return self.imgsz if self.resize else None
+
+    def __call__(self, pixels, bands=None):
+        """pixels (B, len(bands), H, W) in the files' numbers, bands as in `scaled` -> (B, channels, H, W) float32."""
+        x = self.scaled(pixels, bands)
+        return add_mean_planes(x) if self.mean_planes else x
 
 
 def add_mean_planes(image):
@@ -120,16 +189,16 @@ class SegData(Dataset):
     """`data[(epoch, index)]` -> an augmented crop, which depends on (seed, epoch, index) only.
     `data[index]` -> the whole tile as it is.
 
-    Both are {"image": float32 (C, H, W), "mask": uint8 (H, W), "index": int}. `len` counts every tile `repeat`
-    times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)]. windows: what of
-    each is its tile, (row, column, height, width) or None for all. gain: octaves of random brightness, see
-    `augment.gain`. p_object: how often a crop is laid over a pixel of an object. resize: whole tiles, resized, in place
-    of crops.
+    Both are {"image": float32 (C, H, W) in the file's numbers, "mask": uint8 (H, W), "index": int}. `len` counts every
+    tile `repeat` times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)].
+    windows: the part of each image that is its tile, (row, column, height, width), or None for the whole image.
+    gain: octaves of random brightness, see `augment.gain`. p_object: probability that a crop is laid over a pixel of an
+    object. resize: whole tiles are resized to imgsz x imgsz, in place of crops.
     """
 
-    def __init__(self, paired, windows=None, *, bands=None, scale=1.0, classes=1, ignore=None, imgsz=256, repeat=1,
-                 seed=0, gain=0.0, p_object=0.0, resize=False, cache=None):
-        self.paired, self.scale, self.imgsz, self.repeat, self.seed = paired, scale, imgsz, repeat, seed
+    def __init__(self, paired, windows=None, *, bands=None, classes=1, ignore=None, imgsz=256, repeat=1, seed=0,
+                 gain=0.0, p_object=0.0, resize=False, cache=None):
+        self.paired, self.imgsz, self.repeat, self.seed = paired, imgsz, repeat, seed
         self.gain, self.p_object, self.ignore, self.resize = gain, p_object, ignore, resize
         windows = windows or [None] * len(paired)
         image_files, mask_files = ([pair[side] for pair in paired] for side in (0, 1))
@@ -147,31 +216,34 @@ class SegData(Dataset):
         i = index % len(self.paired)
         image, mask = self.images[i], self.masks[i]
         if epoch is not None:
-            rng = np.random.default_rng((self.seed, epoch, index))
-            size = (self.imgsz, self.imgsz)
-            if self.resize:
-                image = images.resize(image, size)  # antialiased; what is left are flips and quarter turns
-                mask = images.nearest(mask, size)
-                matrix, border = augment.flip_turn(rng, self.imgsz), "constant"
-            else:
-                matrix, border = augment.crop_flip(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask))
-            image = warp(image, matrix, size, border=border)
-            mask = warp(mask[None], matrix, size, border=border, mode="nearest")[0]
-        image = image.float() / self.scale
-        if epoch is not None and self.gain:
-            image *= torch.from_numpy(augment.gain(rng, len(image), self.gain))
-        return {"image": image, "mask": mask, "index": i}
+            image, mask = self.augmented(np.random.default_rng((self.seed, epoch, index)), image, mask)
+        return {"image": image.float(), "mask": mask, "index": i}
+
+    def augmented(self, rng, image, mask):
+        """Image (C, H, W), mask (H, W) -> a random crop of both, imgsz x imgsz."""
+        size = (self.imgsz, self.imgsz)
+        if self.resize:
+            image = images.resize(image, size)  # antialiased; flips and quarter turns follow
+            mask = images.nearest(mask, size)
+            matrix, border = augment.flip_turn(rng, self.imgsz), "constant"
+        else:
+            matrix, border = augment.crop_flip(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask))
+        image = warp(image, matrix, size, border=border)
+        mask = warp(mask[None], matrix, size, border=border, mode="nearest")[0]
+        if self.gain:
+            image = image.float() * torch.from_numpy(augment.gain(rng, len(image), self.gain))
+        return image, mask
 
     def object_pixel(self, rng, mask):
-        """(row, column) of a random pixel with a class above 0, for crops that shall not be empty; else None."""
+        """(row, column) of a random pixel with a class above 0, for a crop that contains it; else None."""
         if not self.p_object or rng.random() >= self.p_object:
             return None
-        pixels = torch.nonzero((mask > 0) & (mask != (-1 if self.ignore is None else self.ignore)))
+        pixels = torch.nonzero(objects(mask, self.ignore))
         return pixels[rng.integers(len(pixels))].tolist() if len(pixels) else None
 
 
 class Tiles(Dataset):
-    """Some bands (from 1) of whole images, or of windows of one: {"image": (C, H, W), "index"}."""
+    """Some bands (from 1) of whole images, or of windows of one image: {"image": (C, H, W), "index"}."""
 
     def __init__(self, files, bands, windows=None):
         self.files, self.bands, self.windows = files, bands, windows
@@ -182,5 +254,24 @@ class Tiles(Dataset):
     def __getitem__(self, i):
         if not self.windows:
             image = images.read(self.files[i], self.bands)
-            return {"image": image.float(), "index": i}  # a batch may be of several dtypes
+            return {"image": image.float(), "index": i}  # images of a batch may differ in dtype
         return {"image": images.read(self.files[0], self.bands, window=self.windows[i]), "index": i}
+
+
+def predict_windows(file, part, bands, predict, *, tile, overlap, bs, workers=0):
+    """Reads a part (y, x, height, width) of an image in windows, predicts them and merges what was predicted. Yields
+    (row, column, probabilities (K, h, w)), every pixel once; memory does not grow with the image.
+
+    predict: windows (B, len(bands), h, w) in the file's numbers -> probabilities (B, K, h, w). tile: the windows' side;
+    overlap: the share of it that neighbours have in common. One window is read without workers: starting them takes
+    longer.
+    """
+    top, left, height, width = part
+    swaths = tiles.plan(height, width, tile, overlap)
+    places = [(top + y, left + x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
+    workers = workers if len(places) > 1 else 0
+    loader = DataLoader(Tiles([file], bands, places), bs, num_workers=workers)
+    maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0 or not workers)
+            for probs in predict(batch["image"]))
+    for y, x, block in tiles.merge(swaths, maps, height):
+        yield top + y, left + x, block

@@ -120,8 +120,8 @@ def init_fan_out(module):
 
 
 @contextlib.contextmanager
-def _spare_statistics(module):
-    """Inside, batch norms count into copies of their running statistics."""
+def _keep_statistics(module):
+    """Inside, batch norms update copies of their running statistics."""
     kept = [(m, dict(m.named_buffers())) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m, buffers in kept:
         for name, buffer in buffers.items():
@@ -135,12 +135,19 @@ def _spare_statistics(module):
 
 
 def recompute(module, *inputs):
-    """`module(*inputs)`, keeping no activations: they are computed again in the backward pass.
+    """`module(*inputs)` without keeping its activations: every backward pass computes them again.
 
-    The second forward pass leaves the running statistics of batch norm alone: plain checkpointing would
-    count every batch twice.
+    Only the first forward pass updates the running statistics of batch norm; plain checkpointing would count each batch
+    two times, or three times when a gradient penalty makes a second backward pass.
     """
-    if torch.compiler.is_compiling():  # a compiled second pass writes nothing
-        return checkpoint(module, *inputs, use_reentrant=False)
-    return checkpoint(module, *inputs, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), _spare_statistics(module)))
+    again = False
+
+    def forward(*inputs):
+        nonlocal again
+        context = _keep_statistics(module) if again else contextlib.nullcontext()
+        again = True
+        with context:
+            return module(*inputs)
+
+    compiling = torch.compiler.is_compiling()  # compiled code updates no statistics when it computes them again
+    return checkpoint(module if compiling else forward, *inputs, use_reentrant=False)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nets import backbones
+import nets
 from nets.blocks import ConvNorm, recompute, relu
 from nets.hrnet import HRNet, enlarge
 
@@ -28,7 +28,7 @@ class DecoderBlock(nn.Module):
         x = F.interpolate(x, size=size, mode="nearest")
         conv, n = self.conv1.conv, x.shape[1]
         y = F.conv2d(x, conv.weight[:, :n], conv.bias, padding=1)
-        if skip is not None:  # conv1 of cat(x, skip), without writing that: a tenth of a training step's time
+        if skip is not None:  # conv1(cat(x, skip)) without making the concatenation: saves a tenth of a training step
             y = y + F.conv2d(skip, conv.weight[:, n:], padding=1)
         return self.conv2(relu(self.conv1.bn(y)))
 
@@ -42,7 +42,7 @@ class Concatenation(nn.Module):
         self.conv1 = ConvNorm(sum(channels), sum(channels))
 
     def forward(self, *maps):
-        # a 1x1 convolution may as well come before the enlargement: the same sum, in less than half the time
+        # the 1x1 convolution comes before the upsampling: the same sum in less than half the time
         conv = self.conv1.conv
         first, *others = conv.weight.split([x.shape[1] for x in maps], 1)
         y = F.conv2d(maps[0], first, conv.bias)
@@ -54,28 +54,30 @@ class Concatenation(nn.Module):
 class UNet(nn.Module):
     """(B, in_chans, H, W) -> logits (B, classes, H, W), for any H and W of at least 1.
 
-    `encoder`: of backbones.NAMES. `stem_stride`: of a RegNetX; the others have 2, so that their finest skip has half of
-    the input's resolution, and the default decoder's logits are upsampled (a fifth block would reach the input's).
+    `encoder`: a name of `nets.NAMES`, or "mine.Mine". `stem_stride`: stride of a RegNetX's stem. All other encoders
+    have a stem of stride 2: their finest skip has half of the input's resolution, and the default decoder's logits are
+    upsampled (a fifth block would reach the input's resolution).
     `conv0`: widths of the 1x1 convolutions before the encoder; () leaves them out.
-    `decoder`: width per block, coarse to fine; blocks beyond the encoder's skips only upsample. Where the
-    last block is still coarser than the input, the logits are upsampled (bilinear).
-    `decoder=()`: HRNetV2 when the encoder is an HRNet: its four branches concatenated (of another encoder all maps but
-    the stem's), a 1x1 convolution as head, logits of the finest branch's resolution, upsampled.
-    `presence`: a linear layer on the encoder's coarsest map also tells which classes are in the image at all. In
-    training the output is then (logits, presence logits (B, classes)); else masks without objects come out empty: of
-    one class, no pixel is surer to be of it than it is to be there; of several (the first is background, which always
-    is there), those that are not get a logit of -30.
+    `decoder`: width of every block, coarse to fine; blocks beyond the encoder's skips only upsample. If the last block
+    is coarser than the input, the logits are upsampled (bilinear).
+    `decoder=()`: the decoder of HRNetV2. All maps of the encoder but the stem's (the four branches of an HRNet) are
+    concatenated, the head is a 1x1 convolution, and its logits are upsampled.
+    `aux_cls`: an auxiliary head, a linear layer on the encoder's coarsest map, predicts which classes the image
+    contains. In training the output is then (logits, class logits (B, classes)). In prediction it clears masks: with
+    one class, pixel logits are capped by the image-level logit of the class; with several classes (class 0 is the
+    background, which every image contains), the pixel logits of absent classes are set to -30.
     Raises ValueError when the blocks would go beyond the input's resolution, or leave branches of an HRNet unused.
     """
 
     def __init__(self, encoder="regnetx_002", in_chans=14, classes=1, conv0=(32, 32), decoder=(128, 64, 48, 32),
-                 presence=False, stem_stride=1, grad_checkpoint=False):
+                 aux_cls=False, stem_stride=1, grad_checkpoint=False):
         super().__init__()
         self.conv0 = nn.ModuleList()
-        for width in conv0:  # no norm: a batch statistic would mix the scales that these layers are to undo
+        for width in conv0:  # no norm: batch statistics would mix the scales that these layers compensate
             self.conv0.append(nn.Conv2d(in_chans, width, 1))
             in_chans = width
-        self.encoder = backbones.make(encoder, in_chans, stem_stride=stem_stride, grad_checkpoint=grad_checkpoint)
+        options = {"stem_stride": stem_stride} if encoder.startswith("regnetx") else {}
+        self.encoder = nets.make(encoder, in_chans, grad_checkpoint=grad_checkpoint, **options)
         *skips, cin = self.encoder.channels
         self.decoder = nn.ModuleList()
         for width in decoder:
@@ -89,15 +91,15 @@ class UNet(nn.Module):
         if self.coarse < 1:
             raise ValueError(f"a decoder of {len(decoder)} blocks gives more pixels than the input has; "
                              f"give it at most {int(math.log2(self.stride))}")
-        if isinstance(self.encoder, HRNet) and len(decoder) in (1, 2):  # without gradients there, DDP would fail
+        if isinstance(self.encoder, HRNet) and len(decoder) in (1, 2):  # DDP fails for parameters without gradients
             raise ValueError(f"a decoder of {len(decoder)} blocks leaves {encoder}'s finer branches unused; "
                              f"give it at least 3, or none")
-        self.presence = nn.Linear(self.encoder.channels[-1], classes) if presence else None
+        self.aux_cls = nn.Linear(self.encoder.channels[-1], classes) if aux_cls else None
         self.grad_checkpoint = grad_checkpoint
 
     @property
     def stride(self):
-        """Inputs whose sides are multiples of this come through without rounding."""
+        """The stride of the coarsest map: inputs whose sides are multiples of it need no cropping."""
         return self.encoder.strides[-1]
 
     def forward(self, x):
@@ -105,7 +107,7 @@ class UNet(nn.Module):
         for conv in self.conv0:
             x = relu(conv(x))
         *skips, y = self.encoder.features(x)
-        present = self.presence(y.mean((2, 3))) if self.presence else None
+        present = self.aux_cls(y.mean((2, 3))) if self.aux_cls else None
         for block in self.decoder:
             if isinstance(block, Concatenation):
                 inputs = (*skips[1:], y)
@@ -122,8 +124,3 @@ class UNet(nn.Module):
             return torch.minimum(y, present[:, :, None, None])
         absent = (present < 0) & (torch.arange(y.shape[1], device=y.device) > 0)
         return y.masked_fill(absent[:, :, None, None], -30)
-
-
-def probabilities(logits):
-    """Logits (B, C, H, W) -> fp32 probabilities: sigmoid for one class, else softmax."""
-    return logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(1)

@@ -12,8 +12,8 @@ from torch import nn
 import predict
 import train_seg
 from nets import pretrained
-from nets.backbones import NAMES as ENCODERS
-from nets.backbones import make as make_encoder
+from nets import NAMES as ENCODERS
+from nets import make as make_encoder
 from nets.blocks import fuse
 from nets.efficientnet import VARIANTS, Block, EfficientNetV2, SameConv, drop_path
 from nets.unet import UNet

@@ -30,7 +30,7 @@ def no_plots(request, monkeypatch):
 
 def train(folder, *, epochs=2, size=26, bs=4, seed=0, lr=0.02, optimizer="adamw", momentum=0.9, weight_decay=0.01,
           schedule="cosine", period=10, total=None, dropout=0.3, net=None, ema=True, faults=(), evaluate="toy",
-          compute_loss=None, resume=False, workers=0, **options):
+          compute_loss=None, resume=False, workers=0, swa=None, **options):
     """engine.fit on the toy data. `total`: epochs that schedule and average reckon with. Returns the state."""
     folder.mkdir(exist_ok=True)
     faults = Faults(faults)
@@ -43,10 +43,14 @@ def train(folder, *, epochs=2, size=26, bs=4, seed=0, lr=0.02, optimizer="adamw"
         schedule = optim.make_schedule(schedule, steps_per_epoch=steps, epochs=total or epochs, period=period)
     if evaluate == "toy":
         evaluate = make_evaluate(eval_loader(Data(10), 4), CPU, faults)
-    return engine.fit(model, loader, optimizer, schedule, compute_loss or make_loss(faults), evaluate, folder=folder,
-                      header={"task": "toy", "arch": {"name": "Net"}, "args": {}}, epochs=epochs, device=CPU, seed=seed,
-                      ema=optim.make_ema(model, steps * (total or epochs)) if ema else None,
-                      resume=checkpoint.load(folder / "last.pt") if resume else None, **{"amp": "off"} | options)
+    state = engine.State(model, optimizer, schedule, device=CPU, swa=swa,
+                         ema=optim.make_ema(model, steps * (total or epochs)) if ema else None,
+                         **{"amp": "off"} | {k: options.pop(k) for k in ("amp", "accumulate", "clip", "compile")
+                                             if k in options})
+    engine.fit(state, loader, compute_loss or make_loss(faults), evaluate, folder=folder, epochs=epochs, seed=seed,
+               header={"task": "toy", "arch": {"name": "Net"}, "args": {}},
+               resume=checkpoint.load(folder / "last.pt") if resume else None, **options)
+    return state
 
 
 def weights(state):
@@ -393,7 +397,7 @@ def test_ema_may_be_switched(tmp_path, before, after):
     assert (saved["ema"] is not None) == after and saved["ema_steps"] == (7 if after else 0)
     train(tmp_path / "done", ema=before)
     done = train(tmp_path / "done", ema=after, resume=True)  # nothing is left to train: what is judged has been trained
-    assert differences(done.judged.state_dict(), done.model.state_dict()) == []
+    assert differences(done.eval_model.state_dict(), done.model.state_dict()) == []
     if after:  # it began with the trained weights, not with the new net's random ones
         gap = (state.ema.module.conv1.weight - state.model.conv1.weight).abs().max()
         assert 0 < gap < (Net().conv1.weight - state.model.conv1.weight).abs().max() / 5

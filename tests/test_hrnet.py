@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from nets import pretrained
-from nets.backbones import NAMES as ENCODERS
-from nets.backbones import make as make_encoder
+from nets import NAMES as ENCODERS
+from nets import make as make_encoder
 from nets.blocks import fuse
 from nets.hrnet import VARIANTS, HighResolutionModule, HRNet, enlarge
 from nets.unet import Concatenation, UNet

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import mix
-from nets import backbones
+import nets
 from nets.blocks import silu
 from utils import losses
 
@@ -229,7 +229,7 @@ def test_percent_map_finds_the_object():
 @pytest.mark.parametrize("name", ["regnetx_002", "repvgg_a0", "efficientnetv2_b0"])
 def test_maps_of_our_nets_are_those_before_the_classifier(name):
     """As cam's docstring has it: what the classifier says of the maps is, on average, what the net says."""
-    net = backbones.make(name, 3, 5).eval()
+    net = nets.make(name, 3, 5).eval()
     x = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
         maps = net.features(x)[-1]

@@ -10,10 +10,11 @@ import timm
 import torch
 from torch import nn
 
-from nets.backbones import make as make_encoder
+from nets import make as make_encoder
 from nets.blocks import ConvNorm, fuse, recompute, relu
 from nets.regnet import VARIANTS, Block, RegNetX
-from nets.unet import UNet, probabilities
+from nets.unet import UNet
+from utils.ops.decide import probabilities
 
 
 def count(module):

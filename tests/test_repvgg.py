@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from nets import pretrained
-from nets.backbones import NAMES as ENCODERS
-from nets.backbones import make as make_encoder
+from nets import NAMES as ENCODERS
+from nets import make as make_encoder
 from nets.blocks import fuse
 from nets.repvgg import VARIANTS, Block, RepVGG
 from nets.unet import UNet

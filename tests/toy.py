@@ -21,8 +21,8 @@ from torch import nn
 
 from data import loader as loader_module
 from data.loader import eval_loader, train_loader
-from utils.train import checkpoint, dist, engine, optim
-from utils.train.args import setup_run, train_parser
+from utils.train import checkpoint, dist, engine
+from utils.train.args import setup_run, train_parser, training
 from utils.errors import UserError, cli
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "stop": signal.SIGSTOP}
@@ -183,17 +183,10 @@ def main():
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
     val = eval_loader(Data(args.val, faults=faults), max(1, args.bs // dist.world_size()), workers=args.workers)
-    steps = -(-len(loader) // args.accumulate)
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay), lr=args.lr)
-    schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=args.epochs, period=args.period,
-                                   warmup_epochs=args.warmup_epochs)
-    ema = optim.make_ema(model, steps * args.epochs) if args.ema else None
+    state, options = training(args, folder, model, loader, device)
     header = {"task": "toy", "arch": {"name": "Net", "kwargs": {}}, "args": vars(args)}
-    engine.fit(model, loader, optimizer, schedule, make_loss(faults),
-               make_evaluate(val, device, faults) if args.val else None, folder=folder, header=header,
-               epochs=args.epochs, device=device, resume=resume, accumulate=args.accumulate, clip=args.clip,
-               amp=args.amp, ema=ema, compile=args.compile, seed=args.seed, patience=args.patience,
-               save_period=args.save_period)
+    engine.fit(state, loader, make_loss(faults), make_evaluate(val, device, faults) if args.val else None,
+               folder=folder, header=header, resume=resume, **options)
     faults("end")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import predict
-from nets import backbones
+import nets
 from tests.bench.timing import clock, in_turn, show, training_step
 from utils import losses
 from utils.train import dist, engine, optim
@@ -29,7 +29,7 @@ def make(name, ours):
     drop = {"drop_rate": 0.5, "drop_path_rate": 0.2} if name.startswith("efficientnetv2") else {}
     torch.manual_seed(0)
     if ours:
-        return backbones.make(name, 1, CLASSES, **drop)
+        return nets.make(name, 1, CLASSES, **drop)
     name = f"tf_{name}" if name.startswith("efficientnetv2") else name
     return timm.create_model(name, in_chans=1, num_classes=CLASSES, **drop)
 
@@ -80,7 +80,7 @@ def predictors(name, x, device, compiled):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--net", choices=[n for n in backbones.NAMES if not n.endswith("_tv")],
+    parser.add_argument("--net", choices=[n for n in nets.NAMES if not n.endswith("_tv")],
                         default="efficientnetv2_s")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--bs", type=int, default=8)

@@ -7,6 +7,7 @@ up: the seven bands, nothing before the encoder. --ema, --bce and --gain give it
 validation IoU of the last epoch, plain and with flip-TTA; train_seg.py's results.json has the same numbers of our net.
 """
 import argparse
+import functools
 import tempfile
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def main():
     optimizer = optim.make_optimizer("adamw", optim.param_groups(model, 0.01), lr=1e-3)
     schedule = optim.make_schedule("cosine", steps_per_epoch=len(loader), epochs=args.epochs)
     ema = optim.make_ema(model, len(loader) * args.epochs) if args.ema else None
+    state = engine.State(model, optimizer, schedule, device=device, ema=ema)
 
     def compute_loss(model, batch):
         logits = model(batch["image"])
@@ -69,12 +71,9 @@ def main():
         return metric.compute()
 
     with tempfile.TemporaryDirectory() as folder:
-        state = engine.fit(model, loader, optimizer, schedule, compute_loss, evaluate, folder=Path(folder),
-                           header={"task": "seg", "arch": {}}, epochs=args.epochs, device=device, ema=ema,
-                           seed=args.seed, save_period=0)
-    judged = ema.module if ema else model
-    with torch.inference_mode(), engine.autocast(device, engine.precision("auto", device)):
-        scores = evaluate(judged.eval(), flips=True)
+        engine.fit(state, loader, compute_loss, evaluate, folder=Path(folder), header={"task": "seg", "arch": {}},
+                   epochs=args.epochs, seed=args.seed, save_period=0)
+    scores = engine.evaluate_on(state, functools.partial(evaluate, flips=True))
     print(f"smp, seed {args.seed}, ema {args.ema}, bce {args.bce}, gain {args.gain}: "
           f"last epoch iou {state.scores[-1]:.4f}, with flip-TTA {scores['iou']:.4f}")
 

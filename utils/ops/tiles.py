@@ -39,6 +39,13 @@ def partition(size, tile):
             for x, right in zip(edges[1], edges[1][1:])]
 
 
+def of_images(sizes, cut):
+    """sizes: (height, width) of images; cut(size) -> windows as `cover` and `partition` give them -> per tile the index
+    of its image, and its window; None where the whole image is one tile."""
+    pairs = [(i, window) for i, size in enumerate(sizes) for window in cut(size) or [None]]
+    return [i for i, _ in pairs], [window for _, window in pairs]
+
+
 def plan(height, width, tile, overlap, swath=SWATH):
     """-> [(first column, end column, rows, columns)]: per swath, the windows' first rows and first columns.
 

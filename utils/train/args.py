@@ -1,11 +1,10 @@
 """The flags that mean the same in every script, and what happens between the command line and the run."""
 import argparse
-import copy
-import math
 
 from utils.pictures import charts, table
-from utils.train import dist, optim, runs
+from utils.train import dist, engine, optim, runs
 from utils.errors import Parser, UserError
+from utils.files import write_json
 from utils.train.swa import SWA, with_swa
 
 
@@ -14,23 +13,21 @@ KEPT = ("weights", "preset", "folds", "fold", "groups", "drop_noisy")  # a resum
 
 def int_range(low, high=2**31):
     """argparse type: an integer from low to high."""
-    def parse(text):
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-    parse.__name__ = "whole number"
-    return parse
+    return _range(int, "whole number", low, high)
 
 
 def float_range(low, high=1e9):
     """argparse type: a finite number from low to high."""
+    return _range(float, "number", low, high)
+
+
+def _range(convert, name, low, high):
     def parse(text):
-        value = float(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        value = convert(text)
+        if not low <= value <= high:  # NaN is not, either
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-    parse.__name__ = "number"
+    parse.__name__ = name  # argparse shows it
     return parse
 
 
@@ -110,6 +107,18 @@ def train_parser(description, task, **defaults):
     add("--patience", type=int_range(0), default=0, help="stop after so many epochs without a better score; 0: never")
     add("--seed", type=int_range(0), default=0, help="of weights, order and augmentation")
 
+    add = parser.add_argument_group("input and augmentation").add_argument
+    add("--bands", type=band_list, help="such as 1-7 or 7,5,3; without, or all: all of the first image")
+    add("--pixel-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it; without: 65535 for "
+        "uint16, 255 for uint8, else 1")
+    add("--mixup", type=float_range(0, 1), default=0.0, metavar="P", help="probability that images are blended")
+    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses a grid "
+        "of squares")
+    add("--cutout", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses one square")
+    add("--cutout-size", type=float_range(0.01, 0.99), default=0.5, help="side of that square, share of the image's")
+    add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="share of the labels that is spread evenly "
+        "over the classes")
+
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
@@ -136,73 +145,107 @@ def train_parser(description, task, **defaults):
     return parser
 
 
-def setup_run(parser, argv=None, *, needs=None):
-    """Parses, joins the process group, opens the run. Returns (args, device, run folder, state or None).
+def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
+    """What a training script begins with: flags, then device and process group, then the run folder.
 
-    needs: {flag: others that do nothing without it}; UserError where one of those is given alone.
-    With --resume the run's own flags hold; those given again on the command line override, and are reported.
+    needs: {flag: flags that have no effect without it}. check(args): raises UserError for flags that are wrong together.
+    Flags are refused before there is a run folder; with --resume, it is the flags of the resumed run that are checked.
+    Returns (args, torch.device, the run folder's Path, the checkpoint to go on from or None).
     """
-    args, given = parser.parse_args(argv), vars(_given(parser, argv))
-    needs = {"swa": ("swa_lr", "swa_cycle")} | (needs or {})
-    if args.resume is None:  # else beside the run's own
-        _check_flags(parser, args, given, needs)
+    args = parser.parse_args(argv)
+    unset = object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    given = {flag: value for flag, value in given.items() if value is not unset}  # on the command line
+
+    def check_all(args):
+        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",)} | (needs or {}))
+        check(args)
+
+    if args.resume is None:
+        check_all(args)
     device = dist.setup(args.device)
-    folder, state = runs.open_run(args.project, args.name, args.resume)
-    if state:
-        stored = {k: v for k, v in state["args"].items() if k in vars(args)}
+    args, folder, resume = begin_run(parser, args, given, check_all)
+    return args, device, folder, resume
+
+
+def begin_run(parser, args, given=None, check=lambda args: None):
+    """Opens the run folder of `args` and writes down its flags -> (args, folder, the checkpoint to go on from or None).
+
+    When a run is resumed, its own flags hold. given: {flag: value} that override them, which is reported, and `check`
+    is called with the result. A script may begin further runs, each with a name of its own: when torchrun restarts the
+    script, each of them goes on in its folder.
+    """
+    given = given or {}
+    folder, resume = runs.open_run(args.project, args.name, args.resume)
+    if resume:
+        stored = {flag: value for flag, value in _present_names(resume["args"]).items() if flag in vars(args)}
         stored["device"] = args.device  # it may be another machine
-        for flag in KEPT:
-            if args.resume is not None and flag in given and given[flag] != stored.get(flag):
-                raise UserError(f"--{flag.replace('_', '-')}: a resumed run keeps its own; leave it out, or start a "
-                                f"new run")
         for flag, value in given.items():
-            if flag != "resume" and stored.get(flag) != value and dist.rank() == 0:
-                print(f"--{flag.replace('_', '-')}: {value} instead of the run's {stored.get(flag)}")
-        args = argparse.Namespace(**{**vars(args), **stored, **given})
-        _check_flags(parser, args, given, needs)
+            if flag in KEPT and value != stored.get(flag):
+                raise UserError(f"{_word(flag)}: a resumed run keeps its own; leave it out, or start a new run")
+            if flag != "resume" and value != stored.get(flag):
+                dist.print0(f"{_word(flag)}: {value} instead of the run's {stored.get(flag)}")
+        args = argparse.Namespace(**vars(args) | stored | given)
+        check(args)
     if args.debug:
         args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
-    if args.bs % dist.world_size():
-        raise UserError(f"--bs {args.bs}: not divisible by the {dist.world_size()} processes; make it a multiple")
     if dist.rank() == 0:
-        if not state:  # else in engine.fit, when it has been accepted
-            runs.write_json(folder / "args.json", vars(args))
+        if not resume:  # else engine.fit writes them, when it has accepted the checkpoint
+            write_json(folder / "args.json", vars(args))
         table.write_note(folder, vars(parser.parse_args([])))
-        print(f"{'resuming' if state else 'run'}: {folder}" + (f" at step {state['step']}" if state else ""))
-    return args, device, folder, state
+        print(f"resuming: {folder} at step {resume['step']}" if resume else f"run: {folder}")
+    return args, folder, resume
+
+
+def _word(flag):
+    """The flag as it stands on the command line."""
+    return f"--{flag.replace('_', '-')}"
+
+
+def _present_names(flags):
+    """The flags of a run, which may be of the first edition, under the names that they have now."""
+    if "pixel_scale" in flags:
+        return flags
+    old = {"pixel_scale": "band_scale" if "band_scale" in flags else "scale", "aux_cls": "presence"}
+    renamed = {name: flags[before] for name, before in old.items() if before in flags}
+    if "net" in flags:  # classification: --cutout was the side of a square that half of the images lost
+        side = flags.get("cutout", 0)
+        renamed |= {"cutout": 0.5, "cutout_size": side} if side else {"cutout": 0.0}
+    return flags | renamed
 
 
 def _check_flags(parser, args, given, needs):
-    """UserError for a flag of those given that does nothing beside the others. What a resumed run had is left as it is.
-    """
+    """UserError for flags that the processes cannot share, and for given ones that have no effect beside the others."""
+    if args.bs % dist.world_size():
+        raise UserError(f"--bs {args.bs}: not divisible by the {dist.world_size()} processes; make it a multiple")
     for flag, others in needs.items():
-        idle = [other for other in others if other in given and given[other] != parser.get_default(other)]
-        if idle and not getattr(args, flag):
-            idle, missing = (name.replace("_", "-") for name in (idle[0], flag))
-            raise UserError(f"--{idle}: does nothing without --{missing}; leave it out, or give both")
+        for other in others:
+            if not getattr(args, flag) and given.get(other, parser.get_default(other)) != parser.get_default(other):
+                raise UserError(f"{_word(other)}: does nothing without {_word(flag)}; leave it out, or give both")
     for flag, waits in {"patience": args.patience, "schedule plateau": args.schedule == "plateau",
                         "fold": args.fold}.items():
         if waits and _is_zero(args.folds) and given.keys() & {flag.split()[0], "folds"}:
-            raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
+            raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out for validation; leave one out")
     mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
     if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
-        raise UserError(f"{', '.join(f'--{flag}' for flag in mixing)}: happen instead of one another, their shares "
-                        f"exceed 1 in all; lower one")
+        raise UserError(f"{', '.join(map(_word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
+                        f"total; lower one")
 
 
 def _is_zero(folds):
-    """Whether --folds is 0, as data.folds.parse reads it: no validation."""
+    """Whether --folds is 0, as data.folds.parse_folds reads it: no validation."""
     try:
         return float(folds) == 0
-    except (TypeError, ValueError):  # None, a file
+    except (TypeError, ValueError):  # None, or a file
         return False
 
 
-def training(args, folder, model, loader, *, part=1.0, weight_decay=None, eps=1e-8):
-    """-> the keyword arguments of engine.fit that the shared flags decide: optimizer, schedule, averages, records.
+def training(args, folder, model, loader, device, *, part=1.0, weight_decay=None, eps=1e-8,
+             summed_over=1):
+    """What the shared flags decide -> (engine.State, the keyword arguments of engine.fit: epochs, records, ...).
 
     part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
-    count passes. weight_decay: in place of --weight-decay.
+    count passes. weight_decay: in place of --weight-decay. eps: of the Adams. summed_over: see engine.State.
     """
     steps, epochs = -(-len(loader) // args.accumulate), round(args.epochs / part)
     decay = args.weight_decay if weight_decay is None else weight_decay
@@ -211,20 +254,12 @@ def training(args, folder, model, loader, *, part=1.0, weight_decay=None, eps=1e
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
     swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
-    return dict(
-        optimizer=optim.lookahead(optimizer, args.lookahead), epochs=epochs,
-        schedule=with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa),
-        ema=optim.make_ema(model, steps * epochs) if args.ema else None, swa=SWA(model, **swa) if args.swa else None,
-        loggers=charts.make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
-                                  config=vars(args)),
-        **{name: vars(args)[name] for name in ("accumulate", "clip", "amp", "compile", "seed", "patience",
-                                               "save_period")})
-
-
-def _given(parser, argv):
-    """Only the flags that stand on the command line."""
-    bare = copy.deepcopy(parser)
-    for action in bare._actions:
-        action.default = argparse.SUPPRESS
-    bare._defaults = {}
-    return bare.parse_args(argv)
+    schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa)
+    state = engine.State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
+                         ema=optim.make_ema(model, steps * epochs) if args.ema else None,
+                         swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
+                         clip=args.clip, compile=args.compile, summed_over=summed_over)
+    loggers = charts.make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
+                                  config=vars(args))
+    return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,
+                       loggers=loggers)

@@ -59,6 +59,40 @@ def load(path):
         return state
 
 
+def convert(state, path):
+    """A checkpoint of the first edition, which has no "input", -> the same as today's scripts write it.
+
+    There, what the net sees stood in keys of its own, nets had other names, single_label was called exclusive, and the
+    auxiliary head of the UNet presence. Raises UserError where such a key is missing.
+    """
+    if "input" in state or state["task"] not in ("seg", "det", "cls"):
+        return state
+    state, arch = dict(state), state["arch"]
+    try:
+        kwargs = dict(arch["kwargs"])
+        inputs = {"bands": state.pop("bands"), "pixel_scale": state.pop("scale"), "imgsz": state.pop("imgsz")}
+        if state["task"] == "seg":
+            inputs |= {"mean_planes": state.pop("mean_planes"), "resize": state.pop("resize", False)}
+            kwargs["aux_cls"] = kwargs.pop("presence", False)
+            for key in ("model", "ema", "swa"):
+                state[key] = {name.replace("presence.", "aux_cls."): tensor
+                              for name, tensor in state[key].items()} if state.get(key) else state.get(key)
+        elif state["task"] == "cls":
+            inputs |= dict(zip(("mean", "std"), state.pop("norm")))
+            state["single_label"] = state.pop("exclusive")
+        elif state.get("optimizer"):  # its loss was a sum over the images of a step; now it is their mean
+            count = state["args"]["bs"] * state["args"]["accumulate"]
+            moments = {"exp_avg": count, "exp_avg_sq": count ** 2, "momentum_buffer": count}
+            state["optimizer"] = state["optimizer"] | {"state": {
+                i: {name: value / moments[name] if name in moments and value is not None else value
+                    for name, value in entry.items()}
+                for i, entry in state["optimizer"]["state"].items()}}
+        name = {"UNet": "unet.UNet", "YOLOv5": "yolo.YOLOv5"}.get(arch["name"]) or kwargs.pop("name")
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(OTHER_VERSION.format(path)) from None
+    return state | {"arch": {"name": name, "kwargs": kwargs}, "input": inputs}
+
+
 def _read(path):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -66,6 +100,7 @@ def _read(path):
         _check(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         _check_content(path, state)
+        state = convert(state, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train one, or give its path") from None
     except UserError:
@@ -124,7 +159,7 @@ def average(paths, states):
     shapes = [{name: tensor.shape for name, tensor in part.items()} for part in weights]
     for path, state, shape in zip(paths, states, shapes):
         same = all(state.get(key) == states[0].get(key)
-                   for key in ("arch", "classes", "exclusive", "bands", "scale", "norm", "resize"))
+                   for key in ("arch", "classes", "single_label", "input"))
         if shape != shapes[0] or not same:
             raise UserError(f"{path}: is another net than {paths[0]}; weights can be averaged of one only, leave out "
                             f"--soup")

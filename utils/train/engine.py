@@ -3,10 +3,11 @@
 A script gives two functions, and this is all that the loop knows about its task:
 
     compute_loss(model, batch) -> (loss, {name: value})      loss: mean over the batch
-    evaluate(model) -> {name: value}                         the first value is the score, higher is better
+    evaluate(model) -> {name: value}                         the first value is the score, higher is better;
+                                                             "threshold" is kept for prediction and is no metric
 
 The state of a run is: weights, their averages, optimizer, scaler, the number of optimizer steps done, the running
-epoch's losses, and a row and a score per finished epoch. Everything else follows from these: position in the data,
+epoch's losses, a row per finished epoch, the name of the score, and the threshold. Everything else follows from these: position in the data,
 learning rate, best score. Random numbers do too: torch's generators are seeded from (seed, epoch, batch, rank) before
 every batch. A run that is killed anywhere and resumed therefore ends with the same bits as one that was not.
 """
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from utils.pictures import charts, table
 from utils.train import checkpoint, dist, runs
 from utils.errors import NumericalError, Stopped, UserError
+from utils.files import write_json
 from utils.train.optim import set_lr
 
 SAVE_MINUTES = 10  # within long epochs
@@ -100,24 +102,77 @@ class Signals:
 
 
 class State:
-    """Everything that a run is: what a checkpoint holds besides the header."""
+    """A run: its weights, their averages, its optimizer, and how far it has come. It makes the optimizer steps.
 
-    def __init__(self, model, optimizer, ema, swa, *, device, dtype, steps_per_epoch):
-        self.model, self.optimizer, self.ema, self.swa = model, optimizer, ema, swa
-        self.device, self.dtype, self.steps_per_epoch = device, dtype, steps_per_epoch
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self.step = 0  # optimizer steps done
-        self.history, self.scores = [], []  # a row and a score per finished epoch
-        self.sums = {}  # of the running epoch's losses
+    model: the net, trained in place. optimizer: `optim.make_optimizer`. schedule: `optim.make_schedule`.
+    ema: `optim.make_ema`; these weights are evaluated. swa: `swa.SWA`; these are evaluated after the last epoch.
+    amp: see `precision`. accumulate: batches per optimizer step; the last step of an epoch may have fewer.
+    clip: largest norm of a step's gradient, 0: no limit. compile: whether to train the net through torch.compile.
+    summed_over: learning rate, weight decay and `clip` are meant for the gradients of a loss that is a sum over so many
+    images, as in the recipes of YOLOv5; the gradients of the mean are multiplied by it. No effect on the loss shown.
+    """
+
+    def __init__(self, model, optimizer, schedule, *, device, ema=None, swa=None, amp="auto", accumulate=1, clip=0.0,
+                 compile=False, summed_over=1):
+        self.model, self.optimizer, self.schedule, self.ema, self.swa = model, optimizer, schedule, ema, swa
+        self.device, self.accumulate, self.clip, self.summed_over = device, accumulate, clip, summed_over
+        self.dtype = precision(amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.net = torch.compile(model) if compile else model
+        if dist.world_size() > 1:  # buffers: `fit` gives rank 0's to all before they are used
+            self.net = DistributedDataParallel(self.net, device_ids=[device] if device.type == "cuda" else None,
+                                               gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.step, self.steps_per_epoch = 0, 0  # optimizer steps done, and in an epoch; `fit` sets the latter
+        self.history, self.sums = [], {}  # a row per finished epoch; sums of the running epoch's losses
+        self.score, self.threshold = None, None  # the name of the score, and the threshold of the last evaluation
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     @property
     def eval_model(self):
-        """The weights that count: the averaged ones where the run keeps them."""
+        """The model that is evaluated: the EMA weights if the run has them, else the trained ones."""
         return self.ema.module if self.ema else self.model
 
+    @property
+    def scores(self):
+        """The scores of the epochs that were evaluated. NaN counts as the lowest."""
+        scores = [row[self.score] for row in self.history if self.score in row]
+        return [-math.inf if math.isnan(score) else score for score in scores]
+
+    def train_batch(self, compute_loss, batch, index, batches):
+        """Trains on batch `index` of an epoch of `batches`. Returns whether this completed an optimizer step."""
+        first = index - index % self.accumulate  # of this step's batches; an epoch's last step may have fewer
+        count = min(self.accumulate, batches - first)
+        last = index == first + count - 1
+        # gradients travel between ranks once per step, in its last backward pass
+        with contextlib.nullcontext() if last or dist.world_size() == 1 else self.net.no_sync():
+            with autocast(self.device, self.dtype):
+                loss, parts = compute_loss(self.net, to_device(batch, self.device))
+            self.scaler.scale(loss * self.summed_over / count).backward()
+        self.finite &= loss.detach().isfinite()
+        for name, value in {"loss": loss, **parts}.items():  # summed where they are: nobody waits for the GPU
+            value = torch.as_tensor(value, device=self.device).detach().float()
+            self.sums[name] = self.sums.get(name, 0) + value
+        if last:
+            self._update()
+        return last
+
+    def _update(self):
+        """The optimizer step, after the backward passes of its batches."""
+        set_lr(self.optimizer, self.schedule(self.step, self.scores), self.step)
+        self.scaler.unscale_(self.optimizer)
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(params, self.clip or math.inf, foreach=self.device.type != "mps")
+        if not self.scaler.is_enabled():  # else the scaler finds and skips such steps
+            self.finite &= norm.isfinite()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        self.step += 1
+
     def state_dict(self):
-        """Raises NumericalError rather than hand out numbers that are not finite."""
+        """What a checkpoint holds besides the header. Raises NumericalError when a weight is not finite."""
         self.check()
         modules = [self.model, *(average.module for average in (self.ema, self.swa) if average)]
         weights = [t for module in modules for t in module.state_dict().values() if t.is_floating_point()]
@@ -130,16 +185,17 @@ class State:
                 "swa_count": int(self.swa.n_averaged) if self.swa else 0,
                 "optimizer": self.optimizer.state_dict() | {"name": type(self.optimizer).__name__},
                 "scaler": self.scaler.state_dict(), "step": self.step, "steps_per_epoch": self.steps_per_epoch,
-                "history": self.history, "scores": self.scores,
+                "history": self.history, "score": self.score, "threshold": self.threshold,
                 "sums": {name: float(dist.mean(value.clone())) for name, value in self.sums.items()}}
 
     def load_state_dict(self, saved):
+        """Goes on from `state_dict()`. Raises UserError when it belongs to another net, optimizer or length of epoch."""
         if saved["steps_per_epoch"] != self.steps_per_epoch:
             raise UserError(f"--resume: the run had {saved['steps_per_epoch']} steps per epoch, this data and these "
                             f"flags make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start "
                             f"a new run with --weights")
         checkpoint.load_strict(self.model, saved["model"], "--resume")
-        if self.ema:  # a run without it has none: its mean begins with the weights that it has come to
+        if self.ema:  # a run without EMA weights has none: their mean begins with its weights
             checkpoint.load_strict(self.ema.module, saved["ema"] or saved["model"], "--resume")
             self.ema.n_averaged.fill_(saved["ema_steps"])
         if self.swa and saved.get("swa"):
@@ -154,44 +210,37 @@ class State:
             group.update(settings)  # so that --resume --lr, --momentum, --weight-decay and the warmup's flags count
         if saved["scaler"]:  # empty when the run had another --amp
             self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.history, self.scores = saved["step"], saved["history"], saved["scores"]
+        self.step, self.history = saved["step"], saved["history"]
+        self.score, self.threshold = saved.get("score"), saved.get("threshold")
         self.sums = {name: torch.tensor(value, device=self.device) for name, value in saved["sums"].items()}
 
     def check(self):
+        """Raises NumericalError when a loss or a gradient was not finite. Waits for the GPU."""
         if not self.finite or (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3):
             then = "--resume goes on from the last epoch" if self.history else "start again"
             raise NumericalError(f"loss or gradients are no longer finite (noticed at step {self.step}); lower --lr, "
                                  f"try --clip 1 or --amp off, then {then}")
 
 
-def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, folder, header, epochs, device,
-        resume=None, accumulate=1, clip=0.0, amp="auto", ema=None, swa=None, compile=False, seed=0, patience=0,
+def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, resume=None, seed=0, patience=0,
         save_period=10, loggers=None):
-    """Trains `model` in place; returns the run's `State`.
+    """Trains `state` until it has `epochs` rows of history.
 
-    loader: batches as dicts of tensors, with `batch_sampler.set_epoch(epoch, skip)`; `accumulate` of them make
-    an optimizer step, the last step of an epoch may have fewer. schedule: `utils.optim.make_schedule`.
-    ema: `utils.optim.make_ema`; it is what gets evaluated. swa: `utils.swa.SWA`; evaluated after the last epoch.
-    header: what prediction needs (task, arch, args, ...), stored in every checkpoint. resume: a loaded checkpoint
-    to go on from. clip: largest gradient norm, 0: any. patience: epochs without a better score before the run ends,
-    0: all epochs. loggers: `charts.make_loggers`.
+    loader: batches as dicts of tensors, with `batch_sampler.set_epoch(epoch, skip)`; see data/loader.py.
+    header: what prediction needs (task, arch, input, args, ...), stored in every checkpoint. resume: a loaded
+    checkpoint to go on from. patience: epochs without a better score before the run ends, 0: all epochs.
+    save_period: a checkpoint is kept every so many epochs, 0: none. loggers: `charts.make_loggers`.
 
     Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, swa.json (its scores), results.csv,
     results.png; at the end summary.csv, the table of all runs (utils/pictures/table.py).
     Raises NumericalError when loss or gradients are not finite, Stopped after SIGTERM or Ctrl-C.
     """
-    state = State(model, optimizer, ema, swa, device=device, dtype=precision(amp, device),
-                  steps_per_epoch=math.ceil(len(loader) / accumulate))
+    state.steps_per_epoch = -(-len(loader) // state.accumulate)
     if resume:
         state.load_state_dict(resume)
         if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
-            runs.write_json(folder / "args.json", header["args"])
+            write_json(folder / "args.json", header["args"])
         _write_results(folder, state.history)  # the run may have been killed between its checkpoint and this
-
-    net = torch.compile(model) if compile else model
-    if dist.world_size() > 1:
-        net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
 
     def save(name="last.pt", saved=None):
         saved = saved or header | state.state_dict()  # on every rank: all notice numbers that are not finite
@@ -202,59 +251,56 @@ def fit(model, loader, optimizer, schedule, compute_loss, evaluate=None, *, fold
     with contextlib.closing(loggers), Signals() as signals:
         while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
             epoch, began = len(state.history), time.monotonic()
-            _train_epoch(net, loader, state, schedule, compute_loss, save=save, signals=signals, epochs=epochs,
-                         accumulate=accumulate, clip=clip, seed=seed)
-            row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+            _train_epoch(state, loader, compute_loss, save=save, signals=signals, epochs=epochs, seed=seed)
+            row = {"epoch": epoch + 1, "lr": state.optimizer.param_groups[0]["lr"]}
             row |= {k: float(dist.mean(v / len(loader))) for k, v in state.sums.items()}
 
             state.check()
-            for module in (model, state.eval_model):
+            for module in (state.model, state.eval_model):
                 dist.same_buffers(module)
             try:
                 with signals.interruptible():
-                    metrics = evaluate_on(state, evaluate) if evaluate else {}
-            except Stopped:  # the epoch is trained but not judged; a resumed run begins with that
+                    metrics, threshold = _metrics(evaluate_on(state, evaluate)) if evaluate else ({}, state.threshold)
+            except Stopped:  # the epoch is trained but not evaluated; a resumed run begins with that
                 save()
                 _stop_if(signals.signum, state)
-            row |= {k: float(v) for k, v in metrics.items()} | {"seconds": time.monotonic() - began}
-            row = dist.broadcast(row)
+            row = dist.broadcast(row | metrics | {"seconds": time.monotonic() - began})
 
             state.history.append(row)
-            state.scores += [-math.inf if math.isnan(row[k]) else row[k] for k in metrics][:1]
-            state.sums = {}
-            if swa:
-                swa.take(model, len(state.history))
+            state.score, state.threshold, state.sums = next(iter(metrics), state.score), threshold, {}
+            if state.swa:
+                state.swa.take(state.model, len(state.history))
             saved = header | state.state_dict()
             slim = _slim(saved)
-            if state.scores and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
+            if metrics and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
                 save("best.pt", slim)
             if save_period and (epoch + 1) % save_period == 0:
                 save(f"epoch_{epoch + 1}.pt", slim)
             save("last.pt", saved)  # after the others: killed before this, the run comes here again and writes them
-            _record(folder, state.history, loggers)
+            _record(folder, state, loggers)
             _stop_if(dist.any_rank(signals.signum), state)
 
-        if swa and swa.n_averaged:
+        if state.swa and state.swa.n_averaged:
             try:
                 with signals.interruptible():
-                    scores = _finish_swa(state, loader, compute_loss, evaluate, seed=seed)
+                    scores, threshold = _finish_swa(state, loader, compute_loss, evaluate, seed=seed)
             except Stopped:  # last.pt is complete; a resumed run begins with this
                 _stop_if(signals.signum, state)
-            averaged = {"model": swa.module.state_dict(), "ema": None, "ema_steps": 0, "swa_scores": scores}
+            averaged = {"model": state.swa.module.state_dict(), "ema": None, "ema_steps": 0, "swa_scores": scores,
+                        "threshold": threshold}
             save("swa.pt", _slim(header | state.state_dict()) | averaged)
             if dist.rank() == 0 and scores:  # no row of results.csv: that is the history, of other weights
-                runs.write_json(folder / "swa.json", scores)
-            dist.print0(f"swa.pt, the mean of {int(swa.n_averaged)} epochs: "
+                write_json(folder / "swa.json", scores)
+            dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: "
                         + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
             _stop_if(dist.any_rank(signals.signum), state)
-        elif swa:
+        elif state.swa:
             dist.print0("no swa.pt: the run had ended (--patience?) before its epochs for --swa")
     if dist.rank() == 0:
         try:
             table.write(folder)
         except UserError as error:  # all else is written, and the next run's end makes this table anew
             print(f"warning: {error}", file=sys.stderr)
-    return state
 
 
 def _slim(saved):
@@ -277,49 +323,24 @@ def check_debug(history):
     dist.print0(f"--debug: the loss fell from {first:.4g} to {last:.4g}")
 
 
-def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, epochs, accumulate, clip, seed):
+def _train_epoch(state, loader, compute_loss, *, save, signals, epochs, seed):
     """The rest of an epoch, from the step that `state` has reached. Raises Stopped between two steps."""
-    epoch, batches, device = len(state.history), len(loader), state.device
-    done = (state.step - epoch * state.steps_per_epoch) * accumulate
+    epoch, batches = len(state.history), len(loader)
+    done = (state.step - epoch * state.steps_per_epoch) * state.accumulate
     if done >= batches:
         return
-    params = [p for group in state.optimizer.param_groups for p in group["params"]]
     loader.batch_sampler.set_epoch(epoch, done)
-    net.train()
+    state.net.train()
     saved = time.monotonic()
     with Progress(f"epoch {epoch + 1}/{epochs}", loader, done) as progress:
         for i, batch in enumerate(loader, done):
-            first = i - i % accumulate  # of this step's batches; an epoch's last step may have fewer
-            last = i == min(first + accumulate, batches) - 1
             torch.manual_seed(_mix(seed, epoch, i, dist.rank()))
-            # gradients travel between ranks once per step, in its last backward pass
-            hold = net.no_sync() if dist.world_size() > 1 and not last else contextlib.nullcontext()
-            with hold:
-                with autocast(device, state.dtype):
-                    loss, parts = compute_loss(net, to_device(batch, device))
-                state.scaler.scale(loss / min(accumulate, batches - first)).backward()
-            state.finite &= loss.detach().isfinite()
-            for name, value in {"loss": loss, **parts}.items():  # summed where they are: nobody waits for the GPU
-                state.sums[name] = state.sums.get(name, 0) + torch.as_tensor(value, device=device).detach().float()
-            if not last:
+            if not state.train_batch(compute_loss, batch, i, batches):
                 continue
-
-            set_lr(state.optimizer, schedule(state.step, state.scores), state.step)
-            state.scaler.unscale_(state.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf, foreach=device.type != "mps")
-            if not state.scaler.is_enabled():  # else the scaler finds and skips such steps
-                state.finite &= norm.isfinite()
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-            state.optimizer.zero_grad(set_to_none=True)
-            if state.ema:
-                state.ema.update_parameters(state.model)
-            state.step += 1
-
             if progress.update(i + 1):
                 state.check()
                 lr = state.optimizer.param_groups[0]["lr"]
-                progress.show(loss=state.sums["loss"] / (i + 1), lr=lr, device=device)
+                progress.show(loss=state.sums["loss"] / (i + 1), lr=lr, device=state.device)
             overdue = dist.rank() == 0 and time.monotonic() - saved > SAVE_MINUTES * 60
             wish = dist.any_rank(signals.signum or int(overdue))
             if wish:
@@ -329,7 +350,7 @@ def _train_epoch(net, loader, state, schedule, compute_loss, *, save, signals, e
 
 
 def _finish_swa(state, loader, compute_loss, evaluate, *, seed):
-    """Batch norms of the averaged weights in a pass over what would be the next epoch; -> their scores."""
+    """Batch norms of the averaged weights in a pass over what would be the next epoch; -> `_metrics` of these."""
     epoch = len(state.history)
     loader.batch_sampler.set_epoch(epoch)
 
@@ -342,8 +363,12 @@ def _finish_swa(state, loader, compute_loss, evaluate, *, seed):
     with autocast(state.device, state.dtype), Progress("batch norm of the mean weights", loader, 0) as progress:
         state.swa.update_norms(batches(progress), compute_loss)
     with torch.inference_mode(), autocast(state.device, state.dtype):
-        scores = evaluate(state.swa.module.eval()) if evaluate else {}
-    return {k: float(v) for k, v in scores.items()}
+        return _metrics(evaluate(state.swa.module.eval())) if evaluate else ({}, None)
+
+
+def _metrics(found):
+    """What `evaluate` returned -> ({name: number}, the threshold or None)."""
+    return {name: float(value) for name, value in found.items() if name != "threshold"}, found.get("threshold")
 
 
 class Progress:
@@ -382,11 +407,14 @@ def _out_of_patience(scores, patience):
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
-def _record(folder, history, loggers):
-    _write_results(folder, history)
+def _record(folder, state, loggers):
+    _write_results(folder, state.history)
     if dist.rank() == 0:
-        loggers.log(history[-1], history[-1]["epoch"])
-        print("  ".join(f"{k} {v:.4g}" for k, v in history[-1].items()), flush=True)
+        if state.score:
+            runs.add_record(folder, score=state.score)
+        row = state.history[-1]
+        loggers.log(row, row["epoch"])
+        print("  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
 
 
 def _write_results(folder, history):

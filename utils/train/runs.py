@@ -2,12 +2,13 @@
 import fcntl
 import itertools
 import json
-import math
 import os
+import re
 from pathlib import Path
 
 from utils.train import checkpoint, dist
 from utils.errors import UserError
+from utils.files import write_json
 
 _locks = []  # open for the life of the process: closing the file would give the lock back
 
@@ -58,13 +59,20 @@ def launcher():
     return f"{os.uname().nodename} {agent} {since}"
 
 
-def restarted(project):
-    """The run folder that this torchrun worked in before it restarted its workers, or None."""
+def restarted(project, name=None):
+    """The newest run folder that this torchrun worked in before it restarted its workers, or None.
+
+    name: of the folder, or what stands before its number: a script may have begun several runs. None: any run that has
+    a checkpoint.
+    """
     if not launcher():
         return None
     for path in sorted(Path(project).glob("*/**/lock"), key=_age):
-        if path.read_text() == launcher():
-            return path.parent
+        folder = path.parent
+        same = re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(folder)) if name else \
+            (folder / "last.pt").exists() or (folder / "last.pt.prev").exists()
+        if same and path.read_text() == launcher():
+            return folder
     return None
 
 
@@ -85,45 +93,39 @@ def _age(path):
 
 
 def open_run(project, name, resume=None):
-    """-> (run folder, state to go on from or None), the same on every rank.
+    """-> (run folder, the checkpoint to go on from or None), the same on every rank.
 
     resume: None for a new run, "" for the project's newest, or a checkpoint's or run folder's path.
-    Workers that torchrun has restarted go on in the folder they had.
+    Workers that torchrun has restarted go on in the folder of this name that they had.
     """
     found = None
     if dist.rank() == 0:
-        found = _guarded(lambda: _open(Path(project), name, resume))
+        try:
+            found = _open(Path(project), name, resume)
+        except UserError as error:
+            found = str(error)
     found = dist.broadcast(found)
     if isinstance(found, str):  # rank 0's error, on every rank at once
         raise UserError(found)
     return found
 
 
-def _guarded(function):
-    try:
-        return function()
-    except UserError as error:
-        if dist.world_size() == 1:
-            raise
-        return str(error)
-
-
 def _open(project, name, resume):
-    again = restarted(project)
-    if not again and resume is None:
+    folder = None if resume else restarted(project, name if resume is None else None)
+    if not folder and resume is None:
         return create(project, name), None
-    last = again or Path(resume or newest(project, "last.pt", "last.pt.prev", "args.json"))
-    if last.name == "args.json":
-        raise UserError(f"{last.parent}: was begun last, and has no checkpoint; start it again, or name the run to go "
-                        f"on with (--resume RUN)")
-    last = last / "last.pt" if last.is_dir() else last
-    state = None
-    if not again or last.exists() or last.with_name("last.pt.prev").exists():  # else killed before its first save
-        state = checkpoint.load(last)
-        if not {"optimizer", "args"} <= state.keys():
-            raise UserError(f"{last}: holds weights only; resume from the run's last.pt, or start anew with --weights")
-    lock(last.parent)
-    return last.parent, state
+    path = folder or Path(resume or newest(project, "last.pt", "last.pt.prev", "args.json"))
+    if path.name == "args.json":
+        raise UserError(f"{path.parent}: is the newest run, and has no checkpoint; start it again, or name the run to "
+                        f"go on with (--resume RUN)")
+    path = path / "last.pt" if path.is_dir() else path
+    saved = None
+    if not folder or path.exists() or path.with_name("last.pt.prev").exists():  # else killed before its first save
+        saved = checkpoint.load(path)
+        if not {"optimizer", "args"} <= saved.keys():
+            raise UserError(f"{path}: holds weights only; resume from the run's last.pt, or start anew with --weights")
+    lock(path.parent)
+    return path.parent, saved
 
 
 def new_folder(path, flag="--out"):
@@ -134,19 +136,12 @@ def new_folder(path, flag="--out"):
     return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name, flag))))
 
 
-def write_json(path, value):
-    """Writes a file whole or not at all; NaN, which JSON has not, as null. Raises UserError when it cannot be written.
-    """
-    def strict(value):
-        if isinstance(value, dict):
-            return {key: strict(inside) for key, inside in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(inside) for inside in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    path = Path(path)
-    try:  # a run folder that is gone is not made again
-        path.with_suffix(".tmp").write_text(json.dumps(strict(value), indent=1))
-        os.replace(path.with_suffix(".tmp"), path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or mend the folder") from None
+def add_record(folder, **values):
+    """Adds values to the run's record, run.json: the name of its score, what utils/pictures/table.py notes, ..."""
+    path = Path(folder) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none yet, or it is damaged
+        record = {}
+    if not record.items() >= values.items():
+        write_json(path, record | values)

@@ -4,6 +4,7 @@ the weights moving, and the mean of where they come to generalises better than a
     schedule = with_swa(schedule, steps_per_epoch=steps, epochs=30, share=0.25)
     state = engine.fit(..., schedule, ..., swa=SWA(model, epochs=30, share=0.25))       # -> swa.pt
 """
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -46,7 +47,6 @@ class SWA(AveragedModel):
     def __init__(self, model, *, epochs, share, cycle=0):
         super().__init__(model)
         self.epochs = swa_epochs(epochs, share, cycle)
-        self.requires_grad_(False)
 
     def take(self, model, epoch):
         """Called at the end of each epoch (counted from 1) takes the weights in, where it is one of those."""
@@ -64,11 +64,12 @@ class SWA(AveragedModel):
 
 
 class _Loss(nn.Module):
-    """compute_loss as the module that update_bn calls with each batch."""
+    """compute_loss as the module that update_bn calls with each batch, with gradients: a loss may need them."""
 
     def __init__(self, model, compute_loss):
         super().__init__()
         self.model, self.compute_loss = model, compute_loss
 
     def forward(self, batch):
-        return self.compute_loss(self.model, batch)
+        with torch.enable_grad():
+            self.compute_loss(self.model, batch)

@@ -1,0 +1,92 @@
+"""Decisions: what a net says about its input -> probabilities, masks, boxes. Validation and prediction share them.
+
+The nets' outputs are merged over the views of test-time augmentation (utils/ops/tta.py) and are checked to be finite.
+A net in half precision gets its input in half precision.
+"""
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from utils.errors import NumericalError
+from utils.ops import boxes, geometry, tta
+
+SEGMENTATION_VIEWS = ("hflip", "vflip")  # what --tta means without names
+CLASSIFICATION_VIEWS = ("rot90", "rot180")
+THRESHOLD = {"seg": 0.5, "det": 0.25, "cls": 0.5}  # where a checkpoint stores none
+
+
+def run(net, x):
+    """The output of the net for x (B, C, H, W), in the net's precision and memory format."""
+    return net(x.to(next(net.parameters()).dtype, memory_format=torch.channels_last))
+
+
+def finite(output):
+    """The output itself. Raises NumericalError where it has NaN or infinity: it would be read as an empty result."""
+    if not output.isfinite().all():
+        raise NumericalError("the net's output is not finite; predict with --amp off")
+    return output
+
+
+# ---- segmentation ----------------------------------------------------------------------------------------------------
+def probabilities(logits):
+    """Logits (B, K, ...) -> fp32 probabilities: sigmoid for one class, else softmax."""
+    return logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(1)
+
+
+def segment(net, x, names=(), *, side=None, scales=tta.SCALES, merge="mean"):
+    """The net's input x (B, C, H, W) fp32, of any H and W, -> probabilities (B, K, H, W) fp32.
+
+    names, scales: of `tta.tta_views`; merge: of `tta.MERGES`. side: the whole image is resized to side x side for the
+    net, and the probabilities are resized back. Other sides are padded by reflection to multiples of `net.stride`.
+    """
+    height, width = x.shape[2:]
+    if side:
+        small = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        found = segment(net, small, names, scales=scales, merge=merge)
+        return F.interpolate(found, (height, width), mode="bilinear", antialias=True)
+    padded = [-(-length // net.stride) * net.stride for length in (height, width)]
+    if padded != [height, width]:
+        x = geometry.warp(x, geometry.translate(0, 0), padded, border="reflect")
+    views = tta.tta_views(names, padded, stride=net.stride, scales=scales)
+    maps = tta.maps(lambda view: probabilities(run(net, view)), x, views)
+    first = next(maps)
+    merged = tta.merge(itertools.chain([first], maps), merge, exclusive=first.shape[1] > 1)
+    return finite(merged)[..., :height, :width]
+
+
+def masks(probs, threshold=0.5):
+    """Probabilities (B, K, H, W) -> class indices (B, H, W) uint8; with one class, 1 above the threshold."""
+    return (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8)
+
+
+# ---- classification --------------------------------------------------------------------------------------------------
+def classify(net, inputs, batch, names=(), *, single_label=False, scales=tta.SCALES, merge="mean"):
+    """A batch of `data.cls.collate` -> probabilities (B, K) fp32; single_label: softmax, else sigmoid.
+
+    inputs: `data.cls.Input`, which is called with each view's matrix. names, scales, merge: as in `segment`.
+    """
+    def views():
+        for matrix, (side, _) in tta.tta_views(names, (inputs.imgsz, inputs.imgsz), scales=scales):
+            logits = run(net, inputs(batch, matrix, side)).float()
+            yield logits.softmax(1) if single_label else logits.sigmoid()
+    return finite(tta.merge(views(), merge, exclusive=single_label))
+
+
+# ---- detection -------------------------------------------------------------------------------------------------------
+DETECTION_VIEWS = tta.yolov5  # what --tta means without names
+
+
+def detect(net, x, views=None, *, conf, iou, max_det, merge=None):
+    """The net's input x (B, C, H, W) fp32 -> per image detections (n, 6) of x1 y1 x2 y2 score class in pixels of x, the
+    best score first.
+
+    views: [(matrix, size)] of `tta.tta_views` or `tta.yolov5`; None: x as it is. conf, iou, max_det: of `boxes.nms`.
+    merge: "wbf" fuses the detections of the views (`boxes.wbf`); None: the boxes of all views suppress each other.
+    """
+    views = views or tta.tta_views((), x.shape[2:])
+    found = [finite(rows) for rows in tta.tta_boxes(lambda view: run(net, view), x, views)]
+    if merge == "wbf":
+        by_view = [boxes.nms(rows, conf=conf, iou=iou, max_det=max_det) for rows in found]
+        return [boxes.wbf(members)[:max_det] for members in zip(*by_view)]
+    return boxes.nms(torch.cat(found, 1), conf=conf, iou=iou, max_det=max_det)
