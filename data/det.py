@@ -85,11 +85,11 @@ def default_scale(files, bands):
     file, white = files[0], images.default_scale(files)
     pixels = images.read_picture(file, bands, shape=reduced(images.size(file)[1:], 1024)).numpy()
     if pixels.min() < 0:  # decibels, for example, would all become 0
-        raise UserError(f"{file}: has {images.depth(file)} pixels down to {pixels.min():g}, and everything below 0 "
+        raise UserError(f"{file}: has {images.header(file).dtype} pixels down to {pixels.min():g}, and everything below 0 "
                         f"becomes black; add a number to the pixels of all images so that they begin at 0, or accept "
                         f"it with --pixel-scale")
     if pixels.max() > white:
-        raise UserError(f"{file}: has {images.depth(file)} pixels up to {pixels.max():g}, and nothing says which value "
+        raise UserError(f"{file}: has {images.header(file).dtype} pixels up to {pixels.max():g}, and nothing says which value "
                         f"is white; give it with --pixel-scale")
     return white
 
