@@ -389,7 +389,7 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     fails("--weights", zero, "--soup", says=["--soup: is for several"])
     softmax = run("runs/softmax", root, seed=3, single_label=True)
     for pair in ((zero, softmax), (softmax, zero)):
-        fails("--weights", *pair, says=["one class" if pair[0] == zero else "several classes", "predict them apart"])
+        fails("--weights", *pair, says=["one label per image" if pair[0] == zero else "several labels per image", "predict them apart"])
         fails("--weights", *pair, "--soup", says=["is another net"])
     Path("e.json").write_text("{}")
     fails("--weights", zero, again, fit, "--ensemble", "e.json", says=["--fit-weights, --ensemble", "leave one out"])
@@ -406,7 +406,7 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
         split.write_text(text)
         fails("--weights", zero, again, fit, says=says)
     split.write_text(json.dumps(folds_of))
-    torch.save(state | {"bands": [3]}, "runs/a/third.pt")
+    torch.save(state | {"input": state["input"] | {"bands": [3]}}, "runs/a/third.pt")
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save("colour.png")
     fails("--weights", Path("runs/a/third.pt"), fit, "--source", "colour.png", says=["dirty_mnist_2nd/", "has 1 bands"])
     table = root / "dirty_mnist_2nd_answer.csv"

@@ -20,7 +20,7 @@ from tests.harness import differences, read
 from tests.test_bad_input_cls import FLAGS as CPU
 from tests.test_bad_input_cls import weights
 from tests.test_scripts_det import ranks
-from utils.pictures import review
+from utils.pictures import cells
 from utils.train import checkpoint
 from utils.errors import Stopped, UserError
 
@@ -94,8 +94,8 @@ def test_the_competition_from_letters_to_a_weighted_ensemble(script, tmp_path, c
 
 
 def test_a_run_learns_colours_and_leaves_its_records(script, tmp_path, monkeypatch):
-    drawn, draw = {}, review._table
-    monkeypatch.setattr(review, "_table", lambda title, rows: drawn.update({title: rows}) or draw(title, rows))
+    drawn, draw = {}, cells.as_picture
+    monkeypatch.setattr(cells, "as_picture", lambda title, rows: drawn.update({title: rows}) or draw(title, rows))
     squares("photos", train=72)
     script(train_cls, "--data", "photos", *TINY_CLS, "--bs", 12, "--epochs", 8, "--lr", "3e-3", "--no-ema", "--loss",
            "ce", "--folds", 4, "--save-period", 4, "--cutout", 0)

@@ -19,7 +19,7 @@ from tests.test_runs import written as checkpoints
 from utils import report
 from utils.pictures import cells, table
 from utils.train import checkpoint, runs
-from utils.train.args import band_list, loss_term, setup_run, train_parser
+from utils.train.args import loss_term, setup_run, train_parser
 from utils.errors import UserError
 from utils.pictures.table import flags, render, tables, write_note
 
@@ -324,10 +324,9 @@ def test_flags_as_text():
 
 def test_what_a_run_was_started_with_comes_back(tmp_path):
     parser = train_parser("x", "seg", data="x", epochs=3, bs=8, imgsz=64, lr=1e-3)
-    parser.add_argument("--bands", type=band_list, default="1-7")
     parser.add_argument("--loss", nargs="+", type=loss_term(("bce", "dice")))
     typed = ["--lr", "0.01", "--no-ema", "--compile", "--loss", "bce=0.5", "dice=2"]
-    for argv in (typed, ["--bands", "1-7", "--lr", "1e-3"]):
+    for argv in (typed, ["--bands", "all", "--lr", "1e-3"]):
         free()
         _, _, folder, _ = setup_run(parser, ["--project", str(tmp_path), "--device", "cpu", *argv])
         write_note(folder, vars(parser.parse_args([])))
