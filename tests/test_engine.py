@@ -16,8 +16,9 @@ from data.loader import eval_loader, train_loader
 from tests.harness import differences, read
 from tests.toy import Data, Faults, Net, make_evaluate, make_loss
 from utils.pictures import charts
-from utils.train import checkpoint, engine, optim
 from utils.errors import NumericalError, Stopped, UserError
+from utils.train import checkpoint, engine, optim
+from utils.train.terminal import Progress, Signals
 
 CPU = torch.device("cpu")
 
@@ -253,14 +254,13 @@ def test_long_epochs_are_saved_within(tmp_path, monkeypatch):
 
 
 def test_progress_shows_the_mean_loss(tmp_path, capfd):
-    progress = engine.Progress("epoch 1/1", train_loader(Data(26), 4), 2)
-    with progress:
-        assert progress.update(3) is False
+    with Progress("epoch 1/1", train_loader(Data(26), 4), 2) as progress:
+        assert progress.batches_done(3) is False
         progress.shown -= 2
-        assert progress.update(4) is True
-        progress.show(loss=torch.tensor(1.25), lr=0.001, device=CPU)
-        progress.bar.refresh()
-        assert progress.update(5) is False
+        assert progress.batches_done(4) is True
+        progress.show(torch.tensor(1.25), 0.001, CPU)
+        progress.refresh()
+        assert progress.batches_done(5) is False
     bar = capfd.readouterr().err
     assert "epoch 1/1" in bar and "loss 1.25, lr 0.001" in bar and "20/28" in bar
 
@@ -336,14 +336,12 @@ def test_more_epochs_than_before(tmp_path):
     assert differences(read(tmp_path / "a" / "last.pt"), read(tmp_path / "b" / "last.pt")) == []
 
 
-def test_a_finished_run_resumed_changes_nothing_and_mends_its_table(tmp_path):
+def test_a_finished_run_resumed_changes_nothing(tmp_path):
     train(tmp_path)
-    before = (tmp_path / "last.pt").read_bytes()
-    table = (tmp_path / "results.csv").read_text()
-    (tmp_path / "results.csv").write_text("epoch\n1\n")  # as left by a kill between checkpoint and table
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     state = train(tmp_path, resume=True, evaluate=None)
-    assert len(state.history) == 2 and (tmp_path / "last.pt").read_bytes() == before
-    assert (tmp_path / "results.csv").read_text() == table
+    assert len(state.history) == 2 and {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before | {
+        "args.json": b"{}"}
 
 
 def test_new_settings_count_in_a_resumed_run(tmp_path):
@@ -492,7 +490,7 @@ def test_nan_is_noticed_within_a_second(tmp_path):
 # ---- signals ---------------------------------------------------------------------------------------------------------
 def test_signals_are_noted_and_raised_only_where_allowed():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with engine.Signals() as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.signum == signal.SIGINT
         with pytest.raises(Stopped) as caught, signals.interruptible():  # it came before: at once

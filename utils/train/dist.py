@@ -129,19 +129,11 @@ def mean(tensor):
     return tensor
 
 
-def same_buffers(module):
-    """Rank 0's buffers (batch norm's running statistics) on every rank, so that all evaluate one net."""
-    if world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 def same_weights(module):
-    """Rank 0's parameters and buffers on every rank."""
+    """Rank 0's parameters and buffers on every rank, such as batch norm's running statistics: all evaluate one net."""
     if world_size() > 1:
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, src=0)
-    same_buffers(module)
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def barrier():
@@ -170,14 +162,10 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
 
 
 def sync_batch_norm(model, device):
-    """Batch norms that see the global batch, in place of those that see one rank's. Returns the model."""
+    """Makes every batch norm see the global batch instead of one rank's share. Returns the model."""
     if world_size() == 1 or device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world_size() > 1 else model
-    for name, child in model.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            sync = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            sync.load_state_dict(child.state_dict())
-            setattr(model, name, sync)
-        else:
-            sync_batch_norm(child, device)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = CPUSyncBatchNorm  # it adds no attribute
     return model
