@@ -15,6 +15,8 @@ is defined in data/<task>.py (Input) and in utils/ops/decide.py, for training an
 import argparse
 import contextlib
 import dataclasses
+import functools
+import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -359,7 +361,28 @@ def predict_det(args, device, members):
     ids = submissions.image_ids(files, near, others=args.source is not None)
     out = new_folder(args, members)
     results = detect(args, device, members, views)
-    DET_WRITE
+
+    names, threshold = first["classes"], best_threshold(args, members)
+    for folder in ("labels", "overlays") if args.overlays else ("labels",):
+        (out / folder).mkdir(exist_ok=True)
+    for file, size, rows in list(zip(files, views.sizes, results))[dist.rank()::dist.world_size()]:
+        (out / "labels" / f"{file.stem}.txt").write_text(submissions.yolo_lines(rows, *size))
+        if args.overlays:
+            drawn = rows[rows[:, 4] >= threshold]
+            submissions.draw_boxes(out / "overlays" / f"{file.stem}.jpg", file, size, drawn, names,
+                                   members[0].inputs.bands)
+    if dist.rank() == 0:
+        items = submissions.coco_items(results, ids, first["category_ids"])
+        (out / "coco.json").write_text(json.dumps(items))
+        submission, dropped = submissions.cut(submissions.parking_items(items), args.max_mb * 1e6)
+        (out / "submission.json").write_text(submission)
+        if args.pseudo:
+            count, boxed = pseudo.write_boxes(out / "pseudo", files, views.sizes, results, names,
+                                              first["category_ids"], args.pseudo)
+            print(f"pseudo labels of {count} images, {boxed} boxes: train_det.py --extra-data {out / 'pseudo'}"
+                  if count else "no pseudo labels: no box is sure enough; lower --pseudo")
+        note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
+        print(f"{len(files)} images, {sum(map(len, results))} detections{note}: {out}")
 
 
 def det_views(args, members, files):
@@ -379,21 +402,21 @@ def det_views(args, members, files):
 def detect(args, device, members, views):
     """-> the detections (n, 6) in each of the views' files, in its pixels; the same on every rank."""
     bands, largest = all_bands(members), max(member.inputs.imgsz for member in members)
+    make_views = decide.DETECTION_VIEWS if args.tta == [] else functools.partial(
+        tta.tta_views, args.tta or (), scales=args.tta_scales or tta.SCALES)
     loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
-    found = {}  # view -> detections of each checkpoint
+
+    def predict(batch):  # yields, checkpoint by checkpoint, the detections in each image of the batch
+        raw = batch["image"].to(device, non_blocking=True)
+        for _, _, net, inputs in members:
+            factor = 1.0 if args.imgsz else inputs.imgsz / largest  # each at the size that it was trained for
+            yield decide.detect(net, inputs(raw, bands), make_views(raw.shape[2:], stride=net.stride, factor=factor),
+                                conf=args.conf, iou=args.iou, max_det=args.max_det, merge=args.merge)
+        progress.update(len(raw) * dist.world_size())
+
     progress = tqdm(total=len(views), desc="predict", unit="view", disable=dist.rank() > 0)
-    with torch.inference_mode(), progress as bar:
-        for batch in loader:
-            per_member = []
-            for net, inputs in ((member.net, member.inputs) for member in members):
-                x = inputs(batch["image"].to(device, non_blocking=True), bands)
-                factor = 1.0 if args.imgsz else inputs.imgsz / largest  # each at the size that it was trained for
-                DET_DETECT
-            found |= zip(batch["index"].tolist(), zip(*per_member))
-            bar.update(len(batch["image"]) * dist.world_size())
-    found = {view: rows for part in dist.gather(found) for view, rows in part.items()}
-    return [views.merge(i, found, iou=args.iou, max_det=args.max_det, weights=args.ensemble_weights)
-            for i in range(len(views.files))]
+    with torch.inference_mode(), progress:
+        return views.detect(loader, predict, iou=args.iou, max_det=args.max_det, weights=args.ensemble_weights)
 
 
 # ---- classification --------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from data.samples import dirty_mnist
 from nets import pretrained
 from utils import losses, metrics
 from utils.errors import UserError, answers_for, cli
+from utils.files import write_json
 from utils.ops import decide
 from utils.pictures import charts, review, sheets
-from utils.train import dist, engine, runs
+from utils.train import dist, engine
 from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
 
 LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
@@ -96,12 +97,12 @@ def load_samples(args, folder, resume):
         data = data._replace(single_label=resume["single_label"])
     train, val = split(args, folder, data)
     if args.debug:
-        train, val = folds.some(train, 8 * args.bs), folds.some(val, args.bs)
+        train, val = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs)
     files, labels, weights = [data.files[i] for i in train], data.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
         extra = cls.with_names(cls.read(more, least=1), data, more)
-        chosen = folds.unseen(extra.files, [data.files[i] for i in val], more)
-        chosen = folds.some(chosen, 8 * args.bs) if args.debug else chosen
+        chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
+        chosen = folds.spread(chosen, 8 * args.bs) if args.debug else chosen
         files, labels = files + [extra.files[i] for i in chosen], np.concatenate((labels, extra.labels[chosen]))
         weights += [weight] * len(chosen)
     return data, val, files, labels, weights
@@ -111,7 +112,7 @@ def split(args, folder, data):
     """Indices to train on, reduced to --subset, and to validate on. Without --folds: the data's own validation images
     are held out, else a fifth; with --synthesize, which trains on none of the files, all of them are."""
     names = [os.path.relpath(path, args.data) for path in data.files]
-    spec = folds.given(args.folds, names, data.held_out, args.fold)
+    spec = folds.parse_folds(args.folds, names, data.held_out, args.fold)
     if args.synthesize and args.folds is None and not data.held_out:
         spec = dict.fromkeys(names, args.fold)
     train, val = folds.load_or_make_split(folder, names, spec, args.fold, files=data.files, groups=args.groups,
@@ -279,7 +280,7 @@ def write_report(state, evaluate_metric, names, folder, files, bands):
                      tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         review.keep(folder, [samples[i] for i in ends[0]], [[picture] for picture in rows[0]], captions[0])
         charts.write_csv(folder / "samples.csv", samples)
-        runs.write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
+        write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 

@@ -7,34 +7,35 @@
         --stages 50,15 --epoch-parts 15 --image-weights --folds 0      # the competition's two stages
 """
 import argparse
-import json
+import dataclasses
 import math
 import os
-import shutil
 import sys
 import time
 from argparse import BooleanOptionalAction
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import augment, det, folds, images, labels, mix
+import nets
+from data import det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
-from nets.yolo import BINS, VARIANTS, YOLOv5
+from nets.yolo import BINS, VARIANTS
 from utils import metrics
-from utils.losses import detection as losses_det
-from utils.ops import anchors, boxes
-from utils.train import dist, engine, optim
-from utils.pictures import charts, detection as pictures_det, review, sheets, table
-from utils.train import runs
-from utils.train.args import float_range, setup_run, train_parser, training, int_range
-from utils.metrics.average_precision import AREAS
 from utils.errors import UserError, answers_for, cli
+from utils.files import write_json
+from utils.losses import detection as losses
+from utils.metrics.average_precision import AREAS
+from utils.ops import anchors, decide
+from utils.pictures import charts, detection as pictures, review, sheets, table
+from utils.train import dist, engine, optim
+from utils.train.args import begin_run, float_range, int_range, setup_run, train_parser, training
 
-GAINS = {  # per head: weights of the loss's parts
+YOLO = "yolo.YOLOv5"
+AUGMENT = ("mosaic", "grid", "mixup", "hsv", "degrees", "translate", "scale", "shear", "flip_ud", "flip_lr")
+GAINS = {  # per head: weights of the parts of the loss
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
     "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
 }
@@ -42,14 +43,16 @@ IDLE = {  # per head: flags without effect
     "free": ("obj", "obj_pw", "cls_pw", "label_smoothing", "focal_gamma", "anchor_threshold", "autoanchor"),
     "anchor": ("dfl",),
 }
+VALIDATION = dict(conf=0.001, iou=0.65, max_det=300)
 NEEDS = {"tile": ("overlap",), "mosaic": ("mixup", "grid", "close_mosaic"),
          "warmup_epochs": ("warmup_bias_lr", "warmup_momentum")}
-COMMON = dict(obj_pw=1.0, cls_pw=1.0, anchor_threshold=4.0, hsv=[0.015, 0.7, 0.4], translate=0.1, scale=0.5)
-SECOND = "second-stage.json"  # in its folder
+COMMON = dict(obj_pw=1.0, cls_pw=1.0, label_smoothing=0.0, focal_gamma=0.0, anchor_threshold=4.0, autoanchor=True,
+              hsv=[0.015, 0.7, 0.4], translate=0.1, scale=0.5)
 PRESETS = {
-    "default": COMMON | dict(head="free", optimizer="adamw", lr=2e-3, lr_floor=0.01, schedule="flat", momentum=0.9,
-                             weight_decay=0.05, warmup_epochs=2.0, warmup_bias_lr=0.0, warmup_momentum=0.9),
-    # the competition's two stages, with the anchor head that its weights were made for
+    "default": COMMON | dict(
+        head="free", optimizer="adamw", lr=2e-3, lr_floor=0.01, schedule="flat", momentum=0.9, weight_decay=0.05,
+        warmup_epochs=2.0, warmup_bias_lr=0.0, warmup_momentum=0.9),
+    # the competition's two stages, with the anchor head of its published weights
     "scratch-low": COMMON | dict(
         head="anchor", optimizer="sgd", lr=0.01, lr_floor=0.01, schedule="linear", momentum=0.937, weight_decay=5e-4,
         warmup_epochs=3.0, warmup_bias_lr=0.1, warmup_momentum=0.8),
@@ -60,62 +63,60 @@ PRESETS = {
 }
 
 
-def parse_args():
+def make_parser():
     parser = train_parser(__doc__.splitlines()[0], "det", data="DATA", epochs=50, bs=16, imgsz=640, folds=None)
     add = parser.add_argument_group("detection").add_argument
-    add("--preset", choices=PRESETS, default="default", help="recipe: ours, or a stage of the competition's")
-    add("--stages", type=stage_list, metavar="N,N",
-        help="epochs of scratch-low, then of finetune from its last weights, as two runs")
-    add("--variant", choices=VARIANTS, default="s", help="of the net; those with a 6 are for --imgsz 1280")
-    add("--head", choices=("free", "anchor"), help="free: anchor-free, decoupled; anchor: YOLOv5's own")
-    add("--allow-bad-labels", action="store_true", help="go on when more than 1 %% of the boxes had to be dropped")
-    add("--tile", type=int_range(32, 65536), help="larger images are learned in windows of this side, at full resolution, "
-        "and validated as predict.py --tile goes through them")
+    add("--preset", choices=PRESETS, default="default", help="our recipe, or a stage of the competition's recipe")
+    add("--stages", type=stage_list, metavar="N,N", help="two runs: N epochs of scratch-low, then N epochs of finetune "
+        "from the last weights of the first run")
+    add("--net", default=YOLO, metavar="NAME", help="mine.Mine: class Mine in nets/mine.py, see nets/yolo.py")
+    add("--variant", choices=VARIANTS, default="s", help="of YOLOv5; variants with a 6 are for --imgsz 1280")
+    add("--head", choices=GAINS, help="free: anchor-free, decoupled; anchor: YOLOv5's own")
+    add("--allow-bad-labels", action="store_true", help="train even if more than 1 %% of the boxes had to be dropped")
+    add("--tile", type=int_range(32, 65536), help="larger images are trained on in windows of this side, at full "
+        "resolution, and validated as predict.py --tile predicts them")
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring windows")
-    add("--epoch-parts", type=int_range(1, 10**6), default=1, help="an epoch is one of so many parts of the data")
-    add("--image-weights", action="store_true", help="images with rare classes come more often")
-    add("--multi-scale", type=float_range(0, 0.9), default=0.0, help="batches at 1 - F to 1 + F times --imgsz")
-    add("--autoanchor", action=BooleanOptionalAction, default=True,
-        help="new anchors where the net's do not fit the data (anchor)")
+    add("--epoch-parts", type=int_range(1, 10**6), default=1, help="an epoch is one of this many parts of the data")
+    add("--image-weights", action=BooleanOptionalAction, default=False, help="draw images with rare classes more often")
+    add("--multi-scale", type=float_range(0, 0.9), default=0.0, help="random batch sizes of 1 - F to 1 + F times --imgsz")
+    add("--autoanchor", action=BooleanOptionalAction, help="fit new anchors where the net's anchors do "
+        "not fit the data (anchor)")
     add = parser.add_argument_group("augmentation").add_argument
-    add("--mosaic", type=float_range(0, 1), default=1.0, help="probability")
+    add("--mosaic", type=float_range(0, 1), default=1.0, help="probability; --mixup blends two mosaics")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
-    add("--close-mosaic", type=int_range(0), default=0, help="last epochs without mosaic")
+    add("--close-mosaic", type=int_range(0), default=0, help="number of last epochs without mosaic")
     add("--hsv", type=float_range(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, saturation, value")
     add("--degrees", type=float_range(0, 180), default=0.0, help="largest rotation")
     add("--translate", type=float_range(0, 1), help="largest shift, share of the size")
-    add("--scale", type=float_range(0, 0.99), help="zoom, 1 - F to 1 + F")
-    add("--shear", type=float_range(0, 80), default=0.0, help="degrees")
+    add("--scale", type=float_range(0, 0.99), help="zoom by 1 - F to 1 + F")
+    add("--shear", type=float_range(0, 80), default=0.0, help="largest shear, degrees")
     add("--flip-ud", type=float_range(0, 1), default=0.0, help="probability")
     add("--flip-lr", type=float_range(0, 1), default=0.5, help="probability")
     add = parser.add_argument_group("loss").add_argument
-    for name, what in {"box": "of the boxes' CIoU", "dfl": "of the distances' distribution (free)",
-                       "obj": "of objectness (anchor)", "cls": "of the classes"}.items():
-        add(f"--{name}", type=float_range(0), help=f"weight {what}")
-    add("--obj-pw", type=float_range(0), help="weight of positives in objectness (anchor)")
+    for name, what in {"box": "boxes' CIoU", "dfl": "distances' distributions (free)", "obj": "objectness (anchor)",
+                       "cls": "classes"}.items():
+        add(f"--{name}", type=float_range(0), help=f"weight of the {what}")
+    add("--obj-pw", type=float_range(0), help="weight of positives in the objectness (anchor)")
     add("--cls-pw", type=float_range(0), help="weight of positives in the classes (anchor)")
     add("--anchor-threshold", type=float_range(1, 100), help="largest ratio of a box's side to its anchor's (anchor)")
-    add("--focal-gamma", type=float_range(0, 10), default=0.0, help="focal loss; 0: cross-entropy (anchor)")
+    add("--focal-gamma", type=float_range(0, 10), help="focal loss; 0: cross-entropy (anchor)")
     add("--warmup-bias-lr", type=float_range(0, 10), help="learning rate of the biases at the start")
     add("--warmup-momentum", type=float_range(0, 0.9999), help="momentum at the start")
-    # without the flag for help: that is to show the recipe's values
+    # the preset gives the defaults, which --help shows
     known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
     preset = "scratch-low" if known.stages else known.preset
-    # another head changes the gains' defaults, and is none itself: the table of runs is to show it
+    if known.stages:
+        parser.set_defaults(preset=preset, epochs=known.stages[0])
+    # --head changes the default gains; it is no default itself: the table of runs shows it
     parser.set_defaults(**recipe(preset, known.head) | {"head": PRESETS[preset]["head"]})
-    for flag in ("epochs", "preset"):
-        if known.stages and known.resume is None and vars(known)[flag] != parser.get_default(flag):
-            raise UserError(f"--{flag}: does nothing with --stages, which tells the epochs of two presets; leave one "
-                            f"of them out")
-    return setup_run(parser, needs=NEEDS)
+    return parser
 
 
 def recipe(preset, head=None):
-    """The values of a preset, for its own head or for another one: {flag: value}."""
+    """-> {flag: value} of a preset, for its own head or for another one."""
     values = PRESETS[preset] | ({"head": head} if head else {})
-    if values["head"] == "free":
-        return values | GAINS["free"]  # the competition's own gains are the anchor head's
-    return GAINS["anchor"] | values
+    # the gains in the presets are for the anchor head
+    return values | GAINS["free"] if values["head"] == "free" else GAINS["anchor"] | values
 
 
 def stage_list(text):
@@ -127,287 +128,253 @@ def stage_list(text):
     return [first, second]
 
 
+def describe_net(args, num_classes, in_chans):
+    """-> what `nets.build` makes the net of, and the checkpoint keeps."""
+    kwargs = dict(num_classes=num_classes, in_chans=in_chans)
+    if args.net == YOLO:
+        kwargs |= dict(variant=args.variant, head=args.head)
+    return {"name": args.net, "kwargs": kwargs}
+
+
+def check_flags(args):
+    """Refuses flags that have no effect beside the others, or that are wrong together."""
+    usual = recipe(args.preset, args.head)
+    for flag in IDLE[args.head]:
+        if vars(args)[flag] != usual[flag]:
+            raise UserError(f"{table.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
+                            f"leave it out, or choose the other head")
+    if args.net != YOLO and args.variant != "s":
+        raise UserError(f"--variant: does nothing for --net {args.net}; leave it out")
+    if args.grid == 9 and (args.degrees or args.shear):  # outer pictures would cover the objects of others
+        raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
+    if args.stages and args.resume is None and (args.preset, args.epochs) != ("scratch-low", args.stages[0]):
+        flag = "--epochs" if args.preset == "scratch-low" else "--preset"
+        raise UserError(f"{flag}: does nothing with --stages, which tells the epochs of two presets; leave one out")
+    with torch.device("meta"), answers_for("--net:"):
+        stride = nets.build(describe_net(args, num_classes=1, in_chans=3)).stride
+    if args.imgsz % stride:
+        raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {stride}; take "
+                        f"{-(-args.imgsz // stride) * stride}")
+    if args.bs == dist.world_size() and int(args.imgsz * (1 - args.multi_scale)) < 2 * stride:
+        raise UserError(f"--bs {args.bs} --imgsz {args.imgsz}: batch norm would see a single pixel; raise one of them")
+
+
 def main():
-    args, device, folder, resume = parse_args()
-    again = dist.broadcast(dist.rank() == 0 and second_stage(folder))
-    if again:
-        vars(args).update(again)
-        dist.print0(f"restarted in the second stage: {folder / SECOND} holds, not the command line")
-    both = args.stages and not ((resume or again) and args.preset == "finetune")  # else the second stage goes on
-    if both:
-        stages = [args.epochs] * 2 if args.debug else args.stages
-        longer = resume and resume["args"]["epochs"] != args.epochs  # --resume --epochs
-        args.preset, args.epochs = "scratch-low", args.epochs if longer else stages[0]
+    parser = make_parser()
+    args, device, folder, resume = setup_run(parser, needs=NEEDS, check=check_flags)
     experiment(args, device, folder, resume)
-    if both and not args.show_augment:
-        before, after = recipe("scratch-low", args.head), recipe("finetune", args.head)
-        # a flag that differs from the first stage's recipe was asked for, and stays
-        changed = {k: v for k, v in after.items() if vars(args)[k] == before[k]}
-        changed |= {"preset": "finetune", "epochs": stages[1], "image_weights": False,
-                    "weights": str(folder / "last.pt")}
-        second = runs.new_folder(f"{folder}-finetune", "--project")
-        if dist.rank() == 0:
-            runs.write_json(second / SECOND, vars(args) | changed)
-            for file in (folder / "run.json", folder / "dropped.json"):
-                if file.exists():
-                    shutil.copyfile(file, second / file.name)
-        experiment(argparse.Namespace(**vars(args) | changed), device, second, None)
+    if args.stages and args.preset == "scratch-low" and not args.show_augment:
+        args, folder, resume = begin_run(parser, second_stage(args, folder))
+        experiment(args, device, folder, resume)
 
 
-def second_stage(folder):
-    """The second stage's flags, where this is its folder and torchrun has restarted the command that began it: what
-    stands there is for the first stage. None where a user resumes it: then the command line is for this one."""
-    path = folder / SECOND
-    if not path.exists():
-        return None
-    flags = json.loads(path.read_text())
-    # a lock names the torchrun that works in its folder; who began the second stage has worked in the first's
-    first = Path(flags["weights"]).with_name("lock")
-    return flags if runs.launcher() and first.exists() and first.read_text() == runs.launcher() else None
+def second_stage(args, folder):
+    """The flags of the run that goes on from the last weights in `folder`, the first stage's. A flag that differs from
+    the first stage's recipe was given by the user and is kept."""
+    before, after = recipe("scratch-low", args.head), recipe("finetune", args.head)
+    changed = {flag: value for flag, value in after.items() if vars(args)[flag] == before[flag]}
+    changed |= dict(preset="finetune", epochs=args.stages[1], image_weights=False, weights=str(folder / "last.pt"),
+                    project=str(folder.parent), name=f"{folder.name}-finetune", resume=None)
+    return argparse.Namespace(**vars(args) | changed)
 
 
 def experiment(args, device, folder, resume):
-    """One run, from the labels to the last epoch's results; the competition's two stages are two of them."""
+    """One run, from the labels to the results of the last epoch."""
     engine.seed_everything(args.seed, args.deterministic)
-    if dist.rank() == 0 and not resume:
-        runs.write_json(folder / "args.json", vars(args))  # of a second stage, what has changed too
 
-    if args.grid == 9 and (args.degrees or args.shear):  # pictures at its sides would cover others' objects
-        raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
-    usual = recipe(args.preset, args.head) | dict(label_smoothing=0.0, focal_gamma=0.0, autoanchor=True)
-    stored = resume["args"] if resume else {}  # of an older version, which took such flags
-    for flag in IDLE[args.head]:
-        if vars(args)[flag] not in (usual[flag], stored.get(flag, usual[flag])):
-            raise UserError(f"{table.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
-                            f"leave it out, or choose the other head")
-
-    # ---- data ----
-    data = labels.read(args.data, allow_bad=args.allow_bad_labels)
-    train, val = split(args, folder, data)
+    # ---- samples ----
+    data, val, samples = load_samples(args, folder)
+    names, files = data.names, [data.files[i] for i in val]
     bands = args.bands or images.default_bands(data.files)
-    if args.debug:
-        train, val = folds.some(train, 8 * args.bs), folds.some(val, args.bs)
-    sources, weights = pick(data, train), np.ones(len(train))
-    for more, weight in args.extra_data:
-        extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
-        chosen = folds.unseen(extra.files, [data.files[i] for i in val], more)
-        chosen = folds.some(chosen, 8 * args.bs) if args.debug else chosen
-        sources = [ours + theirs for ours, theirs in zip(sources, pick(extra, chosen))]
-        weights = np.concatenate((weights, np.full(len(chosen), weight)))
-    scale = args.pixel_scale or det.default_scale(sources[0] + [data.files[i] for i in val], bands)
-    if args.tile:
-        sources, image_of = det.cut(*sources, tile=args.tile, overlap=args.overlap)
-        weights = weights[image_of]
-    names, reading = data.names, dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
-    train_data = det.DetData(*sources, seed=args.seed, mosaic=args.mosaic, grid=args.grid, mixup=args.mixup,
-                             close_mosaic=args.epochs - args.close_mosaic, hsv=args.hsv, degrees=args.degrees,
-                             translate=args.translate, scale=args.scale, shear=args.shear, flip_ud=args.flip_ud,
-                             flip_lr=args.flip_lr, **reading)
+    scale = args.pixel_scale or det.default_scale([sample.file for sample in samples] + files, bands)
+    reading = dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
+    samples = det.cut(samples, args.tile, args.overlap)
+    train_data = det.DetData(samples, seed=args.seed, close_mosaic=args.epochs - args.close_mosaic,
+                             **{flag: vars(args)[flag] for flag in AUGMENT}, **reading)
+    weights = np.array([sample.weight for sample in samples])
     if args.image_weights:
-        weights *= class_balance(sources[2], len(names))
+        weights *= class_balance([sample.boxes[:, 0] for sample in samples])
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
                           parts=args.epoch_parts, same=args.debug, weights=weights if np.ptp(weights) else None,
                           collate=det.collate)
 
     # ---- net ----
-    arch = dict(variant=args.variant, num_classes=len(names), in_chans=len(bands), head=args.head)
-    if resume and args.head == "anchor":
-        arch["anchors"] = resume["arch"]["kwargs"].get("anchors")
-    model = YOLOv5(**arch, grad_checkpoint=args.grad_checkpoint)
-    if args.imgsz % model.stride:
-        raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {model.stride}; take "
-                        f"{-(-args.imgsz // model.stride) * model.stride}")
-    if args.bs == dist.world_size() and int(args.imgsz * (1 - args.multi_scale)) < 2 * model.stride:
-        raise UserError(f"--bs {args.bs} --imgsz {args.imgsz}: batch norm would see a single pixel; raise one of them")
+    inputs = det.Input(bands, scale, args.imgsz)
+    arch = describe_net(args, len(names), len(bands))
+    model = nets.build(arch, **{"grad_checkpoint": True} if args.grad_checkpoint else {})
     if args.weights and not resume:
-        if dist.rank() == 0:  # other machines need not have the file: a first stage's lies on one
+        if dist.rank() == 0:  # other machines need not have the file: the first stage's lies on one
             with answers_for("--weights"):
                 print(pretrained.describe(pretrained.load(model, args.weights)))
         dist.same_weights(model)
-    if args.head == "anchor" and not resume:
-        arch["anchors"] = fit_anchors(model.head, args, *sources[1::2])
+    if args.head == "anchor" and args.autoanchor and not resume:
+        fit_anchors(model.head, samples, args)
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
-    head = model.head
+    images_per_step = args.bs * args.accumulate
+    # sgd's weight decay is for 64 images; adamw's does not depend on their number
+    decay = args.weight_decay * (images_per_step / 64 if args.optimizer == "sgd" else 1)
+    state, options = training(args, folder, model, loader, device, weight_decay=decay, summed_over=images_per_step)
+    optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
+                  bias_lr=args.warmup_bias_lr, momentum=args.warmup_momentum)
 
     # ---- loss ----
-    def inputs(batch):  # -> (B, C, H, W) float32, 0..1
-        if "colour" not in batch:
-            return (batch["image"].float() / scale).clamp_(0, 1)  # as recolour does
-        x = augment.recolour(batch["image"], batch["colour"], scale)
-        return mix.random_erase(x, p_gridmask=args.gridmask, p_cutout=args.cutout)
+    levels = 3 / len(model.strides)  # the anchor head's gains are for 3 levels, 80 classes and 640 pixels
+    gains = dict(box=args.box * levels, obj=args.obj * (args.imgsz / 640) ** 2 * levels,
+                 cls=args.cls * len(names) / 80 * levels)
 
-    def compute_loss(model, batch):
-        x, targets = inputs(batch), batch["boxes"]
+    def augmented(batch):  # -> the net's input in training
+        x = inputs(batch["image"], colour=batch["colour"])
+        return mix.random_erase(x, p_gridmask=args.gridmask, p_cutout=args.cutout, cutout_size=args.cutout_size)
+
+    def compute_loss(net, batch):
+        x, boxes = augmented(batch), batch["boxes"]
         if args.multi_scale:
-            low, high = (int(args.imgsz * (1 + f * args.multi_scale)) // head.strides[-1] for f in (-1, 1))
-            side = dist.broadcast(int(torch.randint(max(low, 1), high + 1, ()))) * head.strides[-1]
-            x = F.interpolate(x, (side, side), mode="bilinear")
-            targets = torch.cat((targets[:, :2], targets[:, 2:] * (side / args.imgsz)), 1)
-        maps = model(x)
+            x, boxes = random_size(x, boxes, args.multi_scale, model.stride)
+        maps = net(x)
         if args.head == "free":
-            loss, parts = losses_det.free_loss(maps, targets, head.strides, BINS,
-                                               box=args.box, dfl=args.dfl, cls=args.cls)
-        else:
-            levels = 3 / len(maps)  # the gains are for 3 levels, 80 classes and 640 pixels
-            loss, parts = losses_det.anchor_loss(
-                maps, targets, head.anchors, head.strides, threshold=args.anchor_threshold, box=args.box * levels,
-                obj=args.obj * (args.imgsz / 640) ** 2 * levels, cls=args.cls * len(names) / 80 * levels,
-                obj_pw=args.obj_pw, cls_pw=args.cls_pw, smoothing=args.label_smoothing, gamma=args.focal_gamma)
-        # the loss of a step is a sum over its images: the learning rates are for that
-        return loss * args.bs * args.accumulate, parts
+            return losses.free_loss(maps, boxes, model.strides, BINS, box=args.box, dfl=args.dfl, cls=args.cls)
+        return losses.anchor_loss(maps, boxes, model.head.anchors, model.strides, threshold=args.anchor_threshold,
+                                  obj_pw=args.obj_pw, cls_pw=args.cls_pw, smoothing=args.label_smoothing,
+                                  gamma=args.focal_gamma, **gains)
 
     # ---- validation ----
-    if val and args.tile:
-        val_data = det.TiledImages([data.files[i] for i in val], labelled(data, val), bands=bands, imgsz=args.imgsz,
-                             stride=model.stride, tile=args.tile, overlap=args.overlap)
-        shapes = val_data.shapes
-    elif val:
-        shapes = [det.rect(data.sizes[i], args.imgsz, model.stride) for i in val]
-        val_data = det.DetData(*pick(data, val), shapes=shapes, **reading)
     if val:
-        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=shapes, workers=args.workers,
-                                 device=device, collate=det.collate)
+        gt_boxes = [torch.from_numpy(sample.boxes).float() for sample in det.samples(data, val)]
+        val_data = det.TiledImages(files, gt_boxes, stride=model.stride, tile=args.tile, overlap=args.overlap,
+                                   **reading)
+        val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=val_data.shapes,
+                                 workers=args.workers, device=device, collate=det.collate)
 
-    def judge(model):  # boxes are compared in pixels of the files
-        metric, by_view = metrics.DetectionAP(len(names)), {}
-        for i, batch in enumerate(val_loader):
-            batch = engine.to_device(batch, device)
-            x = inputs(batch)
-            found = boxes.nms(model(x), conf=0.001, iou=0.65, max_det=300)
-            truths = det.gt_boxes(batch)
-            restored = [det.restore(rows, m) for rows, m in zip(found, batch["matrix"])]
-            if args.tile:
-                by_view |= {view: (rows.cpu(),) for view, rows in zip(batch["index"].tolist(), restored)}
-            else:
-                sizes = [data.sizes[val[i]] for i in batch["index"].tolist()]
-                metric.update([boxes.clip(rows, *size) for rows, size in zip(restored, sizes)], truths, batch["index"])
-            if i == 0 and dist.rank() == 0:
-                seen = [det.move(rows, m) for rows, m in zip(truths, batch["matrix"])]
-                pictures_det.detection_sheet(folder / "val.png", x, seen, found, names=names)
-        if args.tile:  # an image's windows may lie on several ranks
-            by_view = {view: rows for part in dist.gather(by_view) for view, rows in part.items()}
-            for i in range(dist.rank(), len(val), dist.world_size()):
-                truth = val_data.boxes[i].roll(-1, 1)
-                metric.update([val_data.merge(i, by_view, iou=0.65, max_det=300)], [truth], torch.tensor([i]))
-        return metric.reduce()
+    def average_precision(model):  # -> metrics.DetectionAP, in pixels of the files, on every rank
+        def predict(batch):
+            x = inputs(engine.to_device(batch, device)["image"])
+            found = decide.detect(model, x, **VALIDATION)
+            if 0 in batch["index"]:
+                shown = [det.move(rows, matrix) for rows, matrix in zip(det.gt_boxes(batch), batch["matrix"])]
+                pictures.detection_sheet(folder / "val.png", x, shown, found, names=names)
+            return [found]
+
+        metric = metrics.DetectionAP(len(names))
+        found = val_data.detect(val_loader, predict, iou=VALIDATION["iou"], max_det=VALIDATION["max_det"])
+        metric.update(found, [rows.roll(-1, 1) for rows in gt_boxes], range(len(val)))
+        return metric
 
     def evaluate(model):
         began = time.monotonic()
-        metric = judge(model)
-        threshold, _ = metric.best_threshold()  # boxes below it are not drawn
+        metric = average_precision(model)
+        threshold, _ = metric.best_threshold()
         return metric.compute() | {"val_seconds": time.monotonic() - began,
-                                   "threshold": None if math.isnan(threshold) else threshold}
-
-    if args.show_augment:
-        if dist.rank() == 0:
-            save_augmentations(folder / "augment.png", train_data, inputs, names)
-        return
+                                   "threshold": decide.THRESHOLD["det"] if math.isnan(threshold) else threshold}
 
     # ---- training ----
+    if args.show_augment:
+        return save_augmentations(folder / "augment.png", train_data, augmented, names)
     if dist.rank() == 0:
         params = sum(p.numel() for p in model.parameters())
-        print(f"{len(train_data)} images with {sum(map(len, sources[1]))} boxes to train, "
+        print(f"{len(train_data)} images with {sum(len(sample.boxes) for sample in samples)} boxes to train, "
               f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
-        pictures_det.detection_sheet(folder / "train_batch.png", inputs(batch), det.gt_boxes(batch), names=names)
-        pictures_det.label_statistics(folder / "labels.png", *sources[1:4], names)
-    # sgd follows a sum over images, and its decay is for 64 of them; adamw's does not depend on their number
-    decay = args.weight_decay * (args.bs * args.accumulate / 64 if args.optimizer == "sgd" else 1)
-    state, options = training(args, folder, model, loader, device, weight_decay=decay)
-    steps = -(-len(loader) // args.accumulate)
-    optim.warm_up(state.optimizer, round(args.warmup_epochs * steps), bias_lr=args.warmup_bias_lr,
-                  momentum=args.warmup_momentum)
-    header = {"task": "det", "arch": {"name": "YOLOv5", "kwargs": arch}, "classes": names,
-              "category_ids": data.category_ids, "bands": bands, "scale": scale, "imgsz": args.imgsz,
-              "args": vars(args)}
+        pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
+        boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
+        pictures.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
+    header = {"task": "det", "arch": arch, "classes": names, "category_ids": data.category_ids,
+              "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
                **options)
     if args.debug:
-        if args.head == "free" and state.history[0]["box"] < state.history[-1]["box"]:  # its mean is over what it finds
-            dist.print0("--debug: the net finds too little as yet for its loss to tell; look at train_batch.png")
-        else:
-            engine.check_debug(state.history)
+        check_debug(state.history, args.head)
     if val:
-        write_report(state, judge, names, folder, [data.files[i] for i in val], bands)
+        write_report(state, average_precision, names, folder, files, bands)
 
 
-def save_augmentations(path, data, inputs, names, samples=8, epochs=4):
-    """A sheet of what is trained on: a row per image (and those around it), a column per epoch."""
+def load_samples(args, folder):
+    """-> the labels (data.labels.Labels), the indices of the images to validate on, and the samples to train on.
+    Without --folds: the data's own validation images, else a fifth. The folds are stratified by the rarest class of an
+    image."""
+    data = labels.read(args.data, allow_bad=args.allow_bad_labels)
+    root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
+    keys = [os.path.relpath(file, root) for file in data.files]
+    count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
+    rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
+    spec = folds.parse_folds(args.folds, keys, data.held_out, args.fold)
+    train, val = folds.load_or_make_split(folder, keys, spec, args.fold, files=data.files, strata=rarest,
+                                          groups=args.groups, drop=args.drop_noisy)
+    few = 8 * args.bs if args.debug else 10**9
+    val = folds.spread(val, args.bs if args.debug else few)
+    samples = det.samples(data, folds.spread(train, few))
+    for more, weight in args.extra_data:
+        extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
+        chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
+        samples += det.samples(extra, folds.spread(chosen, few), weight)
+    return data, val, samples
+
+
+def class_balance(classes):
+    """How often each image is to be drawn: classes, an (n,) array per image -> (images,), the sum over the boxes of an
+    image of 1 / (number of boxes of that class in all images). So all classes weigh the same in total."""
+    found, counts = np.unique(np.concatenate(classes), return_counts=True)
+    weights = np.array([(1 / counts[np.searchsorted(found, c)]).sum() for c in classes])
+    return weights + min(weights[weights > 0], default=1) / 10  # images without boxes are drawn too
+
+
+def random_size(x, boxes, change, stride):
+    """Images (B, C, side, side) and boxes (n, 6) resized to a random multiple of the stride, 1 - change to 1 + change
+    of their side, the same on all ranks."""
+    low, high = (int(x.shape[2] * (1 + f * change)) // stride for f in (-1, 1))
+    side = dist.broadcast(int(torch.randint(max(low, 1), high + 1, ()))) * stride
+    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] * (side / x.shape[2])), 1)
+    return F.interpolate(x, (side, side), mode="bilinear"), boxes
+
+
+def fit_anchors(head, samples, args):
+    """Gives the head anchors that fit the boxes of the samples as the net sees them, where its own do not."""
+    strides = torch.tensor(head.strides)[:, None, None]
+    wh = [(sample.boxes[:, 3:] - sample.boxes[:, 1:3]) * args.imgsz / max(sample.size) for sample in samples]
+    pixels, line = anchors.auto(np.concatenate(wh), (head.anchors * strides).numpy(), threshold=args.anchor_threshold,
+                                seed=args.seed)
+    head.anchors.copy_(torch.as_tensor(pixels) / strides)
+    dist.print0(line)
+
+
+def save_augmentations(path, data, augmented, names, samples=8, epochs=4):
+    """Draws a sheet of what is trained on: a row per image (and the mosaic around it), a column per epoch."""
     columns = []
     for epoch in range(epochs):
         batch = det.collate([data[epoch, i] for i in range(samples)])
-        shown = (sheets.to_rgb((x * 255).byte()) for x in inputs(batch))
-        columns.append([pictures_det.draw_boxes(rgb, rows[:, :4], rows[:, 4].long(), names)
-                        for rgb, rows in zip(shown, det.gt_boxes(batch))])
-    sheets.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)], max_side=320)
-    print(path)
+        pixels = [sheets.to_rgb((x * 255).byte()) for x in augmented(batch)]
+        columns.append([pictures.draw_boxes(rgb, rows[:, :4], rows[:, 4].long(), names)
+                        for rgb, rows in zip(pixels, det.gt_boxes(batch))])
+    if dist.rank() == 0:
+        sheets.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)],
+                             max_side=320)
+        print(path)
 
 
-def split(args, folder, data):
-    """Indices of the images to train and to validate on. Without --folds: the data's own validation images, else a
-    fifth. Strata: an image's rarest class."""
-    root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
-    names = [os.path.relpath(path, root) for path in data.files]
-    count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
-    rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
-    spec = folds.given(args.folds, names, data.held_out, args.fold)
-    return folds.load_or_make_split(folder, names, spec, args.fold, files=data.files, strata=rarest, groups=args.groups,
-                        drop=args.drop_noisy)
+def check_debug(history, head):
+    """`engine.check_debug`, unless the anchor-free head finds so little that its loss, a mean over what it finds, says
+    nothing."""
+    if head == "free" and history[0]["box"] < history[-1]["box"]:
+        dist.print0("--debug: the net finds too little for its loss to be compared; look at train_batch.png")
+    else:
+        engine.check_debug(history)
 
 
-def pick(data, indices):
-    """-> the files, boxes, classes and sizes of some images, as DetData takes them."""
-    return [[column[i] for i in indices] for column in (data.files, data.boxes, data.classes, data.sizes)]
+def draw_sample(file, bands, truth, found, names):
+    """-> an image, at most 1920 pixels wide and high, with its labels drawn in, and with its detections drawn in."""
+    size = images.size(file)[1:]
+    shape = det.reduced(size, 1920)  # a larger scene may be too large to be read
+    rgb, zoom = sheets.to_rgb(images.read_picture(file, bands, shape=shape)), max(shape) / max(size)
+    return [pictures.draw_boxes(rgb, truth[:, :4] * zoom, truth[:, 4].long(), names),
+            pictures.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
 
 
-def labelled(data, indices):
-    """-> per image float32 (n, 5) of class, x1, y1, x2, y2."""
-    return [torch.from_numpy(np.column_stack((data.classes[i], data.boxes[i]))).float() for i in indices]
-
-
-def class_balance(classes, count):
-    """How often each image is to come: classes, an (n,) array per image -> (images,), the sum over an image's boxes
-    of 1 / (number of boxes of that class in all images). So all classes weigh the same in total."""
-    frequency = np.bincount(np.concatenate(classes), minlength=count)
-    weights = np.array([(1 / frequency[c]).sum() for c in classes])
-    return weights + min(weights[weights > 0], default=1) / 10  # images without boxes come too
-
-
-def fit_anchors(head, args, boxes, sizes):
-    """Anchors that fit the training boxes as the net sees them, into the head; -> list (levels, 3, 2), pixels."""
-    strides = torch.tensor(head.strides)[:, None, None]
-    pixels = (head.anchors * strides).numpy()
-    if args.autoanchor:
-        wh = np.concatenate([(b[:, 2:] - b[:, :2]) * args.imgsz / max(size) for b, size in zip(boxes, sizes)])
-        pixels, line = anchors.auto(wh, pixels, threshold=args.anchor_threshold, seed=args.seed)
-        head.anchors.copy_(torch.as_tensor(pixels) / strides)
-        dist.print0(line)
-    return pixels.tolist()
-
-
-def draw_ends(path, metric, samples, files, bands, *, names, tables):
-    """The images with the worst F1 and the best: their boxes, and what was detected; below, the tables."""
-    threshold, parts = metric.best_threshold()[0], {}
-    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
-        parts[part] = []
-        for i in chosen:
-            size, (found, truths) = images.size(files[i])[1:], metric.boxes_of(i)
-            shape = det.reduced(size, 1920)  # whole, a large scene cannot be read
-            rgb, zoom = sheets.to_rgb(images.read_picture(files[i], bands, shape=shape)), max(shape) / max(size)
-            found = found[found[:, 4] >= threshold]
-            row = [pictures_det.draw_boxes(rgb, truths[:, :4] * zoom, truths[:, 4].long(), names),
-                   pictures_det.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
-            parts[part].append((samples[i], row))
-    review.page(path, parts, tables=tables, titles=("labels", "detections"), max_side=640)
-
-
-def tables(metric, scores, classes, names):
-    """{title: rows} for `review.page`, from what a metric has computed: AP and boxes by class, and by their area."""
+def make_tables(metric, scores, classes, names):
+    """The results -> {title: rows} for `review.page`: AP and number of boxes by class, and by the area of boxes."""
     boxes = np.concatenate(metric.truths)
     area = (boxes[:, 2:4] - boxes[:, :2]).prod(1)
-    by_class = [{"class": pictures_det.class_name(names, k), "AP": c["ap"], "AP50": c["ap50"], "boxes": c["truths"]}
+    by_class = [{"class": pictures.class_name(names, k), "AP": c["ap"], "AP50": c["ap50"], "boxes": c["truths"]}
                 for k, c in enumerate(classes)]
     by_size = [{"size": name.removeprefix("ap_"), "pixels": f"{low} to {high}" if high < 1e10 else f"from {low}",
                 "AP": scores[name], "boxes": int(((low <= area) & (area <= high)).sum())}
@@ -415,25 +382,30 @@ def tables(metric, scores, classes, names):
     return {"Classes": by_class, "Boxes by area": by_size}
 
 
-def write_report(state, judge, names, folder, files, bands):
-    """The run's last weights judged class by class (results.json, precision-recall curves, confusion matrix) and image
-    by image (samples.csv; the worst and the best, and tables, in review.png)."""
-    metric = engine.evaluate_on(state, judge)
+def write_report(state, average_precision, names, folder, files, bands):
+    """Evaluates the last weights of the run class by class (results.json, precision-recall curves, confusion matrix)
+    and image by image (samples.csv; the worst and the best images and tables in review.png)."""
+    metric = engine.evaluate_on(state, average_precision)
     if dist.rank() > 0:
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
-    runs.write_json(folder / "results.json", {
+    write_json(folder / "results.json", {
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
-    samples = metric.samples(files)
-    draw_ends(folder / "review.png", metric, samples, files, bands, names=names,
-              tables=tables(metric, scores, classes, names))
+    samples, parts = metric.samples(files), {}
+    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
+        parts[part] = []
+        for i in chosen:
+            found, truth = metric.boxes_of(i)
+            drawn = draw_sample(files[i], bands, truth, found[found[:, 4] >= threshold], names)
+            parts[part].append((samples[i], drawn))
+    review.page(folder / "review.png", parts, tables=make_tables(metric, scores, classes, names),
+                titles=("labels", "detections"), max_side=640)
     charts.write_csv(folder / "samples.csv", samples)
-    pictures_det.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
-    pictures_det.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
+    pictures.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
+    pictures.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
     for name, c in zip(names, classes):
-        line = f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes"
-        print(line.encode(errors="backslashreplace").decode())  # what JSON escapes need not be text
+        print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")
 
 
 if __name__ == "__main__":

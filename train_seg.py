@@ -17,9 +17,10 @@ from data.loader import eval_loader, train_loader
 from nets import pretrained
 from utils import losses, metrics
 from utils.errors import UserError, answers_for, cli
+from utils.files import write_json
 from utils.ops import decide, tiles
 from utils.pictures import charts, review, sheets
-from utils.train import dist, engine, runs
+from utils.train import dist, engine
 from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
 
 BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore, label smoothing) -> mean over the batch
@@ -113,14 +114,14 @@ def load_samples(args, folder):
     if not any(data.areas):
         dist.print0(f"warning: {args.data}: no mask has a pixel of a class above 0; see --classes and --ignore")
     train, val = folds.load_or_make_split(
-        folder, data.names, folds.parse(args.folds), args.fold, files=data.images, groups=args.groups,
+        folder, data.names, folds.parse_folds(args.folds), args.fold, files=data.images, groups=args.groups,
         strata=folds.area_strata(data.areas), drop=args.drop_noisy)
     few = 8 * args.bs if args.debug else 10**9
-    train, val = folds.some(train, few), folds.some(val, args.bs if args.debug else few)
+    train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
     samples, weights = data.pick(train), [1.0] * len(train)
     for more, weight in args.extra_data:
         extra = seg.read(more, bands=args.bands or list(range(1, data.bands + 1)), **masks)
-        chosen = folds.some(folds.unseen(extra.images, [data.images[i] for i in val], more), few)
+        chosen = folds.spread(folds.without_copies(extra.images, [data.images[i] for i in val], more), few)
         samples, weights = samples + extra.pick(chosen), weights + [weight] * len(chosen)
     return data, val, samples, weights
 
@@ -256,7 +257,7 @@ def write_report(state, evaluate, inputs, data, folder, files):
         parts[part] = [(samples[i], row) for i, row in zip(chosen, rows)]
     review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
     charts.write_csv(folder / "samples.csv", samples)
-    runs.write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
+    write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
     print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 

@@ -1,4 +1,6 @@
 """Augmentation: draws matrices of `utils.geometry` from a random generator."""
+import math
+
 import numpy as np
 import torch
 
@@ -67,26 +69,23 @@ def layout(rng, sizes, imgsz):
     point (Bochkovskiy et al. 2020) within the canvas's middle half. Of nine, eight surround the first, which keeps its
     whole size.
     """
-    scaled = [(w * imgsz / max(h, w), h * imgsz / max(h, w)) for h, w in sizes]
-    side = {1: 1, 4: 2, 9: 3}[len(sizes)] * imgsz
-    if len(sizes) == 1:
-        cuts = [[0, side]] * 2  # across, down: where the cells' borders are
-    elif len(sizes) == 4:
-        cuts = [[0, cut, side] for cut in rng.uniform(side / 4, side * 3 / 4, 2)]
+    across = math.isqrt(len(sizes))  # cells in a row of the canvas
+    side = across * imgsz
+    lengths = [np.array((w, h)) * imgsz / max(h, w) for h, w in sizes]
+    if across == 3:
+        middle = side / 2 + rng.uniform(-imgsz / 2, imgsz / 2, 2)
+        inner = [middle - lengths[0] / 2, middle + lengths[0] / 2]
     else:
-        cuts = [[0, middle - own / 2, middle + own / 2, side]
-                for middle, own in zip(side / 2 + rng.uniform(-imgsz / 2, imgsz / 2, 2), scaled[0])]
-    order = [4, 0, 1, 2, 3, 5, 6, 7, 8] if len(sizes) == 9 else range(len(sizes))  # cells, row by row
+        inner = [rng.uniform(side / 4, side * 3 / 4, 2) for _ in range(across - 1)]
+    edges = np.array([(0, 0), *inner, (side, side)])  # x and y of the cells' borders
+    # outer pictures lie at the inner border of their cell, all others in the middle of it
+    share = np.array([[0.5], [1, 0], [1, 0.5, 0]][across - 1])
     placed = []
-    for (h, w), own, place in zip(sizes, scaled, order):
-        across = len(cuts[0]) - 1
-        cell = [(axis[k], axis[k + 1]) for axis, k in zip(cuts, (place % across, place // across))]
-        # the outer cells' pictures lie towards the middle, as far as they go; those between two cuts are centred
-        start = [first if first > 0 and last == side else
-                 last - length if first == 0 and last < side else (first + last - length) / 2
-                 for (first, last), length in zip(cell, own)]
-        matrix = geometry.translate(*start) @ geometry.scale(own[0] / w, own[1] / h)
-        placed.append((matrix, (cell[0][0], cell[1][0], cell[0][1], cell[1][1])))
+    for (h, w), length, place in zip(sizes, lengths, [4, 0, 1, 2, 3, 5, 6, 7, 8] if across == 3 else range(4)):
+        cell = np.array((place % across, place // across))  # column, row
+        low, high = edges[cell, [0, 1]], edges[cell + 1, [0, 1]]
+        start = low + (high - low - length) * share[cell]
+        placed.append((geometry.translate(*start) @ geometry.scale(*length / (w, h)), (*low, *high)))
     return side, placed
 
 
@@ -134,12 +133,12 @@ def recolour(images, matrices, scale=1.0):
 
 # ---- classification ----
 
-def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout=0.3,
-         p_cutout=0.5):
+def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout_size=0.3,
+                  p_cutout=0.5):
     """The winning Dirty-MNIST system's: a quarter turn, then half of the time a small shift, scale and rotation, and
     half of the time a blank square.
 
-    degrees, shift (of the size), zoom: largest change. flip: probability of each flip. cutout: side of the square, of
+    degrees, shift (of the size), zoom: largest change. flip: probability of each flip. cutout_size: side of the square, of
     the size. -> (matrix on a size x size canvas, square (4,) x1, y1, x2, y2; zeros for none)
     """
     matrix = geometry.rot90(rng.integers(4) if rot90 else 0, size, size)
@@ -152,5 +151,5 @@ def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625
         matrix = geometry.translate(*(size * (0.5 + rng.uniform(-shift, shift, 2)))) @ moved @ matrix
     if rng.random() >= p_cutout:
         return matrix, np.zeros(4)
-    corner = rng.uniform(0, size * (1 - cutout), 2)
-    return matrix, np.concatenate((corner, corner + size * cutout))
+    corner = rng.uniform(0, size * (1 - cutout_size), 2)
+    return matrix, np.concatenate((corner, corner + size * cutout_size))

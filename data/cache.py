@@ -1,5 +1,4 @@
-"""Decoded images kept: in memory, or in one memory-mapped file that all processes share."""
-import fcntl
+"""Decoded images kept in memory, or in one memory-mapped file that all processes share."""
 import hashlib
 import json
 import os
@@ -9,54 +8,44 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.files import locked, whole_file, write_json, writing
 from utils.train import dist
-from utils.errors import UserError
 
 
 class Cache:
-    """`cache[i]` -> the tensor that `read(i)` gave, from files[i], without reading the file again. It is the
-    cache's own memory: not to be changed.
+    """`cache[i]` -> the tensor that `read(i)` gave for files[i], without reading the file again. The tensor is the
+    cache's own memory: read-only.
 
-    where: "ram" (per training process; loader workers share it by fork) or "disk": one array in `folder`, built once,
-    and built again when a file's size or time, or `variant` (what `read` depends on), changed; None: nothing is kept.
-    Shapes and dtypes may differ from file to file.
+    where: "ram": every training process keeps the tensors, and loader workers share them by fork. "disk": the tensors
+    are one file in `folder`, which is built once, and built again when the size or time of a file has changed, or
+    `variant`, which stands for all that `read` depends on. None: nothing is kept.
+    Shapes and dtypes may differ from file to file. Raises UserError when the cache cannot be written.
     """
 
     def __init__(self, files, read, where, *, folder="runs/cache", variant=""):
-        self.files, self.read, self.where, self.variant, self.tensors = files, read, where, str(variant), []
-        if where is None:
-            return
+        self.files, self.read, self.where, self.variant = files, read, where, str(variant)
         if where == "ram":
-            self.tensors = [tensor.clone() for tensor in self._tensors()]  # not the rest of a view's memory
-            return
-        name = hashlib.sha256("\n".join(str(Path(f).resolve()) for f in files).encode()).hexdigest()[:16]
-        self.path = Path(folder) / name
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path.with_suffix(".lock"), "w") as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX)  # one process builds; others, also of other runs, then find it built
-                self._open() or self._build()
-        except OSError as error:
-            raise UserError(f"{self.path.parent}: cannot write the cache ({error.strerror}); make room, or leave "
-                            f"--cache disk out") from None
+            # cloned, because a view would keep the whole tensor that it is a part of
+            self.tensors = [self.read(i).clone(memory_format=torch.contiguous_format) for i in self._indices()]
+        elif where == "disk":
+            name = hashlib.sha256("\n".join(str(Path(f).resolve()) for f in files).encode()).hexdigest()[:16]
+            self.path = Path(folder) / name
+            with writing(folder, "make room, or leave --cache disk out"):
+                os.makedirs(folder, exist_ok=True)
+                # one process builds; the others, of other runs too, find the file built
+                with locked(self.path.with_suffix(".lock")):
+                    self._open() or self._build()
 
     def __getitem__(self, i):
-        if self.where is None:
-            return self.read(i)
-        if self.tensors:
+        if self.where == "ram":
             return self.tensors[i]
-        start, shape, dtype = self.index[i]
-        dtype = getattr(torch, dtype)
-        stop = start + int(np.prod(shape)) * dtype.itemsize
-        return torch.from_numpy(self.array[start:stop]).view(dtype).reshape(shape)
+        if self.where == "disk":
+            start, shape, dtype = self.index[i]
+            return torch.from_numpy(np.ndarray(shape, dtype, self.array, start))
+        return self.read(i)
 
-    def _tensors(self):
-        self.index, start = [], 0
-        for i in tqdm(range(len(self.files)), desc="cache", disable=dist.rank() > 0, leave=False):
-            tensor = self.read(i).contiguous()
-            self.index.append((start, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
-            start += tensor.numel() * tensor.element_size()
-            yield tensor
+    def _indices(self):
+        return tqdm(range(len(self.files)), desc="cache", disable=dist.rank() > 0, leave=False)
 
     def _stamp(self):
         stats = [os.stat(file) for file in self.files]
@@ -65,22 +54,21 @@ class Cache:
     def _open(self):
         try:
             header = json.loads(self.path.with_suffix(".json").read_text())
-            self.array = np.memmap(self.path.with_suffix(".bin"), np.uint8, "c")  # torch wants to write
+            self.array = np.memmap(self.path.with_suffix(".bin"), np.uint8, "c")  # torch wants writable memory
             self.index = header["index"]
             return header["stamp"] == self._stamp() and header["bytes"] == len(self.array)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # none yet, or damaged
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # not built yet, or damaged
             return False
 
     def _build(self):
-        temporary = self.path.with_suffix(".tmp")
-        try:
+        index, header = [], self.path.with_suffix(".json")
+        with whole_file(self.path.with_suffix(".bin")) as temporary:
             with open(temporary, "wb") as file:
-                for tensor in self._tensors():
-                    file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-            header = {"stamp": self._stamp(), "index": self.index, "bytes": temporary.stat().st_size}
-            self.path.with_suffix(".json").unlink(missing_ok=True)  # never a header beside another array
-            os.replace(temporary, self.path.with_suffix(".bin"))
-            self.path.with_suffix(".json").write_text(json.dumps(header))
-        finally:
-            temporary.unlink(missing_ok=True)
+                for i in self._indices():
+                    array = np.ascontiguousarray(self.read(i))
+                    index.append([file.tell(), array.shape, array.dtype.name])
+                    file.write(array)
+                size = file.tell()
+            header.unlink(missing_ok=True)  # a header never describes another array
+        write_json(header, {"stamp": self._stamp(), "index": index, "bytes": size}, indent=None)
         self._open()

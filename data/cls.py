@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from data import augment, folds, images
 from data.cache import Cache
-from data.labels.formats import same_name
 from utils.errors import UserError
+from utils.files import same_name
 from utils.ops import geometry
 from utils.train import checkpoint, dist
 
@@ -216,7 +216,7 @@ def held_out(paths, states):
         if table.names != state["classes"]:
             raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
         names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split
-        out = {name for name, fold in folds.read(split, names).items() if fold == settings["fold"]}
+        out = {name for name, fold in folds.read_split(split, names).items() if fold == settings["fold"]}
         found.append({file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
                       if name in out})
         if found[-1].keys() != found[0].keys():

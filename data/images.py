@@ -1,16 +1,17 @@
 """Reading images of any band count and depth: GeoTIFF and PNG by GDAL, JPEG by torchvision.
 
-    palette   its indices, one band, as masks need them
-    CMYK      four bands as JPEG stores them, 255 is no ink
+    palette   one band of indices, as masks need them
+    CMYK      four bands as JPEG stores them: 255 is no ink
     EXIF      a JPEG's orientation is applied
 
-Every reader answers a file that it cannot use with a UserError naming it. The kind of a file is told by its first
-bytes, not by its name. No other file is opened for pixels: GDAL's other drivers and GDAL's overviews, which follow
-references to further files and to the network, stay shut.
+A file that cannot be used is a UserError that names it. The first bytes of a file tell its kind, not its name. No other
+file is opened for pixels: GDAL's other drivers and its overviews, which follow references to further files and to the
+network, are switched off.
 
 Why not torchvision for PNG: its decoder ends the process on about one in 300 damaged files (version 0.29), returns
 unset memory for palettes of less than 8 bits, and takes twice as long. For JPEG it is three times faster than others.
 """
+import contextlib
 import functools
 import glob
 import hashlib
@@ -31,11 +32,12 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from utils.train import dist
 from utils.errors import UserError
+from utils.files import reading
+from utils.train import dist
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have limits of our own
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below replace Pillow's
 
 # megabytes for GDAL's blocks; it would take a twentieth of the machine's memory, in every process
 os.environ.setdefault("GDAL_CACHEMAX", "128")
@@ -45,9 +47,10 @@ KINDS = {b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTi
 # a file of a few bytes can claim to be 2e9 x 2e9
 MAX_SCENE = 2**36  # pixels, however it is read
 MAX_VALUES = 2**30  # pixels times bands of one read
-STRIP = 2**25  # the same, of a piece where all is read in pieces
-# GDAL looks for files beside the one that it opens, half of the time that this takes; they say nothing about pixels
+STRIP = 2**25  # pixels times bands of a piece, where an image is read in pieces
+# GDAL's search for files beside the one that it opens takes half of the time; they say nothing about pixels
 ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
+DAMAGED = "{}: truncated or damaged; replace or remove it"
 
 
 def find(folder):
@@ -63,8 +66,8 @@ def find(folder):
 
 
 def find_sources(patterns, default, scale):
-    """Files, folders and globs -> the image files, sorted, of different names. Says so where their depth is not the one
-    whose white is `scale`, the net's."""
+    """Files, folders and globs -> the image files, sorted; their names must differ. Prints a line where the depth of a
+    file is not the one that `scale`, the net's, is made for."""
     files = []
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
@@ -88,16 +91,27 @@ def kind(path):
     return _kind(*_version(path))
 
 
-def open_raster(path):
-    """rasterio's dataset, for windowed reading and for the place on Earth. Use it in a `with`."""
+@contextlib.contextmanager
+def open_raster(path, *, sidecars=False):
+    """rasterio's dataset for a `with` block. Raises UserError when it cannot be opened, or not be read in the block.
+
+    sidecars: whether GDAL may look for files beside it, which can tell the place on Earth.
+    """
     driver = kind(path)
-    try:
-        # absolute: no /vsi names, no URLs. Overviews may lie in another file, which a tag or a name points to
-        return rasterio.open(os.path.abspath(path), driver=driver, OVERVIEW_LEVEL="NONE")
-    except UnicodeEncodeError:
-        raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
-    except (RasterioError, ValueError):  # the latter: a damaged coordinate system's name
-        raise UserError(f"{path}: not a readable {driver}; replace or remove it") from None
+    # GDAL's shortcut for whole PNGs does not notice that data is missing, and returns wrong pixels (version 3.10)
+    with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **({} if sidecars else ALONE)):
+        try:
+            # an absolute name is neither a /vsi name nor a URL. Overviews may lie in another file that a tag points to
+            file = rasterio.open(os.path.abspath(path), driver=driver, OVERVIEW_LEVEL="NONE")
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
+        except (RasterioError, ValueError):  # ValueError: a damaged name of a coordinate system
+            raise UserError(f"{path}: not a readable {driver}; replace or remove it") from None
+        with file:
+            try:
+                yield file
+            except RasterioError:
+                raise UserError(DAMAGED.format(path)) from None
 
 
 def size(path):
@@ -123,11 +137,11 @@ def palette(path):
 
 
 def read(path, bands=None, *, window=None, shape=None, missing=0):
-    """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that.
+    """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that dtype.
 
-    bands: 1-based, None: all. window: (row, column, height, width), of which a GeoTIFF reads no more than that.
-    shape: (height, width) to reduce to, nearest pixels. missing: what becomes of pixels that a GeoTIFF declares to hold
-    no data, None: nothing. Raises UserError naming the file.
+    bands: counted from 1, None: all. window: (row, column, height, width); of a GeoTIFF only the window is read.
+    shape: (height, width) to reduce to by nearest pixels. missing: the value for pixels that a GeoTIFF declares to hold
+    no data; None leaves them. Raises UserError naming the file.
     """
     count, height, width = size(path)
     if bands and max(bands) > count:
@@ -135,36 +149,33 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
     bands = None if bands == list(range(1, count + 1)) else bands  # picking them would copy all, and bands first
     if len(bands or range(count)) * math.prod(shape or (window and window[2:]) or (height, width)) > MAX_VALUES:
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
-    try:
-        if kind(path) == "GTiff":
-            with rasterio.Env(**ALONE), open_raster(path) as file:
-                view = Window(window[1], window[0], window[3], window[2]) if window else None
-                image = file.read(bands, window=view, out_shape=shape and (len(bands or range(count)), *shape))
-                for plane, band in zip(image, bands or file.indexes):
-                    empty = file.nodatavals[band - 1]
-                    if missing is not None and empty not in (None, missing):
-                        plane[np.isnan(plane) if np.isnan(empty) else plane == empty] = missing
-        else:
-            decode = _decode_once if window else _decode
-            image = decode(path, os.stat(path).st_mtime_ns)
-            if image.shape != (count, height, width):
-                raise RuntimeError("its header tells two sizes")
-            image = image if bands is None else image[[band - 1 for band in bands]]
-            if window:
-                image = image[:, window[0]:window[0] + window[2], window[1]:window[1] + window[3]].copy()
-            if shape:
-                image = nearest(image, shape)
-    except (RasterioError, RuntimeError):
-        raise UserError(f"{path}: truncated or damaged; replace or remove it") from None
+    y, x, h, w = window or (0, 0, height, width)
+    if kind(path) == "GTiff":
+        with open_raster(path) as file:
+            reduced = shape and (len(bands or range(count)), *shape)
+            image = file.read(bands, window=Window(x, y, w, h), out_shape=reduced)
+            for plane, band in zip(image, bands or file.indexes):
+                empty = file.nodatavals[band - 1]
+                if missing is not None and empty not in (None, missing):
+                    plane[np.isnan(plane) if np.isnan(empty) else plane == empty] = missing
+    else:
+        image = (_decode_once if window else _decode)(path, os.stat(path).st_mtime_ns)
+        if image.shape != (count, height, width):  # its header tells two sizes
+            raise UserError(DAMAGED.format(path))
+        image = image if bands is None else image[[band - 1 for band in bands]]
+        if window:
+            image = image[:, y:y + h, x:x + w].copy()
+        if shape:
+            image = nearest(image, shape)
     return _check(image, path)
 
 
 def digest(path, middle=None):
-    """-> 16 bytes, the same for the same pixels: of one shape and dtype, and equal in every bit, in whatever format and
-    compression. Where they are indices, the colours count too. A JPEG beyond MAX_VALUES is told by its bytes.
+    """-> 16 bytes that are equal for equal pixels: equal in shape, dtype and every bit, whatever the format and the
+    compression. Where pixels are indices, the colours count too. Of a JPEG beyond MAX_VALUES the file's bytes count.
 
-    middle: only so many rows in the middle count. All bands are read, in pieces (a JPEG whole): memory does not grow
-    with the scene. Numbers that `read` refuses are fine. Raises UserError naming the file.
+    middle: only this number of rows in the middle counts. All bands are read, in pieces (a JPEG as a whole), so memory
+    does not grow with the scene. Numbers that `read` refuses are fine. Raises UserError naming the file.
     """
     hashed = hashlib.blake2b(digest_size=16)
 
@@ -172,24 +183,21 @@ def digest(path, middle=None):
         count, height, width = shape
         rows = min(middle or height, height)
         first = (height - rows) // 2
-        # the shape alone decides, so that every format is cut alike; a power of two, as tiles within files are
+        # the shape alone decides, so that every format is cut alike; a power of two, like the tiles in files
         step = 1 << max(1, STRIP // (count * width)).bit_length() - 1
         for row in range(first, first + rows, step):
             pixels = read(row, min(row + step, first + rows))
             hashed.update(f"{shape} {pixels.dtype}".encode())
             hashed.update(pixels.ravel().view(np.uint8))
 
-    try:
-        if kind(path) == "JPEG" and math.prod(size(path)) > MAX_VALUES:
-            hashed.update(Path(path).read_bytes())
-        elif kind(path) == "JPEG":
-            image = _decode(path, None)
-            add(image.shape, lambda first, stop: image[:, first:stop])
-        else:
-            with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **ALONE), open_raster(path) as file:  # NO: see _decode
-                add((file.count, *file.shape), lambda first, stop: file.read(window=((first, stop), (0, file.width))))
-    except (RasterioError, RuntimeError):
-        raise UserError(f"{path}: truncated or damaged; replace or remove it") from None
+    if kind(path) != "JPEG":
+        with open_raster(path) as file:
+            add((file.count, *file.shape), lambda first, stop: file.read(window=((first, stop), (0, file.width))))
+    elif math.prod(size(path)) > MAX_VALUES:
+        hashed.update(Path(path).read_bytes())
+    else:
+        image = _decode(path, None)
+        add(image.shape, lambda first, stop: image[:, first:stop])
     colours = None if middle else palette(path)
     if colours is not None:
         hashed.update(colours.numpy().ravel())
@@ -197,11 +205,11 @@ def digest(path, middle=None):
 
 
 def read_picture(path, bands=None, **options):
-    """`read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images become that. Grey of less than eight
-    bits, such as scanned pages of one, reaches up to 255."""
+    """As `read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images are converted to it. Grey of less
+    than eight bits, such as a scanned page of one bit, is spread to 0 ... 255."""
     rgb = list(bands or []) == [1, 2, 3]
     if rgb and kind(path) == "JPEG":
-        image = read(path, **options)  # whole: to pick bands would be to copy them
+        image = read(path, **options)  # all bands: picking some would copy them
         if len(image) == 4:
             ink = image.int()  # 255 is none
             image = (ink[:3] * ink[3] // 255).to(torch.uint8)
@@ -217,7 +225,7 @@ def read_picture(path, bands=None, **options):
 
 
 def colour_bands(path):
-    """How many bands a file has, without a PNG's second or fourth one, which is its opacity."""
+    """The number of bands of a file, without the second or fourth band of a PNG, which is its opacity."""
     count = size(path)[0]
     return count - 1 if kind(path) == "PNG" and count in (2, 4) else count
 
@@ -228,14 +236,14 @@ def has_bands(path, bands):
 
 
 def default_bands(files):
-    """Of the first picture, without opacity; JPEGs are RGB, even if this one is grey or CMYK; palettes too (see
-    `read_picture`), and a grey image where another has three bands."""
+    """The bands of the first picture, from 1, without opacity. A JPEG counts as RGB, even a grey or CMYK one (see
+    `read_picture`); so does a palette, and a grey image where another image has three bands."""
     first, count = files[0], colour_bands(files[0])
     if kind(first) == "JPEG" or size(first)[0] == 1 and palette(first) is not None:
         count = 3
     elif count == 1:
         with ThreadPoolExecutor(4) as pool:
-            count = 3 if any(found >= 3 for found in pool.map(colour_bands, files)) else 1
+            count = 3 if max(pool.map(colour_bands, files)) >= 3 else 1
     return list(range(1, count + 1))
 
 
@@ -249,14 +257,14 @@ def resize(image, size):
 
 
 def nearest(image, size):
-    """(..., H, W), array or tensor -> `size`, every pixel the one that lies at its centre."""
+    """(..., H, W), array or tensor -> `size`: for every new pixel the old one that lies at its centre."""
     rows, columns = ((np.arange(n) * 2 + 1) * side // (2 * n) for n, side in zip(size, image.shape[-2:]))
     return image[..., rows[:, None], columns]
 
 
 def default_scale(files):
-    """What turns the files' numbers into 0..1: 65535 for uint16 (the wildfire system's), 255 for uint8, else 1.
-    UserError where they differ in that."""
+    """The number that pixel values are divided by to lie in 0..1: 65535 for uint16 (as in the wildfire system), 255 for
+    uint8, else 1. UserError where the files differ in it."""
     file_of = {}
     for file in files:
         file_of.setdefault({"uint8": 255.0, "uint16": 65535.0}.get(depth(file), 1.0), file)
@@ -267,22 +275,18 @@ def default_scale(files):
     return next(iter(file_of))
 
 
-# ---- headers: read once for a file as it is, for an epoch asks for each of them several times ------------------------
+# ---- headers: kept until the file changes, because an epoch asks for each of them several times ---------------------
 def _version(path):
-    """What tells a file's contents from what it held before: (path, time, length, regular file?)."""
-    try:
+    """(path, time, length, regular file?): other values mean that the content may be another."""
+    with reading(path):
         found = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check path and permissions") from None
     return path, found.st_mtime_ns, found.st_size, stat.S_ISREG(found.st_mode)
 
 
 @functools.lru_cache(maxsize=2**18)
 def _kind(path, changed, length, regular):
-    try:
-        head = open(path, "rb").read(4) if regular else b""  # a pipe or a device would block or never end
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check path and permissions") from None
+    with reading(path):
+        head = open(path, "rb").read(4) if regular else b""  # reading a pipe or a device would block or never end
     found = KINDS.get(head, "JPEG" if head[:2] == b"\xff\xd8" else None)
     if found is None:
         what = "not a regular file" if not regular else "empty" if not head else "not a TIFF, PNG or JPEG"
@@ -299,38 +303,41 @@ def _header(path, *version):
                 return len(file.getbands()), *(file.size if turned else file.size[::-1]), "uint8", 8
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
             raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
-    with rasterio.Env(**ALONE), open_raster(path) as file:
+    with open_raster(path) as file:
         if file.height * file.width > MAX_SCENE:
             raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
-        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))  # of pixels of less than a byte, else not told
+        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))  # only told for pixels of less than a byte
         return file.count, file.height, file.width, file.dtypes[0], bits
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 def _decode(path, changed):
-    """PNG and JPEG know no windows: the whole picture as an array (C, H, W)."""
+    """A whole PNG or JPEG, which have no windows, as an array (C, H, W)."""
     if kind(path) == "JPEG":
         data = Path(path).read_bytes()
-        if _cut_off(data):
-            raise RuntimeError("torchvision would fill up with grey")
-        data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
-    # GDAL's shortcut for whole PNGs does not notice that data is missing, and returns wrong pixels (version 3.10)
-    with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **ALONE), open_raster(path) as file:
+        try:
+            if _cut_off(data):
+                raise RuntimeError("torchvision would fill up with grey")
+            data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
+        except RuntimeError:
+            raise UserError(DAMAGED.format(path)) from None
+    with open_raster(path) as file:
         if file.count * file.height * file.width > MAX_VALUES:
             raise UserError(f"{path}: {file.width} x {file.height} pixels are too many to read; cut it into tiles")
         return file.read()
 
 
 def _cut_off(jpeg):
-    """Whether the end marker is missing. Behind the header's segments, where thumbnails are, it is no chance."""
+    """Whether a JPEG's end marker is missing. It is looked for behind the header's segments, which hold thumbnails with
+    end markers of their own."""
     at = 2
     while jpeg[at:at + 1] == b"\xff" and jpeg[at + 1:at + 2] != b"\xda":
         at += 2 + int.from_bytes(jpeg[at + 2:at + 4], "big")
     return jpeg.find(b"\xff\xd9", at) < 0
 
 
-_decode_once = functools.lru_cache(maxsize=1)(_decode)  # windows of one large picture follow each other
+_decode_once = functools.lru_cache(maxsize=1)(_decode)  # for the windows of one large picture
 
 
 def _check(array, path):

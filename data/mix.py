@@ -24,7 +24,7 @@ def for_labels(images, labels, *, p_mixup=0.0, p_cutmix=0.0, p_snapmix=0.0, heat
     return random_erase(images, p_gridmask=p_gridmask), labels
 
 
-def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cutout=0.0):
+def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cutout=0.0, cutout_size=0.5):
     """What a segmenter trains on: images (B,C,H,W), masks (B,H,W) -> images, [(masks, share of the loss)].
 
     Masks stay hard, so that any loss can be taken: of a batch that `mixup` has blended, with one share for all, the
@@ -38,13 +38,13 @@ def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cut
     elif kind == "cutmix":
         images, partner, own = cutmix(images)
         targets = [(torch.where(own[:, 0] > 0, masks, masks[partner]), 1.0)]
-    return random_erase(images, p_gridmask=p_gridmask, p_cutout=p_cutout), targets
+    return random_erase(images, p_gridmask=p_gridmask, p_cutout=p_cutout, cutout_size=cutout_size), targets
 
 
-def random_erase(images, *, p_gridmask=0.0, p_cutout=0.0):
+def random_erase(images, *, p_gridmask=0.0, p_cutout=0.0, cutout_size=0.5):
     """images (B,C,H,W) -> the same, of which some have lost parts."""
     images = gridmask(images, p=p_gridmask)[0] if p_gridmask else images
-    return cutout(images, p=p_cutout)[0] if p_cutout else images
+    return cutout(images, cutout_size, p=p_cutout)[0] if p_cutout else images
 
 
 def _one_of(**shares):

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from nets.blocks import ConvNorm, recompute, silu
+from utils.ops.anchors import cells, decode_points
+from utils.ops.boxes import to_xywh
 
 SIZES = {  # depth, width
     "n": (1 / 3, 1 / 4), "s": (1 / 3, 1 / 2), "m": (2 / 3, 3 / 4), "l": (1, 1), "x": (4 / 3, 5 / 4)}
@@ -76,12 +78,19 @@ class SPPF(nn.Module):
 
 
 class Concat(nn.Module):
-    def forward(self, x, skip):
-        return torch.cat((x, skip), 1)
+    """The maps of the layer before and of the layer with the index `skip`, along the channels."""
+
+    def __init__(self, skip):
+        super().__init__()
+        self.skip = skip
+
+    def forward(self, x, skipped):
+        return torch.cat((x, skipped), 1)
 
 
 class AnchorHead(nn.Module):
-    """Per level a 1x1 convolution: for every cell and anchor 4 numbers of the box, objectness, classes.
+    """YOLOv5's head: per level a 1x1 convolution, which gives every cell and anchor 4 numbers for the box, objectness
+    and class logits.
 
     train(): maps (B, anchors, rows, columns, 5 + classes), raw. eval(): see YOLOv5.
     """
@@ -93,13 +102,13 @@ class AnchorHead(nn.Module):
         self.register_buffer("anchors", anchors / torch.tensor(strides)[:, None, None])  # in strides, as published
         self.outputs = 5 + num_classes
         self.m = nn.ModuleList(nn.Conv2d(c, anchors.shape[1] * self.outputs, 1) for c in channels)
-        for conv, stride in zip(self.m, strides):  # few objects per image, all classes equally frequent
+        for conv, stride in zip(self.m, strides):  # prior: few objects per image, all classes equally frequent
             bias = conv.bias.data.view(-1, self.outputs)
             bias[:, 4] += math.log(8 / (640 / stride) ** 2)
             bias[:, 5:] += math.log(0.6 / (num_classes - 0.999999))
 
     def _apply(self, fn, recurse=True):
-        """Half precision is too coarse for anchors, which are numbers of pixels."""
+        """Anchors stay in fp32: half precision is too coarse for sizes in pixels."""
         anchors = self.anchors
         super()._apply(fn, recurse)
         self.anchors = anchors.to(self.anchors.device)
@@ -107,19 +116,21 @@ class AnchorHead(nn.Module):
 
     def forward(self, maps):
         raw = [conv(x).unflatten(1, (-1, self.outputs)).permute(0, 1, 3, 4, 2) for conv, x in zip(self.m, maps)]
-        if self.training:
-            return raw
-        return torch.cat([self.decode(*level) for level in zip(raw, self.anchors, self.strides)], 1)
+        return raw if self.training else self.decode(raw)
 
-    def decode(self, raw, anchors, stride):
-        y = raw.float().sigmoid()
-        xy = (2 * y[..., :2] - 0.5 + cells(*y.shape[2:4], y.device)) * stride
-        wh = (2 * y[..., 2:4]) ** 2 * (anchors * stride)[:, None, None]
-        return torch.cat((xy, wh, y[..., 4:]), -1).flatten(1, 3)
+    def decode(self, maps):
+        """Raw maps -> rows (B, N, 5 + classes) as in YOLOv5, fp32."""
+        rows = []
+        for raw, anchors, stride in zip(maps, self.anchors, self.strides):
+            y = raw.float().sigmoid()
+            xy = (2 * y[..., :2] - 0.5 + cells(*y.shape[2:4], y.device)) * stride
+            wh = (2 * y[..., 2:4]) ** 2 * (anchors * stride)[:, None, None]
+            rows.append(torch.cat((xy, wh, y[..., 4:]), -1).flatten(1, 3))
+        return torch.cat(rows, 1)
 
 
 class AnchorFreeHead(nn.Module):
-    """Anchor-free: per level two branches of two 3x3 convolutions, for the box and, depthwise, for the classes.
+    """Per level two branches of two 3x3 convolutions, one for the box and a depthwise one for the classes.
 
     A cell's box is given by the distances from its centre to the four sides, each a distribution over BINS
     multiples of the stride. train(): maps (B, rows, columns, 4 * BINS + classes), raw. eval(): see YOLOv5.
@@ -134,38 +145,22 @@ class AnchorFreeHead(nn.Module):
         self.cls = nn.ModuleList(nn.Sequential(
             Conv(c, c, 3, groups=c), Conv(c, cls), Conv(cls, cls, 3, groups=cls), Conv(cls, cls),
             nn.Conv2d(cls, num_classes, 1)) for c in channels)
-        # depthwise, a cell looks at itself first: from torch's random numbers alone some short trainings never start
-        for branch, stride in zip(self.cls, strides):
-            branch[0].conv.weight.data[..., 1, 1] += 1
-            branch[2].conv.weight.data[..., 1, 1] += 1
-            nn.init.constant_(branch[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
-        for branch in self.box:
-            nn.init.constant_(branch[-1].bias, 1.0)
+        # the depthwise kernels start near the identity: with torch's random kernels some short trainings never start
+        for box, cls, stride in zip(self.box, self.cls, strides):
+            cls[0].conv.weight.data[..., 1, 1] += 1
+            cls[2].conv.weight.data[..., 1, 1] += 1
+            nn.init.constant_(cls[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
+            nn.init.constant_(box[-1].bias, 1.0)
 
     def forward(self, maps):
         raw = [torch.cat((box(x), cls(x)), 1).permute(0, 2, 3, 1) for box, cls, x in zip(self.box, self.cls, maps)]
-        return raw if self.training else torch.cat([self.decode(*level) for level in zip(raw, self.strides)], 1)
+        return raw if self.training else self.decode(raw)
 
-    def decode(self, raw, stride):
-        raw = raw.float()
-        distances = expected(raw[..., :4 * BINS]) * stride  # left, top, right, bottom
-        centres = (cells(*raw.shape[1:3], raw.device) + 0.5) * stride
-        first, last = centres - distances[..., :2], centres + distances[..., 2:]
-        sure = raw.new_ones(*raw.shape[:3], 1)  # no objectness of its own
-        return torch.cat(((first + last) / 2, last - first, sure, raw[..., 4 * BINS:].sigmoid()), -1).flatten(1, 2)
-
-
-def cells(rows, columns, device):
-    """(rows, columns, 2): every cell's column and row."""
-    y, x = torch.arange(rows, device=device), torch.arange(columns, device=device)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).float()
-
-
-def expected(logits):
-    """Logits (..., 4 * BINS) of four distributions -> their means (..., 4), in bins."""
-    logits = logits.unflatten(-1, (4, -1))
-    bins = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
-    return (logits.softmax(-1) * bins).sum(-1)  # autocast would round the terms of a matrix product
+    def decode(self, maps):
+        """Raw maps -> rows (B, N, 5 + classes) as in YOLOv5, fp32."""
+        points = decode_points(maps, self.strides, BINS)
+        objectness = torch.ones_like(points.boxes[..., :1])  # this head predicts none
+        return torch.cat((to_xywh(points.boxes), objectness, points.classes.sigmoid()), -1)
 
 
 class YOLOv5(nn.Module):
@@ -190,54 +185,43 @@ class YOLOv5(nn.Module):
         def c3(cin, cout, count, shortcut=True):
             return C3(cin, cout, max(round(count * deep), 1), shortcut)
 
-        cin, stages = width(64), [(width(channels), count) for channels, count in STAGES[kind]]
-        layers = [Conv(in_chans, cin, 6, 2)]
-        for cout, count in stages:
-            layers += [Conv(cin, cout, 3, 2), c3(cin := cout, cout, count)]
+        cin, layers = width(64), [Conv(in_chans, width(64), 6, 2)]
+        for cout, count in STAGES[kind]:
+            layers += [Conv(cin, width(cout), 3, 2), c3(cin := width(cout), cin, count)]
         layers += [SPPF(cin)]
-        channels = [cout for cout, _ in stages[1:]]  # of the maps with strides 8, 16, ...
-        for skip in reversed(channels[:-1]):  # coarse to fine
-            layers += [Conv(cin, skip), nn.Upsample(scale_factor=2), Concat(), c3(2 * skip, skip, 3, False)]
-            cin = skip
+        channels = [width(cout) for cout, _ in STAGES[kind][1:]]  # of the maps with strides 8, 16, ...
+        laterals = []
+        for i in reversed(range(len(channels) - 1)):  # coarse to fine; layer 4 + 2i ends the stage of stride 8 * 2^i
+            laterals.append(len(layers))
+            layers += [Conv(cin, channels[i]), nn.Upsample(scale_factor=2), Concat(4 + 2 * i)]
+            layers += [c3(2 * channels[i], cin := channels[i], 3, False)]
+        self.outputs = [len(layers) - 1 + 3 * i for i in range(len(channels))]
         for cout in channels[1:]:  # and back
-            layers += [Conv(cin, cin, 3, 2), Concat(), c3(2 * cin, cout, 3, False)]
-            cin = cout
+            layers += [Conv(cin, cin, 3, 2), Concat(laterals.pop()), c3(2 * cin, cin := cout, 3, False)]
+        self.stored = {*self.outputs, *(layer.skip for layer in layers if isinstance(layer, Concat))}
         self.strides = [8 * 2 ** i for i in range(len(channels))]
+        self.stride = self.strides[-1]
         if head == "anchor":
             layers += [AnchorHead(channels, self.strides, num_classes, ANCHORS[kind] if anchors is None else anchors)]
         else:
             layers += [AnchorFreeHead(channels, self.strides, num_classes)]
         self.model = nn.ModuleList(layers)
-        self.task_prefixes = (f"model.{len(layers) - 1}.",)  # the head may differ from that of published weights
-
-    @property
-    def stride(self):
-        return self.strides[-1]
+        self.task_prefixes = (f"model.{len(layers) - 1}.",)  # the head may differ from the published weights' head
 
     @property
     def head(self):
         return self.model[-1]
 
     def forward(self, x):
-        layers = iter(self.model)
-
-        def run(*inputs):
-            layer = next(layers)
-            if self.grad_checkpoint and self.training and isinstance(layer, C3):
-                return recompute(layer, *inputs)
-            return layer(*inputs)
-
-        x, skips = run(x), []
-        for _ in range(len(self.strides) + 1):
-            x = run(run(x))
-            skips.append(x)
-        x, laterals = run(x), []
-        for skip in skips[-2:0:-1]:
-            x = run(x)
-            laterals.append(x)
-            x = run(run(run(x), skip))
-        maps = [x]
-        while laterals:
-            x = run(run(run(x), laterals.pop()))
-            maps.append(x)
-        return run(maps)
+        *layers, head = self.model
+        stored = {}  # the maps that later layers need
+        for i, layer in enumerate(layers):
+            if isinstance(layer, Concat):
+                x = layer(x, stored[layer.skip])
+            elif isinstance(layer, C3) and self.grad_checkpoint and self.training:
+                x = recompute(layer, x)
+            else:
+                x = layer(x)
+            if i in self.stored:
+                stored[i] = x
+        return head([stored[i] for i in self.outputs])

@@ -166,9 +166,9 @@ def test_flags_that_do_not_fit(refused, root, flags, says):
 
 def test_split_and_group_files_that_do_not_fit(refused, root, tmp_path):
     (tmp_path / "a.json").write_text('{"train_img_0": 0, "train_img_1": 1}')
-    train(refused, "--data", root, "--folds", "a.json", says=["a.json: has no fold for train_img_2", "2 such"])
+    train(refused, "--data", root, "--folds", "a.json", says=["a.json: has no fold for train_img_2", "2 in total"])
     (tmp_path / "a.csv").write_text("name,group\ntrain_img_0,x\n")
-    train(refused, "--data", root, "--groups", "a.csv", says=["a.csv: has no group for train_img_1", "3 such"])
+    train(refused, "--data", root, "--groups", "a.csv", says=["a.csv: has no group for train_img_1", "3 in total"])
     (tmp_path / "b.csv").write_bytes(b"\x00\xff\xfe" * 9)
     train(refused, "--data", root, "--groups", "b.csv", says="b.csv: not a table of groups")
     (tmp_path / "c.csv").write_text("name,group\n" + "".join(f"train_img_{i},one place\n" for i in range(4)))
@@ -187,7 +187,7 @@ def test_run_folders_that_cannot_be_made(refused, root, tmp_path):
 def test_a_cache_folder_that_cannot_be_made(refused, root, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/cache").write_text("x")
-    train(refused, "--data", root, "--cache", "disk", says=["runs/cache: cannot write the cache", "--cache"])
+    train(refused, "--data", root, "--cache", "disk", says=["runs/cache: cannot be written", "--cache"])
 
 
 def test_checkpoints_of_other_nets(refused, root, tmp_path, model):

@@ -19,6 +19,12 @@ from utils.train import engine
 from utils.errors import UserError
 
 
+def to_input(batch, imgsz, scale, mean=(0.0,), std=(1.0,), turn=np.eye(3)):
+    """What a net with this input sees of a batch."""
+    bands = list(range(1, batch["image"].shape[1] + 1))
+    return cls.Input(bands, scale, imgsz, mean, std)(batch, turn)
+
+
 def write_image(path, value=0, size=(8, 9)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full(size, value, np.uint8)).save(path)
@@ -50,7 +56,7 @@ def test_answers_of_the_competition(tmp_path, keys):
     answers(tmp_path, keys=keys)
     table = cls.read(tmp_path)
     assert [int(path.stem) for path in table.files] == [int(str(key).strip().removesuffix(".png")) for key in keys]
-    assert all(path.is_file() for path in table.files) and table.names == ["a", "b", "c"] and not table.exclusive
+    assert all(path.is_file() for path in table.files) and table.names == ["a", "b", "c"] and not table.single_label
     assert table.labels.dtype == np.float32 and table.labels.tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0]]
 
 
@@ -69,7 +75,7 @@ def test_one_class_an_image_by_a_table(tmp_path):
         write_image(tmp_path / f"train/{name}.jpg")
     (tmp_path / "train.csv").write_text('name,label\na.jpg,dog\n"b, or not","a cat, black"\n12,dog\n')
     table = cls.read(tmp_path)
-    assert table.exclusive and table.names == ["a cat, black", "dog"]
+    assert table.single_label and table.names == ["a cat, black", "dog"]
     assert [path.stem for path in table.files] == ["a", "b, or not", "12"]
     assert table.labels.tolist() == [[0, 1], [1, 0], [0, 1]]
 
@@ -86,7 +92,7 @@ def test_columns_of_classes_and_other_places(tmp_path):
         write_image(tmp_path / f"train/{name}.png"), write_image(tmp_path / f"else/{name}.png")
     (tmp_path / "train.csv").write_text("name,sun,sea\nx,1,0\ny,1,1\n")
     table = cls.read(tmp_path)
-    assert (table.names, table.labels.tolist(), table.exclusive) == (["sun", "sea"], [[1, 0], [1, 1]], False)
+    assert (table.names, table.labels.tolist(), table.single_label) == (["sun", "sea"], [[1, 0], [1, 1]], False)
     (tmp_path / "more.csv").write_text("name,sky,sea\ny,1,0\nx,0,0\n")
     table = cls.read(tmp_path, table=tmp_path / "more.csv", folder=tmp_path / "else")
     assert [str(path.relative_to(tmp_path)) for path in table.files] == ["else/y.png", "else/x.png"]
@@ -99,7 +105,7 @@ def test_a_folder_for_each_class(tmp_path, inside):
         write_image(tmp_path / inside / name)
     (tmp_path / inside / "notes.txt").write_text("not a class")
     table = cls.read(tmp_path)
-    assert table.exclusive and table.names == ["cat", "dog", "emu"]
+    assert table.single_label and table.names == ["cat", "dog", "emu"]
     assert [f"{path.parent.name}/{path.name}" for path in table.files] == ["cat/2.jpg", "dog/1.png", "dog/3.tif",
                                                                            "emu/1.png"]
     assert table.labels.argmax(1).tolist() == [0, 1, 1, 2] and (table.labels.sum(1) == 1).all()
@@ -222,7 +228,7 @@ def noise(*shape, seed=0):
 
 def shown(sample, imgsz, **options):
     """One sample as the net sees it, (C, imgsz, imgsz), 0..255."""
-    return cls.to_input(cls.collate([dict(sample)]), imgsz, 1.0, **options)[0]
+    return to_input(cls.collate([dict(sample)]), imgsz, 1.0, **options)[0]
 
 
 def test_the_whole_view_is_the_image():
@@ -288,7 +294,7 @@ def test_affine_views_change_as_much_as_asked_for():
 def test_the_blank_square():
     imgsz, cutout = 40, 0.3
     views = cls.AugmentedImages(Pictures(torch.full((2, 40, 40), 200, dtype=torch.uint8)), imgsz, p_affine=0, p_cutout=1.0,
-                      cutout=cutout)
+                      cutout_size=cutout)
     corners = []
     for i in range(60):
         sample = views[0, i]
@@ -312,7 +318,7 @@ def test_scale_mean_and_std():
     picture = noise(3, 8, 8)
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     batch = cls.collate([cls.AugmentedImages(Pictures(picture), 8)[0]])
-    got = cls.to_input(batch, 8, 255.0, mean, std)[0]
+    got = to_input(batch, 8, 255.0, mean, std)[0]
     want = (picture / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
@@ -324,9 +330,9 @@ def test_turns_of_test_time_augmentation():
     pictures = Pictures(noise(1, 20, 20), noise(1, 20, 20, seed=1), noise(1, 31, 17, seed=2))
     for keys in ([0, 1], [0, 2], [(0, 0), (0, 4)]):
         batch = cls.collate([cls.AugmentedImages(pictures, 20, p_cutout=0)[key] for key in keys])
-        plain = cls.to_input(batch, 20, 1.0)
+        plain = to_input(batch, 20, 1.0)
         for k in range(4):
-            seen = cls.to_input(batch, 20, 1.0, turn=geometry.rot90(k, 20, 20))
+            seen = to_input(batch, 20, 1.0, turn=geometry.rot90(k, 20, 20))
             torch.testing.assert_close(seen, torch.rot90(plain, k, (2, 3)), atol=0.02, rtol=0)
 
 
@@ -336,7 +342,7 @@ def test_images_of_several_sizes_in_one_batch_are_each_seen_whole(imgsz):
     for keys in ([0, 1, 2], [(0, 0), (0, 1), (1, 2)]):
         samples = [cls.AugmentedImages(pictures, imgsz)[key] for key in keys]
         alone = [shown(sample, imgsz) for sample in samples]
-        together = cls.to_input(cls.collate(samples), imgsz, 1.0)
+        together = to_input(cls.collate(samples), imgsz, 1.0)
         assert together.shape == (3, 1, imgsz, imgsz)
         torch.testing.assert_close(together, torch.stack(alone), atol=0.05, rtol=0)
 
@@ -353,7 +359,7 @@ def test_8_and_16_bits(tmp_path, workers, mixed):
             file.write((values.repeat(side // 16, 1).repeat(side // 16, 2) * (1 if mixed else 200)).astype(dtype))
     views = cls.AugmentedImages(cls.Images(files, np.zeros((3, 1), np.float32), limit=16), 16)
     batch = next(iter(eval_loader(views, 3, workers=workers, collate=cls.collate)))
-    seen = cls.to_input(batch, 16, 1.0) / (1 if mixed else 200)
+    seen = to_input(batch, 16, 1.0) / (1 if mixed else 200)
     torch.testing.assert_close(seen[:2], torch.from_numpy(np.stack([values] * 2)).float(), atol=0.02, rtol=0)
     large = torch.from_numpy(values.repeat(4, 1).repeat(4, 2))[None].float()
     reduced = F.interpolate(large, (16, 16), mode="bilinear", antialias=True)[0]
@@ -386,7 +392,7 @@ def test_a_view_depends_on_seed_epoch_and_index_alone(tmp_path):
         loader.batch_sampler.set_epoch(epoch)
         seen = {}
         for batch in loader:
-            images = cls.to_input(batch, 16, 255.0)
+            images = to_input(batch, 16, 255.0)
             for n, i in enumerate(batch["index"].tolist()):
                 assert batch["label"][n].argmax() == i and images[n].max() == pytest.approx((20 * i + 10) / 255, 1e-3)
                 seen[i] = (torch.from_numpy(batch["matrix"][n]), batch["hole"][n])
@@ -457,7 +463,7 @@ def test_images_made_on_the_fly_are_reduced_like_files(tmp_path):
     for i, picture in enumerate(pictures):
         Image.fromarray(picture[0].numpy()).save(tmp_path / f"{i}.png")
     files = cls.Images([tmp_path / f"{i}.png" for i in range(4)], np.zeros((4, 26), np.float32), limit=2 * 24)
-    made, read = (cls.to_input(cls.collate([cls.AugmentedImages(kind, 24)[i] for i in range(4)]), 24, 255.0)
+    made, read = (to_input(cls.collate([cls.AugmentedImages(kind, 24)[i] for i in range(4)]), 24, 255.0)
                   for kind in (source, files))
     assert torch.equal(made, read) and pictures[0].shape == (1, 128, 128)
 
@@ -478,7 +484,7 @@ def folders(root, *names):
 
 def test_folders_of_classes(tmp_path):
     table = cls.read(folders(tmp_path / "two", "cat", "dog", ".ipynb_checkpoints"))
-    assert table.names == ["cat", "dog"] and len(table.files) == 2 and table.exclusive
+    assert table.names == ["cat", "dog"] and len(table.files) == 2 and table.single_label
     one = folders(tmp_path / "one", "dog")
     assert cls.with_names(cls.read(one, least=1), table, one).labels.tolist() == [[0, 1]]
     with pytest.raises(UserError, match="nor two folders of classes"):
@@ -523,10 +529,10 @@ def test_tables_of_true_and_false(tmp_path):
         Image.new("L", (8, 8)).save(tmp_path / "train" / name, "JPEG" if "jpg" in name else "PNG")
     (tmp_path / "train.csv").write_text("file,x,y\ntrain/A_0.JPG,True,1.00\nimages\\a_1,FALSE,0\nA_2.png,1.0,0.00\n")
     table = cls.read(tmp_path)
-    assert [p.name for p in table.files] == ["A_0.jpg", "A_1.jpg", "a_2.PNG"] and not table.exclusive
+    assert [p.name for p in table.files] == ["A_0.jpg", "A_1.jpg", "a_2.PNG"] and not table.single_label
     assert table.labels.tolist() == [[1, 1], [0, 0], [1, 0]]
     (tmp_path / "train.csv").write_text("file,x,y\nA_0,1,0\nA_1,0,1\na_2,0,1\n")  # one class an image, as columns
-    assert cls.read(tmp_path).exclusive
+    assert cls.read(tmp_path).single_label
     for value in ("2", "0.5", "yes", "nan", ""):
         (tmp_path / "train.csv").write_text(f"file,x,y\nA_0,1,0\nA_1,0,{value}\na_2,0,1\n")
         with pytest.raises(UserError, match="line 3 has the value"):

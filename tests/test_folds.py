@@ -140,25 +140,25 @@ def test_strata_are_the_bins_of_a_histogram_of_logarithms(areas):
 
 # ---- flags and files -------------------------------------------------------------------------------------------------
 def test_parse():
-    assert folds.parse("5") == [0.2] * 5 and folds.parse("5.0") == [0.2] * 5
-    assert folds.parse("0") is None and folds.parse("0.0") is None
-    assert folds.parse("0.25") == [0.25, 0.75]
-    assert folds.parse("some/split.json") == Path("some/split.json")
-    assert math.isclose(sum(folds.parse("7")), 1)
+    assert folds.parse_folds("5") == [0.2] * 5 and folds.parse_folds("5.0") == [0.2] * 5
+    assert folds.parse_folds("0") is None and folds.parse_folds("0.0") is None
+    assert folds.parse_folds("0.25") == [0.25, 0.75]
+    assert folds.parse_folds("some/split.json") == Path("some/split.json")
+    assert math.isclose(sum(folds.parse_folds("7")), 1)
 
 
 @pytest.mark.parametrize("text", ["1", "-1", "-0.5", "1.5", "2.5", "nan", "inf", "-inf", "1e400", "1001", "1e9"])
 def test_numbers_that_are_no_split(text):
     with pytest.raises(UserError, match="--folds .*: neither a number of folds .*;"):
-        folds.parse(text)
+        folds.parse_folds(text)
 
 
 def test_a_split_file_round_trip(tmp_path):
     fold_of = folds.assign(["a", "b", "c", "d"], [0.5, 0.5])
     (tmp_path / "folds.json").write_text(json.dumps(fold_of | {"of another set": 3}))
-    assert folds.read(tmp_path / "folds.json", ["d", "a"]) == {n: fold_of[n] for n in "da"}
-    with pytest.raises(UserError, match=r"folds.json: has no fold for e \(2 such\)"):
-        folds.read(tmp_path / "folds.json", ["a", "e", "f"])
+    assert folds.read_split(tmp_path / "folds.json", ["d", "a"]) == {n: fold_of[n] for n in "da"}
+    with pytest.raises(UserError, match=r"folds.json: has no fold for e \(2 in total\)"):
+        folds.read_split(tmp_path / "folds.json", ["a", "e", "f"])
 
 
 @pytest.mark.parametrize("content", [
@@ -167,13 +167,13 @@ def test_a_split_file_round_trip(tmp_path):
 def test_files_that_are_no_split(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UserError, match="x.json: .*;"):
-        folds.read(tmp_path / "x.json", ["a"])
+        folds.read_split(tmp_path / "x.json", ["a"])
 
 
 def test_split_files_that_cannot_be_read(tmp_path):
     for path in (tmp_path, tmp_path / "missing", tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match=f"{path.name}: .*;"):
-            folds.read(path, ["a"])
+            folds.read_split(path, ["a"])
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -269,7 +269,7 @@ def test_copies_are_found_among_images_that_differ_in_little(tmp_path):
             return a.dtype == b.dtype and np.array_equal(a, b)
 
         expected = [str(v) for v, array in val.items() if any(equal(array, other) for other in train.values())]
-        lines = folds.leaks(list(train), list(val), shown=100)
+        lines = folds.leak_warnings(list(train), list(val), shown=100)
         pairs = [line.strip().split(" = ") for line in lines[1:]]
         assert 3 < len(expected) < len(val) and [held for held, _ in pairs] == expected
         assert all(equal(val[Path(held)], train[Path(seen)]) for held, seen in pairs)
@@ -293,12 +293,12 @@ def test_jpegs_of_other_metadata_and_pngs_made_of_them(tmp_path):
     assert a.read_bytes() != b.read_bytes()
     decoded = tmp_path / "decoded.png"
     Image.fromarray(images.read(a).numpy()[0]).save(decoded)
-    assert folds.leaks([a], [c, b, decoded])[1:] == [f"  {b} = {a}", f"  {decoded} = {a}"]
+    assert folds.leak_warnings([a], [c, b, decoded])[1:] == [f"  {b} = {a}", f"  {decoded} = {a}"]
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned: other pixels
     Image.open(a).save(tmp_path / "turned.jpg", quality=90, exif=exif)
     Image.fromarray(images.read(tmp_path / "turned.jpg").numpy()[0]).save(tmp_path / "turned.png")
-    lines = folds.leaks([a, tmp_path / "turned.jpg"], [tmp_path / "turned.png"])
+    lines = folds.leak_warnings([a, tmp_path / "turned.jpg"], [tmp_path / "turned.png"])
     assert lines[1:] == [f"  {tmp_path / 'turned.png'} = {tmp_path / 'turned.jpg'}"]
 
 
@@ -318,7 +318,7 @@ def test_palettes_and_inks(tmp_path):
     Image.fromarray(images.read(tmp_path / "d.jpg").numpy().transpose(1, 2, 0)).save(tmp_path / "rgba.png")
     a, b, c, d, e, grey, rgba = (tmp_path / name for name in (
         "a.png", "b.png", "c.png", "d.jpg", "e.jpg", "grey.png", "rgba.png"))
-    assert folds.leaks([a, d], [b, c, grey, e])[1:] == [f"  {b} = {a}", f"  {e} = {d}"]
+    assert folds.leak_warnings([a, d], [b, c, grey, e])[1:] == [f"  {b} = {a}", f"  {e} = {d}"]
     assert images.size(rgba) == images.size(d)  # told by their numbers only: they are the same
 
 
@@ -328,12 +328,12 @@ def test_numbers_that_nobody_can_train_on_are_compared_too(tmp_path):
     a, b = (write_tif(tmp_path / f"{name}.tif", empty, compress=name) for name in ("lzw", "deflate"))
     c, d = (write_tif(tmp_path / f"c{name}.tif", empty.astype(np.complex64), compress=name)
             for name in ("lzw", "deflate"))
-    assert folds.leaks([a, c], [b, d])[1:] == [f"  {b} = {a}", f"  {d} = {c}"]
+    assert folds.leak_warnings([a, c], [b, d])[1:] == [f"  {b} = {a}", f"  {d} = {c}"]
 
 
 def test_a_clean_split_and_copies_on_one_side(tmp_path):
     train, val = files(tmp_path / "a", [1, 1, 22]), files(tmp_path / "b", [2, 33, 33])
-    assert folds.leaks(train, val) == folds.leaks(train, []) == folds.leaks([], val) == folds.leaks([], []) == []
+    assert folds.leak_warnings(train, val) == folds.leak_warnings(train, []) == folds.leak_warnings([], val) == folds.leak_warnings([], []) == []
 
 
 def test_only_files_that_may_be_copies_are_read(tmp_path, monkeypatch):
@@ -346,22 +346,22 @@ def test_only_files_that_may_be_copies_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "size", lambda path, real=images.size: sizes.append(path) or real(path))
     monkeypatch.setattr(images, "digest", lambda path, middle=None, real=images.digest:
                         rows.append((path, middle)) or real(path, middle))
-    assert folds.leaks(train, val)[1:] == [f"  {val[29]} = {train[29]}"]
+    assert folds.leak_warnings(train, val)[1:] == [f"  {val[29]} = {train[29]}"]
     assert sorted(sizes) == sorted(train + val)
     assert Counter(rows) == Counter([(path, 4) for path in train[29:] + val[29:]]
                                     + [(path, None) for path in (train[29], val[29], train[31], val[31])])
     sizes.clear(), rows.clear()
-    assert folds.leaks([], val) == folds.leaks(train, []) == sizes == rows == []
+    assert folds.leak_warnings([], val) == folds.leak_warnings(train, []) == sizes == rows == []
 
 
 def test_a_bar_that_leaves_nothing(tmp_path, capsys, monkeypatch):
     train, val = files(tmp_path / "a", [1, 2]), files(tmp_path / "b", [1])
-    folds.leaks(train, val)
+    folds.leak_warnings(train, val)
     said = capsys.readouterr().err
     assert "copies:" in said and said.endswith("\r") and "\n" not in said
-    folds.leaks(train, [])
+    folds.leak_warnings(train, [])
     monkeypatch.setenv("RANK", "1")
-    folds.leaks(train, val)
+    folds.leak_warnings(train, val)
     assert capsys.readouterr().err == ""
 
 
@@ -374,7 +374,7 @@ def test_extra_data_is_read_by_one_process_for_all(tmp_path, monkeypatch, capsys
                           if rank else value)
             if rank:
                 patch.setattr(folds, "_copies", None)
-            assert folds.unseen(more, held, "more") == [0, 3]
+            assert folds.without_copies(more, held, "more") == [0, 3]
         assert capsys.readouterr().out.count(f"more: 2 of 4 images are copies of validation images and left out, such "
                                              f"as {more[1]}") == said
 
@@ -382,25 +382,25 @@ def test_extra_data_is_read_by_one_process_for_all(tmp_path, monkeypatch, capsys
 def test_the_same_file_and_a_link_to_it_are_copies(tmp_path):
     a, b = files(tmp_path / "a", [1, 2])
     (tmp_path / "link.png").symlink_to(b)
-    lines = folds.leaks([a, b], [a, tmp_path / "link.png"])
+    lines = folds.leak_warnings([a, b], [a, tmp_path / "link.png"])
     assert lines[1:] == [f"  {a} = {a}", f"  {tmp_path / 'link.png'} = {b}"]
 
 
 def test_few_examples_are_shown(tmp_path):
     train, val = (files(tmp_path / side, range(n)) for side, n in (("a", 9), ("b", 7)))
-    lines = folds.leaks(train, val)
+    lines = folds.leak_warnings(train, val)
     assert len(lines) == 5 and lines[1] == f"  {val[0]} = {train[0]}" and lines[4] == "  and 4 more"
-    assert len(folds.leaks(train, val[:3])) == 4
+    assert len(folds.leak_warnings(train, val[:3])) == 4
 
 
 def test_groups_on_both_sides(tmp_path):
     train, val = files(tmp_path / "a", [1, 2, 3]), files(tmp_path / "b", [4, 5, 6])
     group_of = dict(zip(train + val, ("x", "y", "y", "z", "y", "w")))
-    lines = folds.leaks(train, val, groups=group_of)
+    lines = folds.leak_warnings(train, val, groups=group_of)
     assert len(lines) == 2 and lines[0].startswith("warning: 1 groups are on both sides")
     assert lines[1] == f"  y: {val[1]}, {train[1]}"
-    assert folds.leaks(train, val, groups=group_of | {val[1]: "w"}) == []
-    both = folds.leaks(train, [train[0], *val], groups=group_of)
+    assert folds.leak_warnings(train, val, groups=group_of | {val[1]: "w"}) == []
+    both = folds.leak_warnings(train, [train[0], *val], groups=group_of)
     assert len(both) == 5 and both[0].startswith("warning: 1 of 4 validation files") and "2 groups" in both[2]
 
 
@@ -409,7 +409,7 @@ def test_a_split_with_groups_does_not_leak(tmp_path):
     names, group_of = [p.name for p in paths], {p: str(i % 7) for i, p in enumerate(paths)}
     fold_of = folds.assign(names, [0.2] * 5, groups=list(group_of.values()))
     train, val = ([p for p in paths if (fold_of[p.name] == 1) == held_out] for held_out in (False, True))
-    assert folds.leaks(train, val, groups=group_of) == [] != folds.leaks(val[1:], val[:1] + train, groups=group_of)
+    assert folds.leak_warnings(train, val, groups=group_of) == [] != folds.leak_warnings(val[1:], val[:1] + train, groups=group_of)
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
@@ -419,10 +419,10 @@ def test_a_file_that_cannot_be_read(tmp_path):
             path.symlink_to(path)
         for split in ((train, [*val, path]), ([*train, path], val)):
             with pytest.raises(UserError, match=f"{path.name}: cannot be read .*;"):
-                folds.leaks(*split)
+                folds.leak_warnings(*split)
     (tmp_path / "text.png").write_text("name,group")
     with pytest.raises(UserError, match="text.png: not a TIFF, PNG or JPEG;"):
-        folds.unseen(train, [*val, tmp_path / "text.png"], "more")
+        folds.without_copies(train, [*val, tmp_path / "text.png"], "more")
 
 
 @pytest.mark.parametrize("suffix", ["tif", "png", "jpg"])
@@ -432,9 +432,9 @@ def test_a_file_that_is_cut_off_is_named_where_it_may_be_a_copy(tmp_path, capsys
     for path, array in ((other, noise[:, :, :50]), (whole, noise), (cut, noise)):
         write_tif(path, array) if suffix == "tif" else Image.fromarray(array[0]).save(path)
     cut.write_bytes(cut.read_bytes()[:-400])
-    assert folds.leaks([other], [cut]) == []  # no reason to look: training will
+    assert folds.leak_warnings([other], [cut]) == []  # no reason to look: training will
     with pytest.raises(UserError, match=f"cut.{suffix}: truncated or damaged;"):
-        folds.leaks([other, whole], [cut])
+        folds.leak_warnings([other, whole], [cut])
     assert capsys.readouterr().err.endswith("\r")
 
 
@@ -474,19 +474,19 @@ def test_the_ranking_of_one_run_drops_nothing_in_silence(tmp_path, capsys):
         run.mkdir()
         train, _ = folds.load_or_make_split(run, names, spec, fold, files=files, drop=(noise, count))
         assert train == [i for i in range(4) if spec[names[i]] != fold and i not in dropped]
-        assert f"{len(dropped)} of the {count} worst are not trained on" in capsys.readouterr().out
+        assert f"{len(dropped)} of the {count} worst samples are not trained on" in capsys.readouterr().out
 
 
 def test_some_are_from_all_along():
-    assert folds.some(list(range(100)), 10) == list(range(0, 100, 10))
-    assert folds.some(list(range(25)), 10) == list(range(0, 20, 2)) and folds.some([3, 1], 10) == [3, 1]
-    assert folds.some([], 4) == []
+    assert folds.spread(list(range(100)), 10) == list(range(0, 100, 10))
+    assert folds.spread(list(range(25)), 10) == list(range(0, 20, 2)) and folds.spread([3, 1], 10) == [3, 1]
+    assert folds.spread([], 4) == []
 
 
 def test_what_leaves_nothing_or_something_else(tmp_path):
     names = [f"a/{i}.png" for i in range(6)]
     with pytest.raises(UserError, match="--fold 1: --folds is a fraction"):
-        folds.load_or_make_split(tmp_path, names, folds.parse("0.3"), 1, files=names)
+        folds.load_or_make_split(tmp_path, names, folds.parse_folds("0.3"), 1, files=names)
     table = tmp_path / "noise.csv"
     table.write_text("rank,name,score\n" + "".join(f"{i + 1},{name},0\n" for i, name in enumerate(names)))
     for spec in (None, dict.fromkeys(names[:2], 0) | dict.fromkeys(names[2:], 1)):

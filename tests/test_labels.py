@@ -2,7 +2,6 @@
 is never out of date."""
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import os
@@ -10,6 +9,7 @@ import re
 import shutil
 import time
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from data import images, labels
-from data.labels import formats
+from data.labels import coco
 from tests.conftest import digest
 from utils.errors import UserError
 
@@ -380,11 +380,11 @@ def test_folders_are_listed_once(tmp_path, monkeypatch):
 
 
 def test_ids_of_the_test_images(tmp_path):
-    assert labels.test_ids(tmp_path) == {} == labels.test_ids(tmp_path / "nowhere")
+    assert coco.test_ids(tmp_path) == {} == coco.test_ids(tmp_path / "nowhere")
     entries = [{"id": 3, "file_name": "x.y.jpg"}, {"id": "k", "file_name": "test/images/9.jpg", "width": 4}]
     for content in (entries, {"images": entries, "annotations": []}):
         dump(tmp_path / "Test_Images_Information.json", content)
-        assert labels.test_ids(str(tmp_path)) == {"x.y.jpg": 3, "9.jpg": "k"}
+        assert coco.test_ids(str(tmp_path)) == {"x.y.jpg": 3, "9.jpg": "k"}
 
 
 # ---- boxes that make no sense ----------------------------------------------------------------------------------------
@@ -604,7 +604,7 @@ def test_bad_content_of_a_json(lot):
     (b"[" * 200_000, "nested too deeply"), (b'{"a":' * 200_000, "nested too deeply"),
     (b'{"images": ' + b"9" * 5000 + b"}", "not valid JSON"), (b"[]", "images"), (b"null", "images"), (b"1", "images")])
 def test_a_json_that_is_none(lot, content, says):
-    for path, call in ((lot / "train/label/Train.json", read), (lot / "Test_Images_Information.json", labels.test_ids)):
+    for path, call in ((lot / "train/label/Train.json", read), (lot / "Test_Images_Information.json", coco.test_ids)):
         path.write_bytes(content)
         if call is read or content != b"[]":
             refused(lot, path, says, call=call)
@@ -625,7 +625,7 @@ def test_a_json_cut_anywhere(lot):
     ([{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "b/a"}], "'a' is listed twice"),
     ([{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "the id 1 stands for two")])
 def test_bad_test_ids(tmp_path, content, says):
-    refused(tmp_path, dump(tmp_path / "Test_Images_Information.json", content), says, call=labels.test_ids)
+    refused(tmp_path, dump(tmp_path / "Test_Images_Information.json", content), says, call=coco.test_ids)
 
 
 def test_two_categories_of_one_name(lot, tmp_path):
@@ -752,7 +752,7 @@ def test_bad_images(lot):
 def reading(tmp_path, monkeypatch):
     """reading(root) -> (Labels, whether the files were read for it); what is kept equals what is read."""
     calls = []
-    for module, name in ((formats, "parse"), (images, "size")):
+    for module, name in ((labels.coco, "read"), (labels.voc, "read"), (labels.yolo, "read"), (images, "size")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real: calls.append(args) or real(*args))
 
@@ -839,12 +839,12 @@ def test_data_sets_do_not_share_what_is_kept(tmp_path, reading):
 
 def test_a_damaged_cache_is_made_again(lot, reading, tmp_path):
     reading(lot)
-    [store] = (tmp_path / "cache").glob("*.json")
+    [store] = (tmp_path / "cache").glob("*.z")
     whole = store.read_bytes()
-    head, body = whole.split(b"\n", 1)
-    damaged = [b"", b"\n", whole[:-1], whole[:len(whole) // 2], body, head, head + b"\n{}", whole + b" ", b"\xff" * 99,
-               whole.replace(b"30.0", b"31.0", 1), b"[" * 200_000, whole.replace(b"\n", b"")]
-    for data in damaged:
+    flipped = [bytearray(whole) for _ in range(40)]
+    for data, spot in zip(flipped, np.random.default_rng(0).integers(2, len(whole), 40)):
+        data[spot] ^= 16
+    for data in [b"", b"\n", whole[:-1], whole[:len(whole) // 2], whole[9:], b"\xff" * 99, b"[" * 200_000, *flipped]:
         assert data != whole
         store.write_bytes(data)
         assert reading(lot)[1], data[:99]
@@ -856,9 +856,9 @@ def test_a_damaged_cache_is_made_again(lot, reading, tmp_path):
 
 def test_a_cache_of_valid_content_of_another_kind(lot, reading, tmp_path):
     reading(lot)
-    [store] = (tmp_path / "cache").glob("*.json")
-    for content in (b"{}", b"[]", b"null", b'{"version": %d}' % labels.VERSION):
-        store.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    [store] = (tmp_path / "cache").glob("*.z")
+    for content in (b"{}", b"[]", b"null", b'{"key": %d}' % labels.VERSION, b"no JSON"):
+        store.write_bytes(zlib.compress(content))
         assert reading(lot)[1]
 
 
@@ -880,14 +880,14 @@ def test_a_place_that_cannot_be_written(lot, tmp_path, reading, monkeypatch, cap
 def test_several_processes_read_once(lot, tmp_path, monkeypatch):
     """They start together; one reads, all have the same, nothing is left over."""
     expected, log = read(lot), tmp_path / "log"
-    real = formats.parse
+    real = coco.read
 
     def slowly(layout):
         with open(log, "a") as file:
             file.write("read\n")
         time.sleep(0.2)
         return real(layout)
-    monkeypatch.setattr(formats, "parse", slowly)
+    monkeypatch.setattr(coco, "read", slowly)
     children = []
     for _ in range(4):
         pid = os.fork()
@@ -899,7 +899,7 @@ def test_several_processes_read_once(lot, tmp_path, monkeypatch):
         children.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
     assert log.read_text() == "read\n"
-    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".json", ".lock"]
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".lock", ".z"]
 
 
 def test_names_that_are_no_text(tmp_path, reading, capsys):
@@ -931,5 +931,5 @@ def test_blood_cells_against_pycocotools(tmp_path, capsys):
         assert found.sizes[i] == (entry["height"], entry["width"])
         assert [found.category_ids[c] for c in found.classes[i]] == [c for c, _ in boxes]
         assert found.boxes[i].tolist() == [[x, y, x + w, y + h] for _, (x, y, w, h) in boxes]
-    ids = labels.test_ids(BCCD)
+    ids = coco.test_ids(BCCD)
     assert len(ids) == 72 and set(ids) == {p.name for p in (BCCD / "test/images").iterdir()}

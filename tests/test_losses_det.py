@@ -125,7 +125,7 @@ def test_anchor_loss_of_four_levels_is_the_loops(seed):
     """The coarsest one has matches, or its share would not be seen."""
     strides = [*STRIDES, 64]
     maps, rows = anchor_maps(seed, size=128, strides=strides), scene(seed, size=128)
-    assert len(match_anchors(maps[3].shape, rows, P6[3], 64, 4.0)[2])
+    assert len(match_anchors(maps[3].shape, rows, P6[3], 64, 4.0)[0])
     _, parts = anchor_loss(maps, rows, P6, strides)
     assert {k: float(v) for k, v in parts.items()} == pytest.approx(slow_anchor_loss(maps, rows, P6), rel=1e-6)
 
@@ -151,8 +151,9 @@ def test_one_class_has_no_class_loss():
 
 def test_a_box_at_the_border_stays_inside():
     row = torch.tensor([[0, 0, 88.0, 88, 96, 96]], dtype=torch.float64)
-    (image, anchor, j, i), relative, _ = match_anchors((1, 3, 12, 12, 9), row, ANCHORS[0], 8, 4.0)
-    assert len(j) and int(j.max()) == 11 and int(i.max()) == 11
+    index, sizes, relative, _ = match_anchors((1, 3, 12, 12, 9), row, ANCHORS[0], 8, 4.0)
+    _, anchor, j, i = np.unravel_index(index.numpy(), (1, 3, 12, 12))
+    assert len(j) and int(j.max()) == 11 and int(i.max()) == 11 and torch.equal(sizes, ANCHORS[0][anchor])
     assert ((relative[:, :2] >= -.5) & (relative[:, :2] <= 1.5)).all()
 
 
@@ -252,26 +253,26 @@ def test_distribution_focal_is_least_at_the_target():
 
 def test_pad_keeps_boxes_with_their_images():
     rows = scene(3, images=4, most=9)
-    boxes, classes, there = pad(rows, 5)
+    boxes, classes, mask = pad(rows, 5)
     for image in range(5):
         mine = rows[rows[:, 0] == image]
-        assert torch.equal(boxes[image][there[image]], mine[:, 2:])
-        assert torch.equal(classes[image][there[image]], mine[:, 1].long())
-    assert not there[4].any()
+        assert torch.equal(boxes[image][mask[image]], mine[:, 2:])
+        assert torch.equal(classes[image][mask[image]], mine[:, 1].long())
+    assert not mask[4].any()
 
 
 def test_the_best_cell_is_to_score_as_its_overlap():
     """TOOD's normalisation: the largest goal of a box equals the largest IoU among its cells."""
     torch.manual_seed(0)
-    truths = torch.tensor([[[10.0, 10, 50, 60]]])
+    gt_boxes = torch.tensor([[[10.0, 10, 50, 60]]])
     line = torch.arange(4., 64, 8)
     centres = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
     half = torch.rand(1, 64, 4) * 40
     found = torch.cat((centres - half[..., :2], centres + half[..., 2:]), -1)
-    owner, goal = assign(torch.rand(1, 64, 2), found, centres, torch.full((64, 1), 8.), truths,
+    owner, goal = assign(torch.rand(1, 64, 2), found, centres, torch.full((64, 1), 8.), gt_boxes,
                          torch.zeros(1, 1).long(), torch.ones(1, 1, dtype=torch.bool), topk=10, alpha=.5, beta=6.0)
     assert (goal > 0).sum() <= 10 and (owner == 0).all()
-    overlaps = losses_det.iou(truths[0], found[0])
+    overlaps = losses_det.iou(gt_boxes[0], found[0])
     assert float(goal.max()) == pytest.approx(float(overlaps[goal[0] > 0].max()), rel=1e-4)
 
 
@@ -281,8 +282,8 @@ def test_small_objects_have_a_goal_from_the_first_step(dtype):
     line = torch.arange(4., 64, 8, dtype=dtype)
     centres = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
     found = torch.cat((centres - 60, centres + 60), -1)[None]
-    truths, there = centres.new_tensor([[[20, 20, 30, 30], [0, 0, 0, 0]]]), torch.tensor([[True, False]])
+    gt_boxes, mask = centres.new_tensor([[[20, 20, 30, 30], [0, 0, 0, 0]]]), torch.tensor([[True, False]])
     for low in (1e-4, 0):  # without any score nothing is known
         _, goal = assign(torch.full((1, 64, 2), low, dtype=dtype), found, centres, torch.full((64, 1), 8., dtype=dtype),
-                         truths, torch.zeros(1, 2).long(), there, topk=10, alpha=.5, beta=6.0)
+                         gt_boxes, torch.zeros(1, 2).long(), mask, topk=10, alpha=.5, beta=6.0)
         assert float(goal.max()) == pytest.approx(100 / 120 ** 2 if low else 0, rel=1e-4)

@@ -439,7 +439,7 @@ def test_boxes_of_random_masks_are_opencvs(size, share):
     rng = np.random.default_rng((*size, int(share * 10)))
     for top in (2, 4, 256):
         mask = np.where(rng.random(size) < share, rng.integers(1, top, size), 0)
-        found = masks.find(torch.from_numpy(mask))
+        found = masks.objects(torch.from_numpy(mask))
         assert sorted(found) == opencv(mask)
         assert all(type(value) is int and set(map(type, box)) == {float} for value, box in found)
 
@@ -483,8 +483,8 @@ def test_masks_are_labels(tmp_path, values, names):
 
 def test_a_changed_mask_is_read_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    root, reads, parse = write_blobs(Path("blobs"), [blobs(i, [1]) for i in range(3)]), [], masks.parse
-    monkeypatch.setattr(masks, "parse", lambda layout: reads.append(layout) or parse(layout))
+    root, reads, parse = write_blobs(Path("blobs"), [blobs(i, [1]) for i in range(3)]), [], masks.read
+    monkeypatch.setattr(masks, "read", lambda layout: reads.append(layout) or parse(layout))
     first, again = labels.read(root), labels.read(root)
     assert len(reads) == 1 and all((a == b).all() for a, b in zip(first.boxes, again.boxes))
     write_tif(root / "train_mask/train_mask_1.tif", mask := blobs(77, [1]))  # of the same size in bytes

@@ -558,9 +558,11 @@ def test_yolov5_by_name(yolov5n, tmp_path, monkeypatch):
 
 
 def test_a_trap_in_a_release(tmp_path):
-    """What stands beside the module is not run, and does not keep the module from being read."""
-    path, source = release(tmp_path / "trap.pt", YOLOv5("n"), opt=Trap(tmp_path / "executed"))
-    assert len(pretrained.load(YOLOv5("n"), path)["loaded"]) == len(source)
+    """A file that names the module os beside its net is refused, and nothing of it runs."""
+    path, _ = release(tmp_path / "trap.pt", YOLOv5("n"), opt=Trap(tmp_path / "executed"))
+    with pytest.raises(ValueError) as error:
+        pretrained.load(YOLOv5("n"), path)
+    one_line(error, path, "mkdir")
     assert not (tmp_path / "executed").exists()
 
 

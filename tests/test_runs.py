@@ -210,33 +210,6 @@ def test_restarted_workers_go_on_in_their_folder(tmp_path, monkeypatch):
     assert runs.open_run(tmp_path, "exp") == (tmp_path / "exp3", None)  # killed before it had a folder
 
 
-# ---- small files -----------------------------------------------------------------------------------------------------
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "args.json"
-    runs.write_json(path, {"name": "größe", "loss": [("bce", 1.0)], "none": None})
-    assert json.loads(path.read_text()) == {"name": "größe", "loss": [["bce", 1.0]], "none": None}
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    for where, name in ((Path, "write_text"), (os, "replace")):
-        with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
-            patch.setattr(where, name, full)
-            runs.write_json(path, {})
-        one_line(caught, path, "No space left")
-        assert json.loads(path.read_text())["name"] == "größe"
-    with pytest.raises(UserError):
-        runs.write_json(tmp_path / "gone" / "args.json", {})
-
-
-def test_files_are_strict_json(tmp_path):
-    """A class without truths has no AP; other languages' readers refuse Python's NaN."""
-    nan = float("nan")
-    runs.write_json(tmp_path / "results.json", {"a": [nan, 1.5, {"b": nan}], "c": (1, "x", None, True)})
-    text = (tmp_path / "results.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5, {"b": None}], "c": [1, "x", None, True]}
-
-
 def test_runs_in_folders(tmp_path):
     """--name a/b is a folder of runs, in which they are found again."""
     written(tmp_path / "exp", "last.pt", age=100)

@@ -142,7 +142,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, stop):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written .*; check"):
+    with pytest.raises(UserError, match="cannot be written .*; make room"):
         wildfire.wildfire(tmp_path / "file", train=1, test=0, size=64)
 
 

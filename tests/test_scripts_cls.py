@@ -293,8 +293,8 @@ def test_two_processes_train_what_one_does(script, tmp_path, dirty):
             for name in ("one", "two")].count([sum(c) for c in zip(*held_out_labels(dirty, "one"))]) == 2
     torch.manual_seed(0)  # as the run's --seed
     start = nets.make("regnetx_002", 1, 4)
-    nets = start.state_dict(), one["model"], two["model"]
-    tensors = [[net[name] for name, _ in start.named_parameters()] for net in nets]
+    states = start.state_dict(), one["model"], two["model"]
+    tensors = [[net[name] for name, _ in start.named_parameters()] for net in states]
     before, one, two = (torch.cat([t.flatten().double() for t in parts]) for parts in tensors)
     step = (one - before).norm()
     assert (one - two).norm() < 2e-3 * step and step > 0.01  # rounding, and a true step

@@ -5,47 +5,53 @@
 An object is a connected part of one class. With the detector, `predict.py --task seg --detector` looks for objects in
 crops of large images only.
 """
+import os
+
 import torch
 from tqdm import tqdm
 
 from data import images, seg
-from data.labels.formats import Parsed
-from utils.train import dist
+from data.labels.records import Layout, Records
 from utils.errors import UserError
 from utils.pictures.review import components
+from utils.train import dist
 
-VOID = 255  # beside classes above 1 it is no object, else the objects of a binary mask
-
-
-def parse(layout):
-    """Layout whose labels and images are those of `seg.pairs`, in one order -> label_formats.Parsed."""
-    parsed, found = Parsed(), []
-    for i, (file, label) in enumerate(tqdm(list(zip(layout.images, layout.labels)), desc="masks", leave=False,
-                                           disable=dist.rank() > 0)):
-        mask = seg.read_mask(layout.root / label, classes=256)
-        size = images.size(layout.root / file)[1:]
-        if tuple(mask.shape) != tuple(size):
-            raise UserError(f"{layout.root / label}: is {tuple(mask.shape)} pixels, its image {file} is {tuple(size)}; "
-                            f"make them equal")
-        parsed.add_image(file, False)
-        found += [(i, value, box, (label, number)) for number, (value, box) in enumerate(find(mask.long()), 1)]
-    binary = {value for _, value, _, _ in found} <= {1, VOID}
-    for i, value, box, place in found:
-        if binary or value != VOID:
-            parsed.add_box(i, 1 if binary else value, box, place)
-    values = sorted(set(parsed.category))
-    parsed.names = {value: "object" if values == [1] else f"class {value}" for value in values}
-    return parsed
+VOID = 255  # in masks of classes above 1 this is no object; in binary masks it is the objects' value
 
 
-def find(mask):
-    """mask (H, W), integers -> [(value, (x1, y1, x2, y2))] of its connected parts with a value above 0, pixels."""
+def find(path):
+    """The Layout of a folder with `train_img` and `train_mask`, else None."""
+    if not (os.path.isdir(path / "train_img") and os.path.isdir(path / "train_mask")):
+        return None
+    files, masks = ([str(file.relative_to(path)) for file in part]
+                    for part in zip(*seg.pairs(path / "train_img", path / "train_mask").values()))
+    return Layout(path, masks, files, read, "object {}")
+
+
+def read(layout):
+    """Layout -> Records. UserError for a mask of another size than its image."""
+    boxes = []
+    for i, (file, label) in enumerate(zip(tqdm(layout.images, desc="masks", leave=False, disable=dist.rank() > 0),
+                                          layout.labels)):
+        mask, size = seg.read_mask(layout.root / label, classes=256), images.size(layout.root / file)[1:]
+        if tuple(mask.shape) != size:
+            raise UserError(f"{layout.root / label}: is {tuple(mask.shape)} pixels, its image {file} is {size}; make "
+                            f"them equal")
+        boxes += [(i, value, box, label, number) for number, (value, box) in enumerate(objects(mask.long()), 1)]
+    values = {value for _, value, *_ in boxes}
+    if values <= {1, VOID}:
+        boxes, names = [(i, 1, *rest) for i, _, *rest in boxes], {1: "object"} if boxes else {}
+    else:
+        boxes = [box for box in boxes if box[1] != VOID]
+        names = {value: f"class {value}" for value in values - {VOID}}
+    return Records([(file, False, None) for file in layout.images], boxes, names)
+
+
+def objects(mask):
+    """mask (H, W), integers -> [(value, (x1, y1, x2, y2))] of its connected parts with a value above 0, in pixels."""
     numbers = components(mask)
     y, x = numbers.nonzero(as_tuple=True)
-    count = int(numbers.max()) if numbers.numel() else 0
-    number, corners = numbers[y, x] - 1, torch.stack((x, y, x + 1, y + 1), 1)
-    place = number[:, None].expand(-1, 2)
-    low = torch.full((count, 2), 2**31).scatter_reduce_(0, place, corners[:, :2], "amin")
-    high = torch.zeros(count, 2, dtype=torch.long).scatter_reduce_(0, place, corners[:, 2:], "amax")
-    values = torch.zeros(count, dtype=torch.long).scatter_(0, number, mask[y, x])
-    return [(value, tuple(map(float, box))) for value, box in zip(values.tolist(), torch.cat((low, high), 1).tolist())]
+    part, start = numbers[y, x] - 1, torch.zeros(int(numbers.max()), dtype=torch.long)
+    columns = [start.scatter_reduce(0, part, values, how, include_self=False) for values, how in (
+        (mask[y, x], "amax"), (x, "amin"), (y, "amin"), (x + 1, "amax"), (y + 1, "amax"))]
+    return [(value, tuple(map(float, box))) for value, *box in torch.stack(columns, 1).tolist()]

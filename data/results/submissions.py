@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from rasterio import features
 
-from data import det, images, labels
-from data.labels.formats import same_name
+from data import det, images
+from data.labels import coco
 from utils.ops import boxes
 from utils.pictures import detection as pictures_det, sheets
 from utils.errors import UserError
+from utils.files import same_name
 
 
 # ---- segmentation ----
@@ -81,11 +82,11 @@ def image_ids(files, near, *, others=False):
     """
     names = [same_name(file.name) for file in files]
     for folder in (near, *list(Path(near).resolve().parents)[:2]):
-        known = labels.test_ids(folder)
+        known = coco.test_ids(folder)
         if known and not (others and known.keys().isdisjoint(names)):
             missing = [file for file, name in zip(files, names) if name not in known]
             if missing:
-                raise UserError(f"{missing[0]}: not in {folder / labels.TEST_INFORMATION} ({len(missing)} such); add "
+                raise UserError(f"{missing[0]}: not in {folder / coco.TEST_INFORMATION} ({len(missing)} such); add "
                                 f"it there, or remove the image")
             return [known[name] for name in names]
     ids = [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data.samples import glyphs
 from utils.train.args import int_range
 from utils.errors import Parser, UserError, cli
-from utils.files import whole_file
+from utils.files import whole_file, write_csv
 
 SIDE, LARGEST = 28, 79  # of a glyph; of the box around one turned by 45 degrees and doubled
 STREAM = 26             # ends the seeds: augmentation, seeded with (seed, epoch, index), shall draw other numbers
@@ -210,8 +210,7 @@ def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
         for block, labels in zip(blocks, done):
             rows += [[index, *label] for index, label in zip(block, labels)]
             bar.update(len(block))
-    with whole_file(answers) as new, open(new, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([HEADER, *others, *rows])
+    write_csv(answers, HEADER, [*others, *rows])
     return answers
 
 
@@ -222,8 +221,8 @@ def _write_block(synthesizer, out, indices, *, seed, digits, text):
     missing = [i for i, path in paths.items() if not _complete(path, head)]
     if missing:
         for i, image in zip(missing, synthesizer.batch(missing, seed)[0].cpu().numpy()):
-            with whole_file(paths[i]) as new, open(new, "wb") as file:
-                file.writelines(png_parts(image[0], text))
+            with whole_file(paths[i]) as new:
+                new.write_bytes(b"".join(png_parts(image[0], text)))
     return synthesizer.labels(indices, seed).int().tolist()
 
 

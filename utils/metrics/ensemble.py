@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.train import dist, runs
 from utils.errors import UserError
+from utils.files import write_json
+from utils.train import dist
 
 FACTORS = (0, 0.5, 1, 1.5, 2, 3)
 
@@ -88,8 +89,8 @@ def fit_thresholds(probs, labels):
 # ---- "flags": how the checkpoints looked at the images} --------------------------------------------------------------
 def write(path, checkpoints, weights, names, thresholds=(), *, flags=""):
     """checkpoints: their paths; thresholds: one per name, or none. Raises UserError when it cannot be written."""
-    runs.write_json(path, {"weights": dict(zip(map(str, checkpoints), map(float, weights))),
-                           "thresholds": dict(zip(names, map(float, thresholds))), "flags": flags})
+    write_json(path, {"weights": dict(zip(map(str, checkpoints), map(float, weights))),
+                      "thresholds": dict(zip(names, map(float, thresholds))), "flags": flags})
 
 
 def read(path, checkpoints, names, exclusive, *, flags=""):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.errors import NumericalError
-from utils.ops import geometry, tta
+from utils.ops import boxes, geometry, tta
 
 SEGMENTATION_VIEWS = ("hflip", "vflip")  # what --tta means without names
 CLASSIFICATION_VIEWS = ("rot90", "rot180")
@@ -71,3 +71,22 @@ def classify(net, inputs, batch, names=(), *, single_label=False, scales=tta.SCA
             logits = run(net, inputs(batch, matrix, side)).float()
             yield logits.softmax(1) if single_label else logits.sigmoid()
     return finite(tta.merge(views(), merge, exclusive=single_label))
+
+
+# ---- detection -------------------------------------------------------------------------------------------------------
+DETECTION_VIEWS = tta.yolov5  # what --tta means without names
+
+
+def detect(net, x, views=None, *, conf, iou, max_det, merge=None):
+    """The net's input x (B, C, H, W) fp32 -> per image detections (n, 6) of x1 y1 x2 y2 score class in pixels of x, the
+    best score first.
+
+    views: [(matrix, size)] of `tta.tta_views` or `tta.yolov5`; None: x as it is. conf, iou, max_det: of `boxes.nms`.
+    merge: "wbf" fuses the detections of the views (`boxes.wbf`); None: the boxes of all views suppress each other.
+    """
+    views = views or tta.tta_views((), x.shape[2:])
+    found = [finite(rows) for rows in tta.tta_boxes(lambda view: run(net, view), x, views)]
+    if merge == "wbf":
+        by_view = [boxes.nms(rows, conf=conf, iou=iou, max_det=max_det) for rows in found]
+        return [boxes.wbf(members)[:max_det] for members in zip(*by_view)]
+    return boxes.nms(torch.cat(found, 1), conf=conf, iou=iou, max_det=max_det)

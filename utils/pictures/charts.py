@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from utils.errors import UserError
-from utils.files import whole_file
+from utils.files import whole_file, write_text
 from utils.pictures import table
 from utils.pictures.sheets import FAINT, font, text_line
 
@@ -208,7 +208,6 @@ def make_loggers(run_dir, *, tensorboard=False, wandb=False, name="", config=Non
         except Exception as error:  # no account, no network, a deleted run: all of them are the user's to settle
             message = " ".join(str(error).split())
             raise UserError(f"--wandb: W&B did not start ({message}); `wandb login`, or WANDB_MODE=offline") from error
-        with whole_file(kept) as temporary:
-            temporary.write_text(run.id)
+        write_text(kept, run.id)
         sinks.append((lambda row, step: run.log(row, step=step), run.finish))
     return Loggers(sinks)

@@ -8,7 +8,6 @@ stands in args.json, results.csv and swa.json; what it would forget (when it beg
 that day) `write_note` adds as run.json.
 """
 import csv
-import fcntl
 import io
 import json
 import math
@@ -21,9 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-from utils.train import runs
 from utils.errors import UserError
-from utils.files import whole_file
+from utils.files import locked, write_json, write_text, writing
 
 COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "swa", "minutes", "commit", "flags")
 NUMBERS = ("best", "epoch", "last", "swa", "minutes")
@@ -47,7 +45,7 @@ def write_note(folder, defaults):
     path = Path(folder) / "run.json"
     old = _read_json(path)
     began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
-    runs.write_json(path, old | {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
+    write_json(path, old | {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
                                  "commit": commit(Path(__file__).parent), "defaults": defaults | began})
 
 
@@ -114,18 +112,13 @@ def write(folder):
     project = Path(os.path.abspath(folder)).parent  # of "." too
     path = (project.parent if project.name in TASKS else project) / "summary.csv"
     projects = [path.parent / task for task in TASKS] if project.name in TASKS else [project]
-    try:
-        with open(path.with_name(".summary.lock"), "a") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # who writes last has read last, and sees the others that end just now
-            tables = {place: _rows(sorted({file.parent for name in RECORDS for file in place.glob(f"*/{name}")}))
-                      for place in projects}
-            for row in (row for rows in tables.values() for row in rows):
-                row["run"] = os.path.relpath(row["run"], path.parent)
-            text = render(tables, "csv")
-            with whole_file(path) as temporary:
-                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # folders' names are any bytes
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); check folder and space") from None
+    # the process that writes last has read last, so it sees runs that end at the same time
+    with writing(path), locked(path.with_name(".summary.lock")):
+        tables = {place: _rows(sorted({file.parent for name in RECORDS for file in place.glob(f"*/{name}")}))
+                  for place in projects}
+        for row in (row for rows in tables.values() for row in rows):
+            row["run"] = os.path.relpath(row["run"], path.parent)
+        write_text(path, render(tables, "csv"))
 
 
 def _rows(found, metric=None):

@@ -4,6 +4,7 @@ import argparse
 from utils.pictures import charts, table
 from utils.train import dist, engine, optim, runs
 from utils.errors import Parser, UserError
+from utils.files import write_json
 from utils.train.swa import SWA, with_swa
 
 
@@ -190,7 +191,7 @@ def begin_run(parser, args, given=None, check=lambda args: None):
         args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
     if dist.rank() == 0:
         if not resume:  # else engine.fit writes them, when it has accepted the checkpoint
-            runs.write_json(folder / "args.json", vars(args))
+            write_json(folder / "args.json", vars(args))
         table.write_note(folder, vars(parser.parse_args([])))
         print(f"resuming: {folder} at step {resume['step']}" if resume else f"run: {folder}")
     return args, folder, resume
@@ -232,7 +233,7 @@ def _check_flags(parser, args, given, needs):
 
 
 def _is_zero(folds):
-    """Whether --folds is 0, as data.folds.parse reads it: no validation."""
+    """Whether --folds is 0, as data.folds.parse_folds reads it: no validation."""
     try:
         return float(folds) == 0
     except (TypeError, ValueError):  # None, or a file

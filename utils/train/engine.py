@@ -21,6 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import NumericalError, Stopped, UserError
+from utils.files import write_json
 from utils.pictures import charts, table
 from utils.train import checkpoint, dist, runs
 from utils.train.optim import set_lr
@@ -204,7 +205,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
     if resume:
         state.load_state_dict(resume)
         if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
-            runs.write_json(folder / "args.json", header["args"])
+            write_json(folder / "args.json", header["args"])
     saved = state.step, len(state.history)  # how far last.pt goes
 
     def save(name="last.pt", **changes):
@@ -317,7 +318,7 @@ def _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, *,
             metrics, threshold = _metrics(evaluate_on(state, evaluate, state.swa.module))
     save("swa.pt", model=state.swa.module.state_dict(), ema=None, ema_steps=0, swa_scores=metrics, threshold=threshold)
     if dist.rank() == 0 and metrics:  # no row of results.csv: that is the history, of other weights
-        runs.write_json(folder / "swa.json", metrics)
+        write_json(folder / "swa.json", metrics)
     dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: {_line(metrics)}")
     signals.check()
 

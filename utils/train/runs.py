@@ -2,13 +2,13 @@
 import fcntl
 import itertools
 import json
-import math
 import os
 import re
 from pathlib import Path
 
 from utils.train import checkpoint, dist
 from utils.errors import UserError
+from utils.files import write_json
 
 _locks = []  # open for the life of the process: closing the file would give the lock back
 
@@ -62,14 +62,17 @@ def launcher():
 def restarted(project, name=None):
     """The newest run folder that this torchrun worked in before it restarted its workers, or None.
 
-    name: of the folder, or what stands before its number: a script may have begun several runs. None: any.
+    name: of the folder, or what stands before its number: a script may have begun several runs. None: any run that has
+    a checkpoint.
     """
     if not launcher():
         return None
     for path in sorted(Path(project).glob("*/**/lock"), key=_age):
-        same = name is None or re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(path.parent))
+        folder = path.parent
+        same = re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(folder)) if name else \
+            (folder / "last.pt").exists() or (folder / "last.pt.prev").exists()
         if same and path.read_text() == launcher():
-            return path.parent
+            return folder
     return None
 
 
@@ -108,7 +111,7 @@ def open_run(project, name, resume=None):
 
 
 def _open(project, name, resume):
-    folder = restarted(project, name if resume is None else None)
+    folder = None if resume else restarted(project, name if resume is None else None)
     if not folder and resume is None:
         return create(project, name), None
     path = folder or Path(resume or newest(project, "last.pt", "last.pt.prev", "args.json"))
@@ -142,21 +145,3 @@ def add_record(folder, **values):
         record = {}
     if not record.items() >= values.items():
         write_json(path, record | values)
-
-
-def write_json(path, value):
-    """Writes a file whole or not at all; NaN, which JSON has not, as null. Raises UserError when it cannot be written.
-    """
-    def strict(value):
-        if isinstance(value, dict):
-            return {key: strict(inside) for key, inside in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(inside) for inside in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    path = Path(path)
-    try:  # a run folder that is gone is not made again
-        path.with_suffix(".tmp").write_text(json.dumps(strict(value), indent=1))
-        os.replace(path.with_suffix(".tmp"), path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or mend the folder") from None

@@ -1,0 +1,227 @@
+"""Boxes in JSON: COCO's format in its usual folders, and the parking-lot competition's files.
+
+    competition  DATA/train/label/Train.json   DATA/train/images/*.jpg   DATA/Test_Images_Information.json
+    COCO         DATA/annotations/instances_train2017.json (and val)   DATA/train2017/*.jpg; or a single JSON file;
+                 or, as Roboflow exports it, a JSON among the images: DATA/train/_annotations.coco.json (and valid)
+"""
+import functools
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from data.labels.records import Layout, Records, list_files, part_of, read_bytes, show
+from utils.errors import UserError
+from utils.files import same_name
+
+COMPETITION = "train/label/Train.json"
+TEST_INFORMATION = "Test_Images_Information.json"
+LABEL_FOLDERS = ("annotations", "label", "labels")  # the images lie beside a folder of this name, not in it
+# the classes of the parking-lot competition (AI Challenge 2022), whose labels hold only the numbers 1 to 14
+PARKING = ("sedan", "SUV", "van", "bus", "school bus", "truck", "taxi", "adult", "child", "motorcycle", "kickboard",
+           "bicycle", "stroller", "cart")
+MAX_ID = 2**53  # of a category: larger numbers are not exact in other programs
+TYPES = {int: "a whole number", str: "a text", list: "a list"}
+
+
+# ---- which files -----------------------------------------------------------------------------------------------------
+def find(path):
+    """The Layout of a .json, of the competition's folder, or of COCO's folder with a training part; else None."""
+    if path.suffix.lower() == ".json" and os.path.isfile(path):
+        root = path.parent.parent if path.parent.name.lower() in LABEL_FOLDERS else path.parent
+        return _layout(root, [str(path.relative_to(root))])
+    if os.path.exists(path / COMPETITION):
+        return _layout(path, [COMPETITION])
+    parts = [name for name in list_files(path / "annotations", ".json") if part_of(name)]
+    # COCO's folder has captions and key points of the same images too
+    parts = [name for name in parts if name.startswith("instances")] or parts
+    if "train" in map(part_of, parts):
+        return _layout(path, [f"annotations/{name}" for name in parts])
+    return None
+
+
+def find_other(path):
+    """The Layout of a folder with a JSON among the images of each part, or with one JSON file; else None. To be asked
+    after the other formats, whose folders may hold a JSON too. Raises UserError for several JSON files."""
+    among = [f"{part}/{name}" for part in list_files(path, "") if part_of(part)
+             for name in list_files(path / part, ".json")]
+    if "train" in map(part_of, map(os.path.dirname, among)):
+        return _layout(path, among)
+    alone = [f"annotations/{name}" for name in list_files(path / "annotations", ".json")]
+    alone += [name for name in list_files(path, ".json") if name != TEST_INFORMATION]
+    if len(alone) > 1:
+        raise UserError(f"{path}: has {len(alone)} JSON files ({alone[0]}, {alone[1]}, ...); point --data to one")
+    return _layout(path, alone) if alone else None
+
+
+def _layout(root, labels):
+    return Layout(root, labels, [], read, "annotations[{}]")
+
+
+# ---- what they hold --------------------------------------------------------------------------------------------------
+def read(layout):
+    """Layout -> Records. Several files must agree in their categories, and no image may be in two of them."""
+    images, boxes, crowds, names, listed = [], [], [], {}, {}
+    for label in layout.labels:
+        path, part = layout.root / label, part_of(Path(label).name) or part_of(os.path.dirname(label))
+        data, index_of = read_json(path), {}
+        locate = _locator(layout.root, _image_folders(label, part))
+        for place, entry in _entries(data, "images", path):
+            key, name = get(entry, "id", (int, str), place), get(entry, "file_name", (str,), place)
+            file = locate(name, place)
+            if key in index_of:
+                raise UserError(f"{place}: the id {show(key)} stands there twice; correct one")
+            if file in listed:
+                raise UserError(f"{place}: {show(name)} is listed already, in {listed[file]}; remove one")
+            listed[file], index_of[key] = label, len(images)
+            stated = (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
+            images.append((file, part == "val", stated))
+        _read_categories(names, data, path)
+        # the ids of annotations are not read: nothing refers to them, and merged files often repeat them
+        for number, (place, entry) in enumerate(_entries(data, "annotations", path)):
+            image = get(entry, "image_id", (int, str), place)
+            if image not in index_of:
+                raise UserError(f"{place}: there is no image with the id {show(image)}; add the image, or remove its "
+                                f"annotations")
+            category, box, crowd = _category(entry, "category_id", place), *_box(entry, place)
+            if crowd:
+                crowds.append((label, number))
+            else:
+                boxes.append((index_of[image], category, box, label, number))
+    used, count = {category for _, category, *_ in boxes}, Counter(names.values())
+    if not names:
+        parking = sorted(used) == list(range(1, 15))
+        names = {key: PARKING[key - 1] if parking else f"class {key}" for key in used}
+    # Roboflow's first category is the project, which may have the name of one of its classes
+    names = {key: name for key, name in names.items() if key in used or count[name] == 1}
+    return Records(images, boxes, names, crowds)
+
+
+def _image_folders(label, part):
+    """Where the images of a label file may lie, relative to the root, in the order in which they are looked for."""
+    if label == COMPETITION:
+        return ["train/images"]
+    # the images of instances_val2017.json are rather in val2017 than in train2017; CVAT's subsets have any name
+    names = [Path(label).stem.removeprefix("instances_")]
+    names += [f"{name}{year}" for name in (("val", "train") if part == "val" else ("train", "val"))
+              for year in ("", "2017", "2014")]
+    return [os.path.dirname(label), "", "images", *names, *(f"images/{name}" for name in names),
+            *(f"{name}/images" for name in names)]
+
+
+def _locator(root, folders):
+    """-> function(file_name, place) -> the image's path relative to root. Each folder is listed once, because a look-up
+    per image is slow on network disks. Names are compared by `same_name`."""
+    top = os.path.abspath(root)
+    folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(os.path.join(top, folder))]
+
+    @functools.cache
+    def names(folder):
+        try:
+            return {same_name(name): name for name in os.listdir(os.path.join(top, folder))}
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
+            return {}
+
+    def locate(name, place):
+        inside, name = False, name if "/" in name else name.replace("\\", "/")  # Label Studio's on Windows
+        for base in folders:
+            path = os.path.relpath(os.path.join(top, base, name), top)  # `name` may be absolute
+            if path == ".." or path.startswith("../"):
+                continue
+            inside = True
+            folder, file = os.path.split(path)
+            file = names(folder).get(same_name(file))
+            if file and name:
+                return os.path.join(folder, file)
+        if folders and not inside:
+            raise UserError(f"{place}: {show(name)} leads out of {root}; move the image into it, correct file_name")
+        looked = ", ".join(folder or "." for folder in folders)
+        raise UserError(f"{place}: no image {show(name)} in {root} (looked in {looked}); add it, or remove the entry")
+    return locate
+
+
+def _read_categories(names, data, path):
+    """Adds the categories of a file to {id: name}."""
+    here = set()
+    for place, entry in _entries(data, "categories", path) if "categories" in data else ():
+        key, name = _category(entry, "id", place), get(entry, "name", (str,), place)
+        if key in here or names.setdefault(key, name) != name:
+            raise UserError(f"{place}: the id {key} is another category's too; correct one of them")
+        here.add(key)
+
+
+def _category(entry, name, place):
+    key = get(entry, name, (int,), place)
+    if abs(key) >= MAX_ID:
+        raise UserError(f"{place}: the category's id is too large; number the categories from 1")
+    return key
+
+
+def _box(entry, place):
+    """-> (x1, y1, x2, y2) in pixels, whether the region is a crowd."""
+    box, crowd = get(entry, "bbox", (list,), place), entry.get("iscrowd", 0)
+    try:
+        if len(box) != 4 or {*map(type, box)} - {int, float} or type(crowd) not in (int, bool):
+            raise ValueError
+        x, y, width, height = map(float, box)
+    except (ValueError, OverflowError):  # OverflowError: an integer beyond float64
+        raise UserError(f"{place}: bbox {show(box)}, iscrowd {show(crowd)}; correct them, they must be 4 numbers (x, "
+                        f"y, width, height), and 0 or 1") from None
+    return (x, y, x + width, y + height), crowd
+
+
+def test_ids(root):
+    """{name of an image file, by `same_name`: image id} from ROOT/Test_Images_Information.json: {"images": [{"id",
+    "file_name"}]}, or that list alone. {} where there is no such file. Raises UserError."""
+    path, found, ids = Path(root) / TEST_INFORMATION, {}, set()
+    if not os.path.lexists(path):
+        return found
+    data = read_json(path)
+    for place, entry in _entries({"images": data} if type(data) is list else data, "images", path):
+        key, name = get(entry, "id", (int, str), place), get(entry, "file_name", (str,), place)
+        name = same_name(os.path.basename(name.replace("\\", "/")))
+        if name in found:
+            raise UserError(f"{place}: {show(name)} is listed twice; remove one")
+        if key in ids:
+            raise UserError(f"{place}: the id {show(key)} stands for two images; correct one")
+        found[name] = key
+        ids.add(key)
+    return found
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+def read_json(path):
+    """A JSON file's content. Raises UserError for what is not JSON, and for what Python takes for JSON or ignores:
+    NaN, Infinity, and a key that stands twice in one object."""
+    def unique(pairs):
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {show(twice)} stands twice in one object")
+        return entry
+
+    def no_number(text):
+        raise ValueError(f"{text} is no number of JSON")
+
+    try:
+        return json.loads(read_bytes(path), object_pairs_hook=unique, parse_constant=no_number)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be labels; replace it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); correct or replace it") from None
+
+
+def _entries(data, key, path):
+    """Yields (place for messages, entry) of the list data[key]."""
+    for i, entry in enumerate(get(data, key, (list,), path)):
+        yield f"{path}: {key}[{i}]", entry
+
+
+def get(entry, key, types, place):
+    """entry[key], if it is of one of the types; else a UserError that names the place."""
+    value = entry.get(key) if type(entry) is dict else None
+    if type(value) not in types:
+        what = (f"not an object with {key}" if type(entry) is not dict else
+                f"{key} is {show(value)}" if key in entry else f"{key} is missing")
+        raise UserError(f"{place}: {what}; correct it, it must be {' or '.join(TYPES[t] for t in types)}")
+    return value
