@@ -254,15 +254,24 @@ def test_long_epochs_are_saved_within(tmp_path, monkeypatch):
 
 
 def test_progress_shows_the_mean_loss(tmp_path, capfd):
+    """Once a second, which is when the numbers are checked."""
+    state = train(tmp_path, epochs=1, evaluate=None)
+    state.sums = {"loss": torch.tensor(5.0)}
     with Progress("epoch 1/1", train_loader(Data(26), 4), 2) as progress:
-        assert progress.batches_done(3) is False
-        progress.shown -= 2
-        assert progress.batches_done(4) is True
-        progress.show(torch.tensor(1.25), 0.001, CPU)
+        progress.show(state, 3)
         progress.refresh()
-        assert progress.batches_done(5) is False
-    bar = capfd.readouterr().err
-    assert "epoch 1/1" in bar and "loss 1.25, lr 0.001" in bar and "20/28" in bar
+        assert "12/28" in (bar := capfd.readouterr().err) and "loss" not in bar
+        progress.shown -= 2
+        progress.show(state, 4)
+        progress.show(state, 5)
+        progress.refresh()
+        bar = capfd.readouterr().err
+        assert "epoch 1/1" in bar and f"loss 1.25, lr {state.lr:.2g}, " in bar and "20/28" in bar
+        state.finite.fill_(False)
+        progress.show(state, 6)
+        progress.shown -= 2
+        with pytest.raises(NumericalError):
+            progress.show(state, 7)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
@@ -336,12 +345,14 @@ def test_more_epochs_than_before(tmp_path):
     assert differences(read(tmp_path / "a" / "last.pt"), read(tmp_path / "b" / "last.pt")) == []
 
 
-def test_a_finished_run_resumed_changes_nothing(tmp_path):
+def test_a_finished_run_resumed_changes_nothing_and_mends_its_table(tmp_path):
     train(tmp_path)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    before = (tmp_path / "last.pt").read_bytes()
+    table = (tmp_path / "results.csv").read_text()
+    (tmp_path / "results.csv").write_text("epoch\n1\n")  # as left by a kill between checkpoint and table
     state = train(tmp_path, resume=True, evaluate=None)
-    assert len(state.history) == 2 and {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before | {
-        "args.json": b"{}"}
+    assert len(state.history) == 2 and (tmp_path / "last.pt").read_bytes() == before
+    assert (tmp_path / "results.csv").read_text() == table
 
 
 def test_new_settings_count_in_a_resumed_run(tmp_path):

@@ -98,6 +98,11 @@ class State:
         return self.ema.module if self.ema else self.model
 
     @property
+    def lr(self):
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
     def scores(self):
         """The scores of the epochs that were evaluated. NaN counts as the lowest."""
         scores = [row[self.score] for row in self.history if self.score in row]
@@ -206,6 +211,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
         state.load_state_dict(resume)
         if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
             write_json(folder / "args.json", header["args"])
+        _write_results(folder, state)  # the run may have been killed between its checkpoint and this
     saved = state.step, len(state.history)  # how far last.pt goes
 
     def save(name="last.pt", **changes):
@@ -218,16 +224,16 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
         if dist.rank() == 0:
             checkpoint.save(folder / name, content, keep_previous=name == "last.pt")
 
-    with contextlib.closing(loggers or charts.Loggers()) as loggers, Signals() as signals:
+    evaluate, loggers = evaluate or (lambda model: {}), loggers or charts.Loggers()
+    with contextlib.closing(loggers), Signals() as signals:
         try:
             while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
                 began = time.monotonic()
                 _train_epoch(state, loader, compute_loss, save, signals, epochs=epochs, seed=seed)
-                row = _finish_epoch(state, loader, evaluate, folder, save, signals, began=began,
-                                    save_period=save_period)
-                if dist.rank() == 0:
-                    loggers.log(row, row["epoch"])
-                dist.print0(_line(row))
+                _finish_epoch(state, loader, evaluate, save, signals, began=began, save_period=save_period)
+                _write_results(folder, state)
+                loggers.log(state.history[-1], len(state.history))
+                dist.print0(_line(state.history[-1]))
                 signals.check()
             if state.swa:
                 _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, seed=seed)
@@ -255,9 +261,7 @@ def _train_epoch(state, loader, compute_loss, save, signals, *, epochs, seed):
         for i, batch in _seeded(loader, epoch, done, seed):
             if not state.train_batch(compute_loss, batch, i, batches):
                 continue
-            if progress.batches_done(i + 1):
-                state.check()
-                progress.show(state.sums["loss"] / (i + 1), state.optimizer.param_groups[0]["lr"], state.device)
+            progress.show(state, i + 1)
             if signals.check(int(dist.rank() == 0 and time.monotonic() - saved > SAVE_MINUTES * 60)):
                 save()
                 saved = time.monotonic()
@@ -273,34 +277,26 @@ def _seeded(loader, epoch, done, seed):
         yield i, batch
 
 
-def _finish_epoch(state, loader, evaluate, folder, save, signals, *, began, save_period):
-    """Evaluates a trained epoch, writes its row and saves. Returns the row."""
-    row = {"epoch": len(state.history) + 1, "lr": state.optimizer.param_groups[0]["lr"]}
+def _finish_epoch(state, loader, evaluate, save, signals, *, began, save_period):
+    """Evaluates a trained epoch, appends its row to the history and saves."""
+    row = {"epoch": len(state.history) + 1, "lr": state.lr}
     row |= {name: float(dist.mean(value / len(loader))) for name, value in state.sums.items()}
     state.check()
     for module in (state.model, state.eval_model):
         dist.same_weights(module)
-    metrics, threshold = {}, state.threshold
-    if evaluate:
-        with signals.interruptible():
-            metrics, threshold = _metrics(evaluate_on(state, evaluate))
-    row = dist.broadcast(row | metrics | {"seconds": time.monotonic() - began})
-
-    state.history.append(row)
-    state.score, state.threshold, state.sums = next(iter(metrics), state.score), threshold, {}
+    with signals.interruptible():
+        metrics, threshold = _metrics(evaluate_on(state, evaluate))
+    state.history.append(dist.broadcast(row | metrics | {"seconds": time.monotonic() - began}))
+    state.sums = {}
+    if metrics:
+        state.score, state.threshold = next(iter(metrics)), threshold
     if state.swa:
-        state.swa.take(state.model, row["epoch"])
+        state.swa.take(state.model, len(state.history))
     if metrics and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
         save("best.pt")
-    if save_period and row["epoch"] % save_period == 0:
-        save(f"epoch_{row['epoch']}.pt")
-    if dist.rank() == 0:
-        charts.write_csv(folder / "results.csv", state.history)
-        charts.plot_curves(folder / "results.png", state.history)
-        if metrics:
-            runs.add_record(folder, score=state.score)
-    save()  # after all the others: a run that is killed before this comes here again and writes them
-    return row
+    if save_period and len(state.history) % save_period == 0:
+        save(f"epoch_{len(state.history)}.pt")
+    save()  # after the others: a run that is killed before this comes here again and writes them
 
 
 def _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, *, seed):
@@ -308,15 +304,14 @@ def _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, *,
     if not state.swa.n_averaged:
         dist.print0("no swa.pt: the run had ended (--patience?) before its epochs for --swa")
         return
-    metrics, threshold = {}, None
+    model = state.swa.module
     with signals.interruptible():
         with autocast(state.device, state.dtype), state.swa.new_statistics(), Progress("batch norms", loader) as bar:
-            for i, batch in _seeded(loader, len(state.history), 0, seed):
-                compute_loss(state.swa.module, to_device(batch, state.device))
-                bar.batches_done(i + 1)
-        if evaluate:
-            metrics, threshold = _metrics(evaluate_on(state, evaluate, state.swa.module))
-    save("swa.pt", model=state.swa.module.state_dict(), ema=None, ema_steps=0, swa_scores=metrics, threshold=threshold)
+            for _, batch in _seeded(loader, len(state.history), 0, seed):
+                compute_loss(model, to_device(batch, state.device))
+                bar.update(bar.size)
+        metrics, threshold = _metrics(evaluate_on(state, evaluate, model))
+    save("swa.pt", model=model.state_dict(), ema=None, ema_steps=0, swa_scores=metrics, threshold=threshold)
     if dist.rank() == 0 and metrics:  # no row of results.csv: that is the history, of other weights
         write_json(folder / "swa.json", metrics)
     dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: {_line(metrics)}")
@@ -345,6 +340,14 @@ def _metrics(found):
 
 def _out_of_patience(scores, patience):
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+
+
+def _write_results(folder, state):
+    if dist.rank() == 0 and state.history:
+        charts.write_csv(folder / "results.csv", state.history)
+        charts.plot_curves(folder / "results.png", state.history)
+        if state.score:
+            runs.add_record(folder, score=state.score)
 
 
 def _line(row):

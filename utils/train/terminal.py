@@ -60,14 +60,14 @@ class Progress(tqdm):
         super().__init__(total=len(loader) * self.size, initial=done * self.size, desc=title, unit="img",
                          disable=dist.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
 
-    def batches_done(self, count):
-        """Moves the bar. Returns whether a second has passed since numbers were shown, which are read from the GPU."""
-        self.update(count * self.size - self.n)
-        return time.monotonic() - self.shown > 1
-
-    def show(self, loss, lr, device):
-        """Shows the mean loss and the learning rate, and the largest memory so far."""
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
+    def show(self, state, batches):
+        """Moves the bar to so many batches of the epoch; once a second, reads the numbers from the GPU and checks them."""
+        self.update(batches * self.size - self.n)
+        if time.monotonic() - self.shown < 1:
+            return
+        state.check()
+        peak = torch.cuda.max_memory_allocated(state.device) if state.device.type == "cuda" else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.set_postfix_str(f"loss {float(loss):.4g}, lr {lr:.2g}, {peak / 2**30:.1f} GiB", refresh=False)
+        self.set_postfix_str(f"loss {float(state.sums['loss'] / batches):.4g}, lr {state.lr:.2g}, "
+                             f"{peak / 2**30:.1f} GiB", refresh=False)
         self.shown = time.monotonic()
