@@ -84,9 +84,9 @@ class State:
         self.dtype = precision(amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.net = torch.compile(model) if compile else model
-        if dist.world_size() > 1:  # buffers: `fit` gives rank 0's to all before they are used
+        if dist.world_size() > 1:
             self.net = DistributedDataParallel(self.net, device_ids=[device] if device.type == "cuda" else None,
-                                               gradient_as_bucket_view=True, broadcast_buffers=False)
+                                               gradient_as_bucket_view=True)
         self.step, self.steps_per_epoch = 0, 0  # optimizer steps done, and in an epoch; `fit` sets the latter
         self.history, self.sums = [], {}  # a row per finished epoch; sums of the running epoch's losses
         self.score, self.threshold = None, None  # the name of the score, and the threshold of the last evaluation
