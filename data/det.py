@@ -85,11 +85,11 @@ def default_scale(files, bands):
     file, white = files[0], images.default_scale(files)
     pixels = images.read_picture(file, bands, shape=reduced(images.size(file)[1:], 1024)).numpy()
     if pixels.min() < 0:  # decibels, for example, would all become 0
-        raise UserError(f"{file}: has {images.depth(file)} pixels down to {pixels.min():g}, and everything below 0 "
+        raise UserError(f"{file}: has {images.header(file).dtype} pixels down to {pixels.min():g}, and everything below 0 "
                         f"becomes black; add a number to the pixels of all images so that they begin at 0, or accept "
                         f"it with --pixel-scale")
     if pixels.max() > white:
-        raise UserError(f"{file}: has {images.depth(file)} pixels up to {pixels.max():g}, and nothing says which value "
+        raise UserError(f"{file}: has {images.header(file).dtype} pixels up to {pixels.max():g}, and nothing says which value "
                         f"is white; give it with --pixel-scale")
     return white
 
@@ -236,8 +236,8 @@ class TiledImages(Dataset):
         {"image": (height, width, C) in the file's numbers, uint8 or float32; "index": k,
          "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the file,
          "matrix": float64 (3, 3), from pixels of the file to pixels of the view}
-    boxes: per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: (height,
-    width) per view. UserError for a file without the bands.
+    boxes: per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: the same
+    per view. UserError for a file without the bands.
     """
 
     def __init__(self, files, boxes=None, *, bands, imgsz, stride, tile=None, overlap=0.25, cache=None):

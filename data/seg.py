@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import augment, images
 from data.cache import Cache
 from utils.train import dist
 from utils.errors import UserError
+from utils.ops import tiles
 from utils.ops.geometry import warp
 
 UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
@@ -255,3 +256,22 @@ class Tiles(Dataset):
             image = images.read(self.files[i], self.bands)
             return {"image": image.float(), "index": i}  # images of a batch may differ in dtype
         return {"image": images.read(self.files[0], self.bands, window=self.windows[i]), "index": i}
+
+
+def predict_windows(file, part, bands, predict, *, tile, overlap, bs, workers=0):
+    """Reads a part (y, x, height, width) of an image in windows, predicts them and merges what was predicted. Yields
+    (row, column, probabilities (K, h, w)), every pixel once; memory does not grow with the image.
+
+    predict: windows (B, len(bands), h, w) in the file's numbers -> probabilities (B, K, h, w). tile: the windows' side;
+    overlap: the share of it that neighbours have in common. One window is read without workers: starting them takes
+    longer.
+    """
+    top, left, height, width = part
+    swaths = tiles.plan(height, width, tile, overlap)
+    places = [(top + y, left + x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
+    workers = workers if len(places) > 1 else 0
+    loader = DataLoader(Tiles([file], bands, places), bs, num_workers=workers)
+    maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0 or not workers)
+            for probs in predict(batch["image"]))
+    for y, x, block in tiles.merge(swaths, maps, height):
+        yield top + y, left + x, block

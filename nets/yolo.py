@@ -2,7 +2,14 @@
 
 Ten variants from one table; parameter counts and tensor names are those of the published checkpoints. CSP blocks:
 Wang et al. 2020; path aggregation: Liu et al. 2018; anchor-free head: FCOS (Tian et al. 2019) with the decoupled
-branches of YOLOX (Ge et al. 2021) and the distances' distribution of GFL (Li et al. 2020).
+branches of YOLOX (Ge et al. 2021) and the distance distributions of GFL (Li et al. 2020).
+
+Another net for train_det.py, class Mine in nets/mine.py, is called with num_classes and in_chans and offers
+    strides, stride     pixels per cell of its maps, fine to coarse; the largest, of which image sides are multiples
+    forward, train()    maps as AnchorFreeHead or AnchorHead returns them, for the losses in utils/losses/detection.py
+    forward, eval()     rows as YOLOv5 returns them, for utils/ops/decide.py
+    head.anchors        only for --head anchor: a buffer as in AnchorHead
+or it comes with a loss of its own in train_det.py. The heads below may be used by any net.
 """
 import math
 

@@ -84,11 +84,13 @@ def test_pictures_of_other_bands(refused, root):
     (["--mosaic", "0", "--close-mosaic", "1"], ["--close-mosaic", "--mosaic"]),
     (["--warmup-epochs", "0", "--warmup-bias-lr", "0.1"], ["--warmup-bias-lr", "warmup"]),
     (["--warmup-epochs", "0", "--warmup-momentum", "0.5"], ["--warmup-momentum", "warmup"]),
-    (["--stages", "1,1"], ["--epochs", "--stages"]),  # TINY_DET's
+    (["--stages", "2,1"], ["--epochs", "--stages"]),  # TINY_DET has --epochs 1
     (["--stages", "1,1", "--epochs", "50", "--preset", "finetune"], ["--preset", "--stages"]),
     (["--imgsz", "32", "--bs", "1"], ["--bs 1", "--imgsz 32"]),
     (["--imgsz", "64", "--bs", "1", "--multi-scale", "0.5"], ["--bs 1", "--imgsz 64"]),
     (["--head", "anchor", "--dfl", "1"], ["--dfl", "--head anchor"]),
+    (["--net", "yolo.None"], ["--net", "yolo.None", "mine.Mine"]), (["--net", "os.path"], ["--net", "os.path"]),
+    (["--cutout-size", "0.2"], ["--cutout-size", "--cutout"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
     (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]), (["--device", "cuda:99"], ["--device cuda:99"]),
@@ -97,23 +99,28 @@ def test_flags_that_do_not_fit(refused, root, flags, says):
     train(refused, "--data", root, *flags, says=says)
 
 
-def test_runs_of_versions_that_took_such_flags(refused, script, root):
-    """What a run has stored is not refused when it is resumed; what is given anew is."""
-    script(train_det, *TINY_DET, "--data", root)
-    path = root.parent / "runs/det/exp/last.pt"
-    state = checkpoint.load(path)
-    state["args"] |= {"autoanchor": False, "obj": 2.0, "overlap": 0.5, "mosaic": 0.0, "mixup": 0.5}
-    checkpoint.save(path, state)
-    script(train_det, "--resume", "runs/det/exp", "--epochs", 2)
-    assert len(checkpoint.load(path)["history"]) == 2
-    train(refused, "--resume", "runs/det/exp", "--epochs", 3, "--obj", 3, says=["--obj 3", "--head free"])
+def test_flags_of_a_resumed_run(refused, script, root):
+    """Its own are not given again; those that are given are checked beside them."""
+    script(train_det, *TINY_DET, "--data", root, "--head", "anchor", "--obj", 2)
+    script(train_det, "--resume", "runs/det/exp", "--epochs", 2, "--focal-gamma", 1)
+    args = checkpoint.load("runs/det/exp/last.pt")["args"]
+    assert (args["obj"], args["focal_gamma"], args["head"], args["epochs"]) == (2, 1, "anchor", 2)
+    train(refused, "--resume", "runs/det/exp", "--epochs", 3, "--dfl", 3, says=["--dfl 3", "--head anchor"])
+
+
+def test_refused_flags_leave_no_run_folder(refused, root, tmp_path):
+    """They are refused before the data is read."""
+    for flags in (["--imgsz", 80], ["--obj", 2], ["--grid", 9, "--shear", 1], ["--stages", "3,1"], ["--net", "no.Net"]):
+        train(refused, "--data", "nowhere", *flags, says=flags[0])
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flag, values", [
     ("stages", ["50", "50,", "1,2,3", "a,b", "0,5", "5,-1", "1.5,2", ""]), ("variant", ["xl", "s7", ""]),
     ("head", ["x"]), ("preset", ["best"]), ("grid", ["5", "1"]), ("mosaic", ["1.1", "-0.1", "nan"]), ("mixup", ["2"]),
     ("scale", ["1"]), ("epoch-parts", ["0", "x"]), ("multi-scale", ["1", "-1"]), ("degrees", ["181"]),
-    ("close-mosaic", ["-1"]), ("band-scale", ["0", "nan"]), ("bands", ["0-3", "x"]), ("anchor-threshold", ["0.5"]),
+    ("close-mosaic", ["-1"]), ("pixel-scale", ["0", "nan"]), ("cutout-size", ["0"]), ("bands", ["0-3", "x"]),
+    ("anchor-threshold", ["0.5"]),
     ("label-smoothing", ["1"]), ("focal-gamma", ["-1"]), ("box", ["-1", "inf"]), ("warmup-momentum", ["1"]),
     ("hsv", ["2"])])
 def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
@@ -166,7 +173,9 @@ def predicts(refused, *flags, says):
 def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
     good = weights(tmp_path / "good.pt", data=root)
     whole, state = good.read_bytes(), torch.load(good, weights_only=True)
-    arch = state["arch"]["kwargs"]
+
+    def named(**kwargs):
+        return {"name": "yolo.YOLOv5", "kwargs": state["arch"]["kwargs"] | kwargs}
 
     def fails(name, says):
         predicts(refused, "--weights", name, says=[name, says])
@@ -181,17 +190,20 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
     (tmp_path / "flipped.pt").write_bytes(flipped)
     fails("flipped.pt", "damaged")
     net = UNet(in_chans=14, conv0=(8,), decoder=(8, 8, 8, 8))
-    torch.save({"task": "seg", "arch": {"name": "UNet", "kwargs": {}}, "model": net.state_dict()}, tmp_path / "seg.pt")
+    torch.save({"task": "seg", "arch": {"name": "unet.UNet", "kwargs": {}}, "input": {}, "model": net.state_dict()},
+               tmp_path / "seg.pt")
     fails("seg.pt", "trained for --task seg")
     for name, changes, says in (
-            ("wider.pt", {"arch": {"kwargs": arch | {"variant": "s"}}}, "weights of another net"),
-            ("head.pt", {"arch": {"kwargs": arch | {"head": "anchor"}}}, "weights of another net"),
-            ("variant.pt", {"arch": {"kwargs": arch | {"variant": "q"}}}, "another version"),
-            ("word.pt", {"arch": {"kwargs": arch | {"unheard": 1}}}, "another version"),
-            ("none.pt", {"arch": {"name": "YOLOv5"}}, "another version")):
+            ("wider.pt", {"arch": named(variant="s")}, "weights of another net"),
+            ("head.pt", {"arch": named(head="anchor")}, "weights of another net"),
+            ("variant.pt", {"arch": named(variant="q")}, "another version"),
+            ("word.pt", {"arch": named(unheard=1)}, "another version"),
+            ("none.pt", {"arch": {"name": "yolo.YOLOv5"}}, "another version"),
+            ("foreign.pt", {"arch": {"name": "os.path", "kwargs": {}}}, "another version"),
+            ("input.pt", {"input": {"bands": [1]}}, "another version")):
         torch.save(state | changes, tmp_path / name)
         fails(name, says)
-    for key in ("bands", "imgsz", "classes", "args"):
+    for key in ("input", "classes"):
         torch.save({k: v for k, v in state.items() if k != key}, tmp_path / f"{key}.pt")
         fails(f"{key}.pt", "another version")
 
@@ -200,8 +212,8 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     one = weights(tmp_path / "one.pt", data=root)
     two = weights(tmp_path / "two.pt", data=root, classes=["sedan", "bus", "child"])
     predicts(refused, "--weights", one, two, says=["two.pt", "sedan, bus, child", "one.pt"])
-    predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says=["--ensemble-weights: 1 for 2 checkpoints"])
-    predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says=["--ensemble-weights: is for several checkpoints"])
+    predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says="--ensemble-weights: 1 for 2 check")
+    predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says="--ensemble-weights: is for several check")
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path):
@@ -221,8 +233,8 @@ def test_sources_that_cannot_be_used(refused, root, tmp_path):
     fails("cut.png", says="cut.png: truncated or damaged")
     fails("cut.png", "--tile", 32, says="cut.png: truncated or damaged")
     shutil.copy(good / "lot.0.png", good / "stray.png")
-    fails(good, says=["stray.png: not in", "Test_Images_Information.json (1 such)", "add it"])
-    predicts(refused, "--weights", net, says=["stray.png: not in", "Test_Images_Information.json (1 such)"])
+    fails(good, says=["stray.png: not in", "Test_Images_Information.json (1 in total)", "add it"])
+    predicts(refused, "--weights", net, says=["stray.png: not in", "Test_Images_Information.json (1 in total)"])
     (good / "stray.png").unlink()
     (root / "Test_Images_Information.json").write_text("{")
     predicts(refused, "--weights", net, says="Test_Images_Information.json: not valid JSON")

@@ -17,8 +17,9 @@ from PIL import Image
 from rasterio.features import rasterize
 from rasterio.transform import from_origin
 
+import nets
 import predict
-from data.results import scenes
+from data.results.masks import MaskWriter
 from nets.unet import UNet
 from tests import test_bad_input_cls, test_predict_det
 from tests.conftest import tile, write_tif
@@ -60,8 +61,9 @@ class Fixed(torch.nn.Module):
 def detector(monkeypatch):
     """detector(net): a class of nets in the place of the detector; the segmenter stays what it is."""
     def put(net):
-        load = checkpoint.load_weights
-        monkeypatch.setitem(predict.NETS, "det", net)
+        load, build = checkpoint.load_weights, nets.build
+        monkeypatch.setattr(nets, "build", lambda arch: net(**arch["kwargs"]) if arch["name"] == "yolo.YOLOv5"
+                            else build(arch))
         monkeypatch.setattr(checkpoint, "load_weights",
                             lambda of, *rest: of if isinstance(of, net) else load(of, *rest))
     return put
@@ -77,11 +79,12 @@ def finds(detector, monkeypatch):
     return put
 
 
-def segmenter(path="seg.pt", *, classes=1, planes=True, bands=(7, 6, 5), seed=0, **changes):
+def segmenter(path="seg.pt", *, classes=1, planes=True, bands=(7, 6, 5), seed=0, scale=65535.0, resize=False,
+              **changes):
     """A checkpoint of a segmenter whose pixels are about half positive. -> the net"""
     torch.manual_seed(seed + classes)
     kwargs = dict(in_chans=len(bands) * (1 + planes), classes=classes, conv0=[8], decoder=[8, 8, 8, 8])
-    net, scale = UNet(**kwargs).eval(), changes.get("scale", 65535.0)
+    net = UNet(**kwargs).eval()
     image = tile(0, 96, 128)[0][[band - 1 for band in bands]] / 65535
     with torch.no_grad():
         z = logits(net, image.astype(np.float32), planes)
@@ -89,9 +92,9 @@ def segmenter(path="seg.pt", *, classes=1, planes=True, bands=(7, 6, 5), seed=0,
         net.head.bias.sub_(middle).div_(spread)
         net.head.weight.div_(spread)
     checkpoint.save(path, {
-        "task": "seg", "arch": {"name": "UNet", "kwargs": kwargs}, "classes": classes, "bands": list(bands),
-        "scale": scale, "mean_planes": planes, "imgsz": 32, "args": {"data": "nowhere"}, "model": net.state_dict(),
-        "ema": None} | changes)
+        "task": "seg", "arch": {"name": "unet.UNet", "kwargs": kwargs}, "classes": classes, "args": {"data": "nowhere"},
+        "input": {"bands": list(bands), "pixel_scale": scale, "imgsz": 32, "mean_planes": planes, "resize": resize},
+        "model": net.state_dict(), "ema": None} | changes)
     return net
 
 
@@ -270,12 +273,10 @@ def test_a_crop_is_as_an_image_of_its_own(script, finds, kind):
 def test_parts_that_disagree(tmp_path):
     """What one part takes for an object and the next one surely not is an object in the mask, and no label."""
     file = write_tif(tmp_path / "a.tif", np.zeros((4, 8), np.uint8))
-    for folder in ("masks", "pseudo/train_mask"):
-        (tmp_path / folder).mkdir(parents=True)
     yes, no = np.ones((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
-    pieces = [(folder, 0, x, mask) for x, mask in ((0, yes), (2, no)) for folder in ("masks", "pseudo/train_mask")]
-    pieces += [("masks", 0, 7, yes[:, :1] * 2), ("masks", 0, 0, yes[:, :1] * 2)]  # of another class, and not sure of it
-    scenes.write_parts(file, (4, 8), pieces, {"masks": 0, "pseudo/train_mask": 254}, tmp_path)
+    pieces = [(0, x, mask, mask) for x, mask in ((0, yes), (2, no))]
+    pieces += [(0, x, yes[:, :1] * 2, yes[:, :1] * 254) for x in (7, 0)]  # of another class, and not sure of it
+    MaskWriter(tmp_path, unsure=254).write_parts(file, pieces)
     for folder, row in {"masks": [2, 1, 1, 1, 0, 0, 0, 2],
                         "pseudo/train_mask": [254, 1, 254, 254, 0, 0, 254, 254]}.items():
         with rasterio.open(tmp_path / folder / "a.tif") as written:
@@ -392,6 +393,6 @@ def test_detectors_that_cannot_be_used(refused, tmp_path, monkeypatch):
     refused(predict, *CPU, "--weights", "det.pt", "--source", "a.tif", "--out", "out", "--detector", "det.pt",
             says="det.pt: trained for --task det")
     broken = torch.load("det.pt", weights_only=True)
-    torch.save({k: v for k, v in broken.items() if k != "category_ids"}, "old.pt")
+    torch.save({k: v for k, v in broken.items() if k != "classes"}, "old.pt")
     refused(predict, *flags, "old.pt", says="old.pt")
     assert not [name for name in os.listdir() if name.startswith(("out", "predict"))]

@@ -18,6 +18,7 @@ from tests.toy import Data, Faults, Net, make_evaluate, make_loss
 from utils.pictures import charts
 from utils.errors import NumericalError, Stopped, UserError
 from utils.train import checkpoint, engine, optim
+from utils.train.loggers import Loggers
 from utils.train.terminal import Progress, Signals
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def no_plots(request, monkeypatch):
     if "row_per_epoch" not in request.node.name:
-        monkeypatch.setattr(charts, "plot_curves", lambda *_: None)  # half of a toy epoch's time
+        monkeypatch.setattr(charts, "plot_curves", lambda *_, **__: None)  # half of a toy epoch's time
 
 
 def train(folder, *, epochs=2, size=26, bs=4, seed=0, lr=0.02, optimizer="adamw", momentum=0.9, weight_decay=0.01,
@@ -216,7 +217,7 @@ def test_best_is_the_first_best(tmp_path, scores, best, epochs):
 def test_boards_are_closed_however_the_run_ends(tmp_path, faults):
     """They flush once in a while only, and what they have lost no resumed run sends again."""
     told = []
-    loggers = charts.Loggers([(lambda row, step: told.append(step), lambda: told.append("closed"))])
+    loggers = Loggers([(lambda row, step: told.append(step), lambda: told.append("closed"))])
     with contextlib.suppress(NumericalError, Stopped):
         train(tmp_path, epochs=1, loggers=loggers, faults=faults)
     assert told == ([] if faults else [1]) + ["closed"]

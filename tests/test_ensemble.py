@@ -187,22 +187,22 @@ def test_a_file_gives_back_what_was_written(tmp_path, monkeypatch):
     assert shares == [1.5, 0.0] and found.tolist() == [0.5, 1 / 3, 0.1 + 0.2]
     ensemble.write("one.json", ["a", "b"], [1, 2], "xyz")
     assert ensemble.read("one.json", ["b", "a"], list("xyz"), True) == ([2, 1], 0.5)
-    with pytest.raises(UserError, match="one.json: has thresholds for other classes"):
+    with pytest.raises(UserError, match="one.json: was fitted with the classes , not x y z;"):
         ensemble.read("one.json", ["b", "a"], list("xyz"), False)
 
 
 GOOD = {"weights": {"a": 1.0, "b": 2.0}, "thresholds": {"x": 0.5, "y": 0.25}}
 SAYS = {"not a fitted ensemble": ["", "{", "[]", "3", "null", "\xff", "[" * 100000, "{}", '{"weights": {}}', '"text"',
                                   GOOD | {"weights": [1, 2]}, GOOD | {"weights": 3}, GOOD | {"thresholds": None},
-                                  GOOD | {"weights": None}],
-        "out of range": [GOOD | {"weights": {"a": value, "b": 1}}
-                         for value in (-1, "1", None, True, float("nan"), float("inf"), 10**400, 1e10, [1])] + [
-                        GOOD | {"thresholds": {"x": value, "y": 0.5}} for value in (-0.1, 1.1, "0", None, float("nan"))
-                        ] + [GOOD | {"weights": {"a": 0, "b": 0}}, GOOD | {"weights": {}}],
-        "was fitted to": [GOOD | {"weights": {"a": 1}}, GOOD | {"weights": {"a": 1, "c": 1}},
+                                  GOOD | {"weights": None}] + [GOOD | {"weights": {"a": value, "b": 1}}
+                                  for value in (-1, "1", None, float("nan"), float("inf"), 10**400, 1e10, [1])] + [
+                                  GOOD | {"thresholds": {"x": value, "y": 0.5}} 
+                                  for value in (-0.1, 1.1, "0", None, float("nan"))] + [
+                                  GOOD | {"weights": {"a": 0, "b": 0}}, GOOD | {"weights": {}}],
+        "was fitted with the checkpoints": [GOOD | {"weights": {"a": 1}}, GOOD | {"weights": {"a": 1, "c": 1}},
                           GOOD | {"weights": {"a": 1, "b": 1, "c": 1}}],
-        "fitted with the flags": [GOOD | {"flags": flags} for flags in ("--tta", "--imgsz\n48", 7, None, ["--tta"])],
-        "other classes": [GOOD | {"thresholds": {}}, GOOD | {"thresholds": {"x": 0.5, "z": 0.5}},
+        "was fitted with the flags": [GOOD | {"flags": flags} for flags in ("--tta", "--imgsz\n48", 7, None, ["--tta"])],
+        "was fitted with the classes": [GOOD | {"thresholds": {}}, GOOD | {"thresholds": {"x": 0.5, "z": 0.5}},
                           GOOD | {"thresholds": {"x": 0.5, "y": 0.5, "z": 0.5}}]}
 
 
@@ -224,10 +224,10 @@ def test_files_that_cannot_be_used(says, tmp_path, monkeypatch):
 
 
 # ---- predict.py ------------------------------------------------------------------------------------------------------
-def run(name, root, *, fold=0, seed=0, exclusive=False, classes="abcd", sizes=(0.5, 0.5)):
+def run(name, root, *, fold=0, seed=0, single_label=False, classes="abcd", sizes=(0.5, 0.5)):
     """A run's folder with the checkpoint of a net that has learned nothing, and the split that it held out."""
     Path(name).mkdir(parents=True)
-    path = net_at(f"{name}/best.pt", data=root, seed=seed, exclusive=exclusive, classes=classes)
+    path = net_at(f"{name}/best.pt", data=root, seed=seed, single_label=single_label, classes=classes)
     state = torch.load(path, weights_only=True)
     g = torch.Generator().manual_seed(seed)  # of different opinions about the images
     for key, value in state["model"].items():
@@ -330,7 +330,7 @@ def test_tables_alone(script, refused, tmp_path, monkeypatch):
     Path("full").mkdir()
     Path("full/submission.csv").mkdir()  # what cannot be written is answered
     monkeypatch.setattr(predict.runs, "new_folder", lambda *_: Path("full"))
-    refused(predict, *flags, says=["full/submission.csv: cannot be written", "--out"])
+    refused(predict, *flags, says=["full/submission.csv: cannot be written", "make room"])
 
 
 def member(script, net, files, out):
@@ -343,7 +343,7 @@ def test_one_class_an_image_has_weights_only(script, root):
     keys = table_of(table)[1]
     table.write_text("".join(f"{key},{name}\n" for key, name in [("index", "class"), *(
         (key, "abcd"[int(key) % 4]) for key in keys)]))
-    pair = [run(f"runs/{name}", root, seed=seed, exclusive=True) for seed, name in enumerate("ab")]
+    pair = [run(f"runs/{name}", root, seed=seed, single_label=True) for seed, name in enumerate("ab")]
     script(predict, *FLAGS, "--weights", *pair, "--fit-weights", "--out", "fitted")
     stored = json.loads(Path("fitted/ensemble.json").read_text())
     assert stored["thresholds"] == {}
@@ -387,7 +387,7 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     torch.save(state, "moved.pt")
     fails("--weights", "moved.pt", fit, says=["folds.json: missing", "moved.pt", "--ensemble-weights"])
     fails("--weights", zero, "--soup", says=["--soup: is for several"])
-    softmax = run("runs/softmax", root, seed=3, exclusive=True)
+    softmax = run("runs/softmax", root, seed=3, single_label=True)
     for pair in ((zero, softmax), (softmax, zero)):
         fails("--weights", *pair, says=["one class" if pair[0] == zero else "several classes", "predict them apart"])
         fails("--weights", *pair, "--soup", says=["is another net"])

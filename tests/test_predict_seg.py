@@ -17,8 +17,8 @@ from rasterio.transform import Affine, from_origin
 
 import predict
 import train_seg
-from data import images
-from data.results import scenes, submissions
+from data import images, seg
+from data.results.masks import MaskWriter
 from tests.conftest import TINY, digest, tile, write_tif, write_wildfire
 from tests.test_scripts_seg import masks_of
 from utils.train import checkpoint
@@ -58,7 +58,7 @@ def test_a_batch_may_mix_dtypes_band_counts_and_kinds_of_files(script, tmp_path,
     Image.fromarray(np.concatenate((image, image[:1])).transpose(1, 2, 0)).save(tmp_path / "in/e.PNG")
     Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "in/f.jpg", quality=95, subsampling=0)
     script(predict, *CPU, "--weights", colour_model, "--source", "in", "--out", "out", "--bs", 8, "--amp", "off")
-    assert "in/c.tiff: has uint16 pixels (1 such), and the net takes 255 for white" in capsys.readouterr().out
+    assert "in/c.tiff: has uint16 pixels (1 files in total), and the net takes 255 for white" in capsys.readouterr().out
     masks = masks_of("out")
     assert sorted(masks) == ["a.tif", "b.tif", "c.tiff", "d.png", "e.PNG", "f.jpg"]
     assert 0 < masks["a.tif"].sum() < 64 * 64 / 2
@@ -99,18 +99,17 @@ def test_a_scene_in_windows_is_nearly_the_whole(script, tmp_path, colour_model, 
 
 def pieces(file, size, bands, net, **windows):
     """What predict_seg has written of an image of `size` (height, width), of masks alone."""
-    for y, x, probs in scenes.blocks(file, (0, 0, *size), bands, net, **windows):
-        yield "masks", y, x, (probs[0] > 0.5).numpy().astype(np.uint8)
+    for y, x, probs in seg.predict_windows(file, (0, 0, *size), bands, net, **windows):
+        yield y, x, (probs[0] > 0.5).numpy().astype(np.uint8)
 
 
 def test_windows_are_put_where_they_belong(tmp_path):
     """With a net that looks at single pixels only, the scene comes back exactly, whatever the windows."""
     scene = np.random.default_rng(0).integers(0, 2, (1, 101, 333)).astype(np.uint8)
     file = write_tif(tmp_path / "a.tif", scene)
-    (tmp_path / "masks").mkdir()
     for size, overlap, batch in ((16, 0.0, 7), (64, 0.25, 2), (100, 0.9, 5), (32, 0.5, 1)):
-        scenes.write(file, pieces(file, (101, 333), [1], lambda raw: raw.float() * 0.9, tile=size, overlap=overlap,
-                                  bs=batch), tmp_path)
+        MaskWriter(tmp_path).write(file, pieces(file, (101, 333), [1], lambda raw: raw.float() * 0.9, tile=size,
+                                                overlap=overlap, bs=batch))
         with rasterio.open(tmp_path / "masks/a.tif") as written:
             assert (written.read(1) == scene[0]).all()
 
@@ -128,16 +127,12 @@ def test_polygons_of_several_classes_in_a_turned_system(tmp_path):
     mask = np.zeros((40, 60), np.uint8)
     mask[5:20, 5:20], mask[8:12, 8:12], mask[12:16, 12:16], mask[15:35, 30:55] = 1, 0, 2, 3  # a hole, and a corner
     place = from_origin(500_000, 5_000_000, 10, 20) @ Affine.rotation(30)
-    for folder in ("masks", "polygons"):
-        (tmp_path / folder).mkdir()
     ours = ('PROJCS["a plane of ours",GEOGCS["WGS 84",DATUM["WGS_1984",SPHEROID["WGS 84",6378137,298.257223563]],'
             'PRIMEM["Greenwich",0],UNIT["degree",0.0174532925199433]],PROJECTION["Transverse_Mercator"],'
             'PARAMETER["central_meridian",7],PARAMETER["scale_factor",0.9],UNIT["metre",1]]')
     for crs in ("EPSG:32633", ours, None):
         source = write_tif(tmp_path / "a.tif", mask, crs=crs, transform=place)
-        with submissions.new_mask(source, tmp_path / "masks") as target:
-            target.write(mask, 1)
-        submissions.draw_mask(source, tmp_path, [1], overlay=False, outlines=True)
+        MaskWriter(tmp_path, polygons=True).write(source, [(0, 0, mask)])
         collection = json.loads((tmp_path / "polygons/a.geojson").read_text())
         drawn = rasterize([(f["geometry"], f["properties"]["class"]) for f in collection["features"]], mask.shape,
                           transform=place)
@@ -184,9 +179,6 @@ def test_nothing_of_the_users_is_changed(script, tmp_path):
 
 def test_the_memory_does_not_grow_with_the_scene(tmp_path):
     """In a fork, whose peak begins where this process stands: a scene of nine times the pixels."""
-    (tmp_path / "out").mkdir()
-    for folder in ("masks", "overlays", "polygons"):
-        (tmp_path / "out" / folder).mkdir()
     block = np.random.default_rng(0).integers(0, 9000, (4, 300, 300)).astype(np.uint16)
     for side in (1200, 3600):
         write_tif(tmp_path / f"{side}.tif", np.tile(block, (1, side // 300, side // 300)), tiled=True)
@@ -196,12 +188,11 @@ def test_the_memory_does_not_grow_with_the_scene(tmp_path):
             torch.set_num_threads(1)
             peaks = []
             for side in (1200, 3600):
-                file, out = tmp_path / f"{side}.tif", tmp_path / "out"
-                scenes.write(file, pieces(
+                file, writer = tmp_path / f"{side}.tif", MaskWriter(tmp_path, overlays=[1, 2, 3, 4], polygons=True)
+                writer.write(file, pieces(
                     file, (side, side), [1, 2, 3, 4], lambda raw: (raw[:, :1].float() > 8995).float(), tile=256,
-                    overlap=0.25, bs=4), out)
-                submissions.draw_mask(file, out, [1, 2, 3, 4], overlay=True, outlines=True)
-                submissions.write_masks([file], {file: (4, side, side)}, out)
+                    overlap=0.25, bs=4))
+                writer.finish([file])
                 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             (tmp_path / "peaks").write_text(json.dumps(peaks))
         finally:
@@ -280,12 +271,16 @@ def test_ground_control_points_stay(script, tmp_path, colour_model):
     assert found == points and crs == "EPSG:4326"
 
 
-def test_the_pickle_holds_what_memory_does(tmp_path, capsys):
-    """Large scenes are left out; of more small ones than memory may hold there is none. Sizes are what is told."""
+def test_the_pickle_holds_what_memory_does(tmp_path, capsys, monkeypatch):
+    """Large scenes are left out; of more small ones than memory may hold there is none. Sizes are as the headers say.
+    """
     (tmp_path / "masks").mkdir()
     files = [write_tif(tmp_path / "masks" / f"{name}.tif", np.full((4, 5), k, np.uint8)) for k, name in enumerate("ab")]
-    submissions.write_masks(files, {files[0]: (1, 4, 5), files[1]: (1, 9000, 9000)}, tmp_path)
+    sizes = {files[0]: (1, 4, 5), files[1]: (1, 9000, 9000)}
+    monkeypatch.setattr(images, "size", lambda file: sizes[file])
+    MaskWriter(tmp_path).finish(files)
     assert [*masks_of(tmp_path)] == ["a.tif"] and "1 scenes are too large" in capsys.readouterr().out
     (tmp_path / "y_pred.pkl").unlink()
-    submissions.write_masks(files * 40, dict.fromkeys(files, (1, 8192, 8192)), tmp_path)
+    sizes = dict.fromkeys(files, (1, 8192, 8192))
+    MaskWriter(tmp_path).finish(files * 40)
     assert not (tmp_path / "y_pred.pkl").exists() and "no y_pred.pkl" in capsys.readouterr().out

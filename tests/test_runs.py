@@ -1,9 +1,6 @@
 """utils/train/runs.py: run folders are never overwritten, belong to one process, and are found again."""
-import errno
-import json
 import os
 import time
-from pathlib import Path
 
 import pytest
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data import images, seg
 from data.labels.records import Layout, Records
 from utils.errors import UserError
-from utils.pictures.review import components
+from utils.ops.components import components
 from utils.train import dist
 
 VOID = 255  # in masks of classes above 1 this is no object; in binary masks it is the objects' value

@@ -8,7 +8,6 @@ import os
 import re
 import reprlib
 import stat
-from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -52,21 +51,21 @@ def list_files(folder, *suffixes):
         return []
 
 
-def by_stem(names):
-    """{name without its suffix: name}. Suffixes may be written in capitals."""
-    return {os.path.splitext(name)[0]: name for name in names}
+def by_stem(names, folder):
+    """{name without its suffix: name}. UserError for two files of one name in the folder: their boxes would be lost, or
+    be taken for another image's."""
+    found = {}
+    for name in names:
+        other = found.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise UserError(f"{folder / name}: {other} has the same name; rename or remove one")
+    return found
 
 
 def check_pairs(image_folder, images, label_folder, labels):
-    """Raises UserError where two files have one name, whose boxes would be lost or be taken for another image's, and
-    for a label file without an image. images, labels: names in their folders."""
-    for folder, names, what in ((image_folder, images, "images"), (label_folder, labels, "label files")):
-        count = Counter(os.path.splitext(name)[0] for name in names)
-        twice = next((stem for stem in count if count[stem] > 1), None)
-        if twice:
-            raise UserError(f"{folder / twice}.*: {count[twice]} {what} of one name; rename or remove all but one")
-    label_of = by_stem(labels)
-    lone = sorted(label_of.keys() - by_stem(images).keys())
+    """Raises UserError for a label file without an image. images, labels: names in their folders."""
+    label_of = by_stem(labels, label_folder)
+    lone = sorted(label_of.keys() - by_stem(images, image_folder).keys())
     if lone:
         path = image_folder / lone[0]
         others = [name for name in list_files(path.parent, "") if os.path.splitext(name)[0] == path.name]

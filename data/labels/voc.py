@@ -29,7 +29,7 @@ def find(path):
 def read(layout):
     """Layout -> Records without the images of test.txt; those of val.txt are held out. The categories are the names'
     numbers in sorted order."""
-    found, boxes, label_of = [], [], by_stem(layout.labels)
+    found, boxes, label_of = [], [], by_stem(layout.labels, layout.root)
     # the first words of the lines: "000005", or "000005 -1"
     test, val = ({line.split()[0] for line in read_lines(layout.root / name) if line.strip()}
                  if name in layout.labels else set() for name in SETS)

@@ -41,7 +41,8 @@ def find(path):
     for folder in ["images", *(f"images/{name}" for name in inner), *(f"{name}/images" for name in outer)]:
         list_names = list_files if folder == "images" and inner else _list_tree
         names, beside = list_names(root / folder, *images.SUFFIXES), _labels_of(folder)
-        texts = [name for name in list_names(root / beside, ".txt") if name != "classes.txt"]  # labelImg writes it there
+        # labelImg writes the names of the classes among the labels
+        texts = [name for name in list_names(root / beside, ".txt") if name != "classes.txt"]
         check_pairs(root / folder, names, root / beside, texts)
         files += [f"{folder}/{name}" for name in names]
         labels += [f"{beside}/{name}" for name in texts]
@@ -65,7 +66,7 @@ def _labels_of(path):
 # ---- what they hold --------------------------------------------------------------------------------------------------
 def read(layout):
     """Layout -> Records, their boxes normalised."""
-    found, boxes, names, label_of = [], [], [], by_stem(layout.labels)
+    found, boxes, names, label_of = [], [], [], by_stem(layout.labels, layout.root)
     for name in layout.labels:
         if "/" not in name or name in NAMES:
             names = _read_names(layout.root / name)

@@ -1,84 +1,28 @@
-"""Files of results: what competitions and other programs want to read."""
+"""What competitions and other programs read: detections as text and JSON, class probabilities as tables."""
 import csv
 import json
-import math
-import pickle
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import rasterio
 import torch
 from PIL import Image
-from rasterio import features
 
 from data import det, images
 from data.labels import coco
+from utils.errors import UserError
+from utils.files import same_name, whole_file, write_csv, write_json, write_text
 from utils.ops import boxes
 from utils.pictures import detection as pictures_det, sheets
-from utils.errors import UserError
-from utils.files import same_name
+from utils.train import dist
 
 
-# ---- segmentation ----
-def new_mask(file, folder):
-    """The mask's GeoTIFF in `folder`, open for writing, at the place on Earth of its source (if that has one)."""
-    _, height, width = images.size(file)
-    place = {}
-    if images.kind(file) == "GTiff":
-        with images.open_raster(file) as source:
-            points, crs = source.gcps  # such as Sentinel-1's
-            place = {"gcps": points, "crs": crs} if points else {"crs": source.crs, "transform": source.transform}
-    return rasterio.open(folder / f"{file.stem}.tif", "w", driver="GTiff", dtype="uint8", count=1, height=height,
-                         width=width, compress="deflate", tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place)
-
-
-def polygons(mask, name):
-    """An open mask -> GeoJSON of its classes' outlines, in the mask's coordinates, as a dict."""
-    shapes = features.shapes(rasterio.band(mask, 1), transform=mask.transform)
-    collection = {"type": "FeatureCollection", "name": name, "features": [
-        {"type": "Feature", "geometry": shape, "properties": {"class": int(value)}}
-        for shape, value in shapes if value > 0]}
-    if mask.crs:  # GeoJSON's own default is WGS 84
-        collection["crs"] = {"type": "name", "properties": {"name": mask.crs.to_string()}}
-    return collection
-
-
-def write_masks(files, sizes, out):
-    """y_pred.pkl of the wildfire competition: {file name: uint8 mask (H, W)}, a pickle; without large scenes, and not
-    of more than memory may hold."""
-    pixels, masks = {file: math.prod(sizes[file][1:]) for file in files}, {}
-    small = [file for file in files if pixels[file] <= 2**26]
-    if len(small) < len(files):
-        print(f"{len(files) - len(small)} scenes are too large for y_pred.pkl; their masks are in {out / 'masks'}")
-    if sum(pixels[file] for file in small) > 2**32:
-        print(f"no y_pred.pkl: it would hold more than 2^32 pixels; the masks are in {out / 'masks'}")
-        return
-    for file in small:
-        with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
-            masks[file.name] = mask.read(1)
-    with open(out / "y_pred.pkl", "wb") as file:
-        pickle.dump(masks, file)
-
-
-def draw_mask(file, out, bands, *, overlay, outlines):
-    """Overlay picture and polygons from a written mask, into folders of these names."""
-    with rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff") as mask:
-        if overlay:
-            reduced = det.reduced(mask.shape, 1024)
-            rgb = sheets.to_rgb(images.read(file, bands, shape=reduced))
-            picture = sheets.overlay(rgb, mask.read(1, out_shape=reduced))
-            Image.fromarray(picture).save(out / "overlays" / f"{file.stem}.png")
-        if outlines:
-            (out / "polygons" / f"{file.stem}.geojson").write_text(json.dumps(polygons(mask, file.stem)))
-
-
-# ---- detection ----
+# ---- detection -------------------------------------------------------------------------------------------------------
 def image_ids(files, near, *, others=False):
     """The competition's image ids, from Test_Images_Information.json in `near` or at most two folders above; without
-    it the file's stem, as a number where it is one that no other file has.
+    it the file's stem, as a number where no other file has this number.
 
-    others: a list that knows none of the images is no error but ignored: they may be training images.
+    others: a list that has none of the images is ignored instead of refused: they may be training images.
     """
     names = [same_name(file.name) for file in files]
     for folder in (near, *list(Path(near).resolve().parents)[:2]):
@@ -86,7 +30,7 @@ def image_ids(files, near, *, others=False):
         if known and not (others and known.keys().isdisjoint(names)):
             missing = [file for file, name in zip(files, names) if name not in known]
             if missing:
-                raise UserError(f"{missing[0]}: not in {folder / coco.TEST_INFORMATION} ({len(missing)} such); add "
+                raise UserError(f"{missing[0]}: not in {folder / coco.TEST_INFORMATION} ({len(missing)} in total); add "
                                 f"it there, or remove the image")
             return [known[name] for name in names]
     ids = [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]
@@ -109,10 +53,10 @@ def parking_items(items):
 
 
 def cut(items, limit):
-    """As many of the items as stay below `limit` bytes of JSON, those of highest score -> (the JSON, with the items in
-    their old order; the number of items left out)."""
+    """The items of highest score that stay below `limit` bytes of JSON -> (the JSON, with the items in their old order;
+    the number of items left out)."""
     texts = [json.dumps(item) for item in items]
-    sizes = np.array([len(text.encode()) + 2 for text in texts])  # ", " between two of them, [ ] around all
+    sizes = np.array([len(text) + 2 for text in texts])  # ", " between two of them, [ ] around all
     order = np.argsort([-item["score"] for item in items], kind="stable")
     kept = sorted(order[:int((sizes[order].cumsum() < limit).sum())])
     return "[" + ", ".join(texts[i] for i in kept) + "]", len(items) - len(kept)
@@ -126,19 +70,44 @@ def yolo_lines(rows, height, width):
                    for (x, y, w, h), (score, label) in zip(xywh.tolist(), rows[:, 4:].tolist()))
 
 
-def draw_boxes(path, file, size, rows, names, bands, limit=1920):
-    """A JPEG of the image, at most `limit` pixels a side, with its detections."""
-    shape = det.reduced(size, limit)
-    rgb = sheets.to_rgb(images.read_picture(file, bands, shape=shape))
-    rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * (max(shape) / max(size)), rows[:, 5].long(), names, rows[:, 4])
-    Image.fromarray(rgb).save(path, quality=90)
+def write_boxes(out, files, sizes, results, *, ids, category_ids, max_mb):
+    """Writes OUT/labels/NAME.txt (`yolo_lines`), OUT/coco.json (`coco_items`), and OUT/submission.json (`parking_items`
+    of less than max_mb 10^6 bytes) -> the number of detections that are left out of the latter.
+
+    sizes: (height, width) per file; results: detections (n, 6) of x1, y1, x2, y2, score, class per file; ids: of
+    `image_ids`. Every rank writes its share of the text files, and rank 0 the rest.
+    """
+    for file, size, rows in _share(files, sizes, results):
+        write_text(out / "labels" / f"{file.stem}.txt", yolo_lines(rows, *size))
+    items = coco_items(results, ids, category_ids)
+    submission, dropped = cut(parking_items(items), max_mb * 1e6)
+    if dist.rank() == 0:
+        write_json(out / "coco.json", items, indent=None)
+        write_text(out / "submission.json", submission)
+    return dropped
 
 
-# ---- classification ----
+def draw_boxes(folder, files, sizes, results, *, names, bands, threshold, limit=1920):
+    """Writes FOLDER/NAME.jpg: the images, at most `limit` pixels a side, with their detections of at least this score.
+    Every rank draws its share."""
+    for file, size, rows in _share(files, sizes, results):
+        rows, shape = rows[rows[:, 4] >= threshold], det.reduced(size, limit)
+        rgb = sheets.to_rgb(images.read_picture(file, bands, shape=shape))
+        rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * (max(shape) / max(size)), rows[:, 5].long(), names, rows[:, 4])
+        with whole_file(folder / f"{file.stem}.jpg") as temporary:
+            Image.fromarray(rgb).save(temporary, quality=90)
+
+
+def _share(*columns):
+    """This rank's rows of the columns."""
+    return list(zip(*columns))[dist.rank()::dist.world_size()]
+
+
+# ---- classification --------------------------------------------------------------------------------------------------
 def read_probabilities(path, names=None):
     """probabilities.csv of an earlier run -> its classes, {index: their probabilities}. names: the classes that it must
     have. UserError naming the file and the row."""
-    table, wrong = {}, None
+    table = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row]
@@ -147,36 +116,37 @@ def read_probabilities(path, names=None):
         for key, *values in rows:
             values = np.array([float(value) for value in values])
             if key in table or len(values) != len(header) - 1 or not ((values >= 0) & (values <= 1)).all():
-                wrong = wrong or key
+                raise UserError(f"{path}: the row {key} is damaged, or there twice; predict again")
             table[key] = values
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise UserError(f"{path}: not a readable table of probabilities ({error}); give a probabilities.csv") from None
-    if wrong is not None or not table:
-        what = "has no rows" if wrong is None else f"the row {wrong} is damaged, or there twice"
-        raise UserError(f"{path}: {what}; predict again")
+    if not table:
+        raise UserError(f"{path}: has no rows; predict again")
     return header[1:], table
 
 
 def read_tables(paths, names=None, keys=None):
-    """Tables of `read_probabilities` -> their classes, the images' keys, and of each the probabilities (N, classes) in
-    the order of the keys. names, keys: what they must have, they may tell of other images too; without keys all must
-    tell of the same. UserError naming the file and what is missing."""
-    tables, same = [], keys is None
+    """Tables of `read_probabilities` -> their classes, the images' keys, and for each table the probabilities
+    (N, classes) in the order of the keys.
+
+    names, keys: the classes and images that each table must have; it may have other images too. Without keys all tables
+    must have the same images. UserError naming the file and what is missing.
+    """
+    tables = []
     for path in paths:
         names, table = read_probabilities(path, names)
         tables.append(table)
-    if not same or any(table.keys() != tables[0].keys() for table in tables):
+    if keys or any(table.keys() != tables[0].keys() for table in tables):  # 00007 and 7 are one image
         for path, table in zip(paths, tables):
             number, count = Counter(map(index_of, table)).most_common(1)[0]
             if count > 1:
                 raise UserError(f"{path}: {count} rows have the number {number}; rename them, or remove all but one")
         tables = [{index_of(key): row for key, row in table.items()} for table in tables]
-    keys = list(tables[0]) if same else keys
+    keys = keys or list(dict.fromkeys(key for table in tables for key in table))
     for path, table in zip(paths, tables):
-        missing = [(path, key) for key in keys if key not in table]
-        missing += [(paths[0], key) for key in table if key not in tables[0]] if same else []
+        missing = [key for key in keys if key not in table]
         if missing:
-            raise UserError("{}: has no row for {}; predict the same images".format(*missing[0]))
+            raise UserError(f"{path}: has no row for {missing[0]}; predict the same images")
     return names, keys, [np.array([table[key] for key in keys]) for table in tables]
 
 
@@ -191,9 +161,4 @@ def write_classes(out, keys, probs, names, exclusive, thresholds):
     decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if exclusive else (probs > thresholds).astype(int)
     for name, rows in {"submission.csv": decided.tolist(),
                        "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
-        write_rows(out / name, ["index", *names], [[key, *row] for key, row in zip(keys, rows)])
-
-
-def write_rows(path, header, rows):
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # names are any bytes
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        write_csv(out / name, ["index", *names], [[key, *row] for key, row in zip(keys, rows)])

@@ -3,8 +3,9 @@ import argparse
 
 from utils.errors import Parser, UserError
 from utils.files import write_json
-from utils.pictures import charts, table
+from utils.pictures import table
 from utils.train import dist, engine, optim, runs
+from utils.train.loggers import make_loggers
 from utils.train.swa import SWA, with_swa
 
 KEPT = ("weights", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run keeps its weights and its split
@@ -256,7 +257,7 @@ def training(args, folder, model, loader, device, *, part=1.0, weight_decay=None
                          ema=optim.make_ema(model, steps * epochs) if args.ema else None,
                          swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
                          clip=args.clip, compile=args.compile, summed_over=summed_over)
-    loggers = charts.make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
-                                  config=vars(args))
+    loggers = make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
+                           config=vars(args))
     return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,
                        loggers=loggers)

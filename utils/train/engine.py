@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import NumericalError, Stopped, UserError
 from utils.files import write_json
-from utils.pictures import charts, table
+from utils.pictures import cells, charts, table
 from utils.train import checkpoint, dist, runs
+from utils.train.loggers import Loggers
 from utils.train.optim import set_lr
 from utils.train.terminal import Progress, Signals
 
@@ -200,7 +201,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
     loader: batches as dicts of tensors, with `batch_sampler.set_epoch(epoch, skip)`; see data/loader.py.
     header: what prediction needs (task, arch, input, args, ...), stored in every checkpoint. resume: a loaded
     checkpoint to go on from. patience: epochs without a better score before the run ends, 0: all epochs.
-    save_period: a checkpoint is kept every so many epochs, 0: none. loggers: `charts.make_loggers`.
+    save_period: a checkpoint is kept every so many epochs, 0: none. loggers: `loggers.make_loggers`.
 
     Writes into `folder`: last.pt (and last.pt.prev), best.pt, epoch_N.pt, swa.pt, swa.json (its scores), results.csv,
     results.png; at the end summary.csv, the table of all runs (utils/pictures/table.py).
@@ -224,7 +225,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
         if dist.rank() == 0:
             checkpoint.save(folder / name, content, keep_previous=name == "last.pt")
 
-    evaluate, loggers = evaluate or (lambda model: {}), loggers or charts.Loggers()
+    evaluate, loggers = evaluate or (lambda model: {}), loggers or Loggers()
     with contextlib.closing(loggers), Signals() as signals:
         try:
             while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
@@ -344,8 +345,8 @@ def _out_of_patience(scores, patience):
 
 def _write_results(folder, state):
     if dist.rank() == 0 and state.history:
-        charts.write_csv(folder / "results.csv", state.history)
-        charts.plot_curves(folder / "results.png", state.history)
+        cells.write_csv(folder / "results.csv", state.history)
+        charts.plot_curves(folder / "results.png", state.history, state.score)
         if state.score:
             runs.add_record(folder, score=state.score)
 

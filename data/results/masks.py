@@ -1,0 +1,118 @@
+"""The masks of segmentation as GeoTIFFs, and what is made of them: pictures, polygons, labels to train on, y_pred.pkl.
+
+    OUT/masks/NAME.tif   OUT/overlays/NAME.png   OUT/polygons/NAME.geojson   OUT/y_pred.pkl
+    OUT/pseudo/train_mask/NAME.tif   OUT/pseudo/train_img/NAME.tif (a link)
+
+Masks are written piece by piece, so that memory does not grow with the image, except by `write_parts`.
+"""
+import contextlib
+import math
+import pickle
+
+import numpy as np
+import rasterio
+from PIL import Image
+from rasterio import features
+from rasterio.windows import Window
+
+from data import det, images
+from data.results import pseudo
+from utils.files import whole_file, write_json
+from utils.pictures import sheets
+
+PSEUDO = "pseudo/train_mask"
+MAX_PICKLED = 2**26, 2**32  # pixels in y_pred.pkl, which must fit into memory: of one image, of all
+
+
+class MaskWriter:
+    """Writes the masks of image files into the folder `out`. Raises UserError when a file cannot be written.
+
+    overlays: the bands (from 1) to show under the mask in a picture, None: no pictures. polygons: whether the outlines
+    are written as GeoJSON. unsure: the value of pixels that are not to be trained on (`pseudo.unsure_value`), where
+    masks of pseudo labels are written too; else None.
+
+    A piece of an image is (row, column, class map (h, w) uint8), and with `unsure` as a fourth the labels (h, w) uint8.
+    """
+
+    def __init__(self, out, *, overlays=None, polygons=False, unsure=None):
+        self.out, self.overlays, self.polygons = out, overlays, polygons
+        self.blank = {"masks": 0} if unsure is None else {"masks": 0, PSEUDO: unsure}
+
+    def write(self, file, pieces):
+        """Writes an image's files from pieces that cover it."""
+        with contextlib.ExitStack() as stack:
+            targets = [stack.enter_context(_new_mask(file, self.out / folder)) for folder in self.blank]
+            for y, x, *maps in pieces:
+                for target, values in zip(targets, maps):
+                    target.write(values, 1, window=Window(x, y, *values.shape[::-1]))
+        with _open_mask(file, self.out) as mask:
+            if self.overlays:
+                reduced = det.reduced(mask.shape, 1024)
+                rgb = sheets.to_rgb(images.read(file, self.overlays, shape=reduced))
+                with whole_file(self.out / "overlays" / f"{file.stem}.png") as temporary:
+                    Image.fromarray(sheets.overlay(rgb, mask.read(1, out_shape=reduced))).save(temporary)
+            if self.polygons:
+                write_json(self.out / "polygons" / f"{file.stem}.geojson", polygons(mask, file.stem), indent=None)
+
+    def write_parts(self, file, pieces):
+        """Writes an image's files from pieces that need not cover it, whose masks are held in memory. The other pixels
+        are 0 in the mask and `unsure` in the labels. Where pieces overlap, the last one holds that is neither; where
+        the mask has an object, the labels have the same or `unsure`."""
+        maps = [np.full(images.size(file)[1:], value, np.uint8) for value in self.blank.values()]
+        for y, x, *parts in pieces:
+            for whole, part, blank in zip(maps, parts, self.blank.values()):
+                np.copyto(whole[y:y + part.shape[0], x:x + part.shape[1]], part, where=part != blank)
+        mask, *labels = maps
+        for label in labels:
+            label[(mask > 0) & (label != mask)] = self.blank[PSEUDO]
+        self.write(file, [(0, 0, *maps)])
+
+    def finish(self, files):
+        """Writes what is made of all masks, once they are written: y_pred.pkl of the wildfire competition, a pickle of
+        {file name: uint8 mask (H, W)} without large scenes, and the links to the images of pseudo labels."""
+        pixels = {file: math.prod(images.size(file)[1:]) for file in files}
+        small = [file for file in files if pixels[file] <= MAX_PICKLED[0]]
+        if len(small) < len(files):
+            print(f"{len(files) - len(small)} scenes are too large for y_pred.pkl; their masks are in "
+                  f"{self.out / 'masks'}")
+        if sum(pixels[file] for file in small) > MAX_PICKLED[1]:
+            print(f"no y_pred.pkl: it would hold more than 2^32 pixels; the masks are in {self.out / 'masks'}")
+        else:
+            masks = {}
+            for file in small:
+                with _open_mask(file, self.out) as mask:
+                    masks[file.name] = mask.read(1)
+            with whole_file(self.out / "y_pred.pkl") as temporary:
+                temporary.write_bytes(pickle.dumps(masks))
+        if PSEUDO in self.blank:
+            pseudo.link(files, self.out / "pseudo/train_img")
+
+
+@contextlib.contextmanager
+def _new_mask(file, folder):
+    """The mask of an image file, open for writing, at the place on Earth of the image (if that has one)."""
+    _, height, width = images.size(file)
+    place = {}
+    if images.header(file).kind == "GTiff":
+        with images.open_raster(file, sidecars=True) as source:
+            points, crs = source.gcps  # such as Sentinel-1's
+            place = {"gcps": points, "crs": crs} if points else {"crs": source.crs, "transform": source.transform}
+    with whole_file(folder / f"{file.stem}.tif") as temporary, rasterio.open(
+            temporary, "w", driver="GTiff", dtype="uint8", count=1, height=height, width=width, compress="deflate",
+            tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place) as mask:
+        yield mask
+
+
+def _open_mask(file, out):
+    return rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff")
+
+
+def polygons(mask, name):
+    """An open mask -> GeoJSON of its classes' outlines, in the mask's coordinates, as a dict."""
+    shapes = features.shapes(rasterio.band(mask, 1), transform=mask.transform)
+    collection = {"type": "FeatureCollection", "name": name, "features": [
+        {"type": "Feature", "geometry": shape, "properties": {"class": int(value)}}
+        for shape, value in shapes if value > 0]}
+    if mask.crs:  # GeoJSON's own default is WGS 84
+        collection["crs"] = {"type": "name", "properties": {"name": mask.crs.to_string()}}
+    return collection
