@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.nn.functional import all_gather
 
 from utils.errors import UserError
 
@@ -27,7 +27,7 @@ def world_size():
 def print0(*values):
     """print, on rank 0 only."""
     if rank() == 0:
-        print(*values)
+        print(*values, flush=True)
 
 
 def keep_memory():
@@ -129,19 +129,11 @@ def mean(tensor):
     return tensor
 
 
-def same_buffers(module):
-    """Rank 0's buffers (batch norm's running statistics) on every rank, so that all evaluate one net."""
-    if world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 def same_weights(module):
-    """Rank 0's parameters and buffers on every rank."""
+    """Rank 0's parameters and buffers on every rank, such as batch norm's running statistics: all evaluate one net."""
     if world_size() > 1:
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, src=0)
-    same_buffers(module)
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def barrier():
@@ -150,34 +142,20 @@ def barrier():
 
 
 class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all ranks. torch's own (nn.SyncBatchNorm) runs on GPUs only."""
+    """Batch norm over the batches of all ranks, which are equally large. torch's own (nn.SyncBatchNorm) runs on GPUs
+    only; on CPUs every rank normalises the whole batch and takes its own part of it."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        values = x.float()
-        count = all_reduce(torch.tensor(float(values.numel() // values.shape[1])))
-        mean = all_reduce(values.sum((0, 2, 3))) / count
-        var = all_reduce((values - mean[:, None, None]).square().sum((0, 2, 3))) / count
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(var * count / (count - 1), momentum)
-        scale = self.weight / (var + self.eps).sqrt()
-        return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+        return super().forward(torch.cat(all_gather(x))).chunk(world_size())[rank()]
 
 
 def sync_batch_norm(model, device):
-    """Batch norms that see the global batch, in place of those that see one rank's. Returns the model."""
+    """Makes every batch norm see the global batch instead of one rank's share. Returns the model."""
     if world_size() == 1 or device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world_size() > 1 else model
-    for name, child in model.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            sync = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            sync.load_state_dict(child.state_dict())
-            setattr(model, name, sync)
-        else:
-            sync_batch_norm(child, device)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = CPUSyncBatchNorm  # it adds no attribute
     return model

@@ -46,9 +46,9 @@ class AdamP(torch.optim.Optimizer):
     """AdamW without the part of its step that lies along scale-invariant weights (Heo et al. 2021, arXiv 2006.08217).
 
     The scale of a weight in front of a norm does not matter to the net, but momentum makes it grow, and growing makes
-    the steps small. Such weights are known by gradients that stand upright on them: |cos(w, g)| < delta / sqrt(dim(w)),
-    in every output channel, or else in the layer as a whole. They decay only `wd_ratio` as much as others. Vectors
-    and scalars get AdamW's step. Chosen without a look at the numbers: the CPU does not wait for the GPU.
+    the steps small. The gradients of such weights are orthogonal to them: |cos(w, g)| < delta / sqrt(dim(w)), in every
+    output channel, or else in the layer as a whole. They decay only `wd_ratio` as much as others. Vectors and scalars
+    get AdamW's step. The CPU reads no numbers to decide this, so it does not wait for the GPU.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, delta=0.1, wd_ratio=0.1):
@@ -61,32 +61,23 @@ class AdamP(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                self.state[p]["step"] += 1
-            if params:
-                self._move(params, group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._move(p, group)
         return loss
 
-    def _move(self, params, group):
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        states, grads = [self.state[p] for p in params], [p.grad for p in params]
-        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [math.sqrt(1 - beta2 ** s["step"]) for s in states])
-        torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(means, roots)
-        torch._foreach_div_(updates, [1 - beta1 ** s["step"] for s in states])
-        for p, update in zip(params, updates):
-            ratio = 1.0
-            if p.ndim > 1:
-                update, ratio = project(p, p.grad, update, group["delta"], group["wd_ratio"])
-            p.mul_(1 - lr * group["weight_decay"] * ratio).sub_(update, alpha=lr)
+    def _move(self, p, group):
+        (beta1, beta2), lr, state, ratio = group["betas"], group["lr"], self.state[p], 1.0
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state["step"] += 1
+        state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        root = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+        update = state["exp_avg"] / root / (1 - beta1 ** state["step"])
+        if p.ndim > 1:
+            update, ratio = project(p, p.grad, update, group["delta"], group["wd_ratio"])
+        p.mul_(1 - lr * group["weight_decay"] * ratio).sub_(update, alpha=lr)
 
 
 def project(weight, grad, update, delta=0.1, wd_ratio=0.1):
@@ -136,13 +127,13 @@ def lookahead(optimizer, k=5, alpha=0.5):
 
 
 def warm_up(optimizer, steps, *, bias_lr=0.0, momentum=None):
-    """For the first `steps` optimizer steps: biases come down from `bias_lr` to the learning rate to which all else
-    rises from 0, so that the net finds its output's scale before its weights move; the momentum rises from `momentum`.
-    Beside a schedule with a warmup of as many steps. Returns the optimizer.
+    """For the first `steps` optimizer steps, beside a schedule whose warm-up is as long: the learning rate of biases
+    falls from `bias_lr`, while the others rise from 0, so that the net finds its output's scale before its weights move;
+    the momentum rises from `momentum`. Returns the optimizer.
     """
     for group in optimizer.param_groups:
         final = group["betas"][0] if "betas" in group else group["momentum"]
-        group["warmup"] = {"steps": steps, "lr": bias_lr if group.get("name") == "biases" else 0.0,
+        group["warmup"] = {"steps": steps, "lr": bias_lr if group["name"] == "biases" else 0.0,
                            "momentum": final if momentum is None else momentum, "final": final}
     return optimizer
 
@@ -172,19 +163,32 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
     def cosine(progress):
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
-    curves = {
-        "restarts": lambda t, scores: cosine(t % length / length),
-        "cyclic": lambda t, scores: 1 - (1 - floor) * min((t % length + 1) / length, 1),
-        "cosine": lambda t, scores: cosine(min(t / total, 1)),
-        "flat": lambda t, scores: cosine(min(max(2 * t / total - 1, 0), 1)),
-        "linear": lambda t, scores: floor + (1 - floor) * (1 - min(t / total, 1)),
-        "step": lambda t, scores: max(0.75 ** (t // length), floor),
-        "poly": lambda t, scores: max((1 - min(t / total, 1)) ** 0.9, floor),
-        "plateau": lambda t, scores: max(0.5 ** plateaus(scores, period), floor),
-        "constant": lambda t, scores: 1.0,
-    }
-    curve = curves[name]
-    return lambda step, scores=(): (step + 1) / warmup if step < warmup else curve(step - warmup, scores)
+    def schedule(step, scores=()):
+        t = step - warmup
+        if t < 0:
+            return (step + 1) / warmup
+        progress = min(t / total, 1)
+        match name:
+            case "restarts":
+                return cosine(t % length / length)
+            case "cyclic":
+                return 1 - (1 - floor) * min((t % length + 1) / length, 1)
+            case "cosine":
+                return cosine(progress)
+            case "flat":
+                return cosine(max(2 * progress - 1, 0))
+            case "linear":
+                return floor + (1 - floor) * (1 - progress)
+            case "step":
+                return max(0.75 ** (t // length), floor)
+            case "poly":
+                return max((1 - progress) ** 0.9, floor)
+            case "plateau":
+                return max(0.5 ** plateaus(scores, period), floor)
+            case "constant":
+                return 1.0
+
+    return schedule
 
 
 def plateaus(scores, patience):
@@ -198,13 +202,13 @@ def plateaus(scores, patience):
     return count
 
 
-def set_lr(optimizer, factor, step=None):
-    """The schedule's factor on every group's initial learning rate; before the end of `warm_up`, what that adds."""
+def set_lr(optimizer, factor, step=0):
+    """Sets every group's learning rate to `factor` times its initial one, and what `warm_up` adds at this step."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-        if "warmup" in group and step is not None:
+        if "warmup" in group:
             warmup = group["warmup"]
-            left = max(1 - (step + 1) / warmup["steps"], 0) if warmup["steps"] else 0.0
+            left = max(1 - (step + 1) / max(warmup["steps"], 1), 0)
             group["lr"] += left * warmup["lr"]
             momentum = warmup["final"] + left * (warmup["momentum"] - warmup["final"])
             group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})

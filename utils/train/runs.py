@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from utils.train import checkpoint, dist
 from utils.errors import UserError
 from utils.files import write_json
+from utils.train import checkpoint, dist
 
 _locks = []  # open for the life of the process: closing the file would give the lock back
 
@@ -69,11 +69,14 @@ def restarted(project, name=None):
         return None
     for path in sorted(Path(project).glob("*/**/lock"), key=_age):
         folder = path.parent
-        same = re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(folder)) if name else \
-            (folder / "last.pt").exists() or (folder / "last.pt.prev").exists()
-        if same and path.read_text() == launcher():
+        right = re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(folder)) if name else _has_saved(folder)
+        if right and path.read_text() == launcher():
             return folder
     return None
+
+
+def _has_saved(folder):
+    return any((folder / file).exists() for file in ("last.pt", "last.pt.prev"))
 
 
 def newest(project, *files):
@@ -120,7 +123,7 @@ def _open(project, name, resume):
                         f"go on with (--resume RUN)")
     path = path / "last.pt" if path.is_dir() else path
     saved = None
-    if not folder or path.exists() or path.with_name("last.pt.prev").exists():  # else killed before its first save
+    if not folder or _has_saved(folder):  # else it was killed before its first save
         saved = checkpoint.load(path)
         if not {"optimizer", "args"} <= saved.keys():
             raise UserError(f"{path}: holds weights only; resume from the run's last.pt, or start anew with --weights")

@@ -4,12 +4,13 @@ the weights moving, and the mean of where they come to generalises better than a
     schedule = with_swa(schedule, steps_per_epoch=steps, epochs=30, share=0.25)
     state = engine.fit(..., schedule, ..., swa=SWA(model, epochs=30, share=0.25))       # -> swa.pt
 """
-import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+import contextlib
 
-from utils.train import dist
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
 from utils.errors import UserError
+from utils.train import dist
 from utils.train.optim import make_schedule
 
 
@@ -42,7 +43,7 @@ def with_swa(schedule, *, steps_per_epoch, epochs, share, lr=0.2, cycle=0, floor
 
 
 class SWA(AveragedModel):
-    """The plain mean of the weights at the ends of `swa_epochs`; buffers are the last one's, until `update_norms`."""
+    """The plain mean of the weights at the ends of `swa_epochs`; buffers are those of the last, until `new_statistics`."""
 
     def __init__(self, model, *, epochs, share, cycle=0):
         super().__init__(model)
@@ -55,21 +56,16 @@ class SWA(AveragedModel):
                 self.n_averaged.zero_()  # a run that has been made longer begins anew: others were taken for its end
             self.update_parameters(model)
 
-    def update_norms(self, batches, compute_loss):
-        """Batch norm's statistics of the averaged weights: the mean over `batches` in training mode, and over ranks."""
-        update_bn(batches, _Loss(self.module, compute_loss))
-        for name, buffer in self.module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                dist.mean(buffer)
-
-
-class _Loss(nn.Module):
-    """compute_loss as the module that update_bn calls with each batch, with gradients: a loss may need them."""
-
-    def __init__(self, model, compute_loss):
-        super().__init__()
-        self.model, self.compute_loss = model, compute_loss
-
-    def forward(self, batch):
-        with torch.enable_grad():
-            self.compute_loss(self.model, batch)
+    @contextlib.contextmanager
+    def new_statistics(self):
+        """Inside, the averaged weights are in training mode, and batch norms forget their running statistics: these become
+        the mean over the batches that pass through the module, and over ranks."""
+        norms = {m: m.momentum for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean
+        self.module.train()
+        yield
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
+            dist.mean(norm.running_mean), dist.mean(norm.running_var)
