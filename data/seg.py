@@ -2,8 +2,6 @@
 
     DATA/train_img/train_img_17.tif    DATA/train_mask/train_mask_17.tif    DATA/test_img/test_img_3.tif
 """
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -24,15 +22,7 @@ def pairs(image_folder, mask_folder):
 
     Raises UserError naming a file without partner, and two files of one name.
     """
-    def by_stem(folder):
-        found = {}
-        for path in images.find(folder):
-            if path.stem in found:
-                raise UserError(f"{path}: {found[path.stem].name} has the same name; rename or remove one")
-            found[path.stem] = path
-        return found
-
-    image_of, mask_of = by_stem(image_folder), by_stem(mask_folder)
+    image_of, mask_of = (images.by_stem(images.find(folder)) for folder in (image_folder, mask_folder))
     matched = {stem: (path, mask_of.pop(stem, None) or mask_of.pop(stem.replace("img", "mask"), None))
                for stem, path in image_of.items()}
     for lone, where in ((next((p for p, mask in matched.values() if mask is None), None), mask_folder),
@@ -86,9 +76,7 @@ def scan(paired, *, bands=None, classes=1, ignore=None):
         positive = (labels > 0) & (labels != (-1 if ignore is None else ignore))
         return {"size": tuple(size), "bands": count, "area": int(positive.sum())}
 
-    with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock alone
-        found = list(tqdm(pool.map(check, paired), total=len(paired), desc="check", leave=False,
-                          disable=dist.rank() > 0))
+    found = images.in_threads(check, paired, "check")
     if bands is None and len({item["bands"] for item in found}) > 1:
         first = next(i for i, item in enumerate(found) if item["bands"] != found[0]["bands"])
         raise UserError(f"{paired[first][0]}: has {found[first]['bands']} bands, others {found[0]['bands']}; choose "

@@ -90,7 +90,7 @@ def test_pictures_of_other_bands(refused, root):
     (["--imgsz", "64", "--bs", "1", "--multi-scale", "0.5"], ["--bs 1", "--imgsz 64"]),
     (["--head", "anchor", "--dfl", "1"], ["--dfl", "--head anchor"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
-    (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
+    (["--folds", "no.json"], ["no.json: cannot be read"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]), (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--resume", "nowhere"], ["nowhere"]), (["--resume"], ["runs/det", "train one first"])])
 def test_flags_that_do_not_fit(refused, root, flags, says):
