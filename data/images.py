@@ -32,6 +32,7 @@ from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torchvision.io import ImageReadMode, decode_jpeg
+from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import reading
@@ -76,15 +77,29 @@ def find_sources(patterns, default, scale):
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
         for match in map(Path, sorted(matches)):
             files += find(match) if match.is_dir() else [match]
-    names = {}
-    for file in files:
-        if names.setdefault(file.stem, file) != file:
-            raise UserError(f"{file}: {names[file.stem]} has the same name; predict them in two runs, by --source")
-    other = [file for file in names.values() if {default_scale([file]), scale} == {255.0, 65535.0}]
+    files = list(by_stem(files).values())
+    other = [file for file in files if {default_scale([file]), scale} == {255.0, 65535.0}]
     if other:
         dist.print0(f"{other[0]}: has {header(other[0]).dtype} pixels ({len(other)} files in total), and the net takes "
                     f"{scale:g} for white; convert them unless that is right")
-    return list(names.values())
+    return files
+
+
+def in_threads(function, items, what=None):
+    """[function(item) for item in items], in threads: reading, decoding and hashing release Python's lock. what: the
+    name of a progress bar, which rank 0 shows."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(tqdm(pool.map(function, items), total=len(items), desc=what, leave=False,
+                         disable=dist.rank() > 0 or not items or what is None))
+
+
+def by_stem(files):
+    """Image files -> {name without folder and suffix: file}. UserError for two files of one name."""
+    found = {}
+    for file in files:
+        if found.setdefault(file.stem, file) != file:
+            raise UserError(f"{file}: {found[file.stem]} has the same name; rename or remove one")
+    return found
 
 
 class Header(NamedTuple):
@@ -264,8 +279,7 @@ def default_bands(files):
     if first.kind == "JPEG" or first.size[0] == 1 and first.palette is not None:
         count = 3
     elif count == 1:
-        with ThreadPoolExecutor(4) as pool:
-            count = 3 if max(pool.map(colour_bands, files)) >= 3 else 1
+        count = 3 if max(in_threads(colour_bands, files)) >= 3 else 1
     return list(range(1, count + 1))
 
 

@@ -92,7 +92,7 @@ def test_pictures_of_other_bands(refused, root):
     (["--net", "yolo.None"], ["--net", "yolo.None", "mine.Mine"]), (["--net", "os.path"], ["--net", "os.path"]),
     (["--cutout-size", "0.2"], ["--cutout-size", "--cutout"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
-    (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
+    (["--folds", "no.json"], ["no.json: cannot be read"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]), (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--resume", "nowhere"], ["nowhere"]), (["--resume"], ["runs/det", "train one first"])])
 def test_flags_that_do_not_fit(refused, root, flags, says):

@@ -401,7 +401,7 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     fails("--weights", zero, "--ensemble", "e.json", says=["e.json: not a fitted ensemble"])
     split = Path("runs/c/folds.json")
     folds_of = json.loads(split.read_text())
-    for text, says in (("{", "not a split"), ("{}", "has no fold for"), (json.dumps(dict.fromkeys(folds_of, 0)),
+    for text, says in (("{", "not valid JSON"), ("{}", "has no fold for"), (json.dumps(dict.fromkeys(folds_of, 0)),
                                                                          "held out other images")):
         split.write_text(text)
         fails("--weights", zero, again, fit, says=says)
