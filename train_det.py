@@ -256,8 +256,7 @@ def experiment(args, device, folder, resume):
             x = inputs(engine.to_device(batch, device)["image"])
             found = decide.detect(model, x, **VALIDATION)
             if 0 in batch["index"]:
-                shown = [det.move(rows, matrix) for rows, matrix in zip(det.gt_boxes(batch), batch["matrix"])]
-                pictures.detection_sheet(folder / "val.png", x, shown, found, names=names)
+                pictures.detection_sheet(folder / "val.png", x, det.gt_boxes(batch), found, names=names)
             return [found]
 
         metric = DetectionAP(len(names))
