@@ -216,12 +216,15 @@ def experiment(args, device, folder, resume):
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
-    images_per_step = args.bs * args.accumulate
-    # sgd's weight decay is for 64 images; adamw's does not depend on their number
-    decay = args.weight_decay * (images_per_step / 64 if args.optimizer == "sgd" else 1)
-    state, options = training(args, folder, model, loader, device, weight_decay=decay, summed_over=images_per_step)
+    # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.
+    # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
+    count = args.bs * args.accumulate
+    rate = count if args.optimizer == "sgd" else 1
+    decay = args.weight_decay / {"sgd": 64, "adam": count}.get(args.optimizer, 1)
+    state, options = training(args, folder, model, loader, device, lr=args.lr * rate, weight_decay=decay,
+                              eps=1e-8 / count)
     optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
-                  bias_lr=args.warmup_bias_lr, momentum=args.warmup_momentum)
+                  bias_lr=args.warmup_bias_lr * rate, momentum=args.warmup_momentum)
 
     # ---- loss ----
     levels = 3 / len(model.strides)  # the anchor head's gains are for 3 levels, 80 classes and 640 pixels

@@ -153,10 +153,10 @@ def index_of(name):
     return str(int(name)) if name.isdecimal() else name
 
 
-def write_classes(out, keys, probs, names, exclusive, thresholds):
+def write_classes(out, keys, probs, names, single_label, thresholds):
     """probs (N, classes) of the images `keys` -> submission.csv, of 0 and 1, and probabilities.csv in the folder `out`.
     thresholds: one, or one per class; of exclusive classes the most probable is there."""
-    decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if exclusive else (probs > thresholds).astype(int)
+    decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if single_label else (probs > thresholds).astype(int)
     for name, rows in {"submission.csv": decided.tolist(),
                        "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
         write_csv(out / name, ["index", *names], [[key, *row] for key, row in zip(keys, rows)])

@@ -238,17 +238,16 @@ def _check_flags(parser, args, given, needs):
                         f"total; lower one")
 
 
-def training(args, folder, model, loader, device, *, part=1.0, weight_decay=None, eps=1e-8,
-             summed_over=1):
+def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_decay=None, eps=1e-8):
     """What the shared flags decide -> (engine.State, the keyword arguments of engine.fit: epochs, records, ...).
 
     part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
-    count passes. weight_decay: in place of --weight-decay. eps: of the Adams. summed_over: see engine.State.
+    count passes. lr, weight_decay: instead of --lr and --weight-decay. eps: of Adam and its relatives.
     """
     steps, epochs = -(-len(loader) // args.accumulate), round(args.epochs / part)
     decay = args.weight_decay if weight_decay is None else weight_decay
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay), lr=args.lr,
-                                     momentum=args.momentum, eps=eps)
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay),
+                                     lr=args.lr if lr is None else lr, momentum=args.momentum, eps=eps)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
     swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
@@ -256,7 +255,7 @@ def training(args, folder, model, loader, device, *, part=1.0, weight_decay=None
     state = engine.State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
                          ema=optim.make_ema(model, steps * epochs) if args.ema else None,
                          swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
-                         clip=args.clip, compile=args.compile, summed_over=summed_over)
+                         clip=args.clip, compile=args.compile)
     loggers = make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
                            config=vars(args))
     return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,

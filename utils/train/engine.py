@@ -74,14 +74,12 @@ class State:
     ema: `optim.make_ema`; these weights are evaluated. swa: `swa.SWA`; these are evaluated after the last epoch.
     amp: see `precision`. accumulate: batches per optimizer step; the last step of an epoch may have fewer.
     clip: largest norm of a step's gradient, 0: no limit. compile: whether to train the net through torch.compile.
-    summed_over: learning rate, weight decay and `clip` are meant for the gradients of a loss that is a sum over so many
-    images, as in the recipes of YOLOv5; the gradients of the mean are multiplied by it. No effect on the loss shown.
     """
 
     def __init__(self, model, optimizer, schedule, *, device, ema=None, swa=None, amp="auto", accumulate=1, clip=0.0,
-                 compile=False, summed_over=1):
+                 compile=False):
         self.model, self.optimizer, self.schedule, self.ema, self.swa = model, optimizer, schedule, ema, swa
-        self.device, self.accumulate, self.clip, self.summed_over = device, accumulate, clip, summed_over
+        self.device, self.accumulate, self.clip = device, accumulate, clip
         self.dtype = precision(amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.net = torch.compile(model) if compile else model
@@ -118,7 +116,7 @@ class State:
         with contextlib.nullcontext() if last or dist.world_size() == 1 else self.net.no_sync():
             with autocast(self.device, self.dtype):
                 loss, parts = compute_loss(self.net, to_device(batch, self.device))
-            self.scaler.scale(loss * self.summed_over / count).backward()
+            self.scaler.scale(loss / count).backward()
         self.finite &= loss.detach().isfinite()
         for name, value in {"loss": loss, **parts}.items():  # summed where they are: nobody waits for the GPU
             value = torch.as_tensor(value, device=self.device).detach().float()
