@@ -550,8 +550,8 @@ def test_gains_are_for_640_pixels_80_classes_and_3_levels(script, parking, monke
     assert weights == [pytest.approx(want)]
 
 
-@pytest.mark.parametrize("optimizer, share", [("sgd", 4 * 3 / 64), ("adamw", 1)])
-def test_weight_decay_of_sgd_is_for_64_images(script, parking, monkeypatch, optimizer, share):
+@pytest.mark.parametrize("optimizer, share", [("sgd", 1 / 64), ("adam", 1 / 12), ("adamw", 1)])
+def test_weight_decay_is_for_a_loss_that_is_a_mean(script, parking, monkeypatch, optimizer, share):
     state, _, _ = given(script, monkeypatch, "--data", parking, *TINY_DET, "--accumulate", 3, "--optimizer",
                         optimizer, "--weight-decay", 0.02)
     found = {group["name"]: group["weight_decay"] for group in state.optimizer.param_groups}
