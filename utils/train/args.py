@@ -97,8 +97,8 @@ def train_parser(description, task, **defaults):
     add("--warmup-epochs", type=float_range(0), default=0.0, help="epochs of linear warm-up")
     add("--weight-decay", type=float_range(0, 10), default=0.01, help="weight decay; norms and biases have none")
     add("--clip", type=float_range(0), default=0.0, help="largest gradient norm; 0: no limit")
-    add("--swa", type=float_range(0, 1), default=0.0, help="average the weights over this last fraction of the run, such "
-        "as 0.25 (SWA): swa.pt")
+    add("--swa", type=float_range(0, 1), default=0.0, help="SWA: average the weights over this last fraction of the run, "
+        "such as 0.25, into swa.pt")
     add("--swa-lr", type=float_range(0, 100), default=0.2, help="SWA learning rate, as a fraction of --lr")
     add("--swa-cycle", type=int_range(0, 10**6), default=0, help="epochs in which the SWA learning rate falls to "
         "--lr-floor, again and again; 0: it is constant")
@@ -153,7 +153,7 @@ def train_parser(description, task, **defaults):
 def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
     """What a training script begins with: flags, then device and process group, then the run folder.
 
-    needs: {flag: flags that have no effect without it}. check(args): raises UserError for flags that are wrong together.
+    needs: {flag: flags that do nothing without it}. check(args): raises UserError for flags that are wrong together.
     Flags are refused before there is a run folder; with --resume, it is the flags of the resumed run that are checked.
     Returns (args, torch.device, the run folder's Path, the checkpoint to go on from or None).
     """
@@ -231,7 +231,7 @@ def _check_flags(parser, args, given, needs):
     for flag, waits in {"patience": args.patience, "schedule plateau": args.schedule == "plateau",
                         "fold": args.fold}.items():
         if no_validation and waits and given.keys() & {flag.split()[0], "folds"}:
-            raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out for validation; leave one out")
+            raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
     mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
     if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
         raise UserError(f"{', '.join(map(_word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "

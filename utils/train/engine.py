@@ -1,15 +1,18 @@
 """The training loop of all three tasks.
 
-A script gives two functions, and this is all that the loop knows about its task:
+A script passes two functions, and the loop knows nothing else about its task:
 
     compute_loss(model, batch) -> (loss, {name: value})      loss: mean over the batch
     evaluate(model) -> {name: value}                         the first value is the score, higher is better;
                                                              "threshold" is kept for prediction and is no metric
 
-The state of a run is: weights, their averages, optimizer, scaler, the number of optimizer steps done, the running
-epoch's losses, a row per finished epoch, the name of the score, and the threshold. Everything else follows from these: position in the data,
-learning rate, best score. Random numbers do too: torch's generators are seeded from (seed, epoch, batch, rank) before
-every batch. A run that is killed anywhere and resumed therefore ends with the same bits as one that was not.
+A loss may call autograd.grad (a gradient penalty), call the model more than once, and use the EMA weights of the state.
+
+The state of a run is: weights, their averages, optimizer, scaler, the number of optimizer steps done, the sums of the
+running epoch's losses, a row per finished epoch, the name of the score, and the threshold. Everything else is computed
+from these: the position in the data, the learning rate, the best score, and the random numbers, because torch's
+generators are seeded from (seed, epoch, batch, rank) before every batch. So a run that is killed anywhere and resumed
+ends with the same bits as a run that was not killed.
 """
 import contextlib
 import math
@@ -28,11 +31,11 @@ from utils.train.loggers import Loggers
 from utils.train.optim import set_lr
 from utils.train.terminal import Progress, Signals
 
-SAVE_MINUTES = 10  # within long epochs
+SAVE_MINUTES = 10  # between two saves within an epoch
 
 
 def seed_everything(seed, deterministic=False):
-    """Seeds the initialisation of nets; the loop seeds every batch by itself."""
+    """Seeds the initialisation of nets. The loop seeds every batch itself."""
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -58,7 +61,7 @@ def autocast(device, dtype):
 
 
 def to_device(batch, device):
-    """A dict's tensors on the device, image batches (4-D) channels-last."""
+    """Moves the tensors of a dict to the device; batches of images (4-D) become channels-last."""
     def move(value):
         if not isinstance(value, torch.Tensor):
             return value
@@ -112,13 +115,13 @@ class State:
         first = index - index % self.accumulate  # of this step's batches; an epoch's last step may have fewer
         count = min(self.accumulate, batches - first)
         last = index == first + count - 1
-        # gradients travel between ranks once per step, in its last backward pass
+        # the ranks exchange gradients once per step, in its last backward pass
         with contextlib.nullcontext() if last or dist.world_size() == 1 else self.net.no_sync():
             with autocast(self.device, self.dtype):
                 loss, parts = compute_loss(self.net, to_device(batch, self.device))
             self.scaler.scale(loss / count).backward()
         self.finite &= loss.detach().isfinite()
-        for name, value in {"loss": loss, **parts}.items():  # summed where they are: nobody waits for the GPU
+        for name, value in {"loss": loss, **parts}.items():  # on the device: the CPU does not wait
             value = torch.as_tensor(value, device=self.device).detach().float()
             self.sums[name] = self.sums.get(name, 0) + value
         if last:
@@ -131,7 +134,7 @@ class State:
         self.scaler.unscale_(self.optimizer)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, self.clip or math.inf, foreach=self.device.type != "mps")
-        if not self.scaler.is_enabled():  # else the scaler finds and skips such steps
+        if not self.scaler.is_enabled():  # the scaler skips such steps
             self.finite &= norm.isfinite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -142,22 +145,21 @@ class State:
 
     def state_dict(self):
         """What a checkpoint holds besides the header. Raises NumericalError rather than return NaN or infinity."""
-        modules = [self.model, *(average.module for average in (self.ema, self.swa) if average)]
-        weights = [t for module in modules for t in module.state_dict().values() if t.is_floating_point()]
+        saved = {"model": self.model.state_dict(), "step": self.step, "steps_per_epoch": self.steps_per_epoch,
+                 "optimizer": self.optimizer.state_dict() | {"name": type(self.optimizer).__name__},
+                 "scaler": self.scaler.state_dict(), "history": self.history, "score": self.score,
+                 "threshold": self.threshold,
+                 "sums": {name: float(dist.mean(value.clone())) for name, value in self.sums.items()}}
+        for name, average, count in self._averages():
+            saved[count] = int(average.n_averaged) if average else 0
+            saved[name] = average.module.state_dict() if saved[count] else None
+        weights = [t for name in ("model", "ema", "swa") for t in (saved[name] or {}).values() if t.is_floating_point()]
         self.finite &= torch.stack([t.isfinite().all() for t in weights]).all()
         self.check()
-        averages = {}
-        for name, average, count in self._averages():
-            averages[count] = int(average.n_averaged) if average else 0
-            averages[name] = average.module.state_dict() if averages[count] else None
-        return {"model": self.model.state_dict(), **averages, "step": self.step, "history": self.history,
-                "optimizer": self.optimizer.state_dict() | {"name": type(self.optimizer).__name__},
-                "scaler": self.scaler.state_dict(), "steps_per_epoch": self.steps_per_epoch, "score": self.score,
-                "threshold": self.threshold,
-                "sums": {name: float(dist.mean(value.clone())) for name, value in self.sums.items()}}
+        return saved
 
     def load_state_dict(self, saved):
-        """Goes on from `state_dict()`. Raises UserError when it belongs to another net, optimizer or length of epoch."""
+        """Goes on from a `state_dict()`. Raises UserError for another net, optimizer or number of steps per epoch."""
         if saved["steps_per_epoch"] != self.steps_per_epoch:
             raise UserError(f"--resume: the run had {saved['steps_per_epoch']} steps per epoch, this data and these "
                             f"flags make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start "
@@ -167,13 +169,13 @@ class State:
                             f"start a new run with --weights")
         checkpoint.load_strict(self.model, saved["model"], "--resume")
         for name, average, count in self._averages():
-            if average:  # where the run had none, the mean begins with its weights
+            if average:  # if the run had no such average, it begins with the run's weights
                 checkpoint.load_strict(average.module, saved.get(name) or saved["model"], "--resume")
                 average.n_averaged.fill_(saved.get(count, 0))
         ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, ours):
-            group.update(settings)  # so that --resume --lr, --momentum, --weight-decay and the warmup's flags count
+            group.update(settings)  # --resume --lr, --momentum, --weight-decay and the warm-up's flags count
         if saved["scaler"]:  # empty when the run had another --amp
             self.scaler.load_state_dict(saved["scaler"])
         for name in ("step", "history", "score", "threshold"):

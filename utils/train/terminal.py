@@ -61,7 +61,8 @@ class Progress(tqdm):
                          disable=dist.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
 
     def show(self, state, batches):
-        """Moves the bar to so many batches of the epoch; once a second, reads the numbers from the GPU and checks them."""
+        """Moves the bar to so many batches of the epoch. Once a second, reads the numbers from the GPU and checks them.
+        """
         self.update(batches * self.size - self.n)
         if time.monotonic() - self.shown < 1:
             return
