@@ -261,5 +261,5 @@ def predict_windows(file, part, bands, predict, *, tile, overlap, bs, workers=0)
     loader = DataLoader(Tiles([file], bands, places), bs, num_workers=workers)
     maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0 or not workers)
             for probs in predict(batch["image"]))
-    for y, x, block in tiles.merge(swaths, maps, height):
+    for y, x, block in tiles.stitch(swaths, maps, height):
         yield top + y, left + x, block
