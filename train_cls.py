@@ -176,8 +176,9 @@ def main():
                                  collate=cls.collate)
 
     # ---- input ----
-    mean, std = (resume["input"][k] for k in ("mean", "std")) if resume else \
-        pretrained.normalisation(args.weights, len(bands))
+    with answers_for("--weights"):
+        mean, std = (resume["input"][k] for k in ("mean", "std")) if resume else \
+            pretrained.normalisation(args.weights, len(bands))
     inputs = cls.Input(bands, args.pixel_scale or images.default_scale(data.files + files), args.imgsz, mean, std)
 
     # ---- net ----

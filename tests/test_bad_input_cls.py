@@ -109,7 +109,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(refused, command, root):
 
 def test_shares_of_what_happens_instead_of_one_another(refused, root):
     train(refused, "--data", root, "--mixup", 0.5, "--cutmix", 0.3, "--snapmix", 0.3, says=["--snapmix", "exceed 1"])
-    train(refused, "--data", root, "--val-interval", 0.1, says=["--val-interval 0.1", "less than a batch"])
+    train(refused, "--data", root, "--val-interval", 0.1, says=["--val-interval 0.1", "shorter than one batch"])
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_letters_that_cannot_be_used(refused, tmp_path):
     root = write_dirty(tmp_path / "resources", train=6, test=0, side=80, classes=26)
     flags = ["--data", root, "--synthesize"]
     train(refused, *flags, "no.csv", says="no.csv: cannot be read")
-    train(refused, *flags, root / "dirty_mnist_2nd_answer.csv", says=["_answer.csv: has not the columns letter"])
+    train(refused, *flags, root / "dirty_mnist_2nd_answer.csv", says=["_answer.csv: the columns are not letter"])
     pixels, letters = glyphs.render(1)
     rows = [",".join([chr(65 + k), *map(str, row)]) for k, row in zip(letters, pixels.reshape(26, -1)) if k != 7]
     (tmp_path / "letters.csv").write_text("\n".join([",".join(["letter", *glyphs.COLUMNS]), *rows, ""]))

@@ -4,7 +4,8 @@ update() adds counts (or keeps a row per image), reduce() sums them over the ran
 divides once, at the end: the result depends neither on the batch size nor on how the images were distributed to ranks.
 The first key of compute() is the score, higher is better.
 """
-import numpy as np
+import statistics
+
 import torch
 
 from utils.ops.components import components
@@ -154,8 +155,8 @@ class SampleIoU:
 
     def __init__(self, ignore=None):
         self.ignore = ignore
-        self.images = [np.zeros((0, 6), np.int64)]  # index; right, predicted, actual pixels; objects; objects found
-        self.objects = [np.zeros((0, 2), np.int64)]  # pixels; found or not
+        self.images = []  # rows of: index; right, predicted and actual pixels; objects, objects found
+        self.objects = []  # rows of: pixels; found or not
 
     @torch.no_grad()
     def update(self, index, predicted, truth):
@@ -165,52 +166,47 @@ class SampleIoU:
             raise ValueError(f"predictions {tuple(predicted.shape)} and truth {tuple(truth.shape)} must both be "
                              f"(B,H,W), with {len(index)} images")
         valid = _valid(truth, self.ignore)
-        predicted, truth = predicted.long() * valid, truth.long() * valid
-        right = (predicted == truth) & (truth > 0)
-        objects = components(truth)
-        pixels = torch.bincount(objects.flatten())
-        found = 2 * torch.bincount(objects[right], minlength=len(pixels)) >= pixels
-        image = torch.arange(len(truth), device=truth.device)
-        image_of = torch.zeros_like(pixels).scatter_(0, objects.flatten(), image.repeat_interleave(truth[0].numel()))
-        found, pixels, image_of = found[1:], pixels[1:], image_of[1:]  # number 0 is the background
-        counts = [torch.bincount(owner, minlength=len(truth)) for owner in (image_of, image_of[found])]
-        rows = [torch.as_tensor(index).to(truth), *(m.sum((1, 2)) for m in (right, predicted > 0, truth > 0)), *counts]
-        self.images.append(torch.stack(rows, 1).cpu().numpy())
-        self.objects.append(torch.stack((pixels, found), 1).cpu().numpy())
+        for number, p, t in zip(index, (predicted * valid).cpu(), (truth * valid).cpu()):
+            right, objects = (p == t) & (t > 0), components(t)
+            pixels = objects.flatten().bincount()
+            found = 2 * objects[right].bincount(minlength=len(pixels)) >= pixels
+            self.objects += torch.stack((pixels, found), 1)[1:].tolist()  # number 0 is the background
+            counts = number, right.sum(), (p > 0).sum(), (t > 0).sum(), len(pixels) - 1, found[1:].sum()
+            self.images.append([int(count) for count in counts])
 
     def reduce(self):
         """Gathers the rows of all ranks, if there are several: every rank calls it once. Returns self."""
-        self.images = dist.gather(np.concatenate(self.images))
-        self.objects = dist.gather(np.concatenate(self.objects))
+        self.images, self.objects = (sum(dist.gather(rows), []) for rows in (self.images, self.objects))
         return self
 
     def samples(self, names):
         """The rows of samples.csv; names: by the images' numbers."""
-        images = np.concatenate(self.images)
         return [{"name": str(names[i]), "score": _ratio(right, predicted + actual - right), "area": actual,
                  "predicted": predicted, "objects": objects, "found": found}
-                for i, right, predicted, actual, objects, found in images[images[:, 0].argsort(kind="stable")].tolist()]
+                for i, right, predicted, actual, objects, found in sorted(self.images)]
 
     def by_size(self):
         """Two tables, {title: rows}: the IoU over all pixels of the images with small and with large positive area,
         and the share of small and of large objects that are found. Small: up to the median. Of images without positive
         pixels, whose IoU is 0 or 1, it is the mean."""
-        images, objects = np.concatenate(self.images), np.concatenate(self.objects)
-        empty, filled = images[images[:, 3] == 0], images[images[:, 3] > 0]
-        by_area = []
-        for row, part in _halves(filled, filled[:, 3]):
-            right, predicted, actual = part[:, 1:4].sum(0).tolist()
+        by_area, filled = [], [row for row in self.images if row[3]]
+        for row, part in _halves(filled, 3):
+            _, right, predicted, actual, *_ = map(sum, zip(*part))
             by_area.append(row | {"images": len(part), "iou": right / (predicted + actual - right)})
-        if len(empty):
-            by_area.append({"size": "empty", "pixels": "0", "images": len(empty),
-                            "iou": float((empty[:, 2] == 0).mean())})
-        by_object = [row | {"objects": len(part), "recall": float(part[:, 1].mean())}
-                     for row, part in _halves(objects, objects[:, 0])]
+        empty = [row[2] == 0 for row in self.images if not row[3]]
+        if empty:
+            by_area.append({"size": "empty", "pixels": "0", "images": len(empty), "iou": sum(empty) / len(empty)})
+        by_object = [row | {"objects": len(part), "recall": sum(found for _, found in part) / len(part)}
+                     for row, part in _halves(self.objects, 0)]
         return {"Images by positive area": by_area, "Objects by area": by_object}
 
 
-def _halves(rows, sizes):
-    """[({"size", "pixels": range}, rows)] of the small ones, up to the median, and of the large ones, where any."""
-    limit = np.median(sizes) if len(sizes) else 0
-    return [({"size": name, "pixels": f"{sizes[part].min()} to {sizes[part].max()}"}, rows[part])
-            for name, part in (("small", sizes <= limit), ("large", sizes > limit)) if part.any()]
+def _halves(rows, column):
+    """Yields ({"size", "pixels": range}, rows) of the small ones, up to the median of a column, and of the large ones,
+    where there are any."""
+    limit = statistics.median([row[column] for row in rows] or [0])
+    for name, large in (("small", False), ("large", True)):
+        part = [row for row in rows if (row[column] > limit) == large]
+        if part:
+            sizes = [row[column] for row in part]
+            yield {"size": name, "pixels": f"{min(sizes)} to {max(sizes)}"}, part

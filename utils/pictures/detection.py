@@ -15,11 +15,10 @@ MOST = 20  # classes in a legend
 
 
 def class_name(names, k):
-    """The name of class k in one line of ASCII, all that Pillow's own font has: accents are dropped, and a name in
-    another script is replaced by the number of the class."""
+    """The name of class k in one line of ASCII, all that Pillow's own font has: accents are dropped, and a name without
+    ASCII is replaced by the number of the class."""
     text = unicodedata.normalize("NFKD", " ".join(str(names[k]).split())) if 0 <= k < len(names) else ""
-    text = "".join(c for c in text if not unicodedata.combining(c))
-    return text if text.isascii() and text else f"class {k}"
+    return text.encode("ascii", "ignore").decode() or f"class {k}"
 
 
 def colour_of(k):
@@ -36,17 +35,15 @@ def draw_boxes(rgb, boxes, classes, names, scores=None):
     """
     picture, (height, width) = Image.fromarray(rgb), rgb.shape[:2]
     draw, line = ImageDraw.Draw(picture), round(max(height, width) / 400 + 0.5)
-    boxes, classes = to_numpy(boxes).reshape(-1, 4), to_numpy(classes).astype(int)
-    low, high, edge = boxes[:, :2], boxes[:, 2:], np.array((width, height))
+    boxes, classes, edge = to_numpy(boxes).reshape(-1, 4), to_numpy(classes).astype(int), (width, height)
     order = np.arange(len(boxes)) if scores is None else np.argsort(to_numpy(scores), kind="stable")
-    order = order[((low < edge) & (high > 0) & (low <= high)).all(1)[order]]
-    tags = []
-    for i in order:
-        left, top = np.minimum(low[i].clip(0).round(), edge - 1).astype(int).tolist()
-        right, bottom = np.maximum(np.minimum(high[i], edge).round() - 1, (left, top)).astype(int).tolist()
-        draw.rectangle([left, top, right, bottom], outline=colour_of(classes[i]), width=line)
+    low, high, tags = boxes[:, :2], boxes[:, 2:], []
+    for i in order[((low < edge) & (high > 0) & (low <= high)).all(1)[order]]:
+        corner = np.minimum(low[i].clip(0).round(), np.subtract(edge, 1))
+        opposite = np.maximum(np.minimum(high[i], edge).round() - 1, corner)
+        draw.rectangle([*corner, *opposite], outline=colour_of(classes[i]), width=line)
         text = class_name(names, classes[i]) + ("" if scores is None else f" {float(scores[i]):.2f}")
-        tags.append((left, top, bottom, text, colour_of(classes[i])))
+        tags.append((*map(int, (*corner, opposite[1])), text, colour_of(classes[i])))
     _draw_tags(draw, tags[::-1], width, height)
     return np.array(picture)
 
@@ -77,19 +74,17 @@ def detection_sheet(path, images, gt_boxes, predictions=None, *, names, limit=8,
     of which those below `score` are not drawn. names: of all classes.
     Boxes are drawn after the images have been scaled to max_side. At most `limit` images are drawn.
     """
-    groups, present = [], set()
+    groups = []
     for i, image in enumerate(images[:limit]):
         rgb = to_rgb(image)
         picture = fit(rgb, max_side)
         zoom = max(picture.shape) / max(rgb.shape)
         truth = to_numpy(gt_boxes[i]).reshape(-1, 5)
         groups.append([draw_boxes(picture, truth[:, :4] * zoom, truth[:, 4], names)])
-        present |= set(truth[:, 4])
         if predictions is not None:
             found = to_numpy(predictions[i]).reshape(-1, 6)
             found = found[found[:, 4] >= score]
             groups[-1].append(draw_boxes(picture, found[:, :4] * zoom, found[:, 5], names, found[:, 4]))
-            present |= set(found[:, 5])
-    legend = {class_name(names, int(k)): colour_of(k) for k in sorted(present)} if len(present) <= MOST else None
+    legend = {class_name(names, k): colour_of(k) for k in range(len(names))} if len(names) <= MOST else None
     titles = () if predictions is None else ["truth", f"prediction, score >= {score:g}"]
     contact_sheet(path, abreast(groups), titles=titles, legend=legend, max_side=max_side)

@@ -22,7 +22,6 @@ PALETTE = np.array([tuple(bytes.fromhex(colour)) for colour in (
     "008080 e6beff 9a6324 fffac8 800000 aaffc3 808000 0080ff 000075 a9a9a9").split()], np.uint8)
 ERRORS = {"true positive": (0, 200, 80), "false positive": (235, 40, 40), "false negative": (50, 110, 255),
           "wrong class": (230, 60, 230)}
-HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])  # inferno, five points
 
 
 font = functools.cache(lambda size: ImageFont.load_default(size=size))  # Pillow decodes it anew on every call
@@ -98,8 +97,8 @@ def to_rgb(image):
         low, high = np.percentile(finite, (2, 98)) if finite.size else (0, 0)
         if low == high and finite.size:  # a few fires on a flat ground: the percentiles see the ground only
             low, high = finite.min(), finite.max()
-        stretched = np.interp(band, (low, high if high > low else low + 1), (0, 255))
-        picture[..., i] = np.nan_to_num(stretched).round()
+        if low < high:
+            picture[..., i] = np.nan_to_num(np.interp(band, (low, high), (0, 255))).round()
     return picture
 
 
@@ -119,11 +118,10 @@ def overlay(rgb, mask, *, palette=PALETTE, alpha=0.45):
     return np.where((mask > 0)[..., None], np.where(edge[..., None], colours, blend), rgb).astype(np.uint8)
 
 
-def heat(values):
-    """Probabilities (H, W) in 0..1 -> picture, black over violet and orange to pale yellow. NaN is black."""
+def shade(values, colour):
+    """Numbers (...) in 0..1 -> uint8 (..., 3), from white to the colour. NaN is white."""
     values = np.nan_to_num(to_numpy(values).astype(np.float32)).clip(0, 1)
-    points = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(values, points, HEAT[:, c]) for c in range(3)], -1).round().astype(np.uint8)
+    return np.round(255 + values[..., None] * (np.array(colour) - 255)).astype(np.uint8)
 
 
 def error_map(truth, prediction):
@@ -196,7 +194,7 @@ def segmentation_row(image, mask, prob=None, *, ignore=None):
     else:
         prob = prob.reshape(truth.shape)
         prediction = (prob > 0.5).astype(np.int64)
-        shown = overlay(heat(prob), prediction, alpha=0)
+        shown = overlay(shade(prob, INK), prediction, alpha=0)
     errors = np.where(mask == ignore, 0, error_map(truth, prediction))
     grey = np.repeat(rgb.mean(-1, keepdims=True), 3, -1).astype(np.uint8)
     return [*row, shown, overlay(grey, errors, palette=list(ERRORS.values()), alpha=0.7)]
@@ -206,7 +204,7 @@ def segmentation_sheet(path, images, masks, probs=None, *, ignore=None, limit=16
     """Writes image | label (the first training batch) or, with probs, image | truth | prediction | errors.
 
     images: B of (C, H, W). masks: B of (H, W) or (1, H, W), integers, 0 background, `ignore` no label.
-    probs: B of (H, W) or (1, H, W), the foreground's probability, drawn as heat with the outline at 0.5; or
+    probs: B of (H, W) or (1, H, W), the foreground's probability, drawn white to black with the outline at 0.5; or
     (K, H, W) with K > 1, one per class (logits do as well), drawn as the class map. At most `limit` images are drawn.
     """
     rows = [segmentation_row(image, masks[i], None if probs is None else probs[i], ignore=ignore)

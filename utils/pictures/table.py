@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -44,15 +43,12 @@ def write_note(folder, defaults):
 def commit(folder):
     """The short hash of the git commit in `folder`, with "-dirty" behind it when files differ from it; "" without one.
     """
-    git = shutil.which("git")
-    if not git:
-        return ""
-    command = [git, "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]  # no tags: the hash only
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]  # no tags: the hash only
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return done.stdout.strip()
 
 
 def flags(chosen, defaults):
@@ -88,11 +84,10 @@ def tables(folders, metric=None):
                         f"--project names")
     projects = {}
     for run in found:
-        projects.setdefault(run.parent, []).append(run)
-    result = {project: _rows(inside, metric) for project, inside in projects.items()}
-    if metric and not any(row["metric"] for rows in result.values() for row in rows):
+        projects.setdefault(run.parent, []).append(_row(run, metric))
+    if metric and not any(row["metric"] for rows in projects.values() for row in rows):
         raise UserError(f"--metric {metric}: no results.csv has this column; choose one that a results.csv has")
-    return result
+    return {project: sorted(rows, key=_order) for project, rows in projects.items()}
 
 
 def write(folder):
@@ -102,14 +97,14 @@ def write(folder):
     Raises UserError when it cannot be written. What is damaged is left out, with a line on stderr.
     """
     project = Path(os.path.abspath(folder)).parent  # of "." too
-    shared = project.name in TASKS
-    path = (project.parent if shared else project) / "summary.csv"
+    parent = project.parent if project.name in TASKS else project
+    places = [parent / task for task in TASKS] if project.name in TASKS else [project]
+    path = parent / "summary.csv"
     # the process that writes last has read last, so it sees runs that end at the same time
     with writing(path), locked(path.with_name(".summary.lock")):
-        rows = []
-        for place in [path.parent / task for task in TASKS] if shared else [project]:
-            rows += _rows(sorted({file.parent for name in RECORDS for file in place.glob(f"*/{name}")}))
-        cells.write_csv(path, [row | {"run": os.path.relpath(row["run"], path.parent)} for row in rows])
+        found = tables(places)
+        cells.write_csv(path, [row | {"run": os.path.relpath(row["run"], parent)}
+                               for place in places for row in found.get(place, ())])
 
 
 def render(projects, form="text"):
@@ -121,13 +116,9 @@ def render(projects, form="text"):
                      for rows in projects.values())
 
 
-def _rows(found, metric=None):
-    """The rows of one project's runs, the best first."""
-    def order(row):
-        best = row["best"]
-        return best is None, row["metric"], best if "loss" in row["metric"] else -(best or 0), row["run"]
-
-    return sorted([_row(run, metric) for run in found], key=order)
+def _order(row):
+    best = row["best"]
+    return best is None, row["metric"], best if "loss" in row["metric"] else -(best or 0), row["run"]
 
 
 def _row(run, metric):
