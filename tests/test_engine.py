@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import csv
+import json
 import math
 import os
 import shutil
@@ -231,6 +232,42 @@ def test_patience_counts_epochs_without_a_better_score(tmp_path, scores, patienc
     assert len(state.history) == epochs
     again = train(tmp_path, epochs=6, size=8, evaluate=given_scores(), patience=patience, resume=True)
     assert again.step == state.step  # a run that has ended so does not go on
+
+
+def test_the_score_and_the_threshold_are_stored(tmp_path):
+    """The first key names the score, wherever "threshold" stands; a resumed run keeps the threshold until it evaluates."""
+    thresholds = iter((0.25, [0.5, 0.75], None))
+
+    def evaluate(model):
+        return {"threshold": next(thresholds), "dice": 0.5, "iou": 0.25}
+
+    def stored(*names):
+        return [(state["score"], state["threshold"]) for state in map(read, (tmp_path / name for name in names))]
+
+    state = train(tmp_path, epochs=1, evaluate=evaluate)
+    assert stored("last.pt", "best.pt") == [("dice", 0.25)] * 2 and state.scores == [0.5]
+    assert "threshold" not in state.history[0] and list(state.history[0])[-3:] == ["dice", "iou", "seconds"]
+    assert json.loads((tmp_path / "run.json").read_text()) == {"score": "dice"}
+    with pytest.raises(Stopped):
+        train(tmp_path, epochs=2, evaluate=evaluate, resume=True, faults=["term@batch:3"])
+    assert stored("last.pt") == [("dice", 0.25)]
+    train(tmp_path, epochs=2, evaluate=evaluate, resume=True)
+    assert stored("last.pt", "best.pt") == [("dice", [0.5, 0.75]), ("dice", 0.25)]  # as good is not better
+    train(tmp_path, epochs=3, evaluate=None, resume=True)
+    assert stored("last.pt") == [("dice", [0.5, 0.75])]
+    train(tmp_path, epochs=4, evaluate=evaluate, resume=True)
+    assert stored("last.pt") == [("dice", None)]
+
+
+def test_a_resumed_run_may_rank_by_another_of_its_metrics(tmp_path):
+    def scores(*pairs, first):
+        pairs = iter(pairs)
+        return lambda model: dict(zip(("a", "b") if first == "a" else ("b", "a"), next(pairs)))
+
+    train(tmp_path, epochs=2, evaluate=scores((1, 9), (2, 5), first="a"))
+    state = train(tmp_path, epochs=3, evaluate=scores((6, 3), first="b"), resume=True)
+    assert state.scores == [9, 5, 6] and read(tmp_path / "best.pt")["step"] == 14  # the third is not the best by b
+    assert json.loads((tmp_path / "run.json").read_text()) == {"score": "b"}
 
 
 def test_save_period(tmp_path):

@@ -79,10 +79,18 @@ def convert(state, path):
         elif state["task"] == "cls":
             inputs |= dict(zip(("mean", "std"), state.pop("norm")))
             state["single_label"] = state.pop("exclusive")
+        elif state.get("optimizer"):  # its loss was a sum over the images of a step; now it is their mean
+            count = state["args"]["bs"] * state["args"]["accumulate"]
+            moments = {"exp_avg": count, "exp_avg_sq": count ** 2, "momentum_buffer": count}
+            state["optimizer"] = state["optimizer"] | {"state": {
+                i: {name: value / moments[name] if name in moments and value is not None else value
+                    for name, value in entry.items()}
+                for i, entry in state["optimizer"]["state"].items()}}
         name = {"UNet": "unet.UNet", "YOLOv5": "yolo.YOLOv5"}.get(arch["name"]) or kwargs.pop("name")
+        score = {"seg": "iou" if state["classes"] == 1 else "miou", "det": "ap", "cls": "acc"}[state["task"]]
     except (KeyError, TypeError, AttributeError):
         raise UserError(OTHER_VERSION.format(path)) from None
-    return state | {"arch": {"name": name, "kwargs": kwargs}, "input": inputs}
+    return state | {"arch": {"name": name, "kwargs": kwargs}, "input": inputs, "score": score}
 
 
 def _read(path):
