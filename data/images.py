@@ -80,7 +80,7 @@ def find_sources(patterns, default, scale):
     files = list(by_stem(files).values())
     other = [file for file in files if {default_scale([file]), scale} == {255.0, 65535.0}]
     if other:
-        dist.print0(f"{other[0]}: has {header(other[0]).dtype} pixels ({len(other)} files in total), and the net takes "
+        dist.print0(f"{other[0]}: has {header(other[0]).dtype} pixels ({len(other)} in total), and the net takes "
                     f"{scale:g} for white; convert them unless that is right")
     return files
 
@@ -136,11 +136,11 @@ def _header(path, changed, length, regular):
         if file.height * file.width > MAX_SCENE:
             raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
         bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
-        try:
-            colours = file.colormap(1)
-            colours = torch.tensor([colours.get(i, (0, 0, 0))[:3] for i in range(256)], dtype=torch.uint8)
-        except ValueError:  # it has none
-            colours = None
+        colours = None
+        if file.count == 1:
+            with contextlib.suppress(ValueError):  # it has none
+                colours = file.colormap(1)
+                colours = torch.tensor([colours.get(i, (0, 0, 0))[:3] for i in range(256)], dtype=torch.uint8)
         return Header(kind, (file.count, *file.shape), file.dtypes[0], bits, colours)
 
 
@@ -246,25 +246,25 @@ def digest(path, middle=None):
 def read_picture(path, bands=None, **options):
     """As `read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images are converted to it. Grey of less
     than eight bits, such as a scanned page of one bit, is spread to 0 ... 255."""
-    rgb, (kind, (count, *_), _, bits, colours) = list(bands or []) == [1, 2, 3], header(path)
-    if rgb and kind == "JPEG":
+    rgb, found = list(bands or []) == [1, 2, 3], header(path)
+    if rgb and found.kind == "JPEG":
         image = read(path, **options)  # all bands: picking some would copy them
         if len(image) == 4:
             ink = image.int()  # 255 is none
             image = (ink[:3] * ink[3] // 255).to(torch.uint8)
     else:
         image = read(path, [1] if rgb and colour_bands(path) == 1 else bands, **options)
-        if rgb and count == 1 and colours is not None and image.dtype == torch.uint8:
-            return colours[image[0].long()].permute(2, 0, 1)
-        if len(image) == 1 and image.dtype == torch.uint8 and bits < 8:
-            image = image * (255 // (2**bits - 1))
+        if rgb and found.palette is not None and image.dtype == torch.uint8:
+            return found.palette[image[0].long()].permute(2, 0, 1)
+        if len(image) == 1 and image.dtype == torch.uint8 and found.bits < 8:
+            image = image * (255 // (2**found.bits - 1))
     return image.expand(3, -1, -1) if rgb and len(image) == 1 else image
 
 
 def colour_bands(path):
     """The number of bands of a file, without the second or fourth band of a PNG, which is its opacity."""
-    kind, (count, *_), *_ = header(path)
-    return count - 1 if kind == "PNG" and count in (2, 4) else count
+    count = size(path)[0]
+    return count - 1 if header(path).kind == "PNG" and count in (2, 4) else count
 
 
 def has_bands(path, bands):
@@ -276,10 +276,8 @@ def default_bands(files):
     """The bands of the first picture, from 1, without opacity. A JPEG counts as RGB, even a grey or CMYK one (see
     `read_picture`); so does a palette, and a grey image where another image has three bands."""
     first, count = header(files[0]), colour_bands(files[0])
-    if first.kind == "JPEG" or first.size[0] == 1 and first.palette is not None:
+    if first.kind == "JPEG" or first.palette is not None or count == 1 and max(in_threads(colour_bands, files)) >= 3:
         count = 3
-    elif count == 1:
-        count = 3 if max(in_threads(colour_bands, files)) >= 3 else 1
     return list(range(1, count + 1))
 
 

@@ -379,6 +379,11 @@ def test_folders_are_listed_once(tmp_path, monkeypatch):
     assert len(calls) <= 5
 
 
+def test_folder_of_the_test_images(tmp_path):
+    label_file = dump(tmp_path / "mine.json", "")
+    assert labels.test_folder(str(tmp_path)) == labels.test_folder(label_file) == tmp_path / "test/images"
+
+
 def test_ids_of_the_test_images(tmp_path):
     assert coco.test_ids(tmp_path) == {} == coco.test_ids(tmp_path / "nowhere")
     entries = [{"id": 3, "file_name": "x.y.jpg"}, {"id": "k", "file_name": "test/images/9.jpg", "width": 4}]
