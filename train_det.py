@@ -23,11 +23,10 @@ from data import det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS
-from utils import metrics
 from utils.errors import UserError, answers_for, cli
 from utils.files import write_json
 from utils.losses import detection as losses
-from utils.metrics.average_precision import AREAS
+from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.ops import anchors, decide
 from utils.pictures import charts, detection as pictures, review, sheets, table
 from utils.train import dist, engine, optim
@@ -217,12 +216,15 @@ def experiment(args, device, folder, resume):
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
-    images_per_step = args.bs * args.accumulate
-    # sgd's weight decay is for 64 images; adamw's does not depend on their number
-    decay = args.weight_decay * (images_per_step / 64 if args.optimizer == "sgd" else 1)
-    state, options = training(args, folder, model, loader, device, weight_decay=decay, summed_over=images_per_step)
+    # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.
+    # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
+    count = args.bs * args.accumulate
+    rate = count if args.optimizer == "sgd" else 1
+    decay = args.weight_decay / {"sgd": 64, "adam": count}.get(args.optimizer, 1)
+    state, options = training(args, folder, model, loader, device, lr=args.lr * rate, weight_decay=decay,
+                              eps=1e-8 / count)
     optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
-                  bias_lr=args.warmup_bias_lr, momentum=args.warmup_momentum)
+                  bias_lr=args.warmup_bias_lr * rate, momentum=args.warmup_momentum)
 
     # ---- loss ----
     levels = 3 / len(model.strides)  # the anchor head's gains are for 3 levels, 80 classes and 640 pixels
@@ -252,18 +254,17 @@ def experiment(args, device, folder, resume):
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=val_data.shapes,
                                  workers=args.workers, device=device, collate=det.collate)
 
-    def average_precision(model):  # -> metrics.DetectionAP, in pixels of the files, on every rank
+    def average_precision(model):  # -> DetectionAP, in pixels of the files, on every rank
         def predict(batch):
             x = inputs(engine.to_device(batch, device)["image"])
             found = decide.detect(model, x, **VALIDATION)
             if 0 in batch["index"]:
-                shown = [det.move(rows, matrix) for rows, matrix in zip(det.gt_boxes(batch), batch["matrix"])]
-                pictures.detection_sheet(folder / "val.png", x, shown, found, names=names)
+                pictures.detection_sheet(folder / "val.png", x, det.gt_boxes(batch), found, names=names)
             return [found]
 
-        metric = metrics.DetectionAP(len(names))
+        metric = DetectionAP(len(names))
         found = val_data.detect(val_loader, predict, iou=VALIDATION["iou"], max_det=VALIDATION["max_det"])
-        metric.update(found, [rows.roll(-1, 1) for rows in gt_boxes], range(len(val)))
+        metric.update(found, [rows.roll(-1, 1) for rows in gt_boxes])
         return metric
 
     def evaluate(model):
@@ -283,7 +284,7 @@ def experiment(args, device, folder, resume):
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
         pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
         boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
-        pictures.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
+        charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
     header = {"task": "det", "arch": arch, "classes": names, "category_ids": data.category_ids,
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
@@ -366,18 +367,19 @@ def check_debug(history, head):
         engine.check_debug(history)
 
 
-def draw_sample(file, bands, truth, found, names):
+def draw_sample(file, bands, truth, found, threshold, names):
     """-> an image, at most 1920 pixels wide and high, with its labels drawn in, and with its detections drawn in."""
     size = images.size(file)[1:]
     shape = det.reduced(size, 1920)  # a larger scene may be too large to be read
     rgb, zoom = sheets.to_rgb(images.read_picture(file, bands, shape=shape)), max(shape) / max(size)
+    found = found[found[:, 4] >= threshold]
     return [pictures.draw_boxes(rgb, truth[:, :4] * zoom, truth[:, 4].long(), names),
             pictures.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
 
 
 def make_tables(metric, scores, classes, names):
-    """The results -> {title: rows} for `review.page`: AP and number of boxes by class, and by the area of boxes."""
-    boxes = np.concatenate(metric.truths)
+    """The results -> {title: rows} for `review.write_review`: AP and number of boxes by class, and by the area of boxes."""
+    boxes = torch.cat(metric.gt_boxes)
     area = (boxes[:, 2:4] - boxes[:, :2]).prod(1)
     by_class = [{"class": pictures.class_name(names, k), "AP": c["ap"], "AP50": c["ap50"], "boxes": c["truths"]}
                 for k, c in enumerate(classes)]
@@ -396,18 +398,14 @@ def write_report(state, average_precision, names, folder, files, bands):
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
     write_json(folder / "results.json", {
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
-    samples, parts = metric.samples(files), {}
-    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
-        parts[part] = []
-        for i in chosen:
-            found, truth = metric.boxes_of(i)
-            drawn = draw_sample(files[i], bands, truth, found[found[:, 4] >= threshold], names)
-            parts[part].append((samples[i], drawn))
-    review.page(folder / "review.png", parts, tables=make_tables(metric, scores, classes, names),
-                titles=("labels", "detections"), max_side=640)
-    charts.write_csv(folder / "samples.csv", samples)
-    pictures.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
-    pictures.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
+
+    def draw(chosen):
+        return [draw_sample(files[i], bands, metric.gt_boxes[i], metric.detections[i], threshold, names) for i in chosen]
+
+    review.write_review(folder, metric.samples(files), draw, tables=make_tables(metric, scores, classes, names),
+                        titles=("labels", "detections"), max_side=640)
+    charts.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
+    charts.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
     for name, c in zip(names, classes):
         print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")

@@ -29,7 +29,7 @@ from utils.ops import boxes as box_tools
 from utils.ops import decide, tta
 from utils.train import checkpoint
 from utils.errors import NumericalError, UserError
-from utils.metrics import DetectionAP
+from utils.metrics.average_precision import DetectionAP
 
 FLAGS = ["--task", "det", "--device", "cpu", "--amp", "off", "--workers", 0]
 NAMES = ["sedan", "bus", "adult"]
