@@ -195,11 +195,8 @@ def experiment(args, device, folder, resume):
     samples = det.cut(samples, args.tile, args.overlap)
     train_data = det.DetData(samples, seed=args.seed, close_mosaic=args.epochs - args.close_mosaic,
                              **{flag: vars(args)[flag] for flag in AUGMENT}, **reading)
-    weights = np.array([sample.weight for sample in samples])
-    if args.image_weights:
-        weights *= class_balance([sample.boxes[:, 0] for sample in samples])
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=args.epoch_parts, same=args.debug, weights=weights if np.ptp(weights) else None,
+                          parts=args.epoch_parts, same=args.debug, weights=draw_weights(samples, args.image_weights),
                           collate=det.collate)
 
     # ---- net ----
@@ -213,9 +210,6 @@ def experiment(args, device, folder, resume):
         dist.same_weights(model)
     if args.head == "anchor" and args.autoanchor and not resume:
         fit_anchors(model.head, samples, args)
-    model = model.to(device, memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.sync_batch_norm(model, device)
     # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.
     # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
     count = args.bs * args.accumulate
@@ -268,8 +262,7 @@ def experiment(args, device, folder, resume):
         return metric
 
     def evaluate(model):
-        began = time.monotonic()
-        metric = average_precision(model)
+        began, metric = time.monotonic(), average_precision(model)
         threshold, _ = metric.best_threshold()
         return metric.compute() | {"val_seconds": time.monotonic() - began,
                                    "threshold": decide.THRESHOLD["det"] if math.isnan(threshold) else threshold}
@@ -278,13 +271,9 @@ def experiment(args, device, folder, resume):
     if args.show_augment:
         return save_augmentations(folder / "augment.png", train_data, augmented, names)
     if dist.rank() == 0:
-        params = sum(p.numel() for p in model.parameters())
         print(f"{len(train_data)} images with {sum(len(sample.boxes) for sample in samples)} boxes to train, "
-              f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
-        batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
-        pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
-        boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
-        charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
+              f"{len(val)} to validate; {len(names)} classes")
+        draw_labels(folder, train_data, samples, augmented, names, batch_size=min(args.bs, 8))
     header = {"task": "det", "arch": arch, "classes": names, "category_ids": data.category_ids,
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
@@ -317,6 +306,14 @@ def load_samples(args, folder):
     return data, val, samples
 
 
+def draw_weights(samples, image_weights):
+    """How often each sample is drawn: by its weight, and with --image-weights by `class_balance`; None: all alike."""
+    weights = np.array([sample.weight for sample in samples])
+    if image_weights:
+        weights *= class_balance([sample.boxes[:, 0] for sample in samples])
+    return weights if np.ptp(weights) else None
+
+
 def class_balance(classes):
     """How often each image is to be drawn: classes, an (n,) array per image -> (images,), the sum over the boxes of an
     image of 1 / (number of boxes of that class in all images). So all classes weigh the same in total."""
@@ -342,6 +339,14 @@ def fit_anchors(head, samples, args):
                                 seed=args.seed)
     head.anchors.copy_(torch.as_tensor(pixels) / strides)
     dist.print0(line)
+
+
+def draw_labels(folder, data, samples, augmented, names, batch_size):
+    """Draws the first batch as the net sees it, train_batch.png, and statistics of all boxes, labels.png."""
+    batch = det.collate([data[0, i] for i in range(batch_size)])
+    pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
+    boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
+    charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
 
 
 def save_augmentations(path, data, augmented, names, samples=8, epochs=4):

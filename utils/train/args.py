@@ -1,6 +1,8 @@
 """The flags that mean the same in every script, and what happens between the command line and the run."""
 import argparse
 
+import torch
+
 from utils.errors import Parser, UserError
 from utils.files import write_json
 from utils.pictures import table
@@ -241,9 +243,13 @@ def _check_flags(parser, args, given, needs):
 def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_decay=None, eps=1e-8):
     """What the shared flags decide -> (engine.State, the keyword arguments of engine.fit: epochs, records, ...).
 
+    The model is moved to the device, and its batch norms are synchronised with --sync-bn: see `State.model`.
     part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
     count passes. lr, weight_decay: instead of --lr and --weight-decay. eps: of Adam and its relatives.
     """
+    model = model.to(device, memory_format=torch.channels_last)
+    model = dist.sync_batch_norm(model, device) if args.sync_bn else model
+    dist.print0(f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}")
     steps, epochs = -(-len(loader) // args.accumulate), round(args.epochs / part)
     decay = args.weight_decay if weight_decay is None else weight_decay
     optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay),
