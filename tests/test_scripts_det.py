@@ -259,13 +259,13 @@ def test_names_that_are_no_text(command, tmp_path):
 
 def test_review_has_tables(script, parking, monkeypatch):
     """Of the classes and of sizes, with what results.json has and counts of the held-out boxes."""
-    pages, page = [], train_det.review.page
-    monkeypatch.setattr(train_det.review, "page", lambda *args, **options: pages.append((args, options)) or page(
-        *args, **options))
+    written, write = [], train_det.review.write_review
+    monkeypatch.setattr(train_det.review, "write_review", lambda *args, **options: written.append((args, options))
+                        or write(*args, **options))
     script(train_det, "--data", parking, *TINY_DET, "--folds", 2)
-    [((path, parts), options)] = pages
+    [((folder, samples, _), options)] = written
     results = json.loads(Path("runs/det/exp/results.json").read_text())
-    assert str(path) == "runs/det/exp/review.png" and [len(samples) for samples in parts.values()] == [5, 0]
+    assert str(folder) == "runs/det/exp" and len(samples) == 5
     by_class, by_size = options["tables"].values()
     assert [row["class"] for row in by_class] == ["sedan", "bus", "adult"]
     for row, want in zip(by_class, results["classes"].values()):
@@ -280,7 +280,7 @@ def test_review_has_tables(script, parking, monkeypatch):
     for row in by_size:
         want = results["last"][f"ap_{row['size']}"]
         assert row["AP"] == want if want is not None else math.isnan(row["AP"])
-    with Image.open(path) as picture:
+    with Image.open(folder / "review.png") as picture:
         assert picture.height > 5 * 64 + (3 + 2 + 3 + 2) * 20
 
 
