@@ -327,8 +327,8 @@ def random_size(x, boxes, change, stride):
     of their side, the same on all ranks."""
     low, high = (int(x.shape[2] * (1 + f * change)) // stride for f in (-1, 1))
     side = dist.broadcast(int(torch.randint(max(low, 1), high + 1, ()))) * stride
-    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] * (side / x.shape[2])), 1)
-    return F.interpolate(x, (side, side), mode="bilinear"), boxes
+    factors = boxes.new_tensor([1, 1] + [side / x.shape[2]] * 4)
+    return F.interpolate(x, (side, side), mode="bilinear"), boxes * factors
 
 
 def fit_anchors(head, samples, args):
@@ -349,17 +349,12 @@ def draw_labels(folder, data, samples, augmented, names, batch_size):
     charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
 
 
-def save_augmentations(path, data, augmented, names, samples=8, epochs=4):
+def save_augmentations(path, data, augmented, names, samples=5, epochs=5):
     """Draws a sheet of what is trained on: a row per image (and the mosaic around it), a column per epoch."""
-    columns = []
-    for epoch in range(epochs):
-        batch = det.collate([data[epoch, i] for i in range(samples)])
-        pixels = [sheets.to_rgb((x * 255).byte()) for x in augmented(batch)]
-        columns.append([pictures.draw_boxes(rgb, rows[:, :4], rows[:, 4].long(), names)
-                        for rgb, rows in zip(pixels, det.gt_boxes(batch))])
+    batch = det.collate([data[epoch, i] for i in range(samples) for epoch in range(epochs)])
+    x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
     if dist.rank() == 0:
-        sheets.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)],
-                             max_side=320)
+        pictures.detection_sheet(path, x, det.gt_boxes(batch), names=names, limit=len(x))
         print(path)
 
 

@@ -63,10 +63,10 @@ def affine(rng, canvas, size, *, degrees=0.0, translate=0.1, scale=0.5, shear=0.
 def layout(rng, sizes, imgsz):
     """Where 1, 4 or 9 pictures go on one square canvas, each with its long side scaled to imgsz: mosaics.
 
-    sizes: [(height, width)], pixels. -> side of the canvas (imgsz times 1, 2 or 3), and per picture (matrix onto the
-    canvas, cell (x1, y1, x2, y2) beyond which it must not be drawn). One picture lies in the middle. Four meet in a
-    point (Bochkovskiy et al. 2020) within the canvas's middle half. Of nine, eight surround the first, which keeps its
-    whole size.
+    sizes: [(height, width)], pixels. -> side of the canvas (imgsz times 1, 2 or 3); the pictures' matrices onto the
+    canvas; their cells (x1, y1, x2, y2), beyond which they must not be drawn. One picture lies in the middle. Four meet
+    in a point (Bochkovskiy et al. 2020) within the middle half of the canvas. Of nine, eight surround the first, which
+    keeps its whole size.
     """
     across = math.isqrt(len(sizes))  # cells in a row of the canvas
     side = across * imgsz
@@ -79,13 +79,14 @@ def layout(rng, sizes, imgsz):
     edges = np.array([(0, 0), *inner, (side, side)])  # x and y of the cells' borders
     # outer pictures lie at the inner border of their cell, all others in the middle of it
     share = np.array([[0.5], [1, 0], [1, 0.5, 0]][across - 1])
-    placed = []
+    matrices, cells = [], []
     for (h, w), length, place in zip(sizes, lengths, [4, 0, 1, 2, 3, 5, 6, 7, 8] if across == 3 else range(4)):
         cell = np.array((place % across, place // across))  # column, row
         low, high = edges[cell, [0, 1]], edges[cell + 1, [0, 1]]
         start = low + (high - low - length) * share[cell]
-        placed.append((geometry.translate(*start) @ geometry.scale(*length / (w, h)), (*low, *high)))
-    return side, placed
+        matrices.append(geometry.translate(*start) @ geometry.scale(*length / (w, h)))
+        cells.append((*low, *high))
+    return side, matrices, cells
 
 
 def letterbox(height, width, imgsz, shape):

@@ -115,12 +115,11 @@ class Pictures:
         self.cache = Cache(files, self.read, cache, variant=("bands last", bands, limit, windows))
 
     def read(self, i):
-        """-> (H, W, C) in the file's dtype, contiguous, from which it is fast to resize once more."""
+        """-> (H, W, C) in the file's dtype, contiguous: fast to resize once more."""
         full, small = (self.windows[i] or images.size(self.files[i]))[-2:], self.sizes[i]
         step = max(full) // (4 * max(small))  # of a far larger scene every step-th pixel will do
         shape = tuple(max(1, side // step) for side in full) if step > 1 else None
         image = images.read_picture(self.files[i], self.bands, window=self.windows[i], shape=shape)
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         return images.resize(image, small).permute(1, 2, 0).contiguous()
 
     def __getitem__(self, i):
@@ -171,15 +170,15 @@ class DetData(Dataset):
     def scene(self, rng, i, mosaic):
         """Image i, or a mosaic of it with others, under one random affine matrix -> picture (C, H, W), boxes (n, 5)."""
         chosen = [i, *rng.integers(len(self), size=self.grid - 1)] if mosaic else [i]
-        side, placed = augment.layout(rng, [self.pictures.sizes[k] for k in chosen], self.imgsz)
+        side, matrices, cells = augment.layout(rng, [self.pictures.sizes[k] for k in chosen], self.imgsz)
         view = augment.affine(rng, side, self.imgsz, **self.affine)
-        cells = warp_boxes([cell for _, cell in placed], view)
+        cells = warp_boxes(cells, view)
         if self.affine.get("degrees") or self.affine.get("shear"):
             # rotated cells are no rectangles: each picture is drawn whole, over the pictures before it
             cells[:] = (0, 0, self.imgsz, self.imgsz)
         # pictures of the mosaic that the view does not show need not be decoded
         shown = [j for j, cell in enumerate(cells) if max(cell[:2]) < self.imgsz and min(cell[2:]) > 0] or [0]
-        return self.compose([chosen[j] for j in shown], [view @ placed[j][0] for j in shown], cells[shown].tolist())
+        return self.compose([chosen[j] for j in shown], [view @ matrices[j] for j in shown], cells[shown].tolist())
 
     def compose(self, chosen, matrices, cells):
         """Draws the images `chosen` by their matrices, each into its cell (x1, y1, x2, y2) of the canvas -> picture
@@ -217,8 +216,8 @@ def collate(samples):
 
 def gt_boxes(batch):
     """The boxes of a collated batch, image by image: B tensors (n, 5) of x1, y1, x2, y2, class."""
-    image, rows = batch["boxes"][:, 0], batch["boxes"][:, 1:].roll(-1, 1)
-    return [rows[image == i] for i in range(len(batch["image"]))]
+    rows = batch["boxes"]
+    return [rows[rows[:, 0] == i, 1:].roll(-1, 1) for i in range(len(batch["image"]))]
 
 
 def move(rows, matrix):
