@@ -1,7 +1,6 @@
 """Predictions: checkpoints in, submission, GeoTIFFs and pictures out.
 
     python predict.py --task seg --tta                        # newest run, its data's test_img folder
-    python predict.py --task seg --tta hflip rot90 scale --merge gmean
     python predict.py --task seg --weights runs/seg/exp*/best.pt --source scene.tif --tile 512 --polygons
     python predict.py --task seg --detector runs/det/exp/best.pt     # detect, crop, segment
     python predict.py --task det --weights runs/det/exp/best.pt --tta --imgsz 1536 --source photos --tile 1024
@@ -15,7 +14,6 @@ is defined in data/<task>.py (Input) and in utils/ops/decide.py, for training an
 import argparse
 import dataclasses
 import functools
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ from data import cls, det, images, labels, seg
 from data.loader import eval_loader
 from data.results import masks, pseudo, submissions
 from nets.blocks import fuse
+from utils import flags
 from utils.errors import Parser, UserError, cli
 from utils.metrics import ensemble
 from utils.ops import boxes, decide, tta
@@ -38,10 +37,6 @@ from utils.train.args import float_range, int_range, noise_list
 
 INPUT = {"seg": seg.Input, "det": det.Input, "cls": cls.Input}
 TEST_FOLDER = {"seg": seg.test_folder, "det": labels.test_folder, "cls": cls.test_folder}
-ONLY = {  # flags that only some tasks have
-    "tile": ("seg", "det"), "overlap": ("seg", "det"), "overlays": ("seg", "det"), "imgsz": ("det", "cls"),
-    "ensemble_weights": ("det", "cls"), "polygons": ("seg",), "detector": ("seg",), "conf": ("det",), "iou": ("det",),
-    "max_det": ("det",), "max_mb": ("det",), "probs": ("cls",), "fit_weights": ("cls",), "ensemble": ("cls",)}
 OVERLAP = 0.25  # of neighbouring windows, if the training had no --overlap
 
 
@@ -55,64 +50,55 @@ class Member(NamedTuple):
 
 def parse_args():
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    only = {}
+
+    def add(flag, tasks="seg det cls", **options):
+        only[flag[2:].replace("-", "_")] = tasks
+        parser.add_argument(flag, **options)
+
     add("--task", choices=INPUT, required=True)
     add("--weights", nargs="+", metavar="PATH", help="checkpoints; without: the newest run's best.pt or last.pt")
     add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images of the training's data")
-    add("--noisy", type=noise_list, metavar="CSV:K", help="instead of --source: those of the K worst samples of a "
-        "noise.csv that the checkpoint's run has held out, to be labelled anew by --pseudo")
+    add("--noisy", type=noise_list, metavar="CSV:K", help="instead of --source: of the K worst samples of a noise.csv, "
+        "those that the checkpoint's run has held out; --pseudo labels them anew")
     add("--out", metavar="DIR", help="new folder for the results; without: predict in the run's folder")
-    add("--tta", nargs="*", choices=tta.NAMES, metavar="NAME", help=f"test-time augmentation: the views are all "
-        f"combinations of the names, {', '.join(tta.NAMES)}; without names: seg both flips, det three sizes, one of "
-        f"them flipped, cls quarter turns")
-    add("--tta-scales", type=float_range(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale; without: "
-        f"{' '.join(f'{scale:g}' for scale in tta.SCALES)}")
-    add("--merge", choices=(*tta.MERGES, "wbf"), help="how the views are merged; seg, cls: their probabilities, "
-        "without: mean; sum is capped at 1 and needs --threshold, tsharpen averages sqrt(p), so the threshold is "
-        "sqrt(threshold); det: wbf is weighted boxes fusion, without: non-maximum suppression")
+    add("--tta", nargs="*", choices=tta.NAMES, metavar="NAME", help="test-time augmentation: all combinations of "
+        f"{', '.join(tta.NAMES)}; without names: seg both flips, det three sizes, one flipped, cls quarter turns")
+    add("--tta-scales", type=float_range(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale {tta.SCALES}")
+    add("--merge", choices=(*tta.MERGES, "wbf"), help="of the views' probabilities (mean; sum is capped at 1 and needs "
+        "--threshold, tsharpen averages sqrt(p) and compares with sqrt(threshold)), or wbf of their boxes (det)")
     add("--bs", type=int_range(1, 65536), default=8, help="images per forward pass")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the net: starts half a minute later, then runs faster")
     add("--workers", type=int_range(0, 256), default=2, help="loader processes per process")
     add("--project", metavar="DIR", help="where to look for the newest run; without: runs/TASK")
-    add("--tile", type=int_range(16, 65536), help="larger images are read in windows of this side; without: seg twice "
-        "the training size (the whole image after --resize), det the training's --tile")
-    add("--overlap", type=float_range(0, 0.9), help="of neighbouring windows; without: seg 0.25, det the training's")
-    add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="pictures with the result drawn in")
-    add("--threshold", type=float_range(0, 1), help="seg, cls: probability above which a pixel or a class is positive; "
-        "det: score from which a box is drawn; without: the best ones of the validation, which checkpoints store")
-    add("--pseudo", type=float_range(0.5, 1), metavar="P", help="also write what has at least this probability as "
-        "pseudo labels, for --extra-data; seg: other pixels are ignored, cls: other images are left out, det: other "
-        "boxes are background; not with --merge sum, max, min, tsharpen")
+    add("--threshold", type=float_range(0, 1), help="probability above which a pixel or a class is positive, score "
+        "from which a box is drawn; without: the best of the validation, which checkpoints store")
+    add("--pseudo", type=float_range(0.5, 1), metavar="P", help="also write pseudo labels for --extra-data: what has "
+        "this probability; other pixels are ignored, other boxes are background, other images are left out (cls)")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
-    add("--imgsz", type=int_range(32, 65536), help="det, cls, --detector: side of the net's input; without: as trained")
-    add("--ensemble-weights", type=float_range(1e-6), nargs="+", metavar="W", help="det, cls: of the checkpoints, and "
-        "then of the tables")
-    add = parser.add_argument_group("segmentation").add_argument
-    add("--polygons", action="store_true", help="also write the masks' outlines as GeoJSON")
-    add("--detector", metavar="PATH", help="a checkpoint of train_det.py: only its boxes, a little enlarged, are "
-        "segmented")
-    add = parser.add_argument_group("detection").add_argument
-    add("--conf", type=float_range(0, 1), help="lowest score of a detection, before it is fused with others; without: "
-        "0.01, for --detector 0.25")
-    add("--iou", type=float_range(0, 1), default=0.7, help="boxes that overlap by more suppress each other")
-    add("--max-det", type=int_range(1, 100000), default=300, help="most detections per image")
-    add("--max-mb", type=float_range(0.001), default=20.0, help="largest submission.json, 10^6 bytes; the best scores "
-        "are kept")
-    add = parser.add_argument_group("classification").add_argument
-    add("--probs", nargs="+", metavar="CSV", help="probabilities.csv of earlier predictions, to be averaged in")
-    add("--fit-weights", action="store_true", help="find the checkpoints' weights and a threshold per class on the "
-        "images that all their runs held out; both are used, and written to ensemble.json")
-    add("--ensemble", metavar="JSON", help="the ensemble.json of an earlier --fit-weights, for the same checkpoints "
-        "and views")
+    add("--tile", "seg det", type=int_range(16, 65536), help="larger images are read in windows of this side; without: "
+        "seg twice the training size (the whole image after --resize), det the training's --tile")
+    add("--overlap", "seg det", type=float_range(0, 0.9), help="of windows; without: seg 0.25, det the training's")
+    add("--overlays", "seg det", action=argparse.BooleanOptionalAction, default=True, help="pictures of the results")
+    add("--polygons", "seg", action="store_true", help="also write the masks' outlines as GeoJSON")
+    add("--detector", "seg", metavar="PATH", help="a checkpoint of train_det.py, for which --imgsz, --conf, --iou and "
+        "--max-det are: only its boxes, a little enlarged, are segmented")
+    add("--imgsz", "det cls", type=int_range(32, 65536), help="side of the net's input; without: as trained")
+    add("--conf", "det", type=float_range(0, 1), help="lowest score of a detection; without: 0.01, --detector 0.25")
+    add("--iou", "det", type=float_range(0, 1), default=0.7, help="boxes that overlap by more suppress each other")
+    add("--max-det", "det", type=int_range(1, 100000), default=300, help="most detections per image")
+    add("--max-mb", "det", type=float_range(0.001), default=20.0, help="largest submission.json, 10^6 bytes")
+    add("--ensemble-weights", "det cls", type=float_range(1e-6), nargs="+", metavar="W", help="of checkpoints, tables")
+    add("--probs", "cls", nargs="+", metavar="CSV", help="probabilities.csv of earlier predictions, to be averaged in")
+    add("--fit-weights", "cls", action="store_true", help="find the checkpoints' weights and a threshold per class on "
+        "the images that all their runs held out; both are used, and written to ensemble.json")
+    add("--ensemble", "cls", metavar="JSON", help="an earlier ensemble.json, for the same checkpoints and views")
     args = parser.parse_args()
-    for flag, tasks in ONLY.items():
-        used = args.task in tasks or args.detector and flag in ("imgsz", "conf", "iou", "max_det")
-        if vars(args)[flag] != parser.get_default(flag) and not used:
-            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --task {args.task}; leave it out")
+    flags.check_task(args, {flag: (tasks, parser.get_default(flag)) for flag, tasks in only.items()})
+    flags.check_views(args)
     args.conf = (0.25 if args.detector else 0.01) if args.conf is None else args.conf
-    check_views(args)
     return args
 
 
@@ -122,10 +108,8 @@ def main():
     if args.probs and not args.weights:
         return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
-    check_ensemble(args, paths)
+    flags.check_ensemble(args, paths)
     if args.noisy:
-        if args.source or len(paths) > 1:
-            raise UserError("--noisy: is for one checkpoint, instead of --source; give one --weights and no --source")
         args.source = review.read_noise(*args.noisy, Path(paths[0]).parent)
     states = [checkpoint.load(path) for path in paths]
     if args.soup:
@@ -133,45 +117,6 @@ def main():
     members = load_members(args, args.task, device, paths, states)
     {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
     dist.barrier()
-
-
-def check_views(args):
-    """Whether the flags of test-time augmentation go together."""
-    if args.merge and (args.merge == "wbf") != (args.task == "det"):
-        raise UserError(f"--merge {args.merge}: not for --task {args.task}; wbf is for boxes, the others are for "
-                        f"probabilities")
-    if args.merge and args.tta is None:
-        raise UserError("--merge: says how the views of --tta are merged; give that too")
-    # of single labels too: normalising to a sum of 1 turns only sum into a mean, which is there already
-    if args.pseudo and args.merge in ("sum", "max", "min", "tsharpen"):
-        raise UserError(f"--pseudo: the results of --merge {args.merge} are no probabilities; take mean or gmean")
-    if args.tta_scales and "scale" not in (args.tta or ()):
-        raise UserError("--tta-scales: are the sizes of --tta scale; give that too")
-
-
-def check_ensemble(args, paths):
-    """Whether the flags of an ensemble go together."""
-    given = [f"--{flag.replace('_', '-')}" for flag in ("fit_weights", "ensemble", "ensemble_weights")
-             if getattr(args, flag)]
-    if len(given) > 1:
-        raise UserError(f"{given[0]}, {given[1]}: both say how the checkpoints are weighted; leave one out")
-    if args.fit_weights and len(set(map(os.path.realpath, paths))) < len(paths):
-        raise UserError("--fit-weights: one of the checkpoints is given twice; leave it out once")
-    count, tables = 1 if args.soup else len(paths), len(args.probs or ())
-    if len(paths) + tables == 1 and (args.soup or args.ensemble_weights):
-        raise UserError(f"{'--soup' if args.soup else '--ensemble-weights'}: is for several checkpoints; leave it out, "
-                        f"or give more")
-    if args.soup and given and not (args.ensemble_weights and tables):
-        raise UserError(f"--soup: makes one net of the checkpoints, there is nothing to weight; leave it out, or "
-                        f"{given[0]}")
-    if args.threshold is not None and (args.fit_weights or args.ensemble):
-        raise UserError(f"--threshold: {given[0]} brings thresholds of its own; leave one out")
-    if tables and given and not args.ensemble_weights:
-        raise UserError(f"{given[0]}: is for checkpoints, --probs come without their held-out images; give "
-                        f"--ensemble-weights instead")
-    if args.ensemble_weights and len(args.ensemble_weights) != count + tables:
-        raise UserError(f"--ensemble-weights: {len(args.ensemble_weights)} numbers for {count} checkpoints and {tables} "
-                        f"tables; give one each")
 
 
 # ---- what all tasks share --------------------------------------------------------------------------------------------
@@ -252,7 +197,7 @@ def predict_seg(args, device, members):
     sizes = {file: images.size(file) for file in files}
     for file, (count, *_) in sizes.items():
         if count < bands[-1]:
-            raise UserError(f"{file}: has {count} bands, the checkpoint needs band {bands[-1]}; choose another --source")
+            raise UserError(f"{file}: has {count} bands, the net needs band {bands[-1]}; choose another --source")
     unsure = pseudo.unsure_value(first.state["classes"], first.state["args"].get("ignore")) if args.pseudo else None
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, decide.SEGMENTATION_VIEWS)
@@ -310,13 +255,11 @@ def find_parts(args, device, files):
     """{file: the boxes of --detector in it, as [(y, x, height, width)], the highest score last}, with a margin of a
     tenth on each side: the surroundings of an object show where it ends."""
     members = load_members(args, "det", device, [args.detector], [checkpoint.load(args.detector)])
-    parts = {}
-    views = det_views(args, members, files)
+    views, parts = det_views(args, members, files), {}
     for file, size, rows in zip(files, views.sizes, detect(args, device, members, views)):
         margin = 0.1 * (rows[:, 2:4] - rows[:, :2])
-        grown = boxes.clip(torch.cat((rows[:, :2] - margin, rows[:, 2:4] + margin), 1), *size)
-        corners = torch.cat((grown[:, :2].floor(), grown[:, 2:].ceil()), 1).int().flip(0).tolist()
-        parts[file] = [(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in corners]
+        grown = boxes.clip(torch.cat(((rows[:, :2] - margin).floor(), (rows[:, 2:4] + margin).ceil()), 1), *size)
+        parts[file] = [(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in grown.int().flip(0).tolist()]
     return parts
 
 
@@ -421,20 +364,15 @@ def predict_cls(args, device, members):
 def combine_tables(args):
     """--probs without --weights: the weighted mean of tables, of other systems too. Images have single labels where
     every row adds up to 1."""
-    for flag in ("source", "noisy", "tta", "soup", "pseudo", "fit_weights", "ensemble", "imgsz"):
-        if getattr(args, flag) not in (None, False):
-            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --probs without --weights; leave it out")
-    check_ensemble(args, [])
+    flags.check_ensemble(args, [])
     names, keys, tables = submissions.read_tables(args.probs)
     single_label = all(map(ensemble.adds_up, tables))
     dist.print0("every row adds up to 1: a single label per image, the most probable class" if single_label else
                 "rows do not add up to 1: several labels per image, the classes above --threshold")
-    if single_label and args.threshold is not None:
-        raise UserError("--threshold: does nothing where the most probable class is taken; leave it out")
+    threshold = best_threshold(args, [], single_label)
     probs = ensemble.average(tables, args.ensemble_weights or [1.0] * len(tables))
     out = new_folder(args, args.probs[0])
     if dist.rank() == 0:
-        threshold = decide.THRESHOLD["cls"] if args.threshold is None else args.threshold
         submissions.write_classes(out, keys, probs, names, single_label, threshold)
         print(f"{len(keys)} rows: {out}")
 

@@ -162,8 +162,11 @@ def check_flags(args):
 def main():
     parser = make_parser()
     args, device, folder, resume = setup_run(parser, needs=NEEDS, check=check_flags)
-    experiment(args, device, folder, resume)
-    if args.stages and args.preset == "scratch-low" and not args.show_augment:
+    first_stage = args.stages and args.preset == "scratch-low" and not args.show_augment
+    # torchrun may have restarted this script in the second stage
+    if not (first_stage and resume and len(resume["history"]) >= args.epochs):
+        experiment(args, device, folder, resume)
+    if first_stage:
         args, folder, resume = begin_run(parser, second_stage(args, folder))
         experiment(args, device, folder, resume)
 

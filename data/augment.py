@@ -121,14 +121,14 @@ def colour(rng, bands, hue, saturation, value):
 
 
 def recolour(images, matrices, scale=1.0):
-    """images (B, C, H, W), any dtype, 0..scale; matrices (B, C, C) of `colour` -> the recoloured images, float32,
-    clipped to 0..1."""
+    """images (B, C, H, W), any dtype; matrices (B, C, C) of `colour` -> the recoloured images divided by scale, float32,
+    not clamped."""
     mixed = torch.empty(images.shape, device=images.device)
     matrices = matrices.to(mixed) / scale
-    # image by image, into memory that is there: new memory costs CPUs more than the sums
+    # image by image into one tensor: allocating memory costs CPUs more than the sums
     for image, matrix, out in zip(images, matrices, mixed.flatten(2)):
         torch.mm(matrix, image.contiguous().float().flatten(1), out=out)
-    return mixed.clamp_(0, 1)
+    return mixed
 
 
 # ---- classification ----

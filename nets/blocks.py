@@ -1,4 +1,4 @@
-"""The parts that every net here is made of."""
+"""Layers that the nets share, and the folding of batch norms into convolutions for prediction."""
 import contextlib
 
 import torch
@@ -9,11 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def relu(x):
-    """ReLU in place.
+    """ReLU, in place.
 
-    bf16 without gradient on a CPU: the same bits as int16 are negative where the number is, and clamping
-    those is four times as fast as torch's bf16 kernels (a quarter of the net's time in prediction). A NaN
-    whose sign is set is negative as well.
+    On a CPU, bf16 without gradient is clamped as int16: both have the same sign bit, and torch's bf16 kernel takes four
+    times as long, a quarter of the net's time in prediction. A NaN with the sign bit set becomes 0.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not (x.requires_grad or torch.compiler.is_compiling()):
         x.view(torch.int16).clamp_(min=0)
@@ -26,41 +25,16 @@ def silu(x):
     return F.silu(x, inplace=not x.requires_grad)
 
 
-class ConvNorm(nn.Module):
-    """Convolution without bias -> batch norm -> activation (None: none); padding keeps H/stride, W/stride.
-
-    The attributes are called `conv` and `bn` because that is what published state dicts call them.
-    """
-
-    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=relu, eps=1e-5, momentum=0.1):
-        super().__init__()
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(cout, eps, momentum)
-        self.act = act
-
-    def forward(self, x):
-        x = self.bn(self.conv(x))
-        return self.act(x) if self.act else x
-
-    def fuse_(self):
-        fuse_pair(self, ("conv", "bn"))
-
-
-def init_fan_out(module):
-    """Convolutions N(0, sqrt(2 / fan_out)) with fan_out = k*k*C_out/groups, as timm initialises its RegNets."""
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d):
-            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
-            nn.init.normal_(m.weight, 0.0, (2.0 / fan_out) ** 0.5)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+def conv2d(cin, cout, kernel=1, stride=1, groups=1, bias=False):
+    """A convolution whose padding keeps H / stride and W / stride."""
+    return nn.Conv2d(cin, cout, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=bias)
 
 
 def fuse(model):
-    """Fold every batch norm into the convolution before it, in place, and return the model in eval mode.
+    """Folds every batch norm into the convolution before it, in place, and returns the model in eval mode.
 
-    The result computes the same function up to rounding and about a third faster. For prediction only. A module with
-    norms of its own says how: its method `fuse_()` changes it in place.
+    The fused model computes the same function up to rounding, about a third faster. It is for prediction only. A module
+    that owns batch norms takes part by a method `fuse_()`, which changes the module in place.
     """
     model.eval()
     for m in list(model.modules()):
@@ -69,12 +43,80 @@ def fuse(model):
     return model
 
 
-def fuse_pair(module, *pairs):
-    """Names (convolution, norm): the first takes in the second, in place. Fused before, or not there: nothing."""
-    for conv, norm in pairs:
-        if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
-            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-            setattr(module, norm, nn.Identity())
+def fold_norms(module):
+    """Folds each nn.BatchNorm2d of a module into the nn.Conv2d that was registered just before it, in place.
+
+    For modules that apply their layers in the order of registration: `fuse_ = fold_norms`.
+    """
+    children = list(module.named_children())
+    for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias -> batch norm -> activation (None: no activation); see `conv2d`.
+
+    The attributes are called `conv` and `bn` because published state dicts use these names.
+    """
+
+    fuse_ = fold_norms
+
+    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=relu, eps=1e-5, momentum=0.1):
+        super().__init__()
+        self.conv = conv2d(cin, cout, kernel, stride, groups)
+        self.bn = nn.BatchNorm2d(cout, eps, momentum)
+        self.act = act
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return self.act(x) if self.act else x
+
+
+class Head(nn.Module):
+    """Maps (B, cin, H, W) -> logits (B, num_classes): global average pooling, a linear layer. num_classes 0 or None:
+    only the pooling."""
+
+    def __init__(self, cin, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(cin, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.normal_(self.fc.weight, 0.0, 0.01)
+            nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+class Backbone(nn.Module):
+    """A classifier that can also be the encoder of another net.
+
+    Subclasses set `channels`, `strides`, `grad_checkpoint` and `head`, and define `features(x)`: (B, in_chans, H, W) ->
+    a list of maps, fine to coarse, with these channels and strides.
+    """
+
+    def run(self, module, *inputs):
+        """`module(*inputs)`; with grad_checkpoint the backward pass computes the activations again."""
+        return recompute(module, *inputs) if self.grad_checkpoint and self.training else module(*inputs)
+
+    def last_map(self, x):
+        """(B, channels, h, w): the map that the head averages before its linear layer."""
+        return self.features(x)[-1]
+
+    def forward(self, x):
+        return self.head(self.last_map(x))
+
+
+def init_fan_out(module):
+    """Initialises all convolutions as timm's RegNets: weights N(0, sqrt(2 / fan_out)) with fan_out = k * k * C_out /
+    groups, biases 0."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = m.weight[:, 0].numel() // m.groups
+            nn.init.normal_(m.weight, 0.0, (2.0 / fan_out) ** 0.5)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
 
 @contextlib.contextmanager

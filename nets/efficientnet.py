@@ -1,52 +1,46 @@
 """EfficientNetV2 (Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training", arXiv 2104.00298).
 
-Tensor names are timm's. Published weights differ in how a convolution of stride 2 lies on its input, and an even side
-is the usual case:
-  padding="same"       TensorFlow's: one row and one column, below and right. timm's tf_efficientnetv2_*
-  padding="symmetric"  PyTorch's: on all four sides. torchvision's efficientnet_v2_*
-nets.pretrained.EXPECTS tells which one, and the mean and standard deviation of the images.
+Tensor names are timm's. Published weights were trained with one of two paddings of the convolutions with stride 2, which
+differ for even sides, that is almost always:
+  padding="same"       TensorFlow's: one row below and one column to the right. timm's tf_efficientnetv2_*
+  padding="symmetric"  PyTorch's: one row and one column on all four sides. torchvision's efficientnet_v2_*
+nets.pretrained.EXPECTS lists the padding of every published file, and the mean and standard deviation of its images.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nets.blocks import fuse_pair, init_fan_out, recompute, silu
+from nets.blocks import Backbone, conv2d, fold_norms, init_fan_out, silu
 
-EPS = 1e-3  # of batch norm, as in TensorFlow's
+EPS = 1e-3  # of batch norm, as in the TensorFlow implementation
 
 
 class SameConv(nn.Conv2d):
-    """3x3, stride 2, with TensorFlow's padding: an odd side gets 1 at both ends, an even side 1 at its end."""
+    """3x3, stride 2, with TensorFlow's padding: 1 at both ends of an odd side, 1 at the far end of an even side."""
 
     def forward(self, x):
         height, width = x.shape[2:]
-        if height % 2 and width % 2:
-            return super().forward(x)
         x = F.pad(x, (width % 2, 1, height % 2, 1))
         return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
 
 
 class DepthwiseConv(nn.Conv2d):
-    """3x3, stride 1, one filter per channel. oneDNN has no backward pass for maps smaller than the kernel, and what
-    torch does instead is 30 times as slow (a quarter to 40 % of a step with 64 pixels): these are computed as 3x3."""
+    """3x3, stride 1, one filter per channel. Maps smaller than 3x3 are padded to 3x3 for the backward pass on a CPU:
+    oneDNN has none for maps smaller than the kernel, and torch's own is 30 times as slow (a quarter to 40 % of a
+    training step with 64 pixels)."""
 
     def forward(self, x):
         height, width = x.shape[2:]
         if min(height, width) > 2 or not x.requires_grad or x.device.type != "cpu":
             return super().forward(x)
         x = super().forward(F.pad(x, (0, max(3 - width, 0), 0, max(3 - height, 0))))[:, :, :height, :width]
-        return x.contiguous(memory_format=torch.channels_last)  # batch norm is slow on a part
+        return x.contiguous(memory_format=torch.channels_last)  # batch norm is slow on a slice
 
 
 def conv3x3(cin, cout, stride=1, *, groups=1, same=True):
-    if stride == 1 and groups > 1:
-        return DepthwiseConv(cin, cout, 3, padding=1, groups=groups, bias=False)
-    kind = SameConv if same and stride == 2 else nn.Conv2d  # with stride 1 both paddings are one
+    """A 3x3 convolution without bias. same: TensorFlow's padding; with stride 1 both paddings are equal."""
+    kind = SameConv if same and stride == 2 else DepthwiseConv if stride == 1 and groups > 1 else nn.Conv2d
     return kind(cin, cout, 3, stride, padding=1, groups=groups, bias=False)
-
-
-def conv1x1(cin, cout):
-    return nn.Conv2d(cin, cout, 1, bias=False)
 
 
 def drop_path(x, rate):
@@ -56,9 +50,9 @@ def drop_path(x, rate):
 
 
 class Block(nn.Module):
-    """A residual around `body` wherever the shape stays. `pairs`: (convolution, norm after it), by name."""
+    """Adds the input to `body(x)` where the shape stays; in training whole samples of the body are dropped."""
 
-    pairs = ()
+    fuse_ = fold_norms
 
     def __init__(self, cin, cout, stride, drop):
         super().__init__()
@@ -71,14 +65,9 @@ class Block(nn.Module):
             return y
         return x + (drop_path(y, self.drop) if self.drop and self.training else y)
 
-    def fuse_(self):
-        fuse_pair(self, *self.pairs)
-
 
 class ConvBnAct(Block):
-    """3x3 alone (expansion 1), the only block with an activation before the sum."""
-
-    pairs = (("conv", "bn1"),)
+    """One 3x3 (expansion 1): the only block with an activation before the sum."""
 
     def __init__(self, cin, cout, expansion, stride, drop, same):
         super().__init__(cin, cout, stride, drop)
@@ -90,15 +79,14 @@ class ConvBnAct(Block):
 
 
 class FusedMBConv(Block):
-    """3x3 that expands -> 1x1: faster than MBConv where maps are large and channels few (section 3.2)."""
-
-    pairs = (("conv_exp", "bn1"), ("conv_pwl", "bn2"))
+    """Expanding 3x3 -> 1x1: faster than MBConv where maps are large and have few channels (section 3.2)."""
 
     def __init__(self, cin, cout, expansion, stride, drop, same):
         super().__init__(cin, cout, stride, drop)
-        self.conv_exp = conv3x3(cin, cin * expansion, stride, same=same)
-        self.bn1 = nn.BatchNorm2d(cin * expansion, EPS)
-        self.conv_pwl = conv1x1(cin * expansion, cout)
+        inner = cin * expansion
+        self.conv_exp = conv3x3(cin, inner, stride, same=same)
+        self.bn1 = nn.BatchNorm2d(inner, EPS)
+        self.conv_pwl = conv2d(inner, cout)
         self.bn2 = nn.BatchNorm2d(cout, EPS)
 
     def body(self, x):
@@ -106,7 +94,7 @@ class FusedMBConv(Block):
 
 
 class SqueezeExcite(nn.Module):
-    """Every channel times a gate in (0, 1) that depends on the means of all channels (Hu et al. 2018)."""
+    """Multiplies every channel by a gate in (0, 1), computed from the means of all channels (Hu et al. 2018)."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -118,19 +106,17 @@ class SqueezeExcite(nn.Module):
 
 
 class MBConv(Block):
-    """1x1 that expands -> depthwise 3x3 -> squeeze and excite -> 1x1 (MobileNetV2's block, as MnasNet has it)."""
-
-    pairs = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+    """Expanding 1x1 -> depthwise 3x3 -> squeeze and excite -> 1x1 (the block of MobileNetV2 and MnasNet)."""
 
     def __init__(self, cin, cout, expansion, stride, drop, same):
         super().__init__(cin, cout, stride, drop)
         inner = cin * expansion
-        self.conv_pw = conv1x1(cin, inner)
+        self.conv_pw = conv2d(cin, inner)
         self.bn1 = nn.BatchNorm2d(inner, EPS)
         self.conv_dw = conv3x3(inner, inner, stride, groups=inner, same=same)
         self.bn2 = nn.BatchNorm2d(inner, EPS)
         self.se = SqueezeExcite(inner, cin // 4)
-        self.conv_pwl = conv1x1(inner, cout)
+        self.conv_pwl = conv2d(inner, cout)
         self.bn3 = nn.BatchNorm2d(cout, EPS)
 
     def body(self, x):
@@ -139,10 +125,10 @@ class MBConv(Block):
         return self.bn3(self.conv_pwl(x))
 
 
-# of every variant, stage by stage: block, expansion, stride (only M and L have the seventh)
+# block, expansion and stride of the stages, the same in every variant (only M and L have the seventh stage)
 STAGES = ((ConvBnAct, 1, 1), (FusedMBConv, 4, 2), (FusedMBConv, 4, 2), (MBConv, 4, 2), (MBConv, 6, 1), (MBConv, 6, 2),
           (MBConv, 6, 1))
-VARIANTS = {  # width of the stem, of the last 1x1, then (blocks, width) of the stages
+VARIANTS = {  # width of the stem, width of the last 1x1, then (blocks, width) of every stage
     "s": (24, 1280, (2, 24), (4, 48), (4, 64), (6, 128), (9, 160), (15, 256)),
     "m": (24, 1280, (3, 24), (5, 48), (5, 80), (7, 160), (14, 176), (18, 304), (5, 512)),
     "l": (32, 1280, (4, 32), (7, 64), (7, 96), (10, 192), (19, 224), (25, 384), (7, 640)),
@@ -153,40 +139,40 @@ VARIANTS = {  # width of the stem, of the last 1x1, then (blocks, width) of the 
 }
 
 
-class EfficientNetV2(nn.Module):
+class EfficientNetV2(Backbone):
     """`forward(x)`: (B, in_chans, H, W), any H and W -> (B, num_classes); num_classes=0: the pooled features.
 
     `features(x)` -> five maps with `channels` (24, 48, 64, 160, 256 for S) at `strides` 2, 4, 8, 16, 32.
-    `num_classes=None` leaves out what `features` does not need, the last 1x1 convolution too: an encoder.
-    drop_rate: dropout before the classifier (the paper: S .2, M .3, L .4 on ImageNet). drop_path_rate: stochastic
-    depth, from 0 at the first block up to nearly this (.2). Raises KeyError for another variant, ValueError for another
-    padding.
+    `num_classes=None`: an encoder, without the layers that `features` does not need (the last 1x1 convolution, the
+    classifier). drop_rate: dropout before the classifier (the paper: S 0.2, M 0.3, L 0.4 on ImageNet). drop_path_rate:
+    stochastic depth; the rate of a block grows linearly from 0 at the first block to nearly this value at the last (the
+    paper: 0.2). grad_checkpoint: the blocks are recomputed in the backward pass.
+    Raises KeyError for an unknown variant, ValueError for an unknown padding.
     """
+
+    fuse_ = fold_norms
 
     def __init__(self, variant="s", in_chans=3, num_classes=1000, *, drop_rate=0.0, drop_path_rate=0.0,
                  padding="same", grad_checkpoint=False):
         super().__init__()
         if padding not in ("same", "symmetric"):
-            raise ValueError(f"unknown padding {padding!r}; there are same, symmetric")
+            raise ValueError(f"unknown padding {padding!r}; choose same or symmetric")
         stem, head, *stages = VARIANTS[variant]
         self.padding, self.drop_rate, self.grad_checkpoint = padding, drop_rate, grad_checkpoint
-        same, total = padding == "same", sum(blocks for blocks, _ in stages)
+        # a map is the last one of its resolution
+        self.channels, self.strides = [stages[i][1] for i in (0, 1, 2, 4, -1)], [2, 4, 8, 16, 32]
+        same, total = padding == "same", sum(depth for depth, _ in stages)
         self.conv_stem = conv3x3(in_chans, stem, 2, same=same)
         self.bn1 = nn.BatchNorm2d(stem, EPS)
         self.blocks, cin, index = nn.Sequential(), stem, 0
-        self.channels, self.strides = [], [2]
-        for (kind, expansion, stride), (blocks, width) in zip(STAGES, stages):
-            if stride == 2:  # what came before is the last map of its resolution
-                self.channels.append(cin)
-                self.strides.append(2 * self.strides[-1])
+        for (block, expansion, first_stride), (depth, width) in zip(STAGES, stages):
             stage = nn.Sequential()
-            for first in [True] + [False] * (blocks - 1):
-                stage.append(kind(cin, width, expansion, stride if first else 1, drop_path_rate * index / total, same))
+            for stride in (first_stride, *[1] * (depth - 1)):
+                stage.append(block(cin, width, expansion, stride, drop_path_rate * index / total, same))
                 cin, index = width, index + 1
             self.blocks.append(stage)
-        self.channels.append(cin)
         if num_classes is not None:
-            self.conv_head = conv1x1(cin, head)
+            self.conv_head = conv2d(cin, head)
             self.bn2 = nn.BatchNorm2d(head, EPS)
             self.classifier = nn.Linear(head, num_classes) if num_classes else nn.Identity()
         init_fan_out(self)
@@ -199,17 +185,13 @@ class EfficientNetV2(nn.Module):
         for stage, (_, _, stride) in zip(self.blocks, STAGES):
             if stride == 2:
                 maps.append(x)
-            for block in stage:  # block by block: between them maps are narrow, inside up to six times as wide
-                x = recompute(block, x) if self.grad_checkpoint and self.training else block(x)
+            for block in stage:  # recomputed one by one: maps inside a block are up to six times as wide as its output
+                x = self.run(block, x)
         return maps + [x]
 
     def last_map(self, x):
-        """(B, channels, h, w): what is averaged before the classifier."""
         return silu(self.bn2(self.conv_head(self.features(x)[-1])))
 
     def forward(self, x):
         x = self.last_map(x).mean((2, 3))
         return self.classifier(F.dropout(x, self.drop_rate, self.training))
-
-    def fuse_(self):
-        fuse_pair(self, ("conv_stem", "bn1"), ("conv_head", "bn2"))

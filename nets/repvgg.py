@@ -1,6 +1,6 @@
 """RepVGG (Ding et al. 2021, "RepVGG: Making VGG-style ConvNets Great Again", arXiv 2101.03697).
 
-Three branches per block to train, one 3x3 convolution per block to predict: nets.blocks.fuse adds the branches up.
+A block has three branches in training and one 3x3 convolution in prediction: nets.blocks.fuse adds the branches up.
 Tensor names are timm's, so that its weights (repvgg_a0 ... repvgg_b3g4) load by name.
 """
 import torch
@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from nets.blocks import ConvNorm, init_fan_out, recompute, relu
-from nets.regnet import Head
+from nets.blocks import Backbone, ConvNorm, Head, conv2d, init_fan_out, relu
 
 # blocks of the four stages after the stem's one (table 2 of the paper)
 A, B = (2, 4, 14, 1), (4, 6, 16, 1)
@@ -28,14 +27,14 @@ VARIANTS = {  # blocks, widths of the stages, groups of every second convolution
 
 
 class Block(nn.Module):
-    """3x3, 1x1 and, where the shape stays, identity, each with a norm of its own, summed -> ReLU."""
+    """The sum of three branches, 3x3, 1x1 and (where the shape stays) identity, each with its own batch norm -> ReLU."""
 
     def __init__(self, cin, cout, stride=1, groups=1):
         super().__init__()
         self.identity = nn.BatchNorm2d(cout) if stride == 1 and cin == cout else None
         self.conv_kxk = ConvNorm(cin, cout, 3, stride, groups, act=None)
-        # of every second pixel, not with stride 2: with fewer than 16 input channels, as in the stem, oneDNN writes
-        # beyond the gradient of such weights and may crash (torch 2.14, a CPU with AVX512 and bf16)
+        # stride 1 on every second pixel in place of stride 2: with fewer than 16 input channels, as in the stem, oneDNN
+        # writes beyond the gradient of such weights and may crash (torch 2.14, a CPU with AVX512 and bf16)
         self.conv_1x1 = ConvNorm(cin, cout, 1, 1, groups, act=None)
         self.stride = stride
         self.reparam_conv = None
@@ -47,65 +46,53 @@ class Block(nn.Module):
         return relu(y if self.identity is None else y + self.identity(x))
 
     def fuse_(self):
-        """The branches as one convolution: all are linear, and the smaller kernels are 3x3 kernels with zeros around.
+        """Replaces the branches by one convolution: all are linear, and smaller kernels are 3x3 kernels with zeros.
 
-        The sum is taken in float64: branches may nearly cancel.
+        The sum is computed in float64 because branches may nearly cancel each other.
         """
         if self.reparam_conv is not None:
             return
         conv = self.conv_kxk.conv
         branches = [(conv.weight, self.conv_kxk.bn), (F.pad(self.conv_1x1.conv.weight, (1, 1, 1, 1)), self.conv_1x1.bn)]
         if self.identity is not None:
-            kernel = nn.init.dirac_(torch.empty_like(conv.weight), conv.groups)
-            branches.append((kernel, self.identity))
+            branches.append((nn.init.dirac_(torch.empty_like(conv.weight), conv.groups), self.identity))
         weight = bias = 0
         for kernel, bn in branches:
-            w, b = fuse_conv_bn_weights(kernel.double(), None, bn.running_mean.double(), bn.running_var.double(),
-                                        bn.eps, bn.weight.double(), bn.bias.double())
+            bn = bn.double()  # in place, as the branch is deleted below
+            w, b = fuse_conv_bn_weights(kernel.double(), None, bn.running_mean, bn.running_var, bn.eps, bn.weight,
+                                        bn.bias)
             weight, bias = weight + w, bias + b
-        fused = nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, padding=1, groups=conv.groups)
+        fused = conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, conv.groups, bias=True)
         fused.weight, fused.bias = nn.Parameter(weight.to(conv.weight)), nn.Parameter(bias.to(conv.weight))
         self.reparam_conv = fused
         del self.identity, self.conv_kxk, self.conv_1x1
 
 
-class RepVGG(nn.Module):
-    """`forward(x)`: (B, in_chans, H, W), any H and W -> (B, num_classes); num_classes=0: the pooled last map.
+class RepVGG(Backbone):
+    """`forward(x)`: (B, in_chans, H, W), any H and W -> (B, num_classes); num_classes=0 or None: the pooled features.
 
     `features(x)` -> five maps with `channels` (64, 96, 192, 384, 1408 for A2) at `strides` 2, 4, 8, 16, 32.
-    Raises KeyError for another variant.
+    grad_checkpoint: the blocks are recomputed in the backward pass. Raises KeyError for an unknown variant.
     """
 
     def __init__(self, variant="a2", in_chans=3, num_classes=1000, *, grad_checkpoint=False):
         super().__init__()
         depths, widths, groups = VARIANTS[variant]
-        self.channels, self.strides = [min(64, widths[0])], [2]
+        self.channels, self.strides = [min(64, widths[0]), *widths], [2, 4, 8, 16, 32]
         self.grad_checkpoint = grad_checkpoint
         self.stem = Block(in_chans, self.channels[0], 2)
         self.stages = nn.Sequential()
-        for depth, width in zip(depths, widths):
-            stage = nn.Sequential(Block(self.channels[-1], width, 2))
-            for i in range(1, depth):
-                stage.append(Block(width, width, groups=groups if i % 2 else 1))
-            self.stages.append(stage)
-            self.channels.append(width)
-            self.strides.append(self.strides[-1] * 2)
+        for depth, cin, width in zip(depths, self.channels, widths):
+            rest = (Block(width, width, groups=groups if i % 2 else 1) for i in range(1, depth))
+            self.stages.append(nn.Sequential(Block(cin, width, 2), *rest))
         init_fan_out(self)
-        self.head = Head(width, num_classes) if num_classes else None
+        self.head = Head(width, num_classes)
 
     def features(self, x):
         maps = [self.stem(x)]
         for stage in self.stages:
             x = maps[-1]
             for block in stage:
-                x = recompute(block, x) if self.grad_checkpoint and self.training else block(x)
+                x = self.run(block, x)
             maps.append(x)
         return maps
-
-    def last_map(self, x):
-        """(B, channels, h, w): what the head averages before its linear layer."""
-        return self.features(x)[-1]
-
-    def forward(self, x):
-        x = self.last_map(x)
-        return self.head(x) if self.head else x.mean((2, 3))

@@ -22,14 +22,14 @@ def root(tmp_path):
     return write_dirty(tmp_path / "resources", train=6, test=2)
 
 
-def weights(path="net.pt", *, data="resources", in_chans=1, bands=(1,), scale=255.0, imgsz=32, exclusive=False,
+def weights(path="net.pt", *, data="resources", in_chans=1, bands=(1,), scale=255.0, imgsz=32, single_label=False,
             classes=("a", "b", "c", "d"), seed=0):
     """A checkpoint of a net that has learned nothing."""
     torch.manual_seed(seed)
-    arch = dict(name="regnetx_002", in_chans=in_chans, num_classes=len(classes))
-    torch.save({"task": "cls", "arch": arch, "classes": list(classes),
-                "exclusive": exclusive, "bands": list(bands), "scale": scale, "norm": ([0.5], [0.5]), "imgsz": imgsz,
-                "args": {"data": str(data)}, "model": nets.make(**arch).state_dict(), "ema": None}, path)
+    arch = {"name": "regnetx_002", "kwargs": dict(in_chans=in_chans, num_classes=len(classes))}
+    torch.save({"task": "cls", "arch": arch, "classes": list(classes), "single_label": single_label,
+                "input": {"bands": list(bands), "pixel_scale": scale, "imgsz": imgsz, "mean": [0.5], "std": [0.5]},
+                "args": {"data": str(data)}, "model": nets.build(arch).state_dict(), "ema": None}, path)
     return Path(path)
 
 
@@ -196,19 +196,21 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     fails("cut.pt", "damaged")
     net = UNet(in_chans=14, conv0=(8,), decoder=(8, 8, 8, 8))
-    torch.save({"task": "seg", "arch": {"name": "UNet", "kwargs": {}}, "model": net.state_dict()}, tmp_path / "seg.pt")
+    torch.save({"task": "seg", "arch": {"name": "unet.UNet", "kwargs": {}}, "input": {}, "model": net.state_dict()}, tmp_path / "seg.pt")
     fails("seg.pt", "trained for --task seg")
     for name, changes, says in (
-            ("net.pt", {"arch": {"kwargs": arch | {"name": "regnetx_004"}}}, "weights of another net"),
-            ("classes.pt", {"arch": {"kwargs": arch | {"num_classes": 7}}}, "weights of another net"),
-            ("name.pt", {"arch": {"kwargs": arch | {"name": "resnet"}}}, "another version"),
-            ("word.pt", {"arch": {"kwargs": arch | {"unheard": 1}}}, "another version"),
-            ("none.pt", {"arch": {"name": "backbones.make"}}, "another version"),
+            ("net.pt", {"arch": {"name": "regnetx_004", "kwargs": arch}}, "weights of another net"),
+            ("classes.pt", {"arch": {"name": "regnetx_002", "kwargs": arch | {"num_classes": 7}}}, "another net"),
+            ("name.pt", {"arch": {"name": "resnet", "kwargs": arch}}, "another version"),
+            ("path.pt", {"arch": {"name": "os.system", "kwargs": {"command": "touch it"}}}, "another version"),
+            ("word.pt", {"arch": {"name": "regnetx_002", "kwargs": arch | {"unheard": 1}}}, "another version"),
+            ("none.pt", {"arch": {"name": "regnetx_002"}}, "another version"),
+            ("input.pt", {"input": {"bands": [1]}}, "another version"),
             ("words.pt", {"threshold": "half"}, "another version"),
             ("few.pt", {"threshold": [0.5] * 3}, "another version")):
         torch.save(state | changes, tmp_path / name)
         fails(name, says)
-    for key in ("bands", "imgsz", "classes", "args", "exclusive", "scale", "norm"):
+    for key in ("input", "classes", "args", "single_label"):
         torch.save({k: v for k, v in state.items() if k != key}, tmp_path / f"{key}.pt")
         fails(f"{key}.pt", "another version")
 

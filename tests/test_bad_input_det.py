@@ -84,11 +84,13 @@ def test_pictures_of_other_bands(refused, root):
     (["--mosaic", "0", "--close-mosaic", "1"], ["--close-mosaic", "--mosaic"]),
     (["--warmup-epochs", "0", "--warmup-bias-lr", "0.1"], ["--warmup-bias-lr", "warmup"]),
     (["--warmup-epochs", "0", "--warmup-momentum", "0.5"], ["--warmup-momentum", "warmup"]),
-    (["--stages", "1,1"], ["--epochs", "--stages"]),  # TINY_DET's
+    (["--stages", "2,1"], ["--epochs", "--stages"]),  # TINY_DET has --epochs 1
     (["--stages", "1,1", "--epochs", "50", "--preset", "finetune"], ["--preset", "--stages"]),
     (["--imgsz", "32", "--bs", "1"], ["--bs 1", "--imgsz 32"]),
     (["--imgsz", "64", "--bs", "1", "--multi-scale", "0.5"], ["--bs 1", "--imgsz 64"]),
     (["--head", "anchor", "--dfl", "1"], ["--dfl", "--head anchor"]),
+    (["--net", "yolo.None"], ["--net", "yolo.None", "mine.Mine"]), (["--net", "os.path"], ["--net", "os.path"]),
+    (["--cutout-size", "0.2"], ["--cutout-size", "--cutout"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
     (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]), (["--device", "cuda:99"], ["--device cuda:99"]),
@@ -97,23 +99,27 @@ def test_flags_that_do_not_fit(refused, root, flags, says):
     train(refused, "--data", root, *flags, says=says)
 
 
-def test_runs_of_versions_that_took_such_flags(refused, script, root):
-    """What a run has stored is not refused when it is resumed; what is given anew is."""
-    script(train_det, *TINY_DET, "--data", root)
-    path = root.parent / "runs/det/exp/last.pt"
-    state = checkpoint.load(path)
-    state["args"] |= {"autoanchor": False, "obj": 2.0, "overlap": 0.5, "mosaic": 0.0, "mixup": 0.5}
-    checkpoint.save(path, state)
-    script(train_det, "--resume", "runs/det/exp", "--epochs", 2)
-    assert len(checkpoint.load(path)["history"]) == 2
-    train(refused, "--resume", "runs/det/exp", "--epochs", 3, "--obj", 3, says=["--obj 3", "--head free"])
+def test_flags_of_a_resumed_run(refused, script, root):
+    """Its own are not given again; those that are given are checked beside them."""
+    script(train_det, *TINY_DET, "--data", root, "--head", "anchor", "--obj", 2)
+    script(train_det, "--resume", "runs/det/exp", "--epochs", 2, "--focal-gamma", 1)
+    args = checkpoint.load("runs/det/exp/last.pt")["args"]
+    assert (args["obj"], args["focal_gamma"], args["head"], args["epochs"]) == (2, 1, "anchor", 2)
+    train(refused, "--resume", "runs/det/exp", "--epochs", 3, "--dfl", 3, says=["--dfl 3", "--head anchor"])
+
+
+def test_refused_flags_leave_no_run_folder(refused, root, tmp_path):
+    """They are refused before the data is read."""
+    for flags in (["--imgsz", 80], ["--obj", 2], ["--grid", 9, "--shear", 1], ["--stages", "3,1"], ["--net", "no.Net"]):
+        train(refused, "--data", "nowhere", *flags, says=flags[0])
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flag, values", [
     ("stages", ["50", "50,", "1,2,3", "a,b", "0,5", "5,-1", "1.5,2", ""]), ("variant", ["xl", "s7", ""]),
     ("head", ["x"]), ("preset", ["best"]), ("grid", ["5", "1"]), ("mosaic", ["1.1", "-0.1", "nan"]), ("mixup", ["2"]),
     ("scale", ["1"]), ("epoch-parts", ["0", "x"]), ("multi-scale", ["1", "-1"]), ("degrees", ["181"]),
-    ("close-mosaic", ["-1"]), ("band-scale", ["0", "nan"]), ("bands", ["0-3", "x"]), ("anchor-threshold", ["0.5"]),
+    ("close-mosaic", ["-1"]), ("pixel-scale", ["0", "nan"]), ("cutout-size", ["0"]), ("bands", ["0-3", "x"]), ("anchor-threshold", ["0.5"]),
     ("label-smoothing", ["1"]), ("focal-gamma", ["-1"]), ("box", ["-1", "inf"]), ("warmup-momentum", ["1"]),
     ("hsv", ["2"])])
 def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from data import augment, det, images
-from data.det import DetData, collate, letterboxed, rect
+from data.det import DetData, Sample, TiledImages, collate, rect
 from tests.test_images import png
 from utils.ops import geometry
 
@@ -14,19 +14,16 @@ PLAIN = dict(mosaic=0.0, hsv=(0, 0, 0))
 
 
 def write_images(folder, sizes, *, bands=3):
-    """One filled rectangle per image, of a colour of its own on grey. -> files, boxes, classes, sizes."""
-    rng = np.random.default_rng(0)
-    files, boxes, classes = [], [], []
+    """One filled rectangle per image, of a colour of its own on grey. -> list of Sample"""
+    rng, samples = np.random.default_rng(0), []
     for i, (h, w) in enumerate(sizes):
         image = np.full((h, w, 3), 114, np.uint8)
         bh, bw = rng.integers(h // 3, h // 2), rng.integers(w // 3, w // 2)
         y, x = rng.integers(0, h - bh), rng.integers(0, w - bw)
         image[y:y + bh, x:x + bw] = COLOURS[i % 6]
-        files.append(folder / f"{i}.png")
-        Image.fromarray(image).save(files[-1])
-        boxes.append(np.array([[x, y, x + bw, y + bh]], np.float64))
-        classes.append(np.array([i % 6]))
-    return files, boxes, classes, sizes
+        Image.fromarray(image).save(folder / f"{i}.png")
+        samples.append(Sample(folder / f"{i}.png", np.array([[i % 6, x, y, x + bw, y + bh]], np.float64), (h, w)))
+    return samples
 
 
 def seen(image, k):
@@ -58,48 +55,48 @@ SIZES = [(60, 80), (80, 60), (64, 64), (48, 120), (100, 70), (90, 90)]
 
 @pytest.mark.parametrize("grid", [4, 9])
 def test_boxes_in_mosaics_are_where_the_pixels_are(tmp_path, grid):
-    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, grid=grid, hsv=(0, 0, 0), scale=0.3, flip_ud=0.5)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, grid=grid, hsv=(0, 0, 0), scale=0.3, flip_ud=0.5)
     counts = [check(data[0, i]) for i in range(40)]
     assert np.mean(counts) > 1.5 and max(counts) >= 4
 
 
 def test_pictures_out_of_sight_are_not_read(tmp_path):
     """The mosaic without them is the one with all of them, by the same random numbers."""
-    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, hsv=(0, 0, 0), flip_ud=0.5)
-    read, kept = [], data.pictures.read
-    data.pictures.read = lambda i: read.append(i) or kept(i)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, hsv=(0, 0, 0), flip_ud=0.5)
+    read, kept = [], data.pictures.cache.read
+    data.pictures.cache.read, count = lambda i: read.append(i) or kept(i), 0
     for i in range(30):
         rng = np.random.default_rng((0, 0, i))
         rng.random()  # mosaic or not
         chosen = [i % 6, *rng.integers(6, size=3)]
-        sources = [kept(k).permute(2, 0, 1) for k in chosen]
-        side, placed = augment.layout(rng, [source.shape[1:] for source in sources], 96)
+        side, placed = augment.layout(rng, [data.pictures.sizes[k] for k in chosen], 96)
         view = augment.affine(rng, side, 96, flip_ud=0.5)
-        image, rows = data.compose(sources, chosen, [view @ matrix for matrix, _ in placed],
+        image, rows = data.compose(chosen, [view @ matrix for matrix, _ in placed],
                                    geometry.warp_boxes([cell for _, cell in placed], view).tolist())
+        read.clear()
         sample = data[0, i]
+        count += len(read)
         assert torch.equal(sample["image"], image.permute(1, 2, 0)) and np.array_equal(sample["boxes"], rows)
-    assert 60 < len(read) < 115  # of 120
+    assert 60 < count < 115  # of 120
 
 
 def test_boxes_of_single_images(tmp_path):
-    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), scale=0.5, flip_ud=0.5)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), scale=0.5, flip_ud=0.5)
     counts = [check(data[0, i]) for i in range(40)]
     assert set(counts) <= {0, 1} and np.mean(counts) > 0.8
 
 
 def test_quarter_turns_keep_boxes_tight(tmp_path):
     """A rotation by 90 degrees moves corners to corners; smaller ones give the box around the moved one."""
-    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, **PLAIN, degrees=1e-9)
-    source = data.load(0)
-    side, ((place, cell),) = augment.layout(None, [source.shape[1:]], 96)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, **PLAIN, degrees=1e-9)
+    side, ((place, cell),) = augment.layout(None, data.pictures.sizes[:1], 96)
     matrix = geometry.rot90(1, 96, 96) @ geometry.rotate(0.0) @ place
-    image, rows = data.compose([source], [0], [matrix], [(0, 0, 96, 96)])
+    image, rows = data.compose([0], [matrix], [(0, 0, 96, 96)])
     assert check({"image": image.permute(1, 2, 0), "boxes": torch.from_numpy(rows)}) == 1
 
 
 def test_rotated_boxes_contain_their_pixels(tmp_path):
-    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), degrees=30, shear=8, scale=0.2)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), degrees=30, shear=8, scale=0.2)
     for i in range(30):
         sample = data[0, i]
         for label, x1, y1, x2, y2 in sample["boxes"].tolist():
@@ -110,17 +107,17 @@ def test_rotated_boxes_contain_their_pixels(tmp_path):
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(tmp_path):
     made = write_images(tmp_path, SIZES)
-    one, two = DetData(*made, imgsz=64, seed=3, mixup=0.5), DetData(*made, imgsz=64, seed=3, mixup=0.5, cache="ram")
+    one, two = DetData(made, imgsz=64, seed=3, mixup=0.5), DetData(made, imgsz=64, seed=3, mixup=0.5, cache="ram")
     for i in (0, 5, 7, 3, 0):
         a, b = one[2, i], two[2, i]
         assert all(torch.equal(a[k], b[k]) for k in ("image", "boxes", "colour")) and a["index"] == i % 6
     assert not torch.equal(one[2, 0]["image"], one[3, 0]["image"])
     assert not torch.equal(one[2, 0]["image"], one[2, 6]["image"])  # the same image, drawn a second time
-    assert not torch.equal(one[2, 0]["image"], DetData(*made, imgsz=64, seed=4)[2, 0]["image"])
+    assert not torch.equal(one[2, 0]["image"], DetData(made, imgsz=64, seed=4)[2, 0]["image"])
 
 
 def test_close_mosaic(tmp_path):
-    data = DetData(*write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5, translate=0, scale=0, flip_lr=0,
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5, translate=0, scale=0, flip_lr=0,
                    hsv=(0, 0, 0))
     assert {int(label) for i in range(6) for label in data[4, i]["boxes"][:, 0] if int(label) != i}  # others' boxes
     for epoch in (5, 9):
@@ -128,17 +125,67 @@ def test_close_mosaic(tmp_path):
             assert data[epoch, i]["boxes"][:, 0].tolist() == [i]
 
 
-def test_letterbox_and_back(tmp_path):
-    files, boxes, classes, sizes = write_images(tmp_path, SIZES)
-    shapes = [rect(size, 96, 32) for size in SIZES]
-    data = DetData(files, boxes, classes, sizes, imgsz=96, shapes=shapes)
-    for i, shape in enumerate(shapes):
-        sample = data[i]
-        assert tuple(sample["image"].shape[:2]) == shape and "colour" not in sample
-        assert torch.equal(sample["boxes"][:, 1:], torch.from_numpy(boxes[i]).float())  # pixels of the file
-        moved = det.move(sample["boxes"][:, 1:], sample["matrix"])
-        check({"image": sample["image"], "boxes": torch.cat((sample["boxes"][:, :1], moved), 1)})
-        torch.testing.assert_close(det.restore(moved, sample["matrix"]), sample["boxes"][:, 1:], rtol=0, atol=1e-3)
+def views(samples, **options):
+    """The samples' files for validation, with their boxes."""
+    return TiledImages([sample.file for sample in samples], [torch.from_numpy(s.boxes).float() for s in samples],
+                       **{"bands": [1, 2, 3], "imgsz": 96, "stride": 32} | options)
+
+
+@pytest.mark.parametrize("cache", [None, "ram", "disk"])
+def test_letterbox_and_back(tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    made = write_images(tmp_path, SIZES)
+    data = views(made, cache=cache)
+    assert data.shapes == [rect(size, 96, 32) for size in SIZES]
+    for i, sample in enumerate(made):
+        view = data[i]
+        assert tuple(view["image"].shape[:2]) == data.shapes[i] and view["index"] == i
+        assert torch.equal(view["boxes"], torch.from_numpy(sample.boxes).float())  # pixels of the file
+        moved = det.move(view["boxes"][:, 1:], view["matrix"])
+        check({"image": view["image"], "boxes": torch.cat((view["boxes"][:, :1], moved), 1)})
+        restored = det.move(moved, np.linalg.inv(view["matrix"]))
+        torch.testing.assert_close(restored, view["boxes"][:, 1:], rtol=0, atol=1e-3)
+
+
+def test_views_of_large_images_come_back_together(tmp_path):
+    """The whole image and its windows, by two checkpoints; what a window's border cuts is left to its neighbours."""
+    image = np.full((100, 170, 3), 114, np.uint8)
+    truths = np.array([[10, 20, 40, 60], [100, 30, 160, 90], [60, 70, 75, 95]])
+    for k, (x1, y1, x2, y2) in enumerate(truths):
+        image[y1:y2, x1:x2] = COLOURS[k]
+    Image.fromarray(image).save(tmp_path / "large.png")
+    small = write_images(tmp_path, SIZES[:2])
+    data = TiledImages([small[0].file, tmp_path / "large.png", small[1].file], bands=[1, 2, 3], imgsz=128, stride=32,
+                       tile=90, overlap=0.3)
+    assert [i for i, _ in data.views] == [0] + [1] * 7 + [2]
+
+    def found(picture, k, score):  # (n, 6): the box around a colour
+        ys, xs = np.nonzero(seen(picture.permute(1, 2, 0), k) > 0.5)
+        corners = [[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, score, k]] if len(xs) else np.zeros((0, 6))
+        return torch.tensor(np.array(corners), dtype=torch.float32)
+
+    def predict(batch):
+        for score in (0.8, 0.4):
+            yield [torch.cat([found(picture, k, score) for k in range(3)]) for picture in batch["image"]]
+
+    loader = [collate([data[k]]) for k in torch.randperm(len(data)).tolist()]
+    results = data.detect(loader, predict, iou=0.6, max_det=300, weights=[1, 3])
+    for rows, want in zip(results, (small[0].boxes, np.column_stack((range(3), truths)), small[1].boxes)):
+        rows = rows[rows[:, 5].argsort()]
+        assert np.abs(rows[:, :4].numpy() - want[:, 1:]).max() <= 1 and rows[:, 5].tolist() == want[:, 0].tolist()
+        assert rows[:, 4].tolist() == pytest.approx([(0.8 + 3 * 0.4) / 4] * len(want))
+    assert [len(rows) for rows in data.detect(loader, predict, iou=0.6, max_det=2, weights=[1, 3])] == [1, 2, 1]
+
+
+def test_the_input_is_one_for_training_and_validation():
+    """Scaled, its own bands chosen, clamped; with colours, the same after the matrix."""
+    inputs = det.Input(bands=[5, 1], pixel_scale=100.0, imgsz=64)
+    x = torch.randint(-20, 150, (2, 3, 4, 5))
+    want = (x[:, [2, 0]] / 100).clamp(0, 1)
+    assert torch.equal(inputs(x, bands=[1, 2, 5]), want) and torch.equal(inputs(x[:, [2, 0]]), want)
+    identity = torch.eye(2).expand(2, 2, 2)
+    torch.testing.assert_close(inputs(x[:, [2, 0]], colour=identity), want)
+    torch.testing.assert_close(inputs(x[:, [2, 0]], colour=identity * 0.5), (x[:, [2, 0]] / 200).clamp(0, 1))
 
 
 @pytest.mark.parametrize("size,imgsz,want", [((480, 640), 320, (256, 352)), ((640, 640), 640, (672, 672)),
@@ -158,8 +205,8 @@ def test_letterbox_is_centred_and_in_whole_pixels():
 
 def test_mixup_is_the_mean_and_keeps_all_boxes(tmp_path):
     made = write_images(tmp_path, SIZES)
-    sample = DetData(*made, imgsz=96, mixup=1.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
-    alone = DetData(*made, imgsz=96, mixup=0.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
+    sample = DetData(made, imgsz=96, mixup=1.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
+    alone = DetData(made, imgsz=96, mixup=0.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
     own = len(alone["boxes"])
     assert torch.equal(sample["boxes"][:own], alone["boxes"]) and len(sample["boxes"]) > own
     share = (sample["image"].float() - 114) / (alone["image"].float() - 114)
@@ -175,8 +222,7 @@ def test_images_of_other_kinds(tmp_path):
     pixels[:, 10:30, 20:50] = 60000
     with rasterio.open(file, "w", driver="GTiff", count=5, height=40, width=60, dtype="uint16") as out:
         out.write(pixels)
-    boxes, classes = [np.array([[20.0, 10, 50, 30]])], [np.array([0])]
-    data = DetData([file], boxes, classes, [(40, 60)], bands=[1, 5], imgsz=96, **PLAIN)
+    data = DetData([Sample(file, np.array([[0, 20.0, 10, 50, 30]]), (40, 60))], bands=[1, 5], imgsz=96, **PLAIN)
     sample = data[0, 0]
     assert sample["image"].dtype == torch.float32 and sample["image"].shape == (96, 96, 2)
     assert sample["image"].max() == 60000 and sample["image"].min() == 0 and sample["colour"].shape == (2, 2)
@@ -189,8 +235,8 @@ def test_bytes_and_16_bits_in_one_mosaic(tmp_path):
     """In a canvas of bytes 1000 would be 232."""
     Image.fromarray(np.full((64, 64), 200, np.uint8)).save(tmp_path / "8.png")
     Image.fromarray(np.full((64, 64), 1000, np.uint16)).save(tmp_path / "16.png")
-    data = DetData([tmp_path / "8.png", tmp_path / "16.png"], [np.zeros((0, 4))] * 2, [np.zeros(0, int)] * 2,
-                   [(64, 64)] * 2, imgsz=64, hsv=(0, 0, 0), mixup=0.5)
+    data = DetData([Sample(tmp_path / name, np.zeros((0, 5)), (64, 64)) for name in ("8.png", "16.png")], imgsz=64,
+                   hsv=(0, 0, 0), mixup=0.5)
     values = {float(v) for epoch in range(6) for v in data[epoch, 0]["image"].unique()}
     assert 1000 in values and 232 not in values
 
@@ -234,14 +280,14 @@ def test_opacity_is_no_band_unless_asked_for(tmp_path):
 
 
 def test_images_without_boxes(tmp_path):
-    files, _, _, sizes = write_images(tmp_path, SIZES[:2])
-    data = DetData(files, [np.zeros((0, 4))] * 2, [np.zeros(0, int)] * 2, sizes, imgsz=64)
+    made = write_images(tmp_path, SIZES[:2])
+    data = DetData([sample._replace(boxes=np.zeros((0, 5))) for sample in made], imgsz=64)
     batch = collate([data[0, 0], data[0, 1]])
     assert batch["boxes"].shape == (0, 6) and batch["image"].shape == (2, 3, 64, 64)
 
 
 def test_collate(tmp_path):
-    data = DetData(*write_images(tmp_path, SIZES), imgsz=64)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=64)
     samples = [data[0, i] for i in range(3)]
     batch = collate(samples)
     assert batch["image"].is_contiguous(memory_format=torch.channels_last) and batch["colour"].shape == (3, 3, 3)
@@ -297,7 +343,7 @@ def test_colour():
 
 def test_recolour_is_a_matrix_on_every_pixel():
     images, matrices = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 3) * .5
-    want = torch.einsum("bij,bjhw->bihw", matrices, images).clamp(0, 1)
+    want = torch.einsum("bij,bjhw->bihw", matrices, images)
     torch.testing.assert_close(augment.recolour(images.clone(), matrices), want)
     last = images.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(augment.recolour(last, matrices), want)
@@ -313,20 +359,22 @@ def test_affine_stays_in_its_limits():
 
 
 def test_large_images_are_reduced_as_they_are_read(tmp_path):
-    """To what a view can show: the boxes still fit, and validation sees the very same pixels."""
-    big = [(h * 4, w * 4) for h, w in SIZES]
-    made = write_images(tmp_path, big)
-    data = DetData(*made, imgsz=96, hsv=(0, 0, 0), scale=0.3)
-    assert all(max(data.load(i).shape[1:]) == 125 for i in range(6))  # 96 * 1.3, up
+    """To what a view can show: the boxes still fit."""
+    made = write_images(tmp_path, [(h * 4, w * 4) for h, w in SIZES])
+    data = DetData(made, imgsz=96, hsv=(0, 0, 0), scale=0.3)
+    assert all(max(data.pictures[i].shape[1:]) == 125 for i in range(6))  # 96 * 1.3, up
     assert sum(check(data[0, i], 1.0) for i in range(20)) > 20
-    shapes = [rect(size, 96, 32) for size in big]
-    small = DetData(*made, imgsz=96, shapes=shapes)
-    for i, (file, shape) in enumerate(zip(made[0], shapes)):
-        whole = letterboxed(images.read_picture(file), 96, shape, np.eye(3))
-        assert torch.equal(small[i]["image"], whole["image"])
-        assert torch.equal(small[i]["boxes"], torch.from_numpy(small.labels[i]))  # pixels of the file
-        assert small[i]["boxes"][:, 1:].tolist() == made[1][i].tolist()
-        torch.testing.assert_close(small[i]["matrix"], whole["matrix"])
+
+
+def test_validation_resizes_once(tmp_path):
+    """What is read is reduced to the letterbox at once, to the pixels that torch gives for the whole file."""
+    made = write_images(tmp_path, [(h * 4, w * 4) for h, w in SIZES])
+    for view, sample in zip(views(made), made):
+        (x, y), (right, bottom) = geometry.warp_points([(0, 0), sample.size[::-1]], view["matrix"]).round().astype(int)
+        whole = torch.from_numpy(np.asarray(Image.open(sample.file)).copy()).permute(2, 0, 1)[None]
+        want = torch.nn.functional.interpolate(whole, (bottom - y, right - x), mode="bilinear", antialias=True)[0]
+        assert torch.equal(view["image"][y:bottom, x:right].permute(2, 0, 1), want)
+        assert max(bottom - y, right - x) == 96
 
 
 def test_recolour_takes_the_files_numbers():

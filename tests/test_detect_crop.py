@@ -77,11 +77,12 @@ def finds(detector, monkeypatch):
     return put
 
 
-def segmenter(path="seg.pt", *, classes=1, planes=True, bands=(7, 6, 5), seed=0, **changes):
+def segmenter(path="seg.pt", *, classes=1, planes=True, bands=(7, 6, 5), seed=0, scale=65535.0, resize=False,
+              **changes):
     """A checkpoint of a segmenter whose pixels are about half positive. -> the net"""
     torch.manual_seed(seed + classes)
     kwargs = dict(in_chans=len(bands) * (1 + planes), classes=classes, conv0=[8], decoder=[8, 8, 8, 8])
-    net, scale = UNet(**kwargs).eval(), changes.get("scale", 65535.0)
+    net = UNet(**kwargs).eval()
     image = tile(0, 96, 128)[0][[band - 1 for band in bands]] / 65535
     with torch.no_grad():
         z = logits(net, image.astype(np.float32), planes)
@@ -89,9 +90,9 @@ def segmenter(path="seg.pt", *, classes=1, planes=True, bands=(7, 6, 5), seed=0,
         net.head.bias.sub_(middle).div_(spread)
         net.head.weight.div_(spread)
     checkpoint.save(path, {
-        "task": "seg", "arch": {"name": "UNet", "kwargs": kwargs}, "classes": classes, "bands": list(bands),
-        "scale": scale, "mean_planes": planes, "imgsz": 32, "args": {"data": "nowhere"}, "model": net.state_dict(),
-        "ema": None} | changes)
+        "task": "seg", "arch": {"name": "unet.UNet", "kwargs": kwargs}, "classes": classes, "args": {"data": "nowhere"},
+        "input": {"bands": list(bands), "pixel_scale": scale, "imgsz": 32, "mean_planes": planes, "resize": resize},
+        "model": net.state_dict(), "ema": None} | changes)
     return net
 
 

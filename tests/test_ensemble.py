@@ -224,10 +224,10 @@ def test_files_that_cannot_be_used(says, tmp_path, monkeypatch):
 
 
 # ---- predict.py ------------------------------------------------------------------------------------------------------
-def run(name, root, *, fold=0, seed=0, exclusive=False, classes="abcd", sizes=(0.5, 0.5)):
+def run(name, root, *, fold=0, seed=0, single_label=False, classes="abcd", sizes=(0.5, 0.5)):
     """A run's folder with the checkpoint of a net that has learned nothing, and the split that it held out."""
     Path(name).mkdir(parents=True)
-    path = net_at(f"{name}/best.pt", data=root, seed=seed, exclusive=exclusive, classes=classes)
+    path = net_at(f"{name}/best.pt", data=root, seed=seed, single_label=single_label, classes=classes)
     state = torch.load(path, weights_only=True)
     g = torch.Generator().manual_seed(seed)  # of different opinions about the images
     for key, value in state["model"].items():
@@ -343,7 +343,7 @@ def test_one_class_an_image_has_weights_only(script, root):
     keys = table_of(table)[1]
     table.write_text("".join(f"{key},{name}\n" for key, name in [("index", "class"), *(
         (key, "abcd"[int(key) % 4]) for key in keys)]))
-    pair = [run(f"runs/{name}", root, seed=seed, exclusive=True) for seed, name in enumerate("ab")]
+    pair = [run(f"runs/{name}", root, seed=seed, single_label=True) for seed, name in enumerate("ab")]
     script(predict, *FLAGS, "--weights", *pair, "--fit-weights", "--out", "fitted")
     stored = json.loads(Path("fitted/ensemble.json").read_text())
     assert stored["thresholds"] == {}
@@ -387,7 +387,7 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     torch.save(state, "moved.pt")
     fails("--weights", "moved.pt", fit, says=["folds.json: missing", "moved.pt", "--ensemble-weights"])
     fails("--weights", zero, "--soup", says=["--soup: is for several"])
-    softmax = run("runs/softmax", root, seed=3, exclusive=True)
+    softmax = run("runs/softmax", root, seed=3, single_label=True)
     for pair in ((zero, softmax), (softmax, zero)):
         fails("--weights", *pair, says=["one class" if pair[0] == zero else "several classes", "predict them apart"])
         fails("--weights", *pair, "--soup", says=["is another net"])

@@ -10,7 +10,7 @@ MAY_IMPORT = {"nets": {"nets", "utils"}, "data": {"data", "utils"}, "utils": {"u
 PACKAGES = {"torch", "torchvision", "numpy", "rasterio", "PIL", "tqdm"}
 FILES = sorted(p.relative_to(ROOT) for folder in MAY_IMPORT for p in (ROOT / folder).rglob("*.py"))
 SCRIPTS = sorted(p.relative_to(ROOT) for p in ROOT.glob("*.py"))
-COMMANDS = {"__main__.py", "dirty_mnist.py", "report.py"}  # modules with a command line of their own
+COMMANDS = {"__main__.py", "dirty_mnist.py", "report.py", "flags.py"}  # modules that are about a command line
 
 
 def tree(path):

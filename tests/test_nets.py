@@ -13,7 +13,8 @@ from torch import nn
 from nets import make as make_encoder
 from nets.blocks import ConvNorm, fuse, recompute, relu
 from nets.regnet import VARIANTS, Block, RegNetX
-from nets.unet import UNet, probabilities
+from nets.unet import UNet
+from utils.ops.decide import probabilities
 
 
 def count(module):

@@ -19,12 +19,13 @@ import train_cls
 import train_det
 import train_seg
 from data import augment, images, seg
-from nets.unet import UNet, probabilities
+from nets.unet import UNet
 from tests.conftest import TINY, TINY_CLS, TINY_DET, tile, write_dirty, write_parking, write_tif, write_wildfire
 from tests.harness import differences, read
 from utils.ops import geometry
 from utils.train import checkpoint
 from utils.errors import Stopped
+from utils.ops.decide import probabilities
 
 TRAIN = [*TINY, "--amp", "off"]
 PREDICT = ["--task", "seg", "--device", "cpu", "--amp", "off", "--workers", 0, "--no-overlays"]
@@ -94,7 +95,7 @@ def dots(tmp_path_factory):
 
 
 MIXES = [["--mixup", 1, "--gridmask", 1, "--p-object", 1, "--swa", 0.5, "--optimizer", "radam"],
-         ["--cutmix", 1, "--cutout", 1, "--presence", 1, "--lookahead", 3, "--optimizer", "adamp"]]
+         ["--cutmix", 1, "--cutout", 1, "--aux-cls", 1, "--lookahead", 3, "--optimizer", "adamp"]]
 
 
 @pytest.mark.parametrize("flags", MIXES, ids=["mixup", "cutmix"])
@@ -126,9 +127,9 @@ def test_mixed_runs_are_what_they_say_and_resume_to_the_same_bits(script, dots, 
         straight, broken = (read(f"runs/seg/{run}/{name}") for run in ("straight", "broken"))
         assert differences(straight, broken) == [] and straight["step"] == 4
     rows = straight["history"]
-    assert all(np.isfinite(row["loss"]) for row in rows) and ("presence_loss" in rows[0]) == ("--presence" in flags)
-    if "--presence" in flags:
-        assert all(row["loss"] == pytest.approx(row["bce_loss"] + row["presence_loss"], rel=1e-5) for row in rows)
+    assert all(np.isfinite(row["loss"]) for row in rows) and ("aux_cls_loss" in rows[0]) == ("--aux-cls" in flags)
+    if "--aux-cls" in flags:
+        assert all(row["loss"] == pytest.approx(row["bce_loss"] + row["aux_cls_loss"], rel=1e-5) for row in rows)
 
 
 # ---- pseudo labels and extra data ------------------------------------------------------------------------------------
@@ -145,9 +146,9 @@ def checkpoint_of(root, path="net.pt", *, classes=1, **changes):
         net.head.bias.sub_(mean).div_(spread)
         net.head.weight.div_(spread)
     checkpoint.save(path, {
-        "task": "seg", "arch": {"name": "UNet", "kwargs": kwargs}, "classes": classes, "bands": list(range(1, 8)),
-        "scale": 65535.0, "mean_planes": False, "imgsz": 32, "args": {"data": str(root)}, "model": net.state_dict(),
-        "ema": None} | changes)
+        "task": "seg", "arch": {"name": "unet.UNet", "kwargs": kwargs}, "classes": classes, "args": {"data": str(root)},
+        "input": {"bands": list(range(1, 8)), "pixel_scale": 65535.0, "imgsz": 32, "mean_planes": False, "resize": False},
+        "model": net.state_dict(), "ema": None} | changes)
     return {file: probabilities((z - mean[:, None, None])[None] / spread)[0].numpy() for file, z in logits.items()}
 
 

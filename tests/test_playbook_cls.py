@@ -44,12 +44,12 @@ def eval_model(run, name, root):
     state = checkpoint.load(run / name)
     fold_of = json.loads((run / "folds.json").read_text())
     files = [root / file for file, fold in fold_of.items() if fold == state["args"]["fold"]]
-    views = cls.AugmentedImages(cls.Images(files, np.zeros((len(files), 1)), bands=state["bands"]), state["imgsz"])
+    inputs = cls.Input(**state["input"])
+    views = cls.AugmentedImages(cls.Images(files, np.zeros((len(files), 1)), bands=inputs.bands), inputs.imgsz)
     net = checkpoint.load_weights(nets.build(state["arch"]).eval(), state, name)
     with torch.no_grad():
-        z = net(cls.to_input(cls.collate([views[i] for i in range(len(files))]), state["imgsz"], state["scale"],
-                        *state["norm"]))
-    return files, (z.softmax(1) if state["exclusive"] else z.sigmoid()).double().numpy()
+        z = net(inputs(cls.collate([views[i] for i in range(len(files))])))
+    return files, (z.softmax(1) if state["single_label"] else z.sigmoid()).double().numpy()
 
 
 def edited(path, factor=1.0, centre=None, **changes):
@@ -67,7 +67,7 @@ def edited(path, factor=1.0, centre=None, **changes):
 def minded(path, files, factor=40.0, **options):
     """A checkpoint of a net that has learned nothing but says yes to half of the files, and no to the others."""
     probs = direct(weights(path, imgsz=64, in_chans=2, bands=(3, 1), **options), files, bands=(3, 1))
-    z = np.log(probs) if options.get("exclusive") else np.log(probs / (1 - probs))
+    z = np.log(probs) if options.get("single_label") else np.log(probs / (1 - probs))
     return edited(path, factor, np.sort(z, 0)[[1, 2]].mean(0))
 
 
@@ -212,7 +212,7 @@ def test_training_maps_classes_by_name_and_draws_by_weight(script, tmp_path, pic
 @pytest.mark.parametrize("kinds", [2, 1])
 def test_pseudo_labels_of_exclusive_classes(script, pictures, monkeypatch, kinds):  # noqa: F811
     """Also when the net is sure of pictures of one class only."""
-    net = weights("net.pt", imgsz=64, in_chans=2, bands=(3, 1), exclusive=True, classes=("red", "blue"))
+    net = weights("net.pt", imgsz=64, in_chans=2, bands=(3, 1), single_label=True, classes=("red", "blue"))
     z = np.log(direct(net, pictures, bands=(3, 1)))
     edited(net, 100.0, (np.sort(z, 0)[[1, 2]].mean(0) if kinds == 2 else (0, 50)))
     probs = direct(net, pictures, bands=(3, 1))
@@ -239,9 +239,9 @@ def test_extra_data_that_does_not_fit(refused, dirty, tmp_path):
     extra = cls.Table(["x", "y"], np.array([[1], [0]], np.float32), ["a"], False)
     assert cls.with_names(extra, table, "z").labels.tolist() == [[0, 1], [0, 0]]
     # in a small table every row may happen to have one class
-    assert cls.with_names(extra._replace(exclusive=True), table, "z").exclusive is False
-    with pytest.raises(UserError, match="one class an image or several"):
-        cls.with_names(extra, table._replace(exclusive=True), "z")
+    assert cls.with_names(extra._replace(single_label=True), table, "z").single_label is False
+    with pytest.raises(UserError, match="one label per image or several"):
+        cls.with_names(extra, table._replace(single_label=True), "z")
 
 
 # ---- debug -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import nets
 import predict
 import train_det
 from data import det, images, labels
@@ -83,14 +84,15 @@ def test_training_maps_classes_by_name_and_draws_by_weight(script, tmp_path, lot
     capsys.readouterr()
     flags = ["--data", root, *TINY_DET, "--folds", 3]
     script(train_det, *flags, "--extra-data", "out/pseudo:4")
-    files, found, classes, sizes = sources[0]
-    assert f"9 images with {sum(map(len, found))} boxes to train, 2 to validate; 3 classes" in capsys.readouterr().out
+    samples = sources[0][0]
+    assert f"9 images with {sum(len(sample.boxes) for sample in samples)} boxes to train, 2 to validate; 3 classes" in capsys.readouterr().out
     names = checkpoint.load("runs/det/exp/last.pt")["classes"]
     assert names == ["adult", "sedan", "bus"]
-    for file, rows, k, size in list(zip(files, found, classes, sizes))[4:]:
+    for file, rows, size, _, weight in samples[4:]:
         label, box = lots[1][file.name]
-        assert [names[i] for i in k] == [NAMES[label]] and rows[0] == pytest.approx(box, abs=1.5) and size == (96, 96)
-    assert [file.parent.parent.parent.name for file in files] == ["DATA"] * 4 + ["pseudo"] * 5
+        assert [names[int(i)] for i in rows[:, 0]] == [NAMES[label]] and rows[0, 1:] == pytest.approx(box, abs=1.5)
+        assert size == (96, 96) and weight == 4
+    assert [sample.file.parent.parent.parent.name for sample in samples] == ["DATA"] * 4 + ["pseudo"] * 5
     sampler, count = loaders[0].batch_sampler, Counter()
     for epoch in range(500):
         sampler.set_epoch(epoch)
@@ -99,7 +101,7 @@ def test_training_maps_classes_by_name_and_draws_by_weight(script, tmp_path, lot
     monkeypatch.setattr(train_det, "train_loader", lambda *_, weights, **options: loaders.append(weights) or stop())
     with pytest.raises(Stopped):  # both together: their product
         script(train_det, *flags, "--extra-data", "out/pseudo:4", "--image-weights")
-    classes = sources[2][2]
+    classes = [sample.boxes[:, 0] for sample in sources[2][0]]
     balance = np.array([sum(1 / sum((other == k).sum() for other in classes) for k in c) for c in classes])
     balance += balance[balance > 0].min() / 10
     product = balance * ([1] * 4 + [4] * 5)
@@ -150,18 +152,18 @@ def test_averages_and_a_soup(script, parking, monkeypatch):
             torch.testing.assert_close(tensor, mean[name], atol=1e-6, rtol=1e-5)
     norms = [name for name in mean if name.endswith("running_mean")]
     assert norms and not any(torch.allclose(swa["model"][name], mean[name]) for name in norms[1:])
-    nets, load = [], predict.load_nets
-    monkeypatch.setattr(predict, "load_nets", lambda *args: nets.append(load(*args)) or nets[-1])
+    loaded, load = [], predict.load_members
+    monkeypatch.setattr(predict, "load_members", lambda *args: loaded.append(load(*args)) or loaded[-1])
     flags = [*FLAGS, "--conf", 0.001, "--no-overlays"]
     script(predict, *flags, "--soup", "--weights", "runs/det/exp/epoch_1.pt", "runs/det/exp/epoch_2.pt", "--out", "out")
     script(predict, *flags, "--weights", "runs/det/exp/swa.pt", "--out", "swa")
-    assert [len(each) for each in nets] == [1, 1]
+    assert [len(members) for members in loaded] == [1, 1]
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        for (net,), state in zip(nets, (swa | {"model": mean}, swa)):
+        for (member,), state in zip(loaded, (swa | {"model": mean}, swa)):
             plain = checkpoint.load_weights(YOLOv5(**swa["arch"]["kwargs"]).eval(), state, "")
-            torch.testing.assert_close(net(x), plain(x), atol=0.1, rtol=1e-3)  # pixels, of folded norms
-        assert (nets[0][0](x) - nets[1][0](x)).abs().max() > 0.1
+            torch.testing.assert_close(member.net(x), plain(x), atol=0.1, rtol=1e-3)  # pixels, of folded norms
+        assert (loaded[0][0].net(x) - loaded[1][0].net(x)).abs().max() > 0.1
 
 
 # ---- windows of large images -----------------------------------------------------------------------------------------
@@ -196,32 +198,33 @@ def test_cut_agrees_with_a_plain_loop():
     corners = [rng.random((n, 2, 2)) * size[::-1] for n, size in zip((40, 12, 25, 0, 60), sizes)]
     corners[4][:10, 1] = corners[4][:10, 0] + rng.random((10, 2)) * 15  # small ones, which a window shows whole
     boxes = [np.concatenate((c.min(1), c.max(1).clip(max=size[::-1])), 1) for c, size in zip(corners, sizes)]
-    classes, before = [np.arange(len(b)) + 1000 * i for i, b in enumerate(boxes)], [b.copy() for b in boxes]
-    files = [f"{i}.png" for i in range(5)]
-    (got_files, got_boxes, got_classes, got_sizes, got_windows), image_of = det.cut(
-        files, boxes, classes, sizes, tile=64, overlap=0.25)
+    rows = [np.column_stack((np.arange(len(b)) + 1000 * i, b)) for i, b in enumerate(boxes)]
+    samples = [det.Sample(f"{i}.png", r.copy(), size, weight=i) for i, (r, size) in enumerate(zip(rows, sizes))]
+    got = det.cut(samples, tile=64, overlap=0.25)
     want = [(i, window) for i, size in enumerate(sizes) for window in tiles.cover(size, 64, 0.25) or [None]]
-    assert list(zip(image_of, got_windows)) == want and Counter(image_of) == {0: 6, 1: 1, 2: 4, 3: 2, 4: 9}
+    assert [(sample.weight, sample.window) for sample in got] == want
+    assert Counter(sample.file for sample in got) == {"0.png": 6, "1.png": 1, "2.png": 4, "3.png": 2, "4.png": 9}
     whole = set()
-    for (i, window), file, rows, k, size in zip(want, got_files, got_boxes, got_classes, got_sizes):
-        assert file == files[i] and size == (window[2:] if window else sizes[i]) and len(rows) == len(k)
+    for (i, window), sample in zip(want, got):
+        assert sample.file == f"{i}.png" and sample.size == (window[2:] if window else sizes[i])
         if window is None:  # small boxes too, as in an image that was never cut
-            assert (rows == boxes[i]).all() and k.tolist() == classes[i].tolist()
+            assert (sample.boxes == rows[i]).all()
             continue
-        kept = plain_cut(boxes[i], window)
+        kept, k = plain_cut(boxes[i], window), sample.boxes[:, 0].astype(int)
         assert k.tolist() == [1000 * i + j for j, _ in kept]
-        assert rows == pytest.approx(np.array([box for _, box in kept]).reshape(-1, 4))
-        sides = [b[:, 2:] - b[:, :2] for b in (rows, boxes[i][k % 1000])]
+        assert sample.boxes[:, 1:] == pytest.approx(np.array([box for _, box in kept]).reshape(-1, 4))
+        sides = [b[:, 2:] - b[:, :2] for b in (sample.boxes[:, 1:], boxes[i][k % 1000])]
         whole |= set(k[np.isclose(*sides).all(1)].tolist())
     small = {1000 * i + j for i in (0, 2, 3, 4) for j, (w, h) in enumerate(boxes[i][:, 2:] - boxes[i][:, :2])
              if 2 < min(w, h) and max(w, h) <= 0.25 * 64 and max(w, h) < 100 * min(w, h)}
     assert len(small) >= 8 and small <= whole  # what the overlap has room for is whole in some window
-    assert all((a == b).all() for a, b in zip(boxes, before))
+    assert all((sample.boxes == r).all() for sample, r in zip(samples, rows))
+    assert det.cut(samples, tile=None, overlap=0.25) == samples
 
 
 def scenes(folder):
-    """Noise with boxes, larger than 64 pixels but for one -> lists as of labels.Labels, {file: pixels (H, W, C)}."""
-    rng, pixels_of, lists = np.random.default_rng(2), {}, [[], [], [], []]
+    """Noise with boxes, larger than 64 pixels but for one -> samples, {file: pixels (H, W, C)}."""
+    rng, pixels_of, samples = np.random.default_rng(2), {}, []
     for name, size, bands in (("a.png", (150, 150), 3), ("b.tif", (100, 170), 5), ("c.jpg", (90, 50), 3),
                               ("d.png", (40, 48), 3)):
         pixels = rng.integers(0, 256, (*size, bands)).astype(np.uint8)
@@ -233,10 +236,9 @@ def scenes(folder):
         decoded = np.asarray(Image.open(folder / name)) if bands == 3 else pixels
         pixels_of[folder / name] = decoded
         low = rng.random((12, 2)) * np.subtract(size[::-1], 20)
-        for column, value in zip(lists, (folder / name, np.concatenate((low, low + 5 + rng.random((12, 2)) * 15), 1),
-                                         rng.integers(0, 3, 12), size)):
-            column.append(value)
-    return lists, pixels_of
+        high = low + 5 + rng.random((12, 2)) * 15
+        samples.append(det.Sample(folder / name, np.column_stack((rng.integers(0, 3, 12), low, high)), size))
+    return samples, pixels_of
 
 
 PLAIN = dict(imgsz=64, mosaic=0, hsv=(0, 0, 0), translate=0, scale=0, flip_lr=0, flip_ud=0)
@@ -246,41 +248,37 @@ PLAIN = dict(imgsz=64, mosaic=0, hsv=(0, 0, 0), translate=0, scale=0, flip_lr=0,
 def test_a_window_shows_the_files_pixels(tmp_path, monkeypatch, cache):
     """In the middle of the canvas; JPEG's decoders may differ by a little."""
     monkeypatch.chdir(tmp_path)
-    lists, pixels_of = scenes(tmp_path)
-    sources, _ = det.cut(*lists, tile=64, overlap=0.25)
-    data, drop_border_boxes = det.DetData(*sources, cache=cache, **PLAIN), det.DetData(*lists, **PLAIN)[3, 3]
+    samples, pixels_of = scenes(tmp_path)
+    cut = det.cut(samples, tile=64, overlap=0.25)
+    data, uncut = det.DetData(cut, cache=cache, **PLAIN), det.DetData(samples, **PLAIN)[3, 3]
     if cache:
         reads = []
-        monkeypatch.setattr(det, "read_small", lambda *args: reads.append(args))
-    assert Counter(data.files) == dict(zip(lists[0], (9, 8, 2, 1)))
-    for i, (file, boxes, classes, size, window) in enumerate(zip(*sources)):
-        trained, judged = data[3, i], data[i]
-        assert trained["index"] == judged["index"] == i and (window is None) == (size == (40, 48))
-        assert trained["image"].shape == judged["image"].shape == (64, 64, pixels_of[file].shape[2])
-        if window is None:
-            assert all(torch.equal(trained[name], drop_border_boxes[name]) for name in ("image", "boxes"))
+        monkeypatch.setattr(images, "read_picture", lambda *args: reads.append(args))
+    assert Counter(data.files) == dict(zip((sample.file for sample in samples), (9, 8, 2, 1)))
+    for i, sample in enumerate(cut):
+        found = data[3, i]
+        assert found["index"] == i and (sample.window is None) == (sample.size == (40, 48))
+        assert found["image"].shape == (64, 64, pixels_of[sample.file].shape[2])
+        if sample.window is None:
+            assert all(torch.equal(found[name], uncut[name]) for name in ("image", "boxes"))
             continue
-        y, x, height, width = window
-        want = pixels_of[file][y:y + height, x:x + width].astype(np.float32)
+        y, x, height, width = sample.window
+        want = pixels_of[sample.file][y:y + height, x:x + width].astype(np.float32)
         dy, dx = (64 - height) // 2, (64 - width) // 2
-        for sample in (trained, judged):
-            picture = sample["image"][dy:dy + height, dx:dx + width].numpy().astype(np.float32)
-            assert np.abs(picture - want).max() <= (2 if file.suffix == ".jpg" else 0), (file, window)
-        rows = np.column_stack((classes, boxes))
-        assert judged["boxes"].numpy() == pytest.approx(rows, abs=1e-4)
-        assert trained["boxes"].numpy() == pytest.approx(rows + [0, dx, dy, dx, dy], abs=1e-4)
+        picture = found["image"][dy:dy + height, dx:dx + width].numpy().astype(np.float32)
+        assert np.abs(picture - want).max() <= (2 if sample.file.suffix == ".jpg" else 0), sample
+        assert found["boxes"].numpy() == pytest.approx(sample.boxes + [0, dx, dy, dx, dy], abs=1e-4)
     assert not cache or not reads
 
 
 def test_other_windows_are_not_answered_from_the_old_cache(tmp_path, monkeypatch):
     """Windows of 60 pixels are as many as those of 64: the file is the same, what it holds is not."""
     monkeypatch.chdir(tmp_path)
-    lists, _ = scenes(tmp_path)
-    lists = [column[:1] for column in lists]
+    samples, _ = scenes(tmp_path)
     for side in (64, 60, 60, 64):
-        sources, image_of = det.cut(*lists, tile=side, overlap=0.25)
-        cached, plain = (det.DetData(*sources, cache=cache, **PLAIN) for cache in ("disk", None))
-        assert len(image_of) == 9 and len(list(Path("runs/cache").glob("*.bin"))) == 1
+        cut = det.cut(samples[:1], tile=side, overlap=0.25)
+        cached, plain = (det.DetData(cut, cache=cache, **PLAIN) for cache in ("disk", None))
+        assert len(cut) == 9 and len(list(Path("runs/cache").glob("*.bin"))) == 1
         for i in range(9):
             assert torch.equal(cached[0, i]["image"], plain[0, i]["image"])
             assert torch.equal(cached[0, i]["boxes"], plain[0, i]["boxes"])
@@ -305,8 +303,7 @@ class Seeing(YOLOv5):
 
 @pytest.fixture
 def seeing(monkeypatch):
-    monkeypatch.setattr(train_det, "YOLOv5", Seeing)
-    monkeypatch.setitem(predict.NETS, "det", Seeing)
+    monkeypatch.setattr(nets, "build", lambda arch, **options: Seeing(**arch["kwargs"]))
 
 
 def wide_lots(root):
@@ -390,11 +387,11 @@ def test_windows_have_their_images_weight(script, tmp_path, monkeypatch):
     write_parking(tmp_path / "more", train=8, test=0, size=(40, 56), most=1)
     flags = ["--data", root, *TINY_DET, *TILED, 3, "--extra-data", "more:3"]
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train_det, "fit_anchors", lambda *args: seen.append(args[2:]) or stop())
+        patch.setattr(train_det, "fit_anchors", lambda head, samples, args: seen.append(samples) or stop())
         script(train_det, *flags, "--head", "anchor")
-    boxes, sizes = seen.pop()
-    assert sizes == [(64, 64)] * 24 + [(40, 56)] * 8
-    assert all(((rows >= 0) & (rows <= [*size[::-1]] * 2)).all() for rows, size in zip(boxes, sizes))
+    samples = seen.pop()
+    assert [sample.size for sample in samples] == [(64, 64)] * 24 + [(40, 56)] * 8
+    assert all(((0 <= s.boxes[:, 1:]) & (s.boxes[:, 1:] <= [*s.size[::-1]] * 2)).all() for s in samples)
     monkeypatch.setattr(train_det, "train_loader", lambda data, *_, weights, **options: seen.append((data, weights))
                         or stop())
     for more in ([], ["--image-weights"]):
@@ -402,8 +399,8 @@ def test_windows_have_their_images_weight(script, tmp_path, monkeypatch):
             script(train_det, *flags, *more)
     (data, weights), (_, balanced) = seen
     assert weights.tolist() == [1.0] * 24 + [3.0] * 8 and len(data) == 32  # four images of six windows
-    classes = [rows[:, 0].astype(int) for rows in data.labels]
-    assert balanced == pytest.approx(weights * train_det.class_balance(classes, 3))
+    classes = [rows[:, 0] for rows in data.labels]
+    assert balanced == pytest.approx(weights * train_det.class_balance(classes))
 
 
 def test_scenes_too_large_to_be_read_whole(script, tmp_path, monkeypatch):
@@ -411,8 +408,8 @@ def test_scenes_too_large_to_be_read_whole(script, tmp_path, monkeypatch):
     root = write_parking(tmp_path / "DATA", train=2, test=0, size=(64, 2800), most=8)
     truth = labels.read(root, cache=None)
     monkeypatch.setattr(images, "MAX_VALUES", 64 * 1400 * 3)
-    drawn, draw = [], train_det.pictures_det.draw_boxes
-    monkeypatch.setattr(train_det.pictures_det, "draw_boxes", lambda rgb, boxes, *rest: drawn.append(
+    drawn, draw = [], train_det.pictures.draw_boxes
+    monkeypatch.setattr(train_det.pictures, "draw_boxes", lambda rgb, boxes, *rest: drawn.append(
         (rgb.shape, torch.as_tensor(boxes))) or draw(rgb, boxes, *rest))
     script(train_det, "--data", root, *TINY_DET, *TILED, 2, "--bs", 16)
     assert Path("runs/det/exp/review.png").exists() and Path("runs/det/exp/confusion.png").exists()
@@ -515,7 +512,8 @@ def test_training_on_masks(script, tmp_path, capsys):
     script(train_det, "--data", root, *TINY_DET, "--folds", 2, "--tile", 32)
     assert "to train, 2 to validate; 1 classes" in capsys.readouterr().out
     state = checkpoint.load("runs/det/exp/last.pt")
-    assert (state["classes"], state["category_ids"], state["bands"]) == (["object"], [1], list(range(1, 11)))
+    assert (state["classes"], state["category_ids"]) == (["object"], [1])
+    assert state["input"]["bands"] == list(range(1, 11))
     assert np.isfinite(state["history"][-1]["loss"])
     results = json.loads(Path("runs/det/exp/results.json").read_text())["classes"]
     assert {name: c["truths"] for name, c in results.items()} == {"object": 2}

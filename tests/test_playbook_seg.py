@@ -16,13 +16,14 @@ import torch
 import predict
 import train_seg
 from data import images, seg
-from nets.unet import UNet, probabilities
+from nets.unet import UNet
 from tests.conftest import TINY, write_wildfire
 from tests.test_scripts_seg import masks_of
 from utils import losses, metrics
 from utils import report
 from utils.train import checkpoint, optim
 from utils.errors import UserError
+from utils.ops.decide import probabilities
 
 TRAIN = [*TINY, "--amp", "off", "--folds", "3", "--lr", "0.01"]
 PREDICT = ["--task", "seg", "--device", "cpu", "--amp", "off", "--workers", 0]
@@ -235,13 +236,13 @@ def test_presence_of_classes_in_masks():
         masks = rng.choice([0, 1, 255] if classes == 1 else [0, 1, 2, 3, 255], (30, 2, 2)).astype(np.uint8)
         want = [[1.0 if (mask == k).any() else -1.0 if (mask == 255).any() else 0.0
                  for k in ([1] if classes == 1 else range(classes))] for mask in masks]
-        got = seg.presence(torch.from_numpy(masks), classes, 255)
+        got = seg.present(torch.from_numpy(masks), classes, 255)
         assert got.dtype == torch.float32 and got.tolist() == want
         assert {value for row in want for value in row} == {1, 0, -1}
     masks = torch.tensor([[[0, 2]], [[2, 2]], [[1, 0]]], dtype=torch.uint8)
     # whether a class is among ignored pixels is not known, nor whether the ignored one is there
-    assert seg.presence(masks, 3, 2).tolist() == [[1, -1, -1], [-1, -1, -1], [1, 1, 0]]
-    assert seg.presence(masks, 3).tolist() == [[1, 0, 1], [0, 0, 1], [1, 1, 0]]
+    assert seg.present(masks, 3, 2).tolist() == [[1, -1, -1], [-1, -1, -1], [1, 1, 0]]
+    assert seg.present(masks, 3).tolist() == [[1, 0, 1], [0, 0, 1], [1, 1, 0]]
 
 
 @pytest.mark.parametrize("known", [[True, False, True], [False] * 3], ids=["some", "none"])
@@ -260,29 +261,29 @@ def test_the_head_learns_nothing_of_what_is_not_known(script, monkeypatch, tmp_p
         return value
 
     monkeypatch.setattr(train_seg, "losses", Namespace(**vars(losses) | {"bce": bce}))
-    script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--ignore", 255, "--presence", 1, "--bs", 3, "--resize",
+    script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--ignore", 255, "--aux-cls", 1, "--bs", 3, "--resize",
            "--loss", "dice")
     [(labels, grad, value)] = heard
     assert sorted(labels[:, 0].tolist()) == sorted(1.0 if sure else -1.0 for sure in known)
     assert ((grad != 0) == (labels == 1)).all() and np.isfinite(value) and (value > 0) == any(known)
     row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
-    assert row["presence_loss"] == pytest.approx(value)
+    assert row["aux_cls_loss"] == pytest.approx(value)
     assert row["loss"] == pytest.approx(row["dice_loss"] + value, rel=1e-5)
 
 
 @pytest.mark.parametrize("classes", [1, 4])
 def test_absent_classes_get_no_pixels(classes):
     torch.manual_seed(classes)
-    net = UNet(in_chans=3, classes=classes, conv0=(), decoder=(8, 8, 8, 8), presence=True)
+    net = UNet(in_chans=3, classes=classes, conv0=(), decoder=(8, 8, 8, 8), aux_cls=True)
     with torch.no_grad():
         x, heard = torch.randn(12, 3, 32, 32), []
         logits, present = net.train()(x)
         assert logits.shape == (12, classes, 32, 32) and present.shape == (12, classes)
-        net.presence.register_forward_hook(lambda module, inputs, output: heard.append(output.clone()))
+        net.aux_cls.register_forward_hook(lambda module, inputs, output: heard.append(output.clone()))
         net.eval()(x)
-        net.presence.bias.sub_(heard.pop().mean(0))  # now some images have a class, others not
+        net.aux_cls.bias.sub_(heard.pop().mean(0))  # now some images have a class, others not
         got = net(x)
-        net.presence.bias.fill_(1e6)  # all are there: the decoder's logits as they are
+        net.aux_cls.bias.fill_(1e6)  # all are there: the decoder's logits as they are
         plain = net(x)
     told = heard[0]
     assert (told < 0).any(0).all() and (told > 0).any(0).all() and plain.abs().max() < 30
@@ -299,8 +300,8 @@ def test_masks_are_empty_where_the_head_says_so(script, averaged, small, tmp_pat
     features = [net_of(state).encoder.features(_conv0(state, path))[-1].mean((2, 3))[0].detach() for path in (one, two)]
     weight = (features[1] - features[0]) / (features[1] - features[0]).square().sum()
     bias = -float(weight @ (features[0] + features[1])) / 2  # -0.5 for the first image, 0.5 for the second, times 40
-    head = {"presence.weight": 40 * weight[None], "presence.bias": torch.tensor([40 * bias])}
-    arch = {"name": "UNet", "kwargs": state["arch"]["kwargs"] | {"presence": True}}
+    head = {"aux_cls.weight": 40 * weight[None], "aux_cls.bias": torch.tensor([40 * bias])}
+    arch = {"name": "unet.UNet", "kwargs": state["arch"]["kwargs"] | {"aux_cls": True}}
     checkpoint.save(tmp_path / "net.pt", state | {"arch": arch, "model": state["model"] | head})
     script(predict, *PREDICT, "--weights", "net.pt", "--out", "out")
     assert not masks_of("out")[one.name].any() and said(state, one).max() > 0.4
@@ -400,10 +401,10 @@ def test_stored_thresholds_are_of_plain_probabilities(script, refused, averaged,
 
 @pytest.mark.parametrize("task, classes", [("seg", 1), ("seg", 3), ("cls", ["a", "b"])])
 def test_the_threshold_of_each_merge(task, classes):
-    def found(how, exclusive=False, stored=([0.25, 0.36], [0.49, 0.36]), **flags):
+    def found(how, single_label=classes == 3, stored=([0.25, 0.36], [0.49, 0.36]), **flags):
         args = Namespace(**dict(task=task, merge=how, threshold=None, fit_weights=False, ensemble=None) | flags)
-        return np.asarray(predict.best_threshold(args, [{"classes": classes, "exclusive": exclusive, "threshold": t}
-                                                        for t in stored])).tolist()
+        members = [predict.Member("net.pt", {"threshold": t}, None, None) for t in stored]
+        return np.asarray(predict.best_threshold(args, members, single_label)).tolist()
 
     assert found(None) == found("mean") == found("max") == found("min") == pytest.approx([0.37, 0.36])
     assert found("tsharpen") == pytest.approx([0.37 ** 0.5, 0.6])
@@ -416,7 +417,7 @@ def test_the_threshold_of_each_merge(task, classes):
         found("sum")
     assert found("sum", threshold=0.8) == 0.8 == found("tsharpen", threshold=0.8)
     if task == "cls":
-        found("sum", exclusive=True)
+        found("sum", single_label=True)
         found("sum", fit_weights=True)  # these come with thresholds of what is merged
         found("sum", ensemble="ensemble.json")
 

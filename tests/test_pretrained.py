@@ -682,9 +682,9 @@ def test_our_own_checkpoints_tell_theirs(tmp_path):
 
 def test_a_head_for_presence_begins_anew(tmp_path):
     torch.save(RegNetX(3, num_classes=7).state_dict(), tmp_path / "encoder.pth")
-    net = UNet(in_chans=3, conv0=(), decoder=(8, 8, 8, 8), presence=True)
+    net = UNet(in_chans=3, conv0=(), decoder=(8, 8, 8, 8), aux_cls=True)
     report = pretrained.load(net, tmp_path / "encoder.pth")
-    assert {"presence.weight", "presence.bias"} <= set(report["missing"]) and len(report["loaded"]) > 200
+    assert {"aux_cls.weight", "aux_cls.bias"} <= set(report["missing"]) and len(report["loaded"]) > 200
     torch.save(net.state_dict(), tmp_path / "with.pth")  # and back
     report = pretrained.load(UNet(in_chans=3, conv0=(), decoder=(8, 8, 8, 8)), tmp_path / "with.pth")
-    assert report["unused"] == ["presence.weight", "presence.bias"] and not report["missing"]
+    assert report["unused"] == ["aux_cls.weight", "aux_cls.bias"] and not report["missing"]

@@ -163,7 +163,7 @@ def test_encoders_by_name():
     nets = {name: bare(lambda: make_encoder(name, 4)) for name in ENCODERS if name.startswith("repvgg")}
     assert list(nets) == [f"repvgg_{v}" for v in VARIANTS]
     for name, net in nets.items():
-        assert net.channels[1:] == list(VARIANTS[name.removeprefix("repvgg_")][1]) and net.head is None
+        assert net.channels[1:] == list(VARIANTS[name.removeprefix("repvgg_")][1]) and not list(net.head.parameters())
 
 
 def test_unet_of_any_input_size_and_fused():

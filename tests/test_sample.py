@@ -1,4 +1,4 @@
-"""data/samples: the layout, what makes the tiles easy or hard, and what an interrupted run leaves."""
+"""data/samples/wildfire.py and the command: layout, what makes tiles easy or hard, what an interrupted run leaves."""
 import os
 
 import numpy as np
@@ -83,7 +83,7 @@ def test_no_threshold_finds_the_fires(train):
     bands = images.swapaxes(0, 1).reshape(10, -1).astype(np.float32) + 1
     mask = masks.ravel()
     assert max(_best_iou(band, mask) for band in bands) < .35
-    assert max(_best_iou(bands[a] / bands[b], mask) for a in range(7) for b in range(7) if a != b) < .6
+    assert max(_best_iou(bands[a] / bands[b], mask) for a in range(7) for b in range(7) if a != b) < .65
     # and yet they are there to be found: within a tile, two bands together set them apart
     for image, m in zip(images, masks):
         if m.sum() > 200:

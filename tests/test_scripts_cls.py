@@ -69,7 +69,7 @@ def test_the_competition_from_letters_to_a_weighted_ensemble(script, tmp_path, c
     runs = [Path(f"runs/cls/fold{fold}") for fold in (0, 1)]
     assert [json.loads((run / "folds.json").read_text()) for run in runs][0] == json.loads(
         (runs[1] / "folds.json").read_text())
-    assert not last("fold0")["exclusive"] and last("fold0")["history"][-1]["acc"] > 0
+    assert not last("fold0")["single_label"] and last("fold0")["history"][-1]["acc"] > 0
     for run in runs:
         script(predict, *FLAGS, "--weights", run / "last.pt", "--tta")
     pair = [run / "last.pt" for run in runs]
@@ -125,10 +125,10 @@ def test_a_run_learns_colours_and_leaves_its_records(script, tmp_path, monkeypat
 def test_the_checkpoint_says_what_prediction_needs(script, dirty, capsys):
     script(train_cls, "--data", dirty, *TINY_CLS)
     state = torch.load("runs/cls/exp/last.pt", weights_only=True)
-    assert (state["task"], state["classes"], state["exclusive"]) == ("cls", ["a", "b", "c", "d"], False)
-    assert (state["bands"], state["scale"], state["imgsz"]) == ([1], 255.0, 32)
-    assert state["arch"]["kwargs"] == {"name": "regnetx_002", "in_chans": 1, "num_classes": 4}
-    assert [len(values) for values in state["norm"]] in ([1, 1], [3, 3])
+    assert (state["task"], state["classes"], state["single_label"]) == ("cls", ["a", "b", "c", "d"], False)
+    assert state["input"] == {"bands": [1], "pixel_scale": 255.0, "imgsz": 32, "mean": [0.5], "std": [0.5]}
+    assert state["arch"] == {"name": "regnetx_002", "kwargs": {"in_chans": 1, "num_classes": 4}}
+    assert state["score"] == "acc" and len(state["threshold"]) == 4
     nets.build(state["arch"]).load_state_dict(state["model"])
     assert set(state["history"][-1]) >= {"acc", "exact", "map", "loss"}
     out = capsys.readouterr().out
@@ -167,7 +167,9 @@ def test_losses_are_what_they_are_called():
 
 def test_dropout_comes_from_the_recipe_or_from_the_flags(script, dirty, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_cls.nets, "make", lambda **kwargs: seen.append(kwargs) or stop())
+    build = nets.build
+    monkeypatch.setattr(train_cls.nets, "build", lambda arch, **options: build(arch, **options) if torch.empty(
+        0).is_meta else seen.append(options) or stop())
     for flags, want in (([], (0.5, 0.2)), (["--drop", 0], (0, 0.2)), (["--drop-path", 0.3], (0.5, 0.3))):
         with pytest.raises(Stopped):
             script(train_cls, "--data", dirty, *TINY_CLS, "--net", "efficientnetv2_b0", *flags)
@@ -323,7 +325,7 @@ def direct(path, files, *, tta=False, bands=(1,), scale=255.0):
     x = (torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float() / scale - 0.5) / 0.5
     with torch.no_grad():
         said = [net(torch.rot90(x, k, (2, 3))) for k in range(4 if tta else 1)]
-    return torch.stack([z.softmax(1) if state["exclusive"] else z.sigmoid() for z in said]).mean(0).double().numpy()
+    return torch.stack([z.softmax(1) if state["single_label"] else z.sigmoid() for z in said]).mean(0).double().numpy()
 
 
 @pytest.fixture
@@ -338,9 +340,9 @@ def pictures(tmp_path):
     return sorted(files)
 
 
-@pytest.mark.parametrize("exclusive", [False, True])
-def test_probabilities_are_the_nets_own(script, pictures, exclusive):
-    net = weights(in_chans=2, bands=(3, 1), imgsz=64, exclusive=exclusive)
+@pytest.mark.parametrize("single_label", [False, True])
+def test_probabilities_are_the_nets_own(script, pictures, single_label):
+    net = weights(in_chans=2, bands=(3, 1), imgsz=64, single_label=single_label)
     for tta in (False, True):
         script(predict, *FLAGS, "--weights", net, "--source", "in", "--out", f"out{tta}", "--bs", 2,
                *(["--tta"] if tta else []))
@@ -394,12 +396,12 @@ def test_show_augment_draws_and_does_not_train(script, tmp_path):
     assert Image.open(run / "augment.png").size[0] > 6 * 32 and not (run / "last.pt").exists()
 
 
-@pytest.mark.parametrize("exclusive, shares", [(False, [0.5, 0.1, 0.0]), (True, [0.6, 0.399, 0.001])])
-def test_the_first_guess_is_the_classes_frequency(exclusive, shares):
+@pytest.mark.parametrize("single_label, shares", [(False, [0.5, 0.1, 0.0]), (True, [0.6, 0.399, 0.001])])
+def test_the_first_guess_is_the_classes_frequency(single_label, shares):
     linear = torch.nn.Linear(64, 3)
-    train_cls.first_guess(linear, shares, exclusive)
+    train_cls.init_classifier(linear, shares, single_label)
     logits = linear(torch.randn(500, 64))
-    probs = (logits.softmax(1) if exclusive else logits.sigmoid()).mean(0)
+    probs = (logits.softmax(1) if single_label else logits.sigmoid()).mean(0)
     assert (probs - torch.tensor(shares).clamp(min=0.001)).abs().max() < 0.01
 
 
@@ -428,7 +430,7 @@ def test_a_classifier_of_other_classes_begins_anew(script, tmp_path, dirty, caps
         table.write_text(table.read_text().replace("index,a,b,c,d", "index," + ",".join(classes)))
         script(train_cls, "--data", root, *flags, "--name", name, "--weights", "runs/cls/first/last.pt")
         nets[name] = last(name)["model"]
-        assert ("begins anew" in capsys.readouterr().out) == (name == "other")
+        assert ("starts anew" in capsys.readouterr().out) == (name == "other")
     first = last("first")["model"]
     head = [name for name in first if name.startswith("head.") and name.endswith("weight")]
     assert head and all(torch.equal(nets["same"][name], first[name]) for name in head)
@@ -456,7 +458,7 @@ def test_synthesis_is_told_the_device(script, tmp_path, monkeypatch):
 def test_a_threshold_that_would_do_nothing(refused, script, pictures, tmp_path):
     flags = [*FLAGS, "--source", "in", "--threshold", 0.3]
     refused(predict, *flags, "--weights", weights("one.pt"), "--fit-weights", says="--threshold: --fit-weights")
-    refused(predict, *flags, "--weights", weights("two.pt", exclusive=True), says="--threshold: does nothing")
+    refused(predict, *flags, "--weights", weights("two.pt", single_label=True), says="--threshold: does nothing")
 
 
 def test_the_default_loss_fits_the_data(script, tmp_path, dirty, monkeypatch):

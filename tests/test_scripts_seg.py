@@ -18,8 +18,9 @@ from data import images, seg
 from nets.unet import UNet
 from tests.conftest import TINY, tile, write_tif, write_wildfire
 from utils import report
-from utils.train import checkpoint
 from utils.errors import UserError
+from utils.ops import decide
+from utils.train import checkpoint
 
 
 def masks_of(folder):
@@ -50,7 +51,8 @@ def test_a_run_learns_and_leaves_its_records(trained):
     assert "Classes" not in json.loads((trained / "results.json").read_text())  # there is one
     assert scores["iou"] > 0.5  # a ninth of every tile is positive: all-positive scores 0.11
     best = checkpoint.load(trained / "best.pt")
-    assert best["scores"][-1] == max(best["scores"]) and "optimizer" not in best
+    assert best["history"][-1]["iou"] == max(row["iou"] for row in best["history"]) and "optimizer" not in best
+    assert best["score"] == "iou" and 0 < best["threshold"] < 1
 
 
 @pytest.mark.parametrize("flags", [
@@ -112,18 +114,14 @@ def test_prediction_writes_the_submission_and_georeferenced_masks(script, wildfi
         assert (mask & truth).sum() / (mask | truth).sum() > 0.4
 
 
-def ensemble(args, states):
-    device = torch.device("cpu")
-    return predict.seg_ensemble(args, device, states, predict.load_nets(args, device, "xy", states))
-
-
 def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     state = checkpoint.load(trained / "best.pt")
-    args = Namespace(amp="off", compile=False, tta=[], tta_scales=None, merge=None, bs=4)
+    args, cpu = Namespace(amp="off", compile=False), torch.device("cpu")
     path = sorted((wildfire / "test_img").iterdir())[0]
-    raw = images.read(path, state["bands"])[None]
+    raw = images.read(path, state["input"]["bands"])[None]
     with torch.inference_mode():
-        got = ensemble(args, [state])(raw)[0, 0].numpy()
+        [member] = predict.load_members(args, "seg", cpu, ["x"], [state])
+        got = decide.segment(member.net, member.inputs(raw), decide.SEGMENTATION_VIEWS)[0, 0].numpy()
         net = checkpoint.load_weights(UNet(**state["arch"]["kwargs"]).eval(), state, "x")
         x = raw[0, :7].numpy().astype(np.float64) / 65535
         planes = [np.full((64, 64), band[band > 0].mean() if (band > 0).any() else 0) for band in x]
@@ -136,13 +134,13 @@ def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     assert np.ptp(want) > 0.1
 
 
-def test_an_ensemble_is_the_mean_of_its_members(trained, wildfire):
-    states = [checkpoint.load(trained / name) for name in ("best.pt", "epoch_5.pt")]
-    args = Namespace(amp="off", compile=False, tta=None, tta_scales=None, merge=None, bs=4)
-    raw = images.read(sorted((wildfire / "test_img").iterdir())[1], states[0]["bands"])[None]
-    with torch.inference_mode():
-        one, two = (ensemble(args, [state])(raw) for state in states)
-        both = ensemble(args, states)(raw)
+def test_an_ensemble_is_the_mean_of_its_members(script, trained, wildfire, monkeypatch):
+    paths, seen, masks = [trained / name for name in ("best.pt", "epoch_5.pt")], [], decide.masks
+    monkeypatch.setattr(decide, "masks", lambda probs, *rest: seen.append(probs.clone()) or masks(probs, *rest))
+    for i, weights in enumerate((paths[:1], paths[1:], paths)):
+        script(predict, "--task", "seg", "--device", "cpu", "--amp", "off", "--workers", 0, "--weights", *weights,
+               "--source", sorted((wildfire / "test_img").iterdir())[1], "--out", f"out{i}")
+    one, two, both = seen
     assert (one - two).abs().max() > 1e-3
     torch.testing.assert_close(both, (one + two) / 2)
 

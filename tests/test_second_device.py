@@ -38,9 +38,9 @@ def test_the_pretence_itself(gpu):
 
 
 SEG = [
-    [], ["--classes", 3, "--ignore", 255, "--loss", "lovasz", "ce", "dice", "focal", "topk", "--presence", 0.5],
+    [], ["--classes", 3, "--ignore", 255, "--loss", "lovasz", "ce", "dice", "focal", "topk", "--aux-cls", 0.5],
     ["--loss", "lovasz", "bce", "dice", "focal", "topk", "--ignore", 255, "--mixup", 0.5, "--cutmix", 0.5, "--gridmask",
-     1, "--cutout", 1, "--gain", 1, "--presence", 1, "--p-object", 0.5],
+     1, "--cutout", 1, "--gain", 1, "--aux-cls", 1, "--p-object", 0.5],
     ["--swa", 0.5, "--epochs", 2, "--optimizer", "adamp", "--lookahead", 2, "--clip", 1, "--accumulate", 2, "--bs", 2],
     ["--resize", "--optimizer", "radam", "--no-ema", "--schedule", "plateau"], ["--tile", 48, "--optimizer", "sgd"],
     ["--encoder", "hrnet_w18_small", "--decoder", "--grad-checkpoint", "--optimizer", "adam"],

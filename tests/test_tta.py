@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 
+import nets
 import predict
 from data import det, images
-import nets
 from nets.unet import UNet
 from nets.yolo import YOLOv5
 from tests import test_bad_input_cls, test_predict_det
@@ -18,7 +18,7 @@ from tests.conftest import tile, write_tif
 from tests.test_predict_det import Finder, finder  # noqa: F401, a fixture
 from tests.test_scripts_cls import results
 from tests.test_scripts_seg import masks_of
-from utils.ops import boxes, geometry, tta
+from utils.ops import boxes, decide, geometry, tta
 from utils.train import checkpoint
 
 ALL = ("hflip", "vflip", "rot90", "scale")  # 24 passes
@@ -211,11 +211,12 @@ def test_segmentation(script, tmp_path, monkeypatch, classes, how):
     net = UNet(**arch).eval()
     torch.nn.init.normal_(net.head.weight, std=10)
     checkpoint.save(tmp_path / "net.pt", {
-        "task": "seg", "arch": {"kwargs": arch}, "classes": classes, "bands": [7, 6, 5], "scale": 65535.0,
-        "mean_planes": False, "imgsz": 64, "args": {"data": "nowhere"}, "model": net.state_dict(), "ema": None})
+        "task": "seg", "arch": {"name": "unet.UNet", "kwargs": arch}, "classes": classes, "args": {"data": "nowhere"},
+        "input": {"bands": [7, 6, 5], "pixel_scale": 65535.0, "imgsz": 64, "mean_planes": False, "resize": False},
+        "model": net.state_dict(), "ema": None})
     scene = write_tif(tmp_path / "scene.tif", tile(3, 45, 92)[0])
-    seen, decide = [], predict.decide
-    monkeypatch.setattr(predict, "decide", lambda probs, *rest: seen.append(probs.clone()) or decide(probs, *rest))
+    seen, masks = [], decide.masks
+    monkeypatch.setattr(decide, "masks", lambda probs, *rest: seen.append(probs.clone()) or masks(probs, *rest))
     script(predict, "--task", "seg", *CPU, "--weights", "net.pt", "--source", scene, "--out", "out", "--tta", "hflip",
            "rot90", "scale", *(["--merge", how] if how != "mean" else []))
     x = images.read(scene, [7, 6, 5]).numpy().astype(np.float32) / 65535
@@ -343,9 +344,9 @@ def test_one_view_is_fused_with_itself_only(script, finder, monkeypatch):  # noq
     np.testing.assert_allclose(detections_of("plain0.5"), detections_of("wbf0.5"), atol=1e-4)
 
 
-@pytest.mark.parametrize("exclusive, how", [(False, "gmean"), (True, "mean")])
-def test_classification(script, exclusive, how):
-    path = test_bad_input_cls.weights(imgsz=64, exclusive=exclusive)
+@pytest.mark.parametrize("single_label, how", [(False, "gmean"), (True, "mean")])
+def test_classification(script, single_label, how):
+    path = test_bad_input_cls.weights(imgsz=64, single_label=single_label)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
     for i, picture in enumerate(pixels):
         test_predict_det.save(f"in/{i}.png", picture)
@@ -364,9 +365,9 @@ def test_classification(script, exclusive, how):
         x = np.rot90(x[..., ::-1] if flip else x, turn, (1, 2)).astype(np.float32)
         with torch.no_grad():
             logits = net((torch.from_numpy(x.copy())[:, None] - 0.5) / 0.5)
-        passes.append((logits.softmax(1) if exclusive else logits.sigmoid()).double().numpy())
+        passes.append((logits.softmax(1) if single_label else logits.sigmoid()).double().numpy())
     want = FORMULAS[how](np.array(passes))
-    want = want / want.sum(1, keepdims=True) if exclusive else want
+    want = want / want.sum(1, keepdims=True) if single_label else want
     script(predict, "--task", "cls", *CPU, "--weights", path, "--source", "in", "--out", "out", "--tta", "hflip",
            "rot90", "scale", "--merge", how)
     np.testing.assert_allclose(results("out")[1], want, atol=2e-5)

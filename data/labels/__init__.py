@@ -9,10 +9,11 @@ A box that makes no sense is dropped; its image and its other boxes stay. Droppe
 of them are an error. Reading the headers of many images takes minutes, so the result is kept until a file changes.
 """
 import hashlib
+import itertools
 import json
+import math
 import os
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ VERSION = 4  # of the kept result: to be raised when a reader finds something el
 MIN_SIDE = 0.9
 MAX_DROPPED = 0.01  # share of the boxes; more is rather a misunderstanding than a slip
 DROPPED = ("not finite", "unknown category", "less than a pixel inside the image", "duplicate")
+CLIPPED = "clipped to the image"
+RESIZED = "image of another size than its labels state"
 
 
 class Labels(NamedTuple):
@@ -120,73 +123,62 @@ def _check(layout):
     with ThreadPoolExecutor(8) as pool:
         sizes = list(tqdm(pool.map(lambda file: images.size(layout.root / file)[1:], files), desc="sizes",
                           total=len(files), leave=False, disable=dist.rank() > 0))
-    category_ids = sorted(records.names)
-    for name, count in Counter(records.names.values()).most_common(1):
-        if count > 1:  # results are kept by name
-            one, other = [n for n in category_ids if records.names[n] == name][:2]
-            raise UserError(f"{layout.root / layout.labels[0]}: the categories {one} and {other} are both named "
-                            f"{show(name)}; rename one, or give all their boxes one category")
-    boxes, reasons, clipped = _clip(records, np.array(sizes), category_ids)
-
-    def places(chosen):
-        return [f"{label}: {layout.place.format(number)}, {files[owner]}: {box}" for owner, _, box, label, number in
-                (records.boxes[i] for i in np.flatnonzero(chosen))]
-
-    kept = reasons == len(DROPPED)
-    cases = {kind: places(reasons == k) for k, kind in enumerate(DROPPED)}
-    cases["clipped to the image"] = places(kept & clipped)
+    category_of = {}
+    for category, name in sorted(records.names.items()):
+        if category_of.setdefault(name, category) != category:  # results are kept by name
+            raise UserError(f"{layout.root / layout.labels[0]}: the categories {category_of[name]} and {category} are "
+                            f"both named {show(name)}; rename one, or give all their boxes one category")
+    boxes, classes, cases = _sort_out(records, files, sizes, list(category_of.values()), layout.place)
     cases["crowd"] = [f"{label}: {layout.place.format(number)}" for label, number in records.crowds]
-    cases["image of another size than its labels state"] = [
+    cases[RESIZED] = [
         f"{file}: {size[0]} x {size[1]}, not {show(labelled)}"
-        for file, size, labelled in zip(files, sizes, stated) if labelled not in (None, tuple(size))]
-    boxes_of, classes_of = [[] for _ in files], [[] for _ in files]
-    class_of = {category: k for k, category in enumerate(category_ids)}
-    for i in np.flatnonzero(kept):
-        owner, category, *_ = records.boxes[i]
-        boxes_of[owner].append(boxes[i].tolist())
-        classes_of[owner].append(class_of[category])
-    return {"key": key, "stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes_of, "classes": classes_of,
-            "held_out": [out and not all(held_out) for out in held_out], "category_ids": category_ids,
-            "names": [records.names[n] for n in category_ids], "cases": {k: v for k, v in cases.items() if v},
+        for file, size, labelled in zip(files, sizes, stated) if labelled not in (None, size)]
+    return {"key": key, "stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
+            "held_out": [out and not all(held_out) for out in held_out], "category_ids": list(category_of.values()),
+            "names": list(category_of), "cases": {kind: places for kind, places in cases.items() if places},
             "total": len(records.boxes)}
 
 
-def _clip(records, sizes, category_ids):
-    """-> boxes (n, 4) clipped to their images, in pixels; for each the index in DROPPED of the reason to drop it, else
-    len(DROPPED); whether more than a pixel of it was outside, which is more than rounding."""
-    owner, category = (np.array([box[k] for box in records.boxes], np.int64) for k in (0, 1))
-    boxes = np.array([box[2] for box in records.boxes], np.float64).reshape(-1, 4)
-    limit = sizes[owner][:, [1, 0, 1, 0]]
-    with np.errstate(over="ignore", invalid="ignore"):
-        boxes = boxes * limit if records.normalised else boxes
-        inside = np.clip(boxes, 0, limit)
-        side = (inside[:, 2:] - inside[:, :2]).min(1)
-        beyond = abs(inside - boxes).max(1) > 1
-    reasons = np.select([~np.isfinite(boxes).all(1), ~np.isin(category, category_ids), side < MIN_SIDE], range(3),
-                        len(DROPPED))
-    left = np.flatnonzero(reasons == len(DROPPED))
-    first = np.unique(np.column_stack((owner, category, inside))[left], axis=0, return_index=True)[1]
-    reasons[np.delete(left, first)] = DROPPED.index("duplicate")
-    return inside, reasons, beyond
+def _sort_out(records, files, sizes, category_ids, place):
+    """-> per image the boxes to keep, clipped to it, in pixels, and their classes; {kind of case: its places}."""
+    boxes, classes, class_of = [[] for _ in files], [[] for _ in files], {key: k for k, key in enumerate(category_ids)}
+    cases, seen = {kind: [] for kind in (*DROPPED, CLIPPED)}, set()
+    for owner, category, box, label, number in records.boxes:
+        height, width = sizes[owner]
+        corners = [side * n for side, n in zip(box, (width, height) * 2)] if records.normalised else box
+        inside = tuple(min(max(side, 0.0), n) for side, n in zip(corners, (width, height) * 2))
+        reasons = (not all(map(math.isfinite, corners)), category not in class_of,
+                   min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE, (owner, category, inside) in seen)
+        case = next(itertools.compress(DROPPED, reasons), None)
+        if case is None:
+            seen.add((owner, category, inside))
+            boxes[owner].append(inside)
+            classes[owner].append(class_of[category])
+            if max(abs(a - b) for a, b in zip(inside, corners)) > 1:  # less is rounding
+                case = CLIPPED
+        if case:
+            cases[case].append(f"{label}: {place.format(number)}, {files[owner]}: {box}")
+    return boxes, classes, cases
 
 
 def _report(path, found, file, allow_bad):
     """On rank 0 prints a line per kind of case and writes all cases to `file`. UserError when too many boxes are
     dropped, or none are left."""
-    cases, dropped = found["cases"], {kind: len(found["cases"][kind]) for kind in DROPPED if kind in found["cases"]}
-    if dist.rank() == 0 and file and cases:
+    cases, see = found["cases"], ""
+    if file and cases:
         with suppress(UserError):
-            write_text(file, "".join(f"{kind}{' (dropped)' if kind in DROPPED else ''}: {place}\n"
-                                     for kind, places in cases.items() for place in places))
-    see = f"; all in {file}" if file and os.path.exists(file) else ""
-    for kind, places in cases.items() if dist.rank() == 0 else ():
-        what = "left out" if kind in (*DROPPED, "crowd") else "found"
-        line = f"{path}: {kind}: {len(places)} {what}, first {places[0]}{see}"
-        print(line.encode(errors="backslashreplace").decode())
-    if sum(dropped.values()) > MAX_DROPPED * found["total"] and not allow_bad:
-        counts = ", ".join(f"{count} {kind}" for kind, count in dropped.items())
-        raise UserError(f"{path}: {sum(dropped.values())} of {found['total']} boxes cannot be used ({counts}{see}); "
-                        f"correct them, or go on without them by --allow-bad-labels")
+            if dist.rank() == 0:
+                write_text(file, "".join(f"{kind}: {place}\n" for kind in cases for place in cases[kind]))
+            see = f"; all in {file}"
+    for kind, places in cases.items():
+        line = f"{path}: {kind}: {len(places)} {'found' if kind in (CLIPPED, RESIZED) else 'left out'}, first {places[0]}{see}"
+        dist.print0(line.encode(errors="backslashreplace").decode())
+    dropped = {kind: len(cases[kind]) for kind in DROPPED if kind in cases}
+    count = sum(dropped.values())
+    if count > MAX_DROPPED * found["total"] and not allow_bad:
+        raise UserError(f"{path}: {count} of {found['total']} boxes cannot be used ("
+                        f"{', '.join(f'{n} {kind}' for kind, n in dropped.items())}{see}); correct them, or go on "
+                        f"without them by --allow-bad-labels")
     if not any(found["boxes"]):
         raise UserError(f"{path}: no boxes in the labels of {len(found['files'])} images, so nothing to learn; check "
                         f"the labels")

@@ -1,5 +1,6 @@
-"""Pictures of single capital letters: from the competition's CSV, from EMNIST's idx files, or drawn with a font."""
+"""Glyphs, pictures of single capital letters: from the competition's CSV, EMNIST's idx files, or a font."""
 import gzip
+import math
 import string
 import warnings
 import zlib
@@ -10,26 +11,27 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.ops import geometry
 from utils.errors import UserError
+from utils.ops import geometry
 
 SIDE = 28
+LETTERS = [letter.encode() for letter in string.ascii_uppercase]
 COLUMNS = [str(i) for i in range(SIDE * SIDE)]
 
 
 def read(path=None):
-    """Glyphs, white on black -> pixels uint8 (N, 28, 28), letters int64 (N,), A is 0 and Z is 25.
+    """Pictures of single letters, white on black -> pixels uint8 (N, 28, 28), letters int64 (N,): 0 is A, 25 is Z.
 
-    path: the competition's CSV with the columns letter and, at the end, 0..783 (train.csv of its mnist_data has id and
-    digit before them, test.csv has id); or one of a pair of idx files, as EMNIST's, whose names differ by images-idx3
-    and labels-idx1; gzipped or not. None: 100 a letter from `render`.
-    Raises UserError for what is none of these, or damaged.
+    path: the competition's CSV, with a column letter and, at the end, the columns 0 ... 783 (train.csv has id and digit
+    before them, test.csv id); or one file of a pair of idx files, such as EMNIST's, whose names differ by images-idx3
+    and labels-idx1. Files may be gzipped. None: 100 glyphs of each letter from `render`.
+    Raises UserError for other files and for damaged ones.
     """
     if path is None:
         return render(100)
     content = _content(path)
     if content[:4] in (b"\0\0\x08\x03", b"\0\0\x08\x01"):
-        return _read_idx(path)
+        return _read_idx(Path(path))
     return _read_csv(path, content)
 
 
@@ -44,79 +46,66 @@ def _content(path):
 
 
 def _read_csv(path, content):
-    lines = content.removeprefix(b"\xef\xbb\xbf").splitlines()
-    names = [name.strip(' "') for name in lines[0].decode("latin-1").split(",")] if lines else []
+    header, *lines = content.removeprefix(b"\xef\xbb\xbf").splitlines() or [b""]
+    names = [name.strip(' "') for name in header.decode("latin-1").split(",")]
     before = len(names) - len(COLUMNS)
     if "letter" not in names[:max(before, 0)] or names[before:] != COLUMNS:
-        raise UserError(f"{path}: has not the columns letter and, at the end, 0 to 783; give the competition's CSV of "
+        raise UserError(f"{path}: the columns are not letter and, at the end, 0 to 783; give the competition's CSV of "
                         f"letters, or EMNIST's idx files")
-    column = names.index("letter")
-    rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line.strip()]
+    rows = [(number, line) for number, line in enumerate(lines, 2) if line.strip()]
     if not rows:
-        raise UserError(f"{path}: has no letters; fetch or write it again")
-    pixels, letters = np.empty((len(rows), len(COLUMNS)), np.uint8), np.empty(len(rows), np.int64)
+        raise UserError(f"{path}: contains no letters; fetch or write it again")
+    pixels, letters = np.empty((len(rows), SIDE, SIDE), np.uint8), np.empty(len(rows), np.int64)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # numpy only warns of what is no number
+        warnings.simplefilter("error")  # numpy only warns of text that is no number
         for i, (number, line) in enumerate(rows):
-            fields = line.split(b",", before)
-            letter = fields[column].strip(b' "') if len(fields) > before else b""
-            if len(fields) <= before or fields[-1].count(b",") != len(COLUMNS) - 1:
-                raise UserError(f"{path}: line {number} has {line.count(b',') + 1} fields instead of {len(names)}; "
-                                f"mend or remove it")
-            if len(letter) != 1 or not b"A" <= letter <= b"Z":
-                raise UserError(f"{path}: line {number} has the letter {letter.decode('latin-1')!r}, not one of A to "
-                                f"Z; mend or remove it")
-            try:  # np.fromstring: 40 us a row; np.loadtxt and int() of every field take ten times that
-                values = np.fromstring(fields[-1], np.int64, sep=",")
-            except (ValueError, DeprecationWarning):
-                values = np.empty(0)
-            if len(values) != len(COLUMNS) or values.min() < 0 or values.max() > 255:
-                raise UserError(f"{path}: line {number} has a pixel that is no whole number from 0 to 255; mend or "
-                                f"remove it")
-            pixels[i], letters[i] = values, letter[0] - ord("A")
-    return pixels.reshape(-1, SIDE, SIDE), letters
+            try:
+                *fields, numbers = line.split(b",", before)
+                letters[i] = LETTERS.index(fields[names.index("letter")].strip(b' "'))
+                # np.fromstring takes 40 us a row; np.loadtxt and int() of every field take ten times as long
+                values = np.fromstring(numbers, np.int64, sep=",").reshape(SIDE, SIDE)
+                if values.min() < 0 or values.max() > 255:
+                    raise ValueError
+            except (ValueError, IndexError, DeprecationWarning):
+                raise UserError(f"{path}: line {number} is not {', '.join(names[:before])} (from A to Z) and 784 whole "
+                                f"numbers from 0 to 255; correct or remove it") from None
+            pixels[i] = values
+    return pixels, letters
 
 
 def _read_idx(path):
-    """Of EMNIST's splits, "letters" counts from 1; the others hold digits (0-9), capitals (10-35) and small letters."""
-    path = Path(path)
-    pairs = (("images", "labels"), ("idx3", "idx1"))
-    files = []
-    for kind in (0, 1):
-        name = path.name
-        for pair in pairs:
-            name = name.replace(pair[1 - kind], pair[kind])
-        files.append(path.with_name(name))
-    pixels, labels = _idx(files[0], 3), _idx(files[1], 1).astype(np.int64)
+    """EMNIST's split "letters" counts from 1; its other splits hold digits (0-9), capitals (10-35) and small letters."""
+    images = path.with_name(path.name.replace("labels", "images").replace("idx1", "idx3"))
+    targets = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+    pixels, labels = _idx(images, 3), _idx(targets, 1).astype(np.int64)
     if pixels.shape[1:] != (SIDE, SIDE) or len(pixels) != len(labels) or not len(labels):
-        raise UserError(f"{files[0]}: {len(pixels)} images of {pixels.shape[1]}x{pixels.shape[2]} and {len(labels)} "
+        raise UserError(f"{images}: {len(pixels)} images of {pixels.shape[1]}x{pixels.shape[2]} and {len(labels)} "
                         f"labels; give a pair of idx files of 28x28 letters")
     if "emnist" in path.name.lower():
-        pixels = pixels.swapaxes(1, 2)  # its images lie on their sides
+        pixels = pixels.swapaxes(1, 2)  # EMNIST's images are transposed
+    letters = labels - int(labels.min() > 0)
     if labels.max() > 26:
-        first, kept = 10, (labels >= 10) & (labels <= 35)
-    else:
-        first, kept = int(labels.min() > 0), labels >= 0
-    pixels, letters = pixels[kept], labels[kept] - first
+        capital = (labels >= 10) & (labels <= 35)
+        pixels, letters = pixels[capital], labels[capital] - 10
     if not len(letters) or letters.max() > 25:
-        raise UserError(f"{files[1]}: the labels are not those of letters; EMNIST's split letters has them")
+        raise UserError(f"{targets}: the labels are not those of letters; give EMNIST's split letters")
     return np.ascontiguousarray(pixels), letters
 
 
 def _idx(path, dims):
     content = _content(path)
     header = 4 + 4 * dims
-    shape = np.frombuffer(content[4:header], ">u4").astype(int) if len(content) >= header else np.zeros(dims, int)
-    if content[:4] != bytes((0, 0, 8, dims)) or len(content) != header + shape.prod():
+    shape = [int.from_bytes(content[k:k + 4], "big") for k in range(4, header, 4)]
+    if content[:4] != bytes((0, 0, 8, dims)) or len(content) != header + math.prod(shape):
         raise UserError(f"{path}: damaged, or not an idx file of {dims} dimensions; fetch it again")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
 def render(count, *, seed=0):
-    """Letters of Pillow's own font, with four widths of stroke, turned, sheared, scaled and moved at random.
+    """Letters of Pillow's own font with four stroke widths, randomly turned, sheared, scaled and shifted.
 
-    `count` of each -> pixels uint8 (26 * count, 28, 28), letters int64 (26 * count,), in random order. Glyph k of a
-    letter depends on (seed, k) only.
+    `count` of each letter -> pixels uint8 (26 * count, 28, 28), letters int64 (26 * count,), in random order. Glyph k
+    of a letter depends on (seed, k) alone.
     """
     fine, font, pixels = 4 * SIDE, ImageFont.load_default(3 * SIDE), []
     drawn = torch.zeros(4, 26, 1, fine, fine)
@@ -130,7 +119,7 @@ def render(count, *, seed=0):
         turns = [geometry.translate(*(SIDE + rng.uniform(-3, 3, 2))) @ geometry.rotate(rng.normal(0, 8))
                  @ geometry.shear(rng.normal(0, 8), rng.normal(0, 4)) @ geometry.scale(*rng.uniform(.42, .62, 2))
                  @ geometry.translate(-fine / 2, -fine / 2) for _ in range(26)]
-        # drawn on two pixels a pixel and averaged: warped at once, three of four would be skipped
+        # warped to twice the side and averaged: bilinear sampling at the final size would skip pixels
         twice = geometry.warp(drawn[rng.integers(4, size=26), range(26)], np.stack(turns), (2 * SIDE, 2 * SIDE))
         pixels.append(F.avg_pool2d(twice, 2)[:, 0] * torch.from_numpy(rng.uniform(.8, 1, (26, 1, 1))))
     order = np.random.default_rng(seed).permutation(26 * count)

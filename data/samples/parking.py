@@ -17,10 +17,10 @@ from utils.files import whole_folder
 # colour) in metres. The middle is on the object's axis, positive is forward. "own": the object's own colour.
 SEDAN = [(0, 4.7, 1.8, .2, .85, "own"), (-.3, 2.6, 1.7, .85, 1.35, "darkslategray"), (-.3, 1.9, 1.6, 1.35, 1.45, "own")]
 CLASSES = {                                              # category_id is the place in this table, from 1
-    "sedan": (30, ("white", "white", "silver", "black", "gray", "navy", "firebrick"), SEDAN),
-    "SUV": (20, ("white", "silver", "black", "gray", "navy", "firebrick"), [
+    "sedan": (30, ("white", "white", "silver", "#222428", "gray", "navy", "firebrick"), SEDAN),
+    "SUV": (20, ("white", "silver", "#222428", "gray", "navy", "firebrick"), [
         (0, 4.6, 1.95, .3, 1.05, "own"), (-.5, 3.3, 1.85, 1.05, 1.55, "darkslategray"), (-.7, 2.9, 1.8, 1.55, 1.8, "own")]),
-    "van": (6, ("white", "silver", "black"), [
+    "van": (6, ("white", "silver", "#222428"), [
         (0, 5.2, 2, .3, 1.2, "own"), (-.5, 4.2, 1.95, 1.2, 2.2, "own"), (1.9, .7, 1.8, 1.2, 1.8, "darkslategray")]),
     "bus": (2, ("royalblue", "seagreen", "firebrick"), [
         (0, 10.4, 2.5, .4, 1.4, "own"), (0, 10.4, 2.45, 1.4, 2.4, "darkslategray"), (0, 10.4, 2.5, 2.4, 3.1, "white")]),
