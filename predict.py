@@ -128,7 +128,7 @@ def load_members(args, task, device, paths, states):
         torch._inductor.config.freezing = device.type == "cpu" and len(paths) == 1
     for path, state in zip(paths, states):
         if state["task"] != task:
-            raise UserError(f"{path}: trained for --task {state['task']}; choose that, or other checkpoints")
+            raise UserError(f"{path}: trained for --task {state['task']}; give a checkpoint of train_{task}.py")
         try:
             net, inputs, classes = nets.build(state["arch"]), INPUT[task](**state["input"]), state["classes"]
             np.broadcast_to(np.asarray(state.get("threshold") or 0.5, float), np.size(classes))

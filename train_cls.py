@@ -17,11 +17,12 @@ from data import cls, folds, images, mix
 from data.loader import eval_loader, train_loader
 from data.samples import dirty_mnist
 from nets import pretrained
-from utils import losses, metrics
+from utils import losses
 from utils.errors import UserError, answers_for, cli
 from utils.files import write_json
+from utils.metrics.classification import Accuracy
 from utils.ops import decide
-from utils.pictures import charts, review, sheets
+from utils.pictures import review, sheets
 from utils.train import dist, engine
 from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
 
@@ -210,7 +211,7 @@ def main():
 
     # ---- validation ----
     def evaluate_metric(model):
-        metric = metrics.Accuracy(len(names), single_label)
+        metric = Accuracy(len(names), single_label)
         for batch in val_loader:
             batch = engine.to_device(batch, device)
             probs = decide.classify(model, inputs, batch, single_label=single_label)
@@ -271,15 +272,11 @@ def write_report(state, evaluate_metric, names, folder, files, bands):
     metric = engine.evaluate_on(state, evaluate_metric)
     if dist.rank() == 0:
         scores, classes = metric.compute(), metric.per_class()
-        samples = metric.samples(files, names)
-        ends = [part for part in review.ends([row["score"] for row in samples]) if part]
-        rows = [[sheets.to_rgb(images.read_picture(files[i], bands)) for i in part] for part in ends]
-        captions = [[f"{samples[i]['labels']} > {samples[i]['predicted']}   {files[i].name}" for i in part]
-                    for part in ends]
-        review.sheet(folder / "review.png", rows, captions=captions,
-                     tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
-        review.keep(folder, [samples[i] for i in ends[0]], [[picture] for picture in rows[0]], captions[0])
-        charts.write_csv(folder / "samples.csv", samples)
+        review.write_review(
+            folder, metric.samples(files, names), across=4,
+            draw=lambda chosen: [[sheets.to_rgb(images.read_picture(files[i], bands))] for i in chosen],
+            caption=lambda row: f"{row['labels']} > {row['predicted']}   {os.path.basename(row['name'])}",
+            tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
         print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

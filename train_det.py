@@ -23,11 +23,10 @@ from data import det, folds, images, labels, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS
-from utils import metrics
 from utils.errors import UserError, answers_for, cli
 from utils.files import write_json
 from utils.losses import detection as losses
-from utils.metrics.average_precision import AREAS
+from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.ops import anchors, decide
 from utils.pictures import charts, detection as pictures, review, sheets, table
 from utils.train import dist, engine, optim
@@ -78,14 +77,16 @@ def make_parser():
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring windows")
     add("--epoch-parts", type=int_range(1, 10**6), default=1, help="an epoch is one of this many parts of the data")
     add("--image-weights", action=BooleanOptionalAction, default=False, help="draw images with rare classes more often")
-    add("--multi-scale", type=float_range(0, 0.9), default=0.0, help="random batch sizes of 1 - F to 1 + F times --imgsz")
+    add("--multi-scale", type=float_range(0, 0.9), default=0.0, help="every batch at a random size, 1 - F to 1 "
+        "+ F times --imgsz")
     add("--autoanchor", action=BooleanOptionalAction, help="fit new anchors where the net's anchors do "
         "not fit the data (anchor)")
     add = parser.add_argument_group("augmentation").add_argument
     add("--mosaic", type=float_range(0, 1), default=1.0, help="probability; --mixup blends two mosaics")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
     add("--close-mosaic", type=int_range(0), default=0, help="number of last epochs without mosaic")
-    add("--hsv", type=float_range(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, saturation, value")
+    add("--hsv", type=float_range(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, "
+        "saturation, value")
     add("--degrees", type=float_range(0, 180), default=0.0, help="largest rotation")
     add("--translate", type=float_range(0, 1), help="largest shift, share of the size")
     add("--scale", type=float_range(0, 0.99), help="zoom by 1 - F to 1 + F")
@@ -143,8 +144,6 @@ def check_flags(args):
         if vars(args)[flag] != usual[flag]:
             raise UserError(f"{table.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
                             f"leave it out, or choose the other head")
-    if args.net != YOLO and args.variant != "s":
-        raise UserError(f"--variant: does nothing for --net {args.net}; leave it out")
     if args.grid == 9 and (args.degrees or args.shear):  # outer pictures would cover the objects of others
         raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
     if args.stages and args.resume is None and (args.preset, args.epochs) != ("scratch-low", args.stages[0]):
@@ -152,6 +151,8 @@ def check_flags(args):
         raise UserError(f"{flag}: does nothing with --stages, which tells the epochs of two presets; leave one out")
     with torch.device("meta"), answers_for("--net:"):
         stride = nets.build(describe_net(args, num_classes=1, in_chans=3)).stride
+    if args.net != YOLO and args.variant != "s":
+        raise UserError(f"--variant: does nothing for --net {args.net}; leave it out")
     if args.imgsz % stride:
         raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {stride}; take "
                         f"{-(-args.imgsz // stride) * stride}")
@@ -215,12 +216,15 @@ def experiment(args, device, folder, resume):
     model = model.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.sync_batch_norm(model, device)
-    images_per_step = args.bs * args.accumulate
-    # sgd's weight decay is for 64 images; adamw's does not depend on their number
-    decay = args.weight_decay * (images_per_step / 64 if args.optimizer == "sgd" else 1)
-    state, options = training(args, folder, model, loader, device, weight_decay=decay, summed_over=images_per_step)
+    # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.
+    # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
+    count = args.bs * args.accumulate
+    rate = count if args.optimizer == "sgd" else 1
+    decay = args.weight_decay / {"sgd": 64, "adam": count}.get(args.optimizer, 1)
+    state, options = training(args, folder, model, loader, device, lr=args.lr * rate, weight_decay=decay,
+                              eps=1e-8 / count)
     optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
-                  bias_lr=args.warmup_bias_lr, momentum=args.warmup_momentum)
+                  bias_lr=args.warmup_bias_lr * rate, momentum=args.warmup_momentum)
 
     # ---- loss ----
     levels = 3 / len(model.strides)  # the anchor head's gains are for 3 levels, 80 classes and 640 pixels
@@ -250,18 +254,17 @@ def experiment(args, device, folder, resume):
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=val_data.shapes,
                                  workers=args.workers, device=device, collate=det.collate)
 
-    def average_precision(model):  # -> metrics.DetectionAP, in pixels of the files, on every rank
+    def average_precision(model):  # -> DetectionAP, in pixels of the files, on every rank
         def predict(batch):
             x = inputs(engine.to_device(batch, device)["image"])
             found = decide.detect(model, x, **VALIDATION)
             if 0 in batch["index"]:
-                shown = [det.move(rows, matrix) for rows, matrix in zip(det.gt_boxes(batch), batch["matrix"])]
-                pictures.detection_sheet(folder / "val.png", x, shown, found, names=names)
+                pictures.detection_sheet(folder / "val.png", x, det.gt_boxes(batch), found, names=names)
             return [found]
 
-        metric = metrics.DetectionAP(len(names))
+        metric = DetectionAP(len(names))
         found = val_data.detect(val_loader, predict, iou=VALIDATION["iou"], max_det=VALIDATION["max_det"])
-        metric.update(found, [rows.roll(-1, 1) for rows in gt_boxes], range(len(val)))
+        metric.update(found, [rows.roll(-1, 1) for rows in gt_boxes])
         return metric
 
     def evaluate(model):
@@ -281,7 +284,7 @@ def experiment(args, device, folder, resume):
         batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
         pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
         boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
-        pictures.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
+        charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
     header = {"task": "det", "arch": arch, "classes": names, "category_ids": data.category_ids,
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
@@ -364,18 +367,19 @@ def check_debug(history, head):
         engine.check_debug(history)
 
 
-def draw_sample(file, bands, truth, found, names):
+def draw_sample(file, bands, truth, found, threshold, names):
     """-> an image, at most 1920 pixels wide and high, with its labels drawn in, and with its detections drawn in."""
     size = images.size(file)[1:]
     shape = det.reduced(size, 1920)  # a larger scene may be too large to be read
     rgb, zoom = sheets.to_rgb(images.read_picture(file, bands, shape=shape)), max(shape) / max(size)
+    found = found[found[:, 4] >= threshold]
     return [pictures.draw_boxes(rgb, truth[:, :4] * zoom, truth[:, 4].long(), names),
             pictures.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
 
 
 def make_tables(metric, scores, classes, names):
-    """The results -> {title: rows} for `review.page`: AP and number of boxes by class, and by the area of boxes."""
-    boxes = np.concatenate(metric.truths)
+    """The results -> {title: rows} for `review.write_review`: AP and number of boxes by class, and by the area of boxes."""
+    boxes = torch.cat(metric.gt_boxes)
     area = (boxes[:, 2:4] - boxes[:, :2]).prod(1)
     by_class = [{"class": pictures.class_name(names, k), "AP": c["ap"], "AP50": c["ap50"], "boxes": c["truths"]}
                 for k, c in enumerate(classes)]
@@ -394,18 +398,14 @@ def write_report(state, average_precision, names, folder, files, bands):
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
     write_json(folder / "results.json", {
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
-    samples, parts = metric.samples(files), {}
-    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
-        parts[part] = []
-        for i in chosen:
-            found, truth = metric.boxes_of(i)
-            drawn = draw_sample(files[i], bands, truth, found[found[:, 4] >= threshold], names)
-            parts[part].append((samples[i], drawn))
-    review.page(folder / "review.png", parts, tables=make_tables(metric, scores, classes, names),
-                titles=("labels", "detections"), max_side=640)
-    charts.write_csv(folder / "samples.csv", samples)
-    pictures.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
-    pictures.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
+
+    def draw(chosen):
+        return [draw_sample(files[i], bands, metric.gt_boxes[i], metric.detections[i], threshold, names) for i in chosen]
+
+    review.write_review(folder, metric.samples(files), draw, tables=make_tables(metric, scores, classes, names),
+                        titles=("labels", "detections"), max_side=640)
+    charts.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
+    charts.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
     for name, c in zip(names, classes):
         print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")

@@ -15,11 +15,12 @@ import nets
 from data import folds, images, mix, seg
 from data.loader import eval_loader, train_loader
 from nets import pretrained
-from utils import losses, metrics
+from utils import losses
 from utils.errors import UserError, answers_for, cli
 from utils.files import write_json
+from utils.metrics.segmentation import BinaryIoU, MeanIoU, SampleIoU
 from utils.ops import decide, tiles
-from utils.pictures import charts, review, sheets
+from utils.pictures import review, sheets
 from utils.train import dist, engine
 from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
 
@@ -188,8 +189,7 @@ def main():
 
     # ---- validation ----
     def evaluate(model, views=(), per_sample=None):
-        metric = metrics.BinaryIoU(ignore=args.ignore) if args.classes == 1 else \
-            metrics.MeanIoU(args.classes, ignore=args.ignore)
+        metric = BinaryIoU(args.ignore) if args.classes == 1 else MeanIoU(args.classes, args.ignore)
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
             probs = decide.segment(model, inputs(batch["image"]), views, side=inputs.side)
@@ -235,7 +235,7 @@ def save_augmentations(path, data, mixed, samples=8, epochs=6):
 def write_report(state, evaluate, inputs, data, folder, files):
     """Evaluates the run's last weights with flips, at a threshold of 0.5: results.json; samples.csv, a row per tile;
     review.png, the worst and the best tiles, and scores by class and by size."""
-    per_sample = review.SegmentationReview(data.ignore)
+    per_sample = SampleIoU(data.ignore)
     scores = engine.evaluate_on(state, functools.partial(evaluate, views=decide.SEGMENTATION_VIEWS,
                                                          per_sample=per_sample))
     scores.pop("threshold", None)
@@ -250,13 +250,10 @@ def write_report(state, evaluate, inputs, data, folder, files):
             yield sheets.segmentation_row(sample["image"], sample["mask"], probs[0], ignore=data.ignore)
 
     by_class = [{"class": int(k[4:]), "iou": v} for k, v in scores.items() if k.startswith("iou_") and k[4:].isdigit()]
-    samples, tables, parts = per_sample.samples(files), {"Classes": by_class} if by_class else {}, {}
-    tables |= per_sample.tables()  # of all classes together
-    for part, chosen in zip(("worst", "best"), review.ends([row["score"] for row in samples])):
-        rows = engine.evaluate_on(state, lambda model, chosen=chosen: list(draw(model, chosen)))
-        parts[part] = [(samples[i], row) for i, row in zip(chosen, rows)]
-    review.page(folder / "review.png", parts, tables=tables, titles=("image", "truth", "prediction", "errors"))
-    charts.write_csv(folder / "samples.csv", samples)
+    tables = ({"Classes": by_class} if by_class else {}) | per_sample.by_size()  # the latter of all classes together
+    review.write_review(folder, per_sample.samples(files), tables=tables,
+                        titles=("image", "truth", "prediction", "errors"),
+                        draw=lambda chosen: engine.evaluate_on(state, lambda model: list(draw(model, chosen))))
     write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
     print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 

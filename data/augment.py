@@ -121,8 +121,8 @@ def colour(rng, bands, hue, saturation, value):
 
 
 def recolour(images, matrices, scale=1.0):
-    """images (B, C, H, W), any dtype; matrices (B, C, C) of `colour` -> the recoloured images divided by scale, float32,
-    not clamped."""
+    """images (B, C, H, W), any dtype; matrices (B, C, C) of `colour` -> the recoloured images divided by scale,
+    float32, not clamped."""
     mixed = torch.empty(images.shape, device=images.device)
     matrices = matrices.to(mixed) / scale
     # image by image into one tensor: allocating memory costs CPUs more than the sums

@@ -85,11 +85,11 @@ def default_scale(files, bands):
     file, white = files[0], images.default_scale(files)
     pixels = images.read_picture(file, bands, shape=reduced(images.size(file)[1:], 1024)).numpy()
     if pixels.min() < 0:  # decibels, for example, would all become 0
-        raise UserError(f"{file}: has {images.depth(file)} pixels down to {pixels.min():g}, and everything below 0 "
+        raise UserError(f"{file}: has {images.header(file).dtype} pixels down to {pixels.min():g}, and everything below 0 "
                         f"becomes black; add a number to the pixels of all images so that they begin at 0, or accept "
                         f"it with --pixel-scale")
     if pixels.max() > white:
-        raise UserError(f"{file}: has {images.depth(file)} pixels up to {pixels.max():g}, and nothing says which value "
+        raise UserError(f"{file}: has {images.header(file).dtype} pixels up to {pixels.max():g}, and nothing says which value "
                         f"is white; give it with --pixel-scale")
     return white
 
@@ -178,7 +178,7 @@ class DetData(Dataset):
             # rotated cells are no rectangles: each picture is drawn whole, over the pictures before it
             cells[:] = (0, 0, self.imgsz, self.imgsz)
         # pictures of the mosaic that the view does not show need not be decoded
-        shown = np.flatnonzero((cells[:, :2] < self.imgsz).all(1) & (cells[:, 2:] > 0).all(1)).tolist() or [0]
+        shown = [j for j, cell in enumerate(cells) if max(cell[:2]) < self.imgsz and min(cell[2:]) > 0] or [0]
         return self.compose([chosen[j] for j in shown], [view @ placed[j][0] for j in shown], cells[shown].tolist())
 
     def compose(self, chosen, matrices, cells):
@@ -222,10 +222,8 @@ def gt_boxes(batch):
 
 
 def move(rows, matrix):
-    """Boxes or detections (n, 4 or more) of x1, y1, x2, y2, ..., moved by a matrix (3, 3) that only scales and shifts.
-    """
-    zoom, shift = (rows.new_tensor(np.tile(column, 2)) for column in (matrix.diagonal()[:2], matrix[:2, 2]))
-    return torch.cat((rows[:, :4] * zoom + shift, rows[:, 4:]), 1)
+    """Rows (n, 4 or more) of x1, y1, x2, y2, ... -> float32, the boxes moved by a matrix."""
+    return torch.cat((torch.from_numpy(warp_boxes(rows[:, :4], matrix)), rows[:, 4:]), 1).float()
 
 
 class TiledImages(Dataset):
@@ -234,10 +232,10 @@ class TiledImages(Dataset):
 
     `data[k]` -> view k, letterboxed:
         {"image": (height, width, C) in the file's numbers, uint8 or float32; "index": k,
-         "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the file,
+         "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the view,
          "matrix": float64 (3, 3), from pixels of the file to pixels of the view}
-    boxes: per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: (height,
-    width) per view. UserError for a file without the bands.
+    boxes: the same in pixels of the file, per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: the same
+    per view. UserError for a file without the bands.
     """
 
     def __init__(self, files, boxes=None, *, bands, imgsz, stride, tile=None, overlap=0.25, cache=None):
@@ -266,8 +264,9 @@ class TiledImages(Dataset):
         matrix = augment.letterbox(*image.shape[1:], self.imgsz, (height, width))
         matrix, _ = paste(image, matrix, canvas, (0, 0, width, height))
         y, x = window[:2] if window else (0, 0)
-        return {"image": canvas.permute(1, 2, 0), "boxes": self.boxes[i], "index": k,
-                "matrix": matrix @ self.pictures.matrices[k] @ translate(-x, -y)}
+        matrix = matrix @ self.pictures.matrices[k] @ translate(-x, -y)
+        return {"image": canvas.permute(1, 2, 0), "boxes": move(self.boxes[i].roll(-1, 1), matrix).roll(1, 1),
+                "matrix": matrix, "index": k}
 
     def detect(self, loader, predict, *, iou, max_det, weights=None):
         """-> per file the detections (n, 6) within the image, in its pixels, the same on every rank.

@@ -1,7 +1,7 @@
 """EfficientNetV2 (Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training", arXiv 2104.00298).
 
-Tensor names are timm's. Published weights were trained with one of two paddings of the convolutions with stride 2, which
-differ for even sides, that is almost always:
+Tensor names are timm's. Published weights were trained with one of two paddings of the convolutions with stride 2. The
+paddings differ for even sides, that is almost always:
   padding="same"       TensorFlow's: one row below and one column to the right. timm's tf_efficientnetv2_*
   padding="symmetric"  PyTorch's: one row and one column on all four sides. torchvision's efficientnet_v2_*
 nets.pretrained.EXPECTS lists the padding of every published file, and the mean and standard deviation of its images.

@@ -27,7 +27,7 @@ VARIANTS = {  # blocks, widths of the stages, groups of every second convolution
 
 
 class Block(nn.Module):
-    """The sum of three branches, 3x3, 1x1 and (where the shape stays) identity, each with its own batch norm -> ReLU."""
+    """Three branches, 3x3, 1x1 and (where the shape stays) identity, each with its own batch norm; sum -> ReLU."""
 
     def __init__(self, cin, cout, stride=1, groups=1):
         super().__init__()

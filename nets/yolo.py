@@ -2,7 +2,14 @@
 
 Ten variants from one table; parameter counts and tensor names are those of the published checkpoints. CSP blocks:
 Wang et al. 2020; path aggregation: Liu et al. 2018; anchor-free head: FCOS (Tian et al. 2019) with the decoupled
-branches of YOLOX (Ge et al. 2021) and the distances' distribution of GFL (Li et al. 2020).
+branches of YOLOX (Ge et al. 2021) and the distance distributions of GFL (Li et al. 2020).
+
+Another net for train_det.py, class Mine in nets/mine.py, is called with num_classes and in_chans and offers
+    strides, stride     pixels per cell of its maps, fine to coarse; the largest, of which image sides are multiples
+    forward, train()    maps as AnchorFreeHead or AnchorHead returns them, for the losses in utils/losses/detection.py
+    forward, eval()     rows as YOLOv5 returns them, for utils/ops/decide.py
+    head.anchors        only for --head anchor: a buffer as in AnchorHead
+or it comes with a loss of its own in train_det.py. The heads below may be used by any net.
 """
 import math
 
@@ -71,10 +78,10 @@ class SPPF(nn.Module):
         self.pool = nn.MaxPool2d(5, stride=1, padding=2)
 
     def forward(self, x):
-        maps = [self.cv1(x)]
-        for _ in range(3):
-            maps.append(self.pool(maps[-1]))
-        return self.cv2(torch.cat(maps, 1))
+        x = self.cv1(x)
+        y = self.pool(x)
+        z = self.pool(y)
+        return self.cv2(torch.cat((x, y, z, self.pool(z)), 1))
 
 
 class Concat(nn.Module):
@@ -122,10 +129,10 @@ class AnchorHead(nn.Module):
         """Raw maps -> rows (B, N, 5 + classes) as in YOLOv5, fp32."""
         rows = []
         for raw, anchors, stride in zip(maps, self.anchors, self.strides):
-            y = raw.float().sigmoid()
-            xy = (2 * y[..., :2] - 0.5 + cells(*y.shape[2:4], y.device)) * stride
-            wh = (2 * y[..., 2:4]) ** 2 * (anchors * stride)[:, None, None]
-            rows.append(torch.cat((xy, wh, y[..., 4:]), -1).flatten(1, 3))
+            y = raw.float().sigmoid().flatten(2, 3)
+            xy = (2 * y[..., :2] - 0.5 + cells(*raw.shape[2:4], y.device)) * stride
+            wh = (2 * y[..., 2:4]) ** 2 * (anchors * stride)[:, None]
+            rows.append(torch.cat((xy, wh, y[..., 4:]), -1).flatten(1, 2))
         return torch.cat(rows, 1)
 
 
@@ -139,7 +146,7 @@ class AnchorFreeHead(nn.Module):
     def __init__(self, channels, strides, num_classes):
         super().__init__()
         self.strides = strides
-        box, cls = max(16, channels[0] // 4, 4 * BINS), max(channels[0], min(num_classes, 100))
+        box, cls = max(channels[0] // 4, 4 * BINS), max(channels[0], min(num_classes, 100))
         self.box = nn.ModuleList(nn.Sequential(
             Conv(c, box, 3), Conv(box, box, 3), nn.Conv2d(box, 4 * BINS, 1)) for c in channels)
         self.cls = nn.ModuleList(nn.Sequential(

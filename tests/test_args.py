@@ -1,4 +1,4 @@
-"""utils/train/args.py: every wrong flag is answered in one line with exit code 2; what --resume keeps and what it reports."""
+"""utils/train/args.py: every wrong flag is answered in one line with exit code 2; what --resume keeps and reports."""
 import argparse
 import json
 

@@ -119,7 +119,7 @@ def test_shares_of_what_happens_instead_of_one_another(refused, root):
     (["--net", "repvgg_a0", "--drop", "0.2"], ["--drop", "repvgg_a0", "EfficientNetV2"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
     (["--synthesize", "letters.csv"], ["--synthesize letters.csv", "a to z", "--data"]),
-    (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
+    (["--folds", "no.json"], ["no.json: cannot be read"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]),
     (["--device", "cuda:99"], ["--device cuda:99"]), (["--resume", "nowhere"], ["nowhere"]),
     (["--resume"], ["runs/cls", "train one first"])])
@@ -224,10 +224,10 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     table.write_text("index,a,b,c,d\n50000,0,0,0,0\n50001,1,1,1,1\n")
     predicts(refused, "--weights", one, "--probs", table, "--ensemble-weights", 1,
              says=["1 for 1 checkpoints and 1 tables", "one each"])
-    for text, says in (("index,a,b,c,d\n50000,0,0,0,0\n", "no row for 50001"), ("", "not a readable table"),
+    for text, says in (("index,a,b,c,d\n50000,0,0,0,0\n", "no row for 50001"), ("", "has no rows"),
                        ("index,a,b,c\n50000,0,0,0\n50001,0,0,0\n", "other columns"),
                        ("index,a,b,d,c\n50000,0,0,0,0\n50001,0,0,0,0\n", "other columns"),
-                       ("index,a,b,c,d\n50000,0,0,0,x\n50001,0,0,0,0\n", "not a readable table"),
+                       ("index,a,b,c,d\n50000,0,0,0,x\n50001,0,0,0,0\n", "row 50000 is damaged"),
                        ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,nan\n", "row 50001 is damaged"),
                        ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0\n", "row 50001 is damaged"),
                        ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,7\n", "row 50001 is damaged"),
@@ -235,7 +235,7 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
                        ("index,a,b,c,d\n", "has no rows")):
         table.write_text(text)
         predicts(refused, "--weights", one, "--probs", table, says=["table.csv: ", says])
-    predicts(refused, "--weights", one, "--probs", "none.csv", says="none.csv: not a readable table")
+    predicts(refused, "--weights", one, "--probs", "none.csv", says="none.csv: not a readable CSV")
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path):

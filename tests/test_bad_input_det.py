@@ -92,7 +92,7 @@ def test_pictures_of_other_bands(refused, root):
     (["--net", "yolo.None"], ["--net", "yolo.None", "mine.Mine"]), (["--net", "os.path"], ["--net", "os.path"]),
     (["--cutout-size", "0.2"], ["--cutout-size", "--cutout"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
-    (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
+    (["--folds", "no.json"], ["no.json: cannot be read"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]), (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--resume", "nowhere"], ["nowhere"]), (["--resume"], ["runs/det", "train one first"])])
 def test_flags_that_do_not_fit(refused, root, flags, says):
@@ -119,7 +119,8 @@ def test_refused_flags_leave_no_run_folder(refused, root, tmp_path):
     ("stages", ["50", "50,", "1,2,3", "a,b", "0,5", "5,-1", "1.5,2", ""]), ("variant", ["xl", "s7", ""]),
     ("head", ["x"]), ("preset", ["best"]), ("grid", ["5", "1"]), ("mosaic", ["1.1", "-0.1", "nan"]), ("mixup", ["2"]),
     ("scale", ["1"]), ("epoch-parts", ["0", "x"]), ("multi-scale", ["1", "-1"]), ("degrees", ["181"]),
-    ("close-mosaic", ["-1"]), ("pixel-scale", ["0", "nan"]), ("cutout-size", ["0"]), ("bands", ["0-3", "x"]), ("anchor-threshold", ["0.5"]),
+    ("close-mosaic", ["-1"]), ("pixel-scale", ["0", "nan"]), ("cutout-size", ["0"]), ("bands", ["0-3", "x"]),
+    ("anchor-threshold", ["0.5"]),
     ("label-smoothing", ["1"]), ("focal-gamma", ["-1"]), ("box", ["-1", "inf"]), ("warmup-momentum", ["1"]),
     ("hsv", ["2"])])
 def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
@@ -172,7 +173,9 @@ def predicts(refused, *flags, says):
 def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
     good = weights(tmp_path / "good.pt", data=root)
     whole, state = good.read_bytes(), torch.load(good, weights_only=True)
-    arch = state["arch"]["kwargs"]
+
+    def named(**kwargs):
+        return {"name": "yolo.YOLOv5", "kwargs": state["arch"]["kwargs"] | kwargs}
 
     def fails(name, says):
         predicts(refused, "--weights", name, says=[name, says])
@@ -187,17 +190,20 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
     (tmp_path / "flipped.pt").write_bytes(flipped)
     fails("flipped.pt", "damaged")
     net = UNet(in_chans=14, conv0=(8,), decoder=(8, 8, 8, 8))
-    torch.save({"task": "seg", "arch": {"name": "UNet", "kwargs": {}}, "model": net.state_dict()}, tmp_path / "seg.pt")
+    torch.save({"task": "seg", "arch": {"name": "unet.UNet", "kwargs": {}}, "input": {}, "model": net.state_dict()},
+               tmp_path / "seg.pt")
     fails("seg.pt", "trained for --task seg")
     for name, changes, says in (
-            ("wider.pt", {"arch": {"kwargs": arch | {"variant": "s"}}}, "weights of another net"),
-            ("head.pt", {"arch": {"kwargs": arch | {"head": "anchor"}}}, "weights of another net"),
-            ("variant.pt", {"arch": {"kwargs": arch | {"variant": "q"}}}, "another version"),
-            ("word.pt", {"arch": {"kwargs": arch | {"unheard": 1}}}, "another version"),
-            ("none.pt", {"arch": {"name": "YOLOv5"}}, "another version")):
+            ("wider.pt", {"arch": named(variant="s")}, "weights of another net"),
+            ("head.pt", {"arch": named(head="anchor")}, "weights of another net"),
+            ("variant.pt", {"arch": named(variant="q")}, "another version"),
+            ("word.pt", {"arch": named(unheard=1)}, "another version"),
+            ("none.pt", {"arch": {"name": "yolo.YOLOv5"}}, "another version"),
+            ("foreign.pt", {"arch": {"name": "os.path", "kwargs": {}}}, "another version"),
+            ("input.pt", {"input": {"bands": [1]}}, "another version")):
         torch.save(state | changes, tmp_path / name)
         fails(name, says)
-    for key in ("bands", "imgsz", "classes", "args"):
+    for key in ("input", "classes"):
         torch.save({k: v for k, v in state.items() if k != key}, tmp_path / f"{key}.pt")
         fails(f"{key}.pt", "another version")
 
@@ -206,8 +212,8 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     one = weights(tmp_path / "one.pt", data=root)
     two = weights(tmp_path / "two.pt", data=root, classes=["sedan", "bus", "child"])
     predicts(refused, "--weights", one, two, says=["two.pt", "sedan, bus, child", "one.pt"])
-    predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says=["--ensemble-weights: 1 for 2 checkpoints"])
-    predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says=["--ensemble-weights: is for several checkpoints"])
+    predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says="--ensemble-weights: 1 for 2 check")
+    predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says="--ensemble-weights: is for several check")
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 from rasterio.features import rasterize
 from rasterio.transform import from_origin
 
+import nets
 import predict
 from data.results.masks import MaskWriter
 from nets.unet import UNet
@@ -60,8 +61,9 @@ class Fixed(torch.nn.Module):
 def detector(monkeypatch):
     """detector(net): a class of nets in the place of the detector; the segmenter stays what it is."""
     def put(net):
-        load = checkpoint.load_weights
-        monkeypatch.setitem(predict.NETS, "det", net)
+        load, build = checkpoint.load_weights, nets.build
+        monkeypatch.setattr(nets, "build", lambda arch: net(**arch["kwargs"]) if arch["name"] == "yolo.YOLOv5"
+                            else build(arch))
         monkeypatch.setattr(checkpoint, "load_weights",
                             lambda of, *rest: of if isinstance(of, net) else load(of, *rest))
     return put
@@ -391,6 +393,6 @@ def test_detectors_that_cannot_be_used(refused, tmp_path, monkeypatch):
     refused(predict, *CPU, "--weights", "det.pt", "--source", "a.tif", "--out", "out", "--detector", "det.pt",
             says="det.pt: trained for --task det")
     broken = torch.load("det.pt", weights_only=True)
-    torch.save({k: v for k, v in broken.items() if k != "category_ids"}, "old.pt")
+    torch.save({k: v for k, v in broken.items() if k != "classes"}, "old.pt")
     refused(predict, *flags, "old.pt", says="old.pt")
     assert not [name for name in os.listdir() if name.startswith(("out", "predict"))]

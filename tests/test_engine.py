@@ -16,8 +16,10 @@ from data.loader import eval_loader, train_loader
 from tests.harness import differences, read
 from tests.toy import Data, Faults, Net, make_evaluate, make_loss
 from utils.pictures import charts
-from utils.train import checkpoint, engine, optim
 from utils.errors import NumericalError, Stopped, UserError
+from utils.train import checkpoint, engine, optim
+from utils.train.loggers import Loggers
+from utils.train.terminal import Progress, Signals
 
 CPU = torch.device("cpu")
 
@@ -25,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def no_plots(request, monkeypatch):
     if "row_per_epoch" not in request.node.name:
-        monkeypatch.setattr(charts, "plot_curves", lambda *_: None)  # half of a toy epoch's time
+        monkeypatch.setattr(charts, "plot_curves", lambda *_, **__: None)  # half of a toy epoch's time
 
 
 def train(folder, *, epochs=2, size=26, bs=4, seed=0, lr=0.02, optimizer="adamw", momentum=0.9, weight_decay=0.01,
@@ -215,7 +217,7 @@ def test_best_is_the_first_best(tmp_path, scores, best, epochs):
 def test_boards_are_closed_however_the_run_ends(tmp_path, faults):
     """They flush once in a while only, and what they have lost no resumed run sends again."""
     told = []
-    loggers = charts.Loggers([(lambda row, step: told.append(step), lambda: told.append("closed"))])
+    loggers = Loggers([(lambda row, step: told.append(step), lambda: told.append("closed"))])
     with contextlib.suppress(NumericalError, Stopped):
         train(tmp_path, epochs=1, loggers=loggers, faults=faults)
     assert told == ([] if faults else [1]) + ["closed"]
@@ -253,16 +255,24 @@ def test_long_epochs_are_saved_within(tmp_path, monkeypatch):
 
 
 def test_progress_shows_the_mean_loss(tmp_path, capfd):
-    progress = engine.Progress("epoch 1/1", train_loader(Data(26), 4), 2)
-    with progress:
-        assert progress.update(3) is False
+    """Once a second, which is when the numbers are checked."""
+    state = train(tmp_path, epochs=1, evaluate=None)
+    state.sums = {"loss": torch.tensor(5.0)}
+    with Progress("epoch 1/1", train_loader(Data(26), 4), 2) as progress:
+        progress.show(state, 3)
+        progress.refresh()
+        assert "12/28" in (bar := capfd.readouterr().err) and "loss" not in bar
         progress.shown -= 2
-        assert progress.update(4) is True
-        progress.show(loss=torch.tensor(1.25), lr=0.001, device=CPU)
-        progress.bar.refresh()
-        assert progress.update(5) is False
-    bar = capfd.readouterr().err
-    assert "epoch 1/1" in bar and "loss 1.25, lr 0.001" in bar and "20/28" in bar
+        progress.show(state, 4)
+        progress.show(state, 5)
+        progress.refresh()
+        bar = capfd.readouterr().err
+        assert "epoch 1/1" in bar and f"loss 1.25, lr {state.lr:.2g}, " in bar and "20/28" in bar
+        state.finite.fill_(False)
+        progress.show(state, 6)
+        progress.shown -= 2
+        with pytest.raises(NumericalError):
+            progress.show(state, 7)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
@@ -492,7 +502,7 @@ def test_nan_is_noticed_within_a_second(tmp_path):
 # ---- signals ---------------------------------------------------------------------------------------------------------
 def test_signals_are_noted_and_raised_only_where_allowed():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with engine.Signals() as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.signum == signal.SIGINT
         with pytest.raises(Stopped) as caught, signals.interruptible():  # it came before: at once

@@ -23,24 +23,24 @@ from utils.errors import UserError
 FLAGS = [*CPU, "--amp", "off"]
 
 
-def members(seed, count=3, images=60, classes=4, *, exclusive=False, digits=None):
+def members(seed, count=3, images=60, classes=4, *, single_label=False, digits=None):
     """-> probs (M, N, C) of members of different skill, labels (N, C)."""
     rng = np.random.default_rng(seed)
-    labels = np.eye(classes)[rng.integers(0, classes, images)] if exclusive else \
+    labels = np.eye(classes)[rng.integers(0, classes, images)] if single_label else \
         rng.integers(0, 2, (images, classes)).astype(float)
     skill = rng.uniform(0, 2, (count, 1, 1))
     z = skill * (2 * labels - 1) + rng.normal(0, 1.5, (count, images, classes)) + rng.normal(0, 1, (count, 1, classes))
-    probs = np.exp(z) / np.exp(z).sum(2, keepdims=True) if exclusive else 1 / (1 + np.exp(-z))
+    probs = np.exp(z) / np.exp(z).sum(2, keepdims=True) if single_label else 1 / (1 + np.exp(-z))
     return probs if digits is None else probs.round(digits), labels
 
 
-def right(probs, labels, weights, exclusive=False):
+def right(probs, labels, weights, single_label=False):
     """Hits, counted in plain Python from fractions of sums."""
     count = 0
     for n in range(labels.shape[0]):
         said = [sum(w * float(p) for w, p in zip(weights, probs[:, n, c])) / sum(weights)
                 for c in range(labels.shape[1])]
-        if exclusive:
+        if single_label:
             count += said.index(max(said)) == labels[n].tolist().index(1)
         else:
             count += sum((p > 0.5) == (y == 1) for p, y in zip(said, labels[n]))
@@ -48,13 +48,13 @@ def right(probs, labels, weights, exclusive=False):
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("exclusive", [False, True])
-def test_hits_and_average(exclusive):
-    probs, labels = members(0, exclusive=exclusive)
+@pytest.mark.parametrize("single_label", [False, True])
+def test_hits_and_average(single_label):
+    probs, labels = members(0, single_label=single_label)
     for weights in ((1, 1, 1), (0, 0.5, 3), (2, 0, 0)):
         mean = ensemble.average(probs, weights)
         np.testing.assert_allclose(mean, sum(w * p for w, p in zip(weights, probs)) / sum(weights), rtol=1e-12)
-        assert ensemble.hits(mean, labels, exclusive) == right(probs, labels, weights, exclusive)
+        assert ensemble.hits(mean, labels, single_label) == right(probs, labels, weights, single_label)
     assert ensemble.hits(np.array([[0.5, 0.6], [0.2, 0.3]]), np.array([[0, 0], [0, 1]])) == 2
     assert ensemble.hits(np.array([[0.5, 0.6], [0.2, 0.3]]), np.array([[1, 0], [0, 1]]),
                          thresholds=np.array([0.4, 0.25])) == 3
@@ -62,17 +62,17 @@ def test_hits_and_average(exclusive):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_weights_that_no_single_change_improves(seed):
-    exclusive = seed % 2 == 1
-    probs, labels = members(seed, exclusive=exclusive)
-    found = ensemble.fit_weights(probs, labels, exclusive)
+    single_label = seed % 2 == 1
+    probs, labels = members(seed, single_label=single_label)
+    found = ensemble.fit_weights(probs, labels, single_label)
     assert found.shape == (3,) and set(found) <= set(ensemble.FACTORS)
-    score = right(probs, labels, found, exclusive)
-    assert score >= right(probs, labels, (1, 1, 1), exclusive)
+    score = right(probs, labels, found, single_label)
+    assert score >= right(probs, labels, (1, 1, 1), single_label)
     for m, factor in itertools.product(range(3), ensemble.FACTORS):
         other = [factor if i == m else w for i, w in enumerate(found)]
         if sum(other):
-            assert right(probs, labels, other, exclusive) <= score
-    assert (ensemble.fit_weights(probs, labels, exclusive) == found).all()
+            assert right(probs, labels, other, single_label) <= score
+    assert (ensemble.fit_weights(probs, labels, single_label) == found).all()
 
 
 @pytest.mark.parametrize("seed", [10, 12, 43])
@@ -187,22 +187,22 @@ def test_a_file_gives_back_what_was_written(tmp_path, monkeypatch):
     assert shares == [1.5, 0.0] and found.tolist() == [0.5, 1 / 3, 0.1 + 0.2]
     ensemble.write("one.json", ["a", "b"], [1, 2], "xyz")
     assert ensemble.read("one.json", ["b", "a"], list("xyz"), True) == ([2, 1], 0.5)
-    with pytest.raises(UserError, match="one.json: has thresholds for other classes"):
+    with pytest.raises(UserError, match="one.json: was fitted with the classes , not x y z;"):
         ensemble.read("one.json", ["b", "a"], list("xyz"), False)
 
 
 GOOD = {"weights": {"a": 1.0, "b": 2.0}, "thresholds": {"x": 0.5, "y": 0.25}}
 SAYS = {"not a fitted ensemble": ["", "{", "[]", "3", "null", "\xff", "[" * 100000, "{}", '{"weights": {}}', '"text"',
                                   GOOD | {"weights": [1, 2]}, GOOD | {"weights": 3}, GOOD | {"thresholds": None},
-                                  GOOD | {"weights": None}],
-        "out of range": [GOOD | {"weights": {"a": value, "b": 1}}
-                         for value in (-1, "1", None, True, float("nan"), float("inf"), 10**400, 1e10, [1])] + [
-                        GOOD | {"thresholds": {"x": value, "y": 0.5}} for value in (-0.1, 1.1, "0", None, float("nan"))
-                        ] + [GOOD | {"weights": {"a": 0, "b": 0}}, GOOD | {"weights": {}}],
-        "was fitted to": [GOOD | {"weights": {"a": 1}}, GOOD | {"weights": {"a": 1, "c": 1}},
+                                  GOOD | {"weights": None}] + [GOOD | {"weights": {"a": value, "b": 1}}
+                                  for value in (-1, "1", None, float("nan"), float("inf"), 10**400, 1e10, [1])] + [
+                                  GOOD | {"thresholds": {"x": value, "y": 0.5}} 
+                                  for value in (-0.1, 1.1, "0", None, float("nan"))] + [
+                                  GOOD | {"weights": {"a": 0, "b": 0}}, GOOD | {"weights": {}}],
+        "was fitted with the checkpoints": [GOOD | {"weights": {"a": 1}}, GOOD | {"weights": {"a": 1, "c": 1}},
                           GOOD | {"weights": {"a": 1, "b": 1, "c": 1}}],
-        "fitted with the flags": [GOOD | {"flags": flags} for flags in ("--tta", "--imgsz\n48", 7, None, ["--tta"])],
-        "other classes": [GOOD | {"thresholds": {}}, GOOD | {"thresholds": {"x": 0.5, "z": 0.5}},
+        "was fitted with the flags": [GOOD | {"flags": flags} for flags in ("--tta", "--imgsz\n48", 7, None, ["--tta"])],
+        "was fitted with the classes": [GOOD | {"thresholds": {}}, GOOD | {"thresholds": {"x": 0.5, "z": 0.5}},
                           GOOD | {"thresholds": {"x": 0.5, "y": 0.5, "z": 0.5}}]}
 
 
@@ -389,7 +389,7 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     fails("--weights", zero, "--soup", says=["--soup: is for several"])
     softmax = run("runs/softmax", root, seed=3, single_label=True)
     for pair in ((zero, softmax), (softmax, zero)):
-        fails("--weights", *pair, says=["one class" if pair[0] == zero else "several classes", "predict them apart"])
+        fails("--weights", *pair, says=["one label per image" if pair[0] == zero else "several labels per image", "predict them apart"])
         fails("--weights", *pair, "--soup", says=["is another net"])
     Path("e.json").write_text("{}")
     fails("--weights", zero, again, fit, "--ensemble", "e.json", says=["--fit-weights, --ensemble", "leave one out"])
@@ -401,12 +401,12 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     fails("--weights", zero, "--ensemble", "e.json", says=["e.json: not a fitted ensemble"])
     split = Path("runs/c/folds.json")
     folds_of = json.loads(split.read_text())
-    for text, says in (("{", "not a split"), ("{}", "has no fold for"), (json.dumps(dict.fromkeys(folds_of, 0)),
+    for text, says in (("{", "not valid JSON"), ("{}", "has no fold for"), (json.dumps(dict.fromkeys(folds_of, 0)),
                                                                          "held out other images")):
         split.write_text(text)
         fails("--weights", zero, again, fit, says=says)
     split.write_text(json.dumps(folds_of))
-    torch.save(state | {"bands": [3]}, "runs/a/third.pt")
+    torch.save(state | {"input": state["input"] | {"bands": [3]}}, "runs/a/third.pt")
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save("colour.png")
     fails("--weights", Path("runs/a/third.pt"), fit, "--source", "colour.png", says=["dirty_mnist_2nd/", "has 1 bands"])
     table = root / "dirty_mnist_2nd_answer.csv"

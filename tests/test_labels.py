@@ -278,7 +278,7 @@ def test_yolo_in_folders_and_in_capitals(yolo):
     assert {p.parent.name for p in deep.files} == {"b", "val"} and sum(deep.held_out) == sum(flat.held_out) > 0
     path = next((yolo / "labels/train").rglob("*.TXT"))
     dump(path.with_suffix(".txt"), path.read_text())
-    with pytest.raises(UserError, match="2 label files of one name"):
+    with pytest.raises(UserError, match="same name; rename"):
         read(yolo)
 
 
@@ -423,11 +423,24 @@ def test_each_box_is_judged_by_itself(tmp_path, capsys, box, left, says):
         assert says in lines[0] and ": 1 " in lines[0] and "Train.json: annotations[1], train/images/a.jpg" in lines[0]
 
 
-def test_what_json_reads_as_infinity(lot):
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity"])
+def test_numbers_that_python_writes_into_json(lot, number):
     path = lot / "train/label/Train.json"
-    path.write_text(path.read_text().replace('"bbox": [1, 2, 3, 4]', '"bbox": [1, 1e999, 3, 4]'))
+    path.write_text(path.read_text().replace('"bbox": [1, 2, 3, 4]', f'"bbox": [1, {number}, 3, 4]'))
     assert "1 not finite" in refused(lot)
     assert [len(b) for b in read(lot, allow_bad=True).boxes] == [3, 0, 2, 0]
+
+
+def test_numbers_of_categories_beyond_all_bounds(lot):
+    path = lot / "train/label/Train.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["category_id"] = 2**60
+    dump(path, content)
+    assert "1 unknown category" in refused(lot) and len(read(lot, allow_bad=True).boxes[0]) == 2
+    content["categories"].append({"id": 2**60, "name": "late"})
+    dump(path, content)
+    found = read(lot)
+    assert found.category_ids == [1, 2, 3, 2**60] and found.classes[0].tolist() == [3, 2, 0]
 
 
 def test_not_finite_and_unknown_in_yolo(yolo):
@@ -564,8 +577,6 @@ BAD_JSON += [(put("annotations", 1, "bbox", value), "annotations[1]: bbox")
 BAD_JSON += [(put("annotations", 1, "iscrowd", value), "annotations[1]: bbox") for value in ("0", None, [], 0.5)]
 BAD_JSON += [
     (put("annotations", 1, "category_id", "1"), "annotations[1]: category_id is '1'"),
-    (put("annotations", 1, "category_id", 2**60), "annotations[1]"),
-    (put("categories", 1, "id", -2**60), "categories[1]"),
     (put("categories", 1, "id", "2"), "categories[1]: id is '2'"),
     (put("annotations", 1, "image_id", 99), "annotations[1]: there is no image with the id 99"),
     (put("annotations", 1, "image_id", "10"), "annotations[1]: there is no image with the id '10'"),
@@ -594,12 +605,12 @@ def test_bad_content_of_a_json(lot):
         change(content)
         dump(path, content)
         text = refused(lot, path, allow_bad=True)
-        assert says in text or ("not valid JSON" in text and "Infinity" in path.read_text()), (says, text)
+        assert says in text, text
 
 
 @pytest.mark.parametrize("content, says", [
     (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"\xff{}", "not valid JSON"),
-    (b'{"images": [NaN]}', "NaN"), (b'{"images": [-Infinity]}', "Infinity"), (b'{"images": 1, "images": 2}', "twice"),
+    (b'{"images": [NaN]}', "images[0]"), (b'{"images": [{"id": -Infinity}]}', "id is -inf"), (b'{"images": 1, "images": 2}', "twice"),
     (b'{"a\\n\\u2028b": 1, "a\\n\\u2028b": 2}', "twice"), (b'{"images": [{"id": 1, "id": 1}]}', "'id' stands twice"),
     (b"[" * 200_000, "nested too deeply"), (b'{"a":' * 200_000, "nested too deeply"),
     (b'{"images": ' + b"9" * 5000 + b"}", "not valid JSON"), (b"[]", "images"), (b"null", "images"), (b"1", "images")])
@@ -679,7 +690,7 @@ def test_bad_files_of_yolo(yolo):
     refused(yolo, lone, "no image of that name")
     lone.unlink()
     picture(yolo / "images/val/007.jpg")
-    refused(yolo, yolo / "images/val/007", "2 images of one name")
+    refused(yolo, yolo / "images/val/007", "same name; rename or remove one")
     shutil.rmtree(yolo / "images")
     (yolo / "images").mkdir()
     refused(yolo, yolo / "labels/train", "no image of that name")

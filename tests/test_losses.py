@@ -11,7 +11,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from utils import losses
 from utils.losses import bce, cross_entropy, dice, dice_softmax, focal, focal_softmax, lovasz_hinge, lovasz_softmax
-from utils.metrics import BinaryIoU, MeanIoU
+from utils.metrics.segmentation import BinaryIoU, MeanIoU
 
 VOID = 255
 

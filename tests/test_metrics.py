@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.metrics import Accuracy, BinaryIoU, MeanIoU, average_precisions
+from tests.test_components import oracle
+from utils.metrics.classification import Accuracy, average_precisions
+from utils.metrics.segmentation import BinaryIoU, MeanIoU, SampleIoU
+from utils.train import dist as ranks
 
 VOID = 255
 
@@ -42,21 +45,20 @@ def jaccard(a, b):
     return len(a & b) / len(a | b)
 
 
-@pytest.mark.parametrize("threshold", [0.25, 0.5])
 @pytest.mark.parametrize("ignore", [None, VOID])
-def test_binary_iou_counted_by_hand(threshold, ignore):
+def test_binary_iou_counted_by_hand(ignore):
     probs, labels = binary(void=0.2 if ignore else 0.)
     labels = labels if ignore else labels.clamp(max=1)
     predicted, actual, best = set(), set(), set()
     for i, (p, y) in enumerate(zip(probs.flatten(1).tolist(), labels.flatten(1).tolist())):
         pixels = [j for j in range(len(p)) if y[j] != ignore]
-        predicted |= {(i, j) for j in pixels if p[j] > threshold}
+        predicted |= {(i, j) for j in pixels if p[j] > 0.5}
         actual |= {(i, j) for j in pixels if y[j] == 1}
         best |= {(i, max(pixels, key=lambda j: p[j]))} if pixels else set()
     assert not best <= predicted  # else the forced variant is not tested
     hits = len(predicted & actual)
     precision, recall = hits / len(predicted), hits / len(actual)
-    assert measure(BinaryIoU(threshold, ignore), probs, labels) == pytest.approx({
+    assert measure(BinaryIoU(ignore), probs, labels) == pytest.approx({
         "iou": jaccard(predicted, actual), "f1": 2 * precision * recall / (precision + recall),
         "precision": precision, "recall": recall, "iou_forced": jaccard(predicted | best, actual)}, rel=1e-12)
 
@@ -79,7 +81,7 @@ def test_mean_iou_counted_by_hand():
             labels == VOID, VOID, labels.clamp(max=1)))["iou_1"], rel=1e-12)
 
 
-def test_the_fitness_comes_first():
+def test_the_score_comes_first():
     assert next(iter(BinaryIoU().compute())) == "iou"
     assert next(iter(MeanIoU(2).compute())) == "miou"
 
@@ -122,14 +124,14 @@ def test_threshold_is_exclusive_and_labels_are_positive_above_a_half():
 def test_a_negative_ignore_leaves_uint8_255_alone():
     metric = BinaryIoU(ignore=-1)
     metric.update(torch.ones(1, 2, 2), torch.full((1, 2, 2), 255, dtype=torch.uint8))
-    assert metric.counts[:3].tolist() == [4, 4, 4]
+    assert metric.counts.max() == 4 and metric.compute()["recall"] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_counts_do_not_saturate_in_half_precision(dtype):
     metric = BinaryIoU()
     metric.update(torch.ones(1, 1, 300, 300, dtype=dtype), torch.ones(1, 300, 300, dtype=dtype))
-    assert metric.counts[:5].tolist() == [90000] * 5 and metric.counts.max() == 90000
+    assert metric.counts.max() == 90000 and metric.compute() == dict.fromkeys(metric.compute(), 1.0)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 21])
@@ -183,7 +185,130 @@ def test_two_ranks_equal_one_process(tmp_path):
     assert half != alone[0]  # else a reduce that does nothing would pass
 
 
-# ---- classification ----
+# ---- scores by size --------------------------------------------------------------------------------------------------
+def scenes(count=13, classes=3, void=True):
+    """Blobs of several sizes, and predictions that miss some and add some: truth, predicted (count, 40, 40)."""
+    rng = np.random.default_rng(2)
+    truth, predicted = np.zeros((2, count, 40, 40), np.int64)
+    for t, p in zip(truth, predicted):
+        for _ in range(rng.integers(1, 7)):
+            (y, x), (h, w), label = rng.integers(0, 36, 2), rng.integers(1, 12, 2), rng.integers(1, classes)
+            t[y:y + h, x:x + w] = label
+            if rng.random() < 0.8:
+                dy, dx = rng.integers(0, 4, 2)
+                p[y + dy:y + dy + h, x + dx:x + dx + w] = label if rng.random() < 0.9 else 1
+    truth[3] = predicted[3] = 0
+    truth[4] = 0
+    predicted[5] = 0
+    if void:
+        truth[rng.random(truth.shape) < 0.05] = VOID
+    return torch.from_numpy(truth), torch.from_numpy(predicted)
+
+
+def reviewed(truth, predicted, batch=4, **kwargs):
+    metric = SampleIoU(**kwargs)
+    for start in range(0, len(truth), batch):
+        part = slice(start, start + batch)
+        metric.update(torch.arange(len(truth))[part], predicted[part], truth[part])
+    return metric
+
+
+def by_hand(truth, predicted, ignore):
+    """[(right, predicted, actual)] of images, [(pixels, found, image)] of objects, by sets of (pixel, class)."""
+    images, objects = [], []
+    for i, (t, p) in enumerate(zip(truth.numpy().copy(), predicted.numpy().copy())):
+        t[t == ignore], p[truth[i].numpy() == ignore] = 0, 0
+        actual, guess = ({(y, x, a[y, x]) for y, x in zip(*np.nonzero(a))} for a in (t, p))
+        images.append((len(actual & guess), len(guess), len(actual)))
+        numbers = oracle(t)
+        for k in range(1, numbers.max() + 1):
+            own = {(y, x, t[y, x]) for y, x in zip(*np.nonzero(numbers == k))}
+            objects.append((len(own), len(own & guess) / len(own) >= 0.5, i))
+    return images, objects
+
+
+@pytest.mark.parametrize("classes, void", [(2, False), (2, True), (4, True)])
+def test_the_rows_of_samples(classes, void):
+    truth, predicted = scenes(classes=classes, void=void)
+    images, objects = by_hand(truth, predicted, VOID if void else None)
+    names = [f"i{i}.png" for i in range(len(truth))]
+    expected = [{"name": name, "score": r / (p + a - r) if p + a else 1.0, "area": a, "predicted": p,
+                 "objects": sum(o[2] == i for o in objects), "found": sum(o[1] for o in objects if o[2] == i)}
+                for i, (name, (r, p, a)) in enumerate(zip(names, images))]
+    assert expected[3]["score"] == 1 and expected[4]["score"] == expected[5]["score"] == 0
+    assert 0 < sum(o[1] for o in objects) < len(objects)
+    for batch in (1, 4, 13):
+        metric = reviewed(truth, predicted, batch, ignore=VOID if void else None)
+        assert metric.samples(names) == expected
+
+
+def test_scores_by_size_by_hand():
+    truth, predicted = scenes()
+    images, objects = by_hand(truth, predicted, VOID)
+    tables = reviewed(truth, predicted, ignore=VOID).by_size()
+    filled = [image for image in images if image[2]]
+    limit = sorted(image[2] for image in filled)[(len(filled) - 1) // 2]
+    assert len(filled) % 2 and len(images) - len(filled) == 2
+    expected = []
+    for size, part in (("small", [i for i in filled if i[2] <= limit]), ("large", [i for i in filled if i[2] > limit])):
+        r, p, a = map(sum, zip(*part))
+        expected.append({"size": size, "pixels": f"{min(i[2] for i in part)} to {max(i[2] for i in part)}",
+                         "images": len(part), "iou": r / (p + a - r)})
+    expected.append({"size": "empty", "pixels": "0", "images": 2, "iou": 0.5})
+    assert tables["Images by positive area"] == expected
+    limit = np.median([pixels for pixels, _, _ in objects])
+    assert tables["Objects by area"] == [
+        {"size": size, "pixels": f"{min(p for p, _ in part)} to {max(p for p, _ in part)}", "objects": len(part),
+         "recall": pytest.approx(sum(found for _, found in part) / len(part))}
+        for size, part in (("small", [o[:2] for o in objects if o[0] <= limit]),
+                           ("large", [o[:2] for o in objects if o[0] > limit]))]
+
+
+def test_the_iou_is_that_of_the_metric():
+    truth, predicted = (t[torch.tensor([0, 1, 2, 5, 6])] for t in scenes(classes=2))
+    sides = torch.zeros(2, 200, 200, dtype=torch.long)  # as one image there is one size
+    sides[:, :, :40] = torch.stack([t.reshape(200, 40) for t in (truth, predicted)])
+    metric = BinaryIoU(ignore=VOID)
+    metric.update(predicted.float(), truth)
+    table = reviewed(sides[:1], sides[1:], ignore=VOID).by_size()["Images by positive area"]
+    assert len(table) == 1 and table[0]["iou"] == metric.compute()["iou"]
+
+
+def test_masks_of_other_types_and_half_of_an_object():
+    truth = torch.tensor([[[1, 1, 0, 1, 1, 1]]], dtype=torch.uint8)
+    predicted = torch.tensor([[[1, 0, 0, 1, 0, 0]]], dtype=torch.bool)
+    row, = reviewed(truth, predicted, ignore=-1).samples(["a"])
+    assert row == {"name": "a", "score": 2 / 5, "area": 5, "predicted": 2, "objects": 2, "found": 1}
+    for wrong in (truth[:, 0], truth[..., :5]):
+        with pytest.raises(ValueError, match="must both be"):
+            SampleIoU().update([0], predicted, wrong)
+    with pytest.raises(ValueError):
+        SampleIoU().update([0, 1], predicted, truth)
+
+
+def test_ranks_are_gathered(monkeypatch):
+    truth, predicted = scenes()
+    names = [str(i) for i in range(13)]
+    other = SampleIoU(VOID)
+    other.update(torch.arange(7, 13), predicted[7:], truth[7:])
+    own = SampleIoU(VOID)
+    own.update(torch.arange(7).flip(0), predicted[:7].flip(0), truth[:7].flip(0))
+    parts = iter((np.concatenate(other.images), np.concatenate(other.objects)))
+    monkeypatch.setattr(ranks, "gather", lambda value: [next(parts), value])
+    whole = reviewed(truth, predicted, ignore=VOID)
+    own.reduce()
+    assert own.samples(names) == whole.samples(names) and own.by_size() == whole.by_size()
+
+
+def test_nothing_to_review():
+    metric = SampleIoU().reduce()
+    assert metric.samples([]) == [] and metric.by_size() == {"Images by positive area": [], "Objects by area": []}
+    empty = torch.zeros(2, 4, 4)
+    assert reviewed(empty, empty).by_size() == {
+        "Images by positive area": [{"size": "empty", "pixels": "0", "images": 2, "iou": 1.0}], "Objects by area": []}
+
+
+# ---- classification ------------------------------------------------------------------------------------------------
 
 def test_average_precisions_is_scikit_learns():
     from sklearn.metrics import average_precision_score
@@ -206,10 +331,10 @@ def test_labels_by_hand():
     assert scores == pytest.approx({"acc": 7 / 9, "exact": 1 / 3, "map": 1.0})
     assert [c["images"] for c in metric.per_class()] == [2, 2, 0]
     assert metric.per_class()[0]["acc"] == pytest.approx(2 / 3)
-    unsure = Accuracy(3, exclusive=True)
+    unsure = Accuracy(3, single_label=True)
     unsure.update(torch.tensor([[0.4, 0.3, 0.3]] * 4), torch.tensor([[1, 0, 0]] * 4))
     assert unsure.compute()["acc"] == 1 and [row["acc"] for row in unsure.per_class()] == [1, 1, 1]
-    one = Accuracy(3, exclusive=True)
+    one = Accuracy(3, single_label=True)
     one.update(torch.tensor([[.4, .3, .3], [.2, .3, .5], [.1, .8, .1]]), torch.eye(3)[[0, 2, 2]])
     assert one.compute()["acc"] == pytest.approx(2 / 3)
     assert np.isnan(Accuracy(3).compute()["acc"])

@@ -82,7 +82,7 @@ def test_overlay_blends_by_the_formula_and_outlines():
     rgb = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     mask = np.zeros((9, 9), bool)
     mask[2:7, 0:5] = True  # touches the picture's left edge
-    drawn = overlay(rgb, mask, colour=(10, 200, 30), alpha=0.3)
+    drawn = overlay(rgb, mask, palette=[(10, 200, 30)], alpha=0.3)
     assert drawn.dtype == np.uint8
     np.testing.assert_array_equal(drawn[~mask], rgb[~mask])
     inside = np.zeros_like(mask)
@@ -141,7 +141,7 @@ def test_contact_sheet_titles_captions_and_legend(tmp_path):
     rows = [[tile, tile], [tile, tile]]
     contact_sheet(tmp_path / "plain.png", rows, max_side=64)
     contact_sheet(tmp_path / "full.png", rows, titles=["image", "a title that is far too long for its column"],
-                  captions=["first", ["", "second"]], legend={"fire": (255, 0, 0), "x" * 20: (0, 0, 255)}, max_side=64)
+                  captions=[["first"], ["", "second"]], legend={"fire": (255, 0, 0), "x" * 20: (0, 0, 255)}, max_side=64)
     plain, full = read(tmp_path / "plain.png"), read(tmp_path / "full.png")
     assert full.shape == (plain.shape[0] + 5 * 22, plain.shape[1], 3)  # title, two captions, a legend of two lines
     dark = (full < 160).all(-1)
@@ -170,7 +170,7 @@ def test_validation_sheet_binary(tmp_path):
     masks[0, 0, :] = 255  # no label in the first line: neither truth nor error
     segmentation_sheet(tmp_path / "a.png", images, masks[:, None], probs, ignore=255, limit=1, max_side=32)
     sheet = read(tmp_path / "a.png")
-    assert sheet.shape == (30 + 40 + 3 * 22, 8 + 4 * 40, 3)  # a title, one row, and a legend as narrow as this
+    assert sheet.shape == (30 + 40 + 4 * 22, 8 + 4 * 40, 3)  # a title, one row, and a legend as narrow as this
     _, truth, shown, errors = (sheet[30:62, left:left + 32] for left in (8, 48, 88, 128))
     np.testing.assert_array_equal(truth[0], to_rgb(images[0])[0])
     np.testing.assert_array_equal(shown[:7], np.broadcast_to(heat(np.full((1, 1), 0.9))[0, 0], (7, 32, 3)))

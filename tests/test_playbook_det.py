@@ -85,7 +85,8 @@ def test_training_maps_classes_by_name_and_draws_by_weight(script, tmp_path, lot
     flags = ["--data", root, *TINY_DET, "--folds", 3]
     script(train_det, *flags, "--extra-data", "out/pseudo:4")
     samples = sources[0][0]
-    assert f"9 images with {sum(len(sample.boxes) for sample in samples)} boxes to train, 2 to validate; 3 classes" in capsys.readouterr().out
+    count = sum(len(sample.boxes) for sample in samples)
+    assert f"9 images with {count} boxes to train, 2 to validate; 3 classes" in capsys.readouterr().out
     names = checkpoint.load("runs/det/exp/last.pt")["classes"]
     assert names == ["adult", "sedan", "bus"]
     for file, rows, size, _, weight in samples[4:]:
@@ -101,7 +102,7 @@ def test_training_maps_classes_by_name_and_draws_by_weight(script, tmp_path, lot
     monkeypatch.setattr(train_det, "train_loader", lambda *_, weights, **options: loaders.append(weights) or stop())
     with pytest.raises(Stopped):  # both together: their product
         script(train_det, *flags, "--extra-data", "out/pseudo:4", "--image-weights")
-    classes = [sample.boxes[:, 0] for sample in sources[2][0]]
+    classes = [sample.boxes[:, 0] for sample in sources[1][0]]
     balance = np.array([sum(1 / sum((other == k).sum() for other in classes) for k in c) for c in classes])
     balance += balance[balance > 0].min() / 10
     product = balance * ([1] * 4 + [4] * 5)

@@ -19,8 +19,9 @@ from data import images, seg
 from nets.unet import UNet
 from tests.conftest import TINY, write_wildfire
 from tests.test_scripts_seg import masks_of
-from utils import losses, metrics
+from utils import losses
 from utils import report
+from utils.metrics.segmentation import BinaryIoU
 from utils.train import checkpoint, optim
 from utils.errors import UserError
 from utils.ops.decide import probabilities
@@ -331,7 +332,7 @@ def test_the_best_threshold_by_brute_force(ignore):
     rng, chosen = np.random.default_rng(0), set()
     values = (np.arange(41) / 40).astype(np.float32)  # every second one is a level itself
     for case in range(60):
-        metric = metrics.BinaryIoU(ignore=ignore)
+        metric = BinaryIoU(ignore=ignore)
         probs = rng.choice(values[rng.integers(20):][:rng.integers(1, 21)], (6, 3, 4)).astype(np.float32)
         if case % 2:  # many ties
             probs = probs.round(1)
@@ -343,9 +344,9 @@ def test_the_best_threshold_by_brute_force(ignore):
         assert metric.best_threshold() == pytest.approx(best_level(probs, masks, ignore), abs=1e-6), case
         chosen.add(round(metric.best_threshold(), 2))
     assert len(chosen) > 6
-    nothing = metrics.BinaryIoU(ignore=ignore)
+    nothing = BinaryIoU(ignore=ignore)
     nothing.update(torch.rand(2, 3, 3), torch.zeros(2, 3, 3))
-    assert nothing.best_threshold() == metrics.BinaryIoU().best_threshold() == 0.5
+    assert nothing.best_threshold() == BinaryIoU().best_threshold() == 0.5
 
 
 def test_checkpoints_keep_the_threshold_of_their_own_evaluation(averaged, small):

@@ -26,10 +26,10 @@ from nets.yolo import YOLOv5
 from tests.conftest import lot
 from tests.test_scripts_det import ranks
 from utils.ops import boxes as box_tools
-from utils.ops import tta
+from utils.ops import decide, tta
 from utils.train import checkpoint
-from utils.errors import UserError
-from utils.metrics import DetectionAP
+from utils.errors import NumericalError, UserError
+from utils.metrics.average_precision import DetectionAP
 
 FLAGS = ["--task", "det", "--device", "cpu", "--amp", "off", "--workers", 0]
 NAMES = ["sedan", "bus", "adult"]
@@ -62,19 +62,19 @@ class Finder(torch.nn.Module):
 
 @pytest.fixture
 def finder(monkeypatch):
-    monkeypatch.setitem(predict.NETS, "det", Finder)
+    monkeypatch.setattr(predict, "nets", Namespace(build=lambda arch: Finder(**arch["kwargs"])))
     monkeypatch.setattr(checkpoint, "load_weights", lambda net, state, path: net)
     return Finder
 
 
-def weights(path="net.pt", *, data="nowhere", imgsz=192, **changes):
+def weights(path="net.pt", *, data="nowhere", imgsz=192, bands=(1, 2, 3), pixel_scale=255.0, **changes):
     """A checkpoint as train_det.py writes it, of a net that has not learned. -> its path"""
-    kwargs = dict(variant="n", num_classes=3, in_chans=len(changes.get("bands", (1, 2, 3))), head="free")
+    kwargs = dict(variant="n", num_classes=3, in_chans=len(bands), head="free")
     torch.manual_seed(0)
     checkpoint.save(path, {
-        "task": "det", "arch": {"name": "YOLOv5", "kwargs": kwargs}, "classes": NAMES, "category_ids": [1, 2, 7],
-        "bands": [1, 2, 3], "scale": 255.0, "imgsz": imgsz, "args": {"data": str(data)}, "history": [],
-        "model": YOLOv5(**kwargs).state_dict(), "ema": None} | changes)
+        "task": "det", "arch": {"name": "yolo.YOLOv5", "kwargs": kwargs}, "classes": NAMES, "category_ids": [1, 2, 7],
+        "input": {"bands": list(bands), "pixel_scale": pixel_scale, "imgsz": imgsz}, "args": {"data": str(data)},
+        "history": [], "model": YOLOv5(**kwargs).state_dict(), "ema": None} | changes)
     return Path(path)
 
 
@@ -299,7 +299,7 @@ def test_views_read_no_more_than_they_show(tmp_path):
     views = det.TiledImages([save(tmp_path / "1.png", picture)], bands=[1, 2, 3], imgsz=96, stride=32)
     view = views[0]
     rows = Finder()(view["image"].permute(2, 0, 1)[None] / 255)
-    box = det.restore(box_tools.to_xyxy(rows[0, :1, :4]), view["matrix"])[0]
+    box = det.move(box_tools.to_xyxy(rows[0, :1, :4]), np.linalg.inv(view["matrix"]))[0]
     assert np.abs(box[[0, 2]].numpy() - (3000, 4200)).max() < 6000 / 96
 
 
@@ -381,7 +381,7 @@ def test_five_bands_of_16_bits(script, tmp_path, finder, workers):
         bands = picture.transpose(2, 0, 1).astype(np.uint16) * 257
         with rasterio.open(f"{i}.tif", "w", driver="GTiff", count=5, height=96, width=128, dtype="uint16") as file:
             file.write(np.concatenate((bands[:1] * 0, bands[2:], bands[:1], bands[:1] * 0, bands[1:2])))
-    path = weights(bands=[3, 5, 2], scale=65535.0)
+    path = weights(bands=[3, 5, 2], pixel_scale=65535.0)
     script(predict, *FLAGS, "--workers", workers, "--weights", path, "--source", "*.tif", "--out", "out", "--tile", 96)
     for i in range(2):
         check(items_of("out"), i, truths[i], tolerance=1.2)
@@ -398,25 +398,38 @@ def test_a_batch_may_mix_8_and_16_bits(script, tmp_path, finder, workers):
     check(items_of("out"), 2, truth)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite(value):
+    """They are no empty result: not of a single view, nor of one among several."""
+    def broken(x):
+        rows = Finder()(x)
+        return rows if x.shape[2] < 96 else rows + value
+
+    broken.parameters = Finder().parameters
+    limits, x = dict(conf=0.1, iou=0.5, max_det=9), torch.rand(1, 3, 96, 64)
+    for views in (None, tta.yolov5((96, 64), stride=32)):
+        with pytest.raises(NumericalError, match="not finite; .*--amp off"):
+            decide.detect(broken, x, views, **limits)
+    assert decide.detect(broken, x[..., :64, :], **limits)[0].shape[1] == 6
+
+
 # ---- the true net ----------------------------------------------------------------------------------------------------
 def test_the_true_net_on_training_images(script, tmp_path, parking):
     """A net that has learned nothing, on all its flags: the numbers that come out are its own."""
     path = weights(imgsz=64, data=parking)
-    args = Namespace(amp="off", imgsz=None, ensemble_weights=None, compile=False, tta=None, tta_scales=None, conf=0.001,
-                     iou=0.7, max_det=20, merge=None)
-    state = checkpoint.load(path)
+    state, limits = checkpoint.load(path), dict(conf=0.001, iou=0.7, max_det=20)
     net = YOLOv5(**state["arch"]["kwargs"]).eval()
     net.load_state_dict(state["model"])
     file = parking / "train/images/003.jpg"
     with torch.inference_mode():
-        nets = predict.load_nets(args, torch.device("cpu"), [path], [state])
-        run = predict.det_ensemble(args, torch.device("cpu"), [state], nets)
-        view = det.TiledImages([file], bands=[1, 2, 3], imgsz=64, stride=nets[0].stride)[0]
-        want = box_tools.nms(net(view["image"].permute(2, 0, 1)[None].float() / 255), conf=0.001, iou=0.7, max_det=20)
-        got = run(view["image"].permute(2, 0, 1)[None])
+        [member] = predict.load_members(Namespace(amp="off", compile=False), "det", torch.device("cpu"), [path], [state])
+        view = det.TiledImages([file], bands=[1, 2, 3], imgsz=64, stride=member.net.stride)[0]
+        raw = view["image"].permute(2, 0, 1)[None]
+        want = box_tools.nms(net(raw.float() / 255), **limits)
+        got = decide.detect(member.net, member.inputs(raw), **limits)
     matrix = augment.letterbox(64, 96, 64, det.rect((64, 96), 64, 32))
-    assert (nets[0].stride, len(got)) == (32, 1) and np.allclose(view["matrix"], matrix)
-    torch.testing.assert_close(got[0][0], want[0], rtol=1e-3, atol=1e-3)
+    assert (member.net.stride, len(got)) == (32, 1) and np.allclose(view["matrix"], matrix)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-3, atol=1e-3)
     script(predict, *FLAGS, "--weights", path, "--source", parking / "train/images", "--out", "out", "--no-overlays",
            "--tta", "--conf", 0, "--max-det", 5)
     assert len(items_of("out")) == 50 and {item["image_id"] for item in items_of("out")} == set(range(10))

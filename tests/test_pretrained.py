@@ -22,7 +22,7 @@ from nets.unet import UNet
 from nets.yolo import VARIANTS as YOLOV5
 from nets.yolo import YOLOv5
 from tests.test_nets import assert_equal, lived_in, randn
-from tests.test_unpickle import foreign
+from tests.test_weights import foreign
 
 HEAD = {"head.fc.weight", "head.fc.bias"}
 
@@ -370,7 +370,7 @@ def test_no_network(reason, monkeypatch):
     def fail(*args, **kwargs):
         raise reason
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(OSError) as error:
         pretrained.load(RegNetX(), "timm:regnetx_002")
     assert error.type is OSError
@@ -486,7 +486,7 @@ def test_other_bands_of_a_detector(bands, yolov5n):
 
 
 def test_anchors_of_the_file_and_of_the_net(yolov5n, tmp_path):
-    """The file's where they fit; else a net that owns them (by its prefixes) keeps its own; anchor_grid is dropped."""
+    """The file's where they fit; else a net that owns them (by its prefixes) keeps its own."""
     path, source = yolov5n
     net = YOLOv5("n", anchors=torch.arange(18.) + 1)
     assert pretrained.load(net, path)["missing"] == []
@@ -496,11 +496,6 @@ def test_anchors_of_the_file_and_of_the_net(yolov5n, tmp_path):
     before = net.head.anchors.clone()
     assert "model.24.anchors" in pretrained.load(net, path)["missing"]
     assert torch.equal(net.head.anchors, before)
-    net = YOLOv5("n")
-    net.head.register_buffer("anchor_grid", torch.ones(3, 1, 3, 1, 1, 2))
-    path, source = release(tmp_path / "v5.0.pt", net)
-    assert "model.24.anchor_grid" in source
-    assert pretrained.load(YOLOv5("n"), path)["unused"] == []
 
 
 @pytest.mark.parametrize("wrong", ["s", "n6"])
@@ -640,12 +635,14 @@ def test_the_other_padding_is_refused(tmp_path, monkeypatch, efficientnet):
     one_line(error, "timm:tf_efficientnetv2_b0.in1k", "'same'", "'symmetric'")
 
 
-@pytest.mark.parametrize("kind", ["encoder", "name"])
+@pytest.mark.parametrize("kind", ["encoder", "variant", "name"])
 def test_the_other_padding_of_our_own_checkpoints_is_refused(kind, tmp_path):
-    """The architecture beside the weights tells it."""
+    """The architecture beside the weights tells it: a UNet's encoder or a classifier, of both editions."""
     for suffix, net in (("_tv", EfficientNetV2("b0")), ("", EfficientNetV2("b0", padding="symmetric"))):
-        path = save(tmp_path / "own.pt", {"arch": {"name": "x", "kwargs": {kind: f"efficientnetv2_b0{suffix}"}},
-                                          "model": net.state_dict()})
+        name = f"efficientnetv2_b0{suffix}"
+        arch = {"encoder": {"name": "unet.UNet", "kwargs": {"encoder": name}}, "variant": {"name": name, "kwargs": {}},
+                "name": {"name": "backbones.make", "kwargs": {"name": name}}}[kind]
+        path = save(tmp_path / "own.pt", {"task": "cls", "arch": arch, "model": net.state_dict()})
         with pytest.raises(ValueError, match="the net has"):
             pretrained.load(net, path)
         right = EfficientNetV2("b0", padding="symmetric" if suffix else "same")
@@ -662,8 +659,8 @@ def test_torchvisions_other_nets(wrong, tmp_path):
 
 
 @pytest.mark.parametrize("name, kind", [
-    ("", "_IMAGENET"), ("repvgg_a0", "_IMAGENET"), ("tf_efficientnetv2_s", "_HALF"), ("tf_efficientnetv2_l", "_HALF"),
-    ("tf_efficientnetv2_b0", "_IMAGENET"), ("regnetx_002", "_IMAGENET")])
+    ("", "IMAGENET"), ("repvgg_a0", "IMAGENET"), ("tf_efficientnetv2_s", "HALF"), ("tf_efficientnetv2_l", "HALF"),
+    ("tf_efficientnetv2_b0", "IMAGENET"), ("regnetx_002", "IMAGENET")])
 def test_a_file_has_the_normalisation_of_its_source(tmp_path, name, kind):
     with torch.device("meta"):
         state = (timm.create_model(name) if name else torchvision.models.efficientnet_v2_s()).state_dict()
@@ -674,7 +671,11 @@ def test_a_file_has_the_normalisation_of_its_source(tmp_path, name, kind):
 
 def test_our_own_checkpoints_tell_theirs(tmp_path):
     norm = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
-    torch.save({"task": "cls", "model": {}, "norm": norm}, tmp_path / "best.pt")
+    arch = {"name": "efficientnetv2_b0", "kwargs": {}}
+    torch.save({"task": "cls", "arch": arch, "model": {}, "norm": norm}, tmp_path / "old.pt")  # the first edition's
+    assert pretrained.normalisation(str(tmp_path / "old.pt"), 3) == norm
+    inputs = {"bands": [1, 2, 3], "mean": norm[0], "std": norm[1]}
+    torch.save({"task": "cls", "arch": arch, "model": {}, "input": inputs}, tmp_path / "best.pt")
     assert pretrained.normalisation(str(tmp_path / "best.pt"), 3) == norm
     assert pretrained.normalisation(str(tmp_path / "best.pt"), 1) == [[pytest.approx(0.2)], [pytest.approx(0.5)]]
     assert pretrained.normalisation(None, 3) == [[0.5] * 3] * 2

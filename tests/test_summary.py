@@ -17,12 +17,13 @@ from tests.harness import toy, toys
 from tests.test_runs import free
 from tests.test_runs import written as checkpoints
 from utils import report
-from utils.pictures import charts, table
+from utils.pictures import cells, table
 from utils.train import checkpoint, runs
-from utils.train.args import band_list, loss_term, setup_run, train_parser
+from utils.train.args import loss_term, setup_run, train_parser
 from utils.errors import UserError
-from utils.pictures.table import COLUMNS, flags, render, tables, write_note
+from utils.pictures.table import flags, render, tables, write_note
 
+COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "swa", "minutes", "commit", "flags")
 DEFAULTS = {"lr": 0.001, "ema": True, "bs": 64, "loss": None, "name": "exp", "project": "runs/seg", "resume": None}
 
 
@@ -31,12 +32,12 @@ def make(path, scores=(), *, key="iou", note=True, **changed):
     path.mkdir(parents=True)
     (path / "args.json").write_text(json.dumps(DEFAULTS | changed))
     if scores:
-        charts.write_csv(path / "results.csv", [
+        cells.write_csv(path / "results.csv", [
             {"epoch": i, "lr": 1e-3, "loss": 2 - i / 10, key: score, "f1": 1 - i / 100, "seconds": 120.0}
             for i, score in enumerate(scores, 1)])
     if note:
         (path / "run.json").write_text(json.dumps({"started": "2026-01-02 03:04", "commit": "abc1234",
-                                                   "defaults": DEFAULTS}))
+                                                   "defaults": DEFAULTS, "score": key}))
     return path
 
 
@@ -93,14 +94,24 @@ def test_a_run_and_a_folder_above_it_are_the_same_runs(tmp_path):
     assert len(tables([tmp_path, run, tmp_path / "seg"])[tmp_path / "seg"]) == 2
 
 
-def test_the_score_is_no_loss_term_and_no_rate(tmp_path):
-    run = make(tmp_path / "seg/exp", [0.5], loss=[["dice", 1.0], ["bce", 1.0]])
-    (run / "results.csv").write_text("epoch,lr,loss,dice_loss,val_dice_loss,iou,f1,seconds\n"
-                                     "1,1,2,0.99,0.98,0.25,0.4,60\n")
-    assert rows(tmp_path)["exp"]["metric"] == "iou" and rows(tmp_path)["exp"]["best"] == 0.25
-    for name, key in (("det", "ap"), ("cls", "acc"), ("seg", "miou"), ("own", "val/score")):
-        make(tmp_path / "more" / name, [0.5], key=key)
-        assert rows(tmp_path / "more")[name]["metric"] == key
+def test_the_score_is_the_one_that_the_run_names(tmp_path):
+    make(tmp_path / "seg/a", [0.5, 0.75], key="kappa", loss=[["dice", 1.0]])
+    make(tmp_path / "seg/b", [0.25], key="iou")
+    found = rows(tmp_path)
+    assert {name: (row["metric"], row["best"]) for name, row in found.items()} == {"a": ("kappa", 0.75), "b": ("iou", 0.25)}
+    for score in ("gone", 3, None, ["iou"], {}):  # damaged, or of another history
+        note = json.loads((tmp_path / "seg/a/run.json").read_text()) | {"score": score}
+        (tmp_path / "seg/a/run.json").write_text(json.dumps(note))
+        assert (rows(tmp_path)["a"]["metric"], rows(tmp_path)["a"]["best"]) == ("", None)
+
+
+def test_the_score_of_a_run_of_the_first_edition(tmp_path):
+    """Its run.json does not name the score; "acc" stands behind "miou"."""
+    for key in ("iou", "miou", "ap", "acc"):
+        run = make(tmp_path / key, [0.5], key=key, note=False)
+        (run / "results.csv").write_text(f"epoch,lr,loss,dice_loss,{key},acc,f1,seconds\n1,1,2,0.99,0.25,0.9,0.8,60\n"
+                                         if key != "acc" else "epoch,lr,loss,acc,exact\n1,1,2,0.25,0.9\n")
+        assert (rows(tmp_path)[key]["metric"], rows(tmp_path)[key]["best"]) == (key, 0.25)
 
 
 def test_another_column_to_sort_by(tmp_path):
@@ -116,7 +127,7 @@ def test_another_column_to_sort_by(tmp_path):
 
 def test_a_resumed_run_has_one_row_and_it_is_the_new_one(tmp_path):
     run = make(tmp_path / "seg/exp", [0.5])
-    charts.write_csv(run / "results.csv", [{"epoch": 1, "iou": 0.5, "seconds": 60}, {"epoch": 2, "iou": 0.75}])
+    cells.write_csv(run / "results.csv", [{"epoch": 1, "iou": 0.5, "seconds": 60}, {"epoch": 2, "iou": 0.75}])
     found = tables([tmp_path])[tmp_path / "seg"]
     assert len(found) == 1 and (found[0]["best"], found[0]["epoch"], found[0]["minutes"]) == (0.75, 2, 1)
 
@@ -136,7 +147,7 @@ def test_damaged_files_cost_their_cells_only(tmp_path, capsys, content):
     good = rows(tmp_path)
     assert capsys.readouterr().err == ""
     for name, lost in (("args.json", {"flags"}), ("results.csv", {"metric", "best", "epoch", "last", "minutes"}),
-                       ("run.json", {"date", "commit", "flags"})):
+                       ("run.json", {"date", "commit", "flags", "metric"})):
         before = (run / name).read_bytes()
         (run / name).write_bytes(content)
         found, said = rows(tmp_path), capsys.readouterr().err.splitlines()
@@ -188,7 +199,7 @@ def test_the_file_follows_its_runs(tmp_path, monkeypatch):
         make(tmp_path / name, [0.5])
     table.write(tmp_path / "a")
     assert [*written(tmp_path)] == ["a", "b", "c"]
-    charts.write_csv(tmp_path / "a/results.csv", [{"epoch": i, "iou": i / 8} for i in range(6)])
+    cells.write_csv(tmp_path / "a/results.csv", [{"epoch": i, "iou": i / 8} for i in range(6)])
     (tmp_path / "b").rename(tmp_path / "x")
     shutil.rmtree(tmp_path / "c")
     shutil.copytree(tmp_path / "x", tmp_path / "y")
@@ -234,8 +245,9 @@ def test_damaged_runs_do_not_keep_the_file_from_being_written(tmp_path, capsys):
 def test_a_run_that_is_deleted_meanwhile(tmp_path, monkeypatch):
     make(tmp_path / "exp", [0.5])
     make(tmp_path / "gone", [0.75])
-    read = table._read_results
-    monkeypatch.setattr(table, "_read_results", lambda path: shutil.rmtree(tmp_path / "gone", True) or read(path))
+    read = table._read
+    monkeypatch.setattr(table, "_read", lambda path, parse: read(path, parse) if path.suffix == ".json" else
+                        shutil.rmtree(tmp_path / "gone", True) or read(path, parse))
     table.write(tmp_path / "exp")
     assert written(tmp_path)["exp"]["best"] == "0.5" and written(tmp_path)["gone"]["best"] == ""
 
@@ -251,7 +263,7 @@ def test_runs_that_end_together(tmp_path):
         try:
             time.sleep(max(begin - time.time(), 0))
             for epoch in (1, 2, 3):
-                charts.write_csv(run / "results.csv", [{"epoch": epoch, "iou": 0.5}])
+                cells.write_csv(run / "results.csv", [{"epoch": epoch, "iou": 0.5}])
                 table.write(run)
             code = 0
         finally:
@@ -312,10 +324,9 @@ def test_flags_as_text():
 
 def test_what_a_run_was_started_with_comes_back(tmp_path):
     parser = train_parser("x", "seg", data="x", epochs=3, bs=8, imgsz=64, lr=1e-3)
-    parser.add_argument("--bands", type=band_list, default="1-7")
     parser.add_argument("--loss", nargs="+", type=loss_term(("bce", "dice")))
     typed = ["--lr", "0.01", "--no-ema", "--compile", "--loss", "bce=0.5", "dice=2"]
-    for argv in (typed, ["--bands", "1-7", "--lr", "1e-3"]):
+    for argv in (typed, ["--bands", "all", "--lr", "1e-3"]):
         free()
         _, _, folder, _ = setup_run(parser, ["--project", str(tmp_path), "--device", "cpu", *argv])
         write_note(folder, vars(parser.parse_args([])))

@@ -25,7 +25,7 @@ STEPS = 7  # per epoch of the toy data
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(charts, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(charts, "plot_curves", lambda *_, **__: None)
 
 
 def averaged(folder, *, epochs=4, share=0.5, lr=0.5, cycle=0, on=True, total=None, net=None, seed=0, **options):
@@ -192,7 +192,9 @@ def test_average_leaves_the_model_and_its_gradients_alone():
         swa.take(net, epoch)
         assert int(swa.n_averaged) == max(epoch - 2, 0)
     batches = [{"image": torch.randn(4, 3, 8, 8)} for _ in range(3)]
-    swa.update_norms(batches, lambda model, batch: (model(batch["image"]).mean(), {}))
+    with swa.new_statistics():
+        for batch in batches:
+            swa.module(batch["image"])
     assert differences(net.state_dict(), before) == []
     assert all(p.grad is None for p in (*net.parameters(), *swa.parameters()))
     assert swa.module.norm1.momentum == net.norm1.momentum == 0.1  # as before
@@ -216,7 +218,7 @@ def noisy_loss(faults=()):
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swa") / "straight"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "plot_curves", lambda *_: None)
+        patch.setattr(charts, "plot_curves", lambda *_, **__: None)
         averaged(folder, compute_loss=noisy_loss())
     return folder
 
@@ -314,7 +316,7 @@ def rank_of_two(folder, rank, port):
     """One of two processes: a run, the same run stopped and resumed; keeps this rank's average."""
     os.environ.update(ENV, RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    charts.plot_curves = lambda *_: None
+    charts.plot_curves = lambda *_, **__: None
     dist.setup("cpu")
     state = averaged(folder / "straight", epochs=3, share=0.6)
     torch.save(state.swa.module.state_dict(), folder / f"rank{rank}.pt")

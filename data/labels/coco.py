@@ -5,14 +5,13 @@
                  or, as Roboflow exports it, a JSON among the images: DATA/train/_annotations.coco.json (and valid)
 """
 import functools
-import json
 import os
 from collections import Counter
 from pathlib import Path
 
-from data.labels.records import Layout, Records, list_files, part_of, read_bytes, show
+from data.labels.records import Layout, Records, list_files, part_of
 from utils.errors import UserError
-from utils.files import same_name
+from utils.files import read_json, same_name, show
 
 COMPETITION = "train/label/Train.json"
 TEST_INFORMATION = "Test_Images_Information.json"
@@ -20,7 +19,6 @@ LABEL_FOLDERS = ("annotations", "label", "labels")  # the images lie beside a fo
 # the classes of the parking-lot competition (AI Challenge 2022), whose labels hold only the numbers 1 to 14
 PARKING = ("sedan", "SUV", "van", "bus", "school bus", "truck", "taxi", "adult", "child", "motorcycle", "kickboard",
            "bicycle", "stroller", "cart")
-MAX_ID = 2**53  # of a category: larger numbers are not exact in other programs
 TYPES = {int: "a whole number", str: "a text", list: "a list"}
 
 
@@ -66,8 +64,7 @@ def read(layout):
         path, part = layout.root / label, part_of(Path(label).name) or part_of(os.path.dirname(label))
         data, index_of = read_json(path), {}
         locate = _locator(layout.root, _image_folders(label, part))
-        for place, entry in _entries(data, "images", path):
-            key, name = get(entry, "id", (int, str), place), get(entry, "file_name", (str,), place)
+        for place, entry, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,)):
             file = locate(name, place)
             if key in index_of:
                 raise UserError(f"{place}: the id {show(key)} stands there twice; correct one")
@@ -78,12 +75,12 @@ def read(layout):
             images.append((file, part == "val", stated))
         _read_categories(names, data, path)
         # the ids of annotations are not read: nothing refers to them, and merged files often repeat them
-        for number, (place, entry) in enumerate(_entries(data, "annotations", path)):
-            image = get(entry, "image_id", (int, str), place)
+        fields = {"image_id": (int, str), "category_id": (int,), "bbox": (list,)}
+        for number, (place, entry, image, category, box) in enumerate(_entries(data, "annotations", path, **fields)):
             if image not in index_of:
                 raise UserError(f"{place}: there is no image with the id {show(image)}; add the image, or remove its "
                                 f"annotations")
-            category, box, crowd = _category(entry, "category_id", place), *_box(entry, place)
+            box, crowd = _corners(box, entry.get("iscrowd", 0), place)
             if crowd:
                 crowds.append((label, number))
             else:
@@ -143,23 +140,15 @@ def _locator(root, folders):
 def _read_categories(names, data, path):
     """Adds the categories of a file to {id: name}."""
     here = set()
-    for place, entry in _entries(data, "categories", path) if "categories" in data else ():
-        key, name = _category(entry, "id", place), get(entry, "name", (str,), place)
+    data = data if "categories" in data else {"categories": []}
+    for place, _, key, name in _entries(data, "categories", path, id=(int,), name=(str,)):
         if key in here or names.setdefault(key, name) != name:
             raise UserError(f"{place}: the id {key} is another category's too; correct one of them")
         here.add(key)
 
 
-def _category(entry, name, place):
-    key = get(entry, name, (int,), place)
-    if abs(key) >= MAX_ID:
-        raise UserError(f"{place}: the category's id is too large; number the categories from 1")
-    return key
-
-
-def _box(entry, place):
-    """-> (x1, y1, x2, y2) in pixels, whether the region is a crowd."""
-    box, crowd = get(entry, "bbox", (list,), place), entry.get("iscrowd", 0)
+def _corners(box, crowd, place):
+    """Checks bbox and iscrowd of an annotation -> (x1, y1, x2, y2) in pixels, whether the region is a crowd."""
     try:
         if len(box) != 4 or {*map(type, box)} - {int, float} or type(crowd) not in (int, bool):
             raise ValueError
@@ -177,8 +166,8 @@ def test_ids(root):
     if not os.path.lexists(path):
         return found
     data = read_json(path)
-    for place, entry in _entries({"images": data} if type(data) is list else data, "images", path):
-        key, name = get(entry, "id", (int, str), place), get(entry, "file_name", (str,), place)
+    data = {"images": data} if type(data) is list else data
+    for place, _, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,)):
         name = same_name(os.path.basename(name.replace("\\", "/")))
         if name in found:
             raise UserError(f"{place}: {show(name)} is listed twice; remove one")
@@ -189,35 +178,14 @@ def test_ids(root):
     return found
 
 
-# ---- JSON ------------------------------------------------------------------------------------------------------------
-def read_json(path):
-    """A JSON file's content. Raises UserError for what is not JSON, and for what Python takes for JSON or ignores:
-    NaN, Infinity, and a key that stands twice in one object."""
-    def unique(pairs):
-        entry = dict(pairs)
-        if len(entry) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {show(twice)} stands twice in one object")
-        return entry
-
-    def no_number(text):
-        raise ValueError(f"{text} is no number of JSON")
-
-    try:
-        return json.loads(read_bytes(path), object_pairs_hook=unique, parse_constant=no_number)
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be labels; replace it") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); correct or replace it") from None
+def _entries(data, key, path, **fields):
+    """Yields (place for messages, entry, the values of its fields) of the list data[key]. fields: {name: types}."""
+    for i, entry in enumerate(_get(data, key, (list,), path)):
+        place = f"{path}: {key}[{i}]"
+        yield place, entry, *(_get(entry, name, types, place) for name, types in fields.items())
 
 
-def _entries(data, key, path):
-    """Yields (place for messages, entry) of the list data[key]."""
-    for i, entry in enumerate(get(data, key, (list,), path)):
-        yield f"{path}: {key}[{i}]", entry
-
-
-def get(entry, key, types, place):
+def _get(entry, key, types, place):
     """entry[key], if it is of one of the types; else a UserError that names the place."""
     value = entry.get(key) if type(entry) is dict else None
     if type(value) not in types:

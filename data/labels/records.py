@@ -6,19 +6,11 @@ that is understood but makes no sense stays in the records: data/labels drops it
 """
 import os
 import re
-import reprlib
-import stat
-from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 from utils.errors import UserError
-from utils.files import reading
-
-short = reprlib.Repr()
-short.maxstring = 200
-show = short.repr  # a value in a message stays short, and in one line
-
+from utils.files import read_bytes
 
 class Layout(NamedTuple):
     """The files of a data set. labels, images: names relative to `root`, sorted."""
@@ -52,35 +44,27 @@ def list_files(folder, *suffixes):
         return []
 
 
-def by_stem(names):
-    """{name without its suffix: name}. Suffixes may be written in capitals."""
-    return {os.path.splitext(name)[0]: name for name in names}
+def by_stem(names, folder):
+    """{name without its suffix: name}. UserError for two files of one name in the folder: their boxes would be lost, or
+    be taken for another image's."""
+    found = {}
+    for name in names:
+        other = found.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise UserError(f"{folder / name}: {other} has the same name; rename or remove one")
+    return found
 
 
 def check_pairs(image_folder, images, label_folder, labels):
-    """Raises UserError where two files have one name, whose boxes would be lost or be taken for another image's, and
-    for a label file without an image. images, labels: names in their folders."""
-    for folder, names, what in ((image_folder, images, "images"), (label_folder, labels, "label files")):
-        count = Counter(os.path.splitext(name)[0] for name in names)
-        twice = next((stem for stem in count if count[stem] > 1), None)
-        if twice:
-            raise UserError(f"{folder / twice}.*: {count[twice]} {what} of one name; rename or remove all but one")
-    label_of = by_stem(labels)
-    lone = sorted(label_of.keys() - by_stem(images).keys())
+    """Raises UserError for a label file without an image. images, labels: names in their folders."""
+    label_of = by_stem(labels, label_folder)
+    lone = sorted(label_of.keys() - by_stem(images, image_folder).keys())
     if lone:
         path = image_folder / lone[0]
         others = [name for name in list_files(path.parent, "") if os.path.splitext(name)[0] == path.name]
         remedy = f"convert {others[0]} to PNG or JPEG" if others else "add it"
         raise UserError(f"{label_folder / label_of[lone[0]]}: no image of that name in {image_folder} ({len(lone)} in "
                         f"total); {remedy}, or remove the label file")
-
-
-def read_bytes(path):
-    """The content of a regular file. Raises UserError."""
-    with reading(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
-            raise UserError(f"{path}: not a regular file; replace or remove it")
-        return Path(path).read_bytes()
 
 
 def read_lines(path):

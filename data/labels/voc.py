@@ -7,8 +7,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from data import images
-from data.labels.records import Layout, Records, by_stem, check_pairs, list_files, read_bytes, read_lines, show
+from data.labels.records import Layout, Records, by_stem, check_pairs, list_files, read_lines
 from utils.errors import UserError
+from utils.files import read_bytes, show
 
 TEST, VAL = SETS = "ImageSets/Main/test.txt", "ImageSets/Main/val.txt"
 
@@ -29,7 +30,7 @@ def find(path):
 def read(layout):
     """Layout -> Records without the images of test.txt; those of val.txt are held out. The categories are the names'
     numbers in sorted order."""
-    found, boxes, label_of = [], [], by_stem(layout.labels)
+    found, boxes, label_of = [], [], by_stem(layout.labels, layout.root)
     # the first words of the lines: "000005", or "000005 -1"
     test, val = ({line.split()[0] for line in read_lines(layout.root / name) if line.strip()}
                  if name in layout.labels else set() for name in SETS)

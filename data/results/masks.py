@@ -93,7 +93,7 @@ def _new_mask(file, folder):
     """The mask of an image file, open for writing, at the place on Earth of the image (if that has one)."""
     _, height, width = images.size(file)
     place = {}
-    if images.kind(file) == "GTiff":
+    if images.header(file).kind == "GTiff":
         with images.open_raster(file, sidecars=True) as source:
             points, crs = source.gcps  # such as Sentinel-1's
             place = {"gcps": points, "crs": crs} if points else {"crs": source.crs, "transform": source.transform}

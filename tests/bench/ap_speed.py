@@ -16,7 +16,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from utils.metrics import AREAS, DetectionAP
+from utils.metrics.average_precision import AREAS, DetectionAP
 
 
 def boxes(images, detections, truths, classes, seed=0):

@@ -68,7 +68,7 @@ def predictors(name, x, device, compiled):
 
     arch = dict(name=name, in_chans=1, num_classes=CLASSES)
     state = {"task": "cls", "arch": {"kwargs": arch}, "bands": [1], "scale": 255.0, "imgsz": x.shape[2], "norm": None,
-             "classes": CLASSES, "exclusive": False, "args": {}, "model": make(name, True).state_dict()}
+             "classes": CLASSES, "single_label": False, "args": {}, "model": make(name, True).state_dict()}
     ours = engine.precision("auto", device) or torch.float32, torch.channels_last
     made = {PLAIN: timed(make(name, False), torch.float32, torch.contiguous_format)}
     for compile in (False, True)[:1 + compiled]:

@@ -18,7 +18,7 @@ import predict
 from nets.yolo import BINS, YOLOv5
 from tests.bench.timing import clock, in_turn, show, training_step, with_plain_memory
 from train_det import GAINS
-from utils import metrics
+from utils.metrics.average_precision import DetectionAP
 from utils.losses import detection as losses_det
 from utils.ops import boxes
 from utils.train import dist, engine, optim
@@ -98,7 +98,7 @@ def predictors(nets, arch, raw, device, compiled, bs):
 
 def validate(model, raw, targets, device, bs):
     """-> seconds of the (net, suppression, DetectionAP) for all images, detections per image, scores."""
-    metric, spent, count = metrics.DetectionAP(len(NAMES)), [0.0] * 3, 0
+    metric, spent, count = DetectionAP(len(NAMES)), [0.0] * 3, 0
     model.eval()
     for start in range(0, len(raw), bs):
         times = [clock(device)]

@@ -16,7 +16,8 @@ import torch
 
 from data import folds, seg
 from data.loader import eval_loader, train_loader
-from utils import losses, metrics
+from utils import losses
+from utils.metrics.segmentation import BinaryIoU
 from utils.ops import tta
 from utils.train import engine, optim
 
@@ -62,7 +63,7 @@ def main():
         return losses.lovasz_hinge(logits, batch["mask"], elu=True) + args.bce * losses.bce(logits, batch["mask"]), {}
 
     def evaluate(model, flips=False):
-        metric = metrics.BinaryIoU()
+        metric = BinaryIoU()
         for batch in val_loader:
             batch = engine.to_device(batch, device)
             x = batch["image"]

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from data import labels, seg
-from utils import metrics
+from utils.metrics.average_precision import DetectionAP
 
 BASE = {
     "water": "train_seg.py --data {data}/water --scale 10000 --groups {data}/water/groups.csv --imgsz 64 --bs 8 "
@@ -172,7 +172,7 @@ def score_masks(files, target, data, out):
 
 def score_boxes(files, target, data, out):
     known = labels.read(data / "bccd", cache=out)
-    metric, found = metrics.DetectionAP(len(known.names)), {file.stem: [] for file in files}
+    metric, found = DetectionAP(len(known.names)), {file.stem: [] for file in files}
     for item in json.loads((target / "coco.json").read_text()):
         x, y, width, height = item["bbox"]
         label = known.category_ids.index(item["category_id"])

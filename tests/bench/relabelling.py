@@ -111,7 +111,7 @@ def measure(task, seed, data, out):
         wrong[i] = (right[i][0], right[other][1], right[i][2])
     write(task, right, root / "right"), write(task, wrong, root / "wrong")
     folds = [train(f"wrong{k}", "wrong", f"--folds 3 --fold {k}") for k in range(3)]
-    ranked = review.rank(folds)
+    ranked = review.rank_samples(folds)
     write_rows(root / "noise.csv", list(ranked[0]), [list(row.values()) for row in ranked])
     worst = f"{root}/noise.csv:{len(chosen)}"
     anew = []

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nets.yolo import BINS, YOLOv5
-from utils import metrics
+from utils.metrics.average_precision import DetectionAP
 from utils.losses import detection as losses_det
 from utils.ops import boxes
 
@@ -32,7 +32,7 @@ def scenes(seed, count=8, side=128):
 
 @torch.no_grad()
 def ap50(net):
-    metric = metrics.DetectionAP(2)
+    metric = DetectionAP(2)
     for i in range(3):
         images, rows = scenes((1, i))
         metric.update(boxes.nms(net.eval()(images), conf=0.001, iou=0.65),

@@ -1,8 +1,11 @@
-"""COCO's average precision of detected boxes, with what explains it: curves, thresholds, confusions."""
+"""COCO's average precision of detected boxes, and what explains it: curves, thresholds, confusions, scores of images."""
+import collections
+
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from utils.train import dist
+from utils.ops import boxes
 
 IOUS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
 AREAS = {"ap": (0, 1e10), "ap_small": (0, 32 ** 2), "ap_medium": (32 ** 2, 96 ** 2), "ap_large": (96 ** 2, 1e10)}
@@ -11,191 +14,153 @@ AREAS = {"ap": (0, 1e10), "ap_small": (0, 32 ** 2), "ap_medium": (32 ** 2, 96 **
 class DetectionAP:
     """COCO's average precision of boxes (Lin et al. 2014; cocodataset.org/#detection-eval), equal to pycocotools'.
 
-    It keeps the boxes and does the work at the end, in float64 on the CPU.
+    It keeps the boxes and evaluates them at the end, in float64 on the CPU.
 
-    classes  their number, C
-    max_det  so many detections of an image and class are judged, those with the highest scores
+    classes  the number of classes, C
+    max_det  so many detections of an image and class count, those with the highest scores
     """
 
     def __init__(self, classes, max_det=100):
         self.classes, self.max_det = classes, max_det
-        self.images = 0
-        self.index = []  # what update() was told of each image
-        self.detections, self.truths = [np.zeros((0, 7))], [np.zeros((0, 6))]  # the columns of update(), then the image
+        self.detections, self.gt_boxes = [], []  # image by image: (n, 6) and (m, 5), float64
 
     @torch.no_grad()
-    def update(self, detections, truths, index=None):
-        """detections: per image a tensor (n, 6) of x1 y1 x2 y2 score class, in any order, on any device; truths: per
-        image (m, 5) of x1 y1 x2 y2 class. Pixels; classes 0 .. C-1. index: the images' numbers, for samples().
+    def update(self, detections, gt_boxes):
+        """detections: per image a tensor (n, 6) of x1 y1 x2 y2 score class, in any order, on any device; gt_boxes: per
+        image (m, 5) of x1 y1 x2 y2 class. Pixels; classes 0 .. C-1. Where several processes validate, each is given the
+        images of all (`TiledImages.detect` gathers them).
 
         ValueError when the lists differ in length, or a shape or a class is wrong.
         """
-        if len(detections) != len(truths):
-            raise ValueError(f"detections of {len(detections)} images, but truths of {len(truths)}")
-        for name, columns, kept, new in (("detections", 6, self.detections, detections),
-                                         ("truths", 5, self.truths, truths)):
-            for boxes in new:
-                if boxes.dim() != 2 or boxes.shape[1] != columns:
-                    raise ValueError(f"{name} {tuple(boxes.shape)} must be (n, {columns})")
-            rows = torch.cat([*new]).cpu().double().numpy() if len(new) else np.zeros((0, columns))
-            if not np.isin(rows[:, -1], np.arange(self.classes)).all():
-                raise ValueError(f"classes of the {name} reach from {rows[:, -1].min():g} to {rows[:, -1].max():g}; "
-                                 f"they must be integers in 0 .. {self.classes - 1}")
-            image = np.repeat(np.arange(self.images, self.images + len(new)), [len(boxes) for boxes in new])
-            kept.append(np.column_stack((rows, image)))
-        self.images += len(truths)
-        self.index += [-1] * len(truths) if index is None else [int(i) for i in index]
+        if len(detections) != len(gt_boxes):
+            raise ValueError(f"there are detections of {len(detections)} images, but gt_boxes of {len(gt_boxes)}")
+        detections = [self._checked("detections", rows, 6) for rows in detections]
+        self.gt_boxes += [self._checked("gt_boxes", rows, 5) for rows in gt_boxes]
+        self.detections += [rows if len(rows) <= self.max_det else self._best(rows) for rows in detections]
 
-    def reduce(self):
-        """Gathers the images of all ranks, if there are several: every rank calls it once, after its last update, and
-        a rank without images too. Then all have the same result, which depends on who had which image only where
-        scores are equal (COCO's order of those is the images'). Returns self."""
-        if dist.world_size() > 1:
-            images = dist.gather(self.images)
-            for kept in (self.detections, self.truths):
-                rows = np.concatenate(kept)
-                rows[:, -1] += sum(images[:dist.rank()])
-                kept[:] = dist.gather(rows)
-            self.images, self.index = sum(images), sum(dist.gather(self.index), [])
-        return self
+    def _checked(self, name, rows, columns):
+        if rows.dim() != 2 or rows.shape[1] != columns:
+            raise ValueError(f"{name} {tuple(rows.shape)} must be (n, {columns})")
+        labels = rows[:, -1].tolist()
+        if not set(labels) <= set(range(self.classes)):
+            raise ValueError(f"classes of the {name} reach from {min(labels):g} to {max(labels):g}; they must be "
+                             f"integers in 0 .. {self.classes - 1}")
+        return rows.detach().cpu().double()
+
+    def _best(self, rows):
+        """Of each class the max_det rows with the highest scores."""
+        rows = rows[rows[:, 4].argsort(descending=True, stable=True)]
+        return torch.cat([rows[rows[:, 5] == c][:self.max_det] for c in rows[:, 5].unique()])
 
     def compute(self):
         """{"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"}, each 0 .. 1: means over the classes that have
-        truths (for the last three: of that area, 32^2 and 96^2 pixels being the borders), of the precision at 101
-        recalls and, where the name has no number, at the IoUs 0.50, 0.55 .. 0.95. NaN when there is no truth at
-        all, where COCO prints -1.
+        ground truth (for the last three: of that area, between 32^2 and 96^2 pixels), of the precision at 101 recalls
+        and, where the name has no number, at the IoUs 0.50, 0.55 .. 0.95. NaN when there is no ground truth at all,
+        where COCO prints -1.
         """
         ap = self._precision(IOUS, AREAS.values()).mean(-1)  # (C, areas, IoUs), all NaN or all not
         means = {name: _mean(ap[:, i]) for i, name in enumerate(AREAS)}
         return {"ap": means.pop("ap"), "ap50": _mean(ap[:, 0, 0]), "ap75": _mean(ap[:, 0, 5]), **means}
 
     def per_class(self):
-        """C dicts {"ap", "ap50", "ap75", "truths", "detections"}: as in compute(), NaN for a class without truths;
-        how many there are, of the detections those that are judged."""
+        """C dicts {"ap", "ap50", "ap75", "truths", "detections"}: AP as in compute(), NaN for a class without ground
+        truth; the numbers of ground-truth boxes and of detections."""
         ap = self._precision(IOUS, [AREAS["ap"]]).mean(-1)[:, 0]
-        detections, truths = self._sorted()
-        counts = (np.bincount(rows[:, -2].astype(int), minlength=self.classes) for rows in (truths, detections))
-        return [{"ap": float(row.mean()), "ap50": float(row[0]), "ap75": float(row[5]), "truths": int(m),
-                 "detections": int(n)} for row, m, n in zip(ap, *counts)]
+        found, actual = (_joined(kept, columns)[:, -1] for kept, columns in ((self.detections, 6), (self.gt_boxes, 5)))
+        return [{"ap": float(row.mean()), "ap50": float(row[0]), "ap75": float(row[5]),
+                 "truths": int((actual == c).sum()), "detections": int((found == c).sum())}
+                for c, row in enumerate(ap)]
 
     def curve(self, iou=0.5):
         """-> recalls (101,), precision (C, 101), float64: the best precision at this recall or a higher one, 0 where
-        that recall is not reached, NaN for a class without truths."""
-        return torch.from_numpy(RECALLS), torch.from_numpy(self._precision([iou], [AREAS["ap"]])[:, 0, 0])
+        that recall is not reached, NaN for a class without ground truth."""
+        return RECALLS, self._precision([iou], [AREAS["ap"]])[:, 0, 0]
 
     def best_threshold(self, iou=0.5):
         """-> (t, F1): keeping the detections with score >= t gives the highest F1, averaged over the classes with
-        truths; of several such t the highest. Both NaN without truths or detections."""
-        scores, classes, hits, counts, totals = self._match([iou], [AREAS["ap"]])
-        gains, present = np.zeros(len(scores)), (totals > 0).sum()
-        if not present or not len(scores):
+        ground truth; of several such t the highest. Both NaN without ground truth or detections."""
+        per_class = self._evaluate([iou], [AREAS["ap"]])
+        levels = np.unique(np.concatenate([scores for scores, *_ in per_class]))[::-1]
+        present = [(scores, hits[:, 0, 0], total[0]) for scores, hits, _, total in per_class if total[0]]
+        if not len(levels) or not present:
             return float("nan"), float("nan")
-        for c in range(self.classes):
-            rows = slice(*np.searchsorted(classes, (c, c + 1)))
-            if totals[c]:
-                f1 = 2 * hits[rows, 0, 0].cumsum() / (counts[rows, 0, 0].cumsum() + totals[c, 0])
-                gains[rows] = np.diff(f1, prepend=0)  # what the mean gains by this detection, after the better ones
-        order = np.argsort(-scores, kind="stable")
-        scores, f1 = scores[order], (gains[order].cumsum() / present).round(12)  # equal ones shall be equal
-        f1[:-1][scores[:-1] == scores[1:]] = -1  # detections with equal scores go together
-        best = f1.argmax()
-        return float(scores[best]), float(f1[best])
+        f1 = np.zeros(len(levels))
+        for scores, hits, total in present:
+            kept = np.searchsorted(-scores, -levels, "right")  # the number of detections with at least each level
+            f1 += 2 * np.append(0, hits.cumsum())[kept] / (kept + total) / len(present)
+        best = f1.round(12).argmax()  # equal values must compare as equal
+        return float(levels[best]), float(f1[best])
 
     def confusion(self, score=0.25, iou=0.5):
-        """-> (C+1, C+1) int64: row truth, column prediction, the last of each is background. Of the detections with
-        at least this score, whatever their class, those of highest IoU get their truths first, one each; of equal
-        IoUs the same class, then the higher score."""
-        detections, truths = self._sorted()
-        detections = detections[detections[:, 4] >= score]
-        detections = detections[np.lexsort((-detections[:, 4], detections[:, -1]))]
-        truths = truths[np.argsort(truths[:, -1], kind="stable")]
-        images = detections[:, -1]
-        d, t, ious = _pairs(detections, images, truths, truths[:, -1], iou)
-        order = np.lexsort((detections[d, -2] != truths[t, -2], -ious, images[d]))
-        d, t = d[order], t[order]
-        matched = _greedy(images[d], d, t, np.ones((len(d), 1), bool),
-                          np.zeros((len(detections), 1), bool), np.zeros((len(truths), 1), bool))[:, 0]
-        d, t = d[matched], t[matched]
-        predicted, actual = detections[:, -2].astype(int), truths[:, -2].astype(int)
+        """-> (C+1, C+1) int64: row ground truth, column prediction, the last of each is background. Of the detections
+        with at least this score, whatever their class, the pairs of highest IoU are matched first, one to one; of
+        equal IoUs first the pair of one class, then the higher score."""
+        kept = [rows[rows[:, 4] >= score] for rows in self.detections]
+        detections, gt_boxes = _joined(kept, 6), _joined(self.gt_boxes, 5)
+        predicted, actual = detections[:, 5].astype(int), gt_boxes[:, 4].astype(int)
+        _, d, t, overlap = _pairs(kept, self.gt_boxes, iou, across_classes=True)
+        order = np.lexsort((-detections[d, 4], predicted[d] != actual[t], -overlap))
+        matched = order[_greedy(d[order], t[order])]
+        label_of = np.full(len(detections), self.classes)
+        label_of[d[matched]] = actual[t[matched]]
         matrix = np.zeros((self.classes + 1, self.classes + 1), np.int64)
-        np.add.at(matrix, (actual[t], predicted[d]), 1)
-        matrix[-1] += np.bincount(np.delete(predicted, d), minlength=self.classes + 1)
-        matrix[:, -1] += np.bincount(np.delete(actual, t), minlength=self.classes + 1)
-        return torch.from_numpy(matrix)
+        np.add.at(matrix, (label_of, predicted), 1)
+        np.add.at(matrix, (np.delete(actual, t[matched]), self.classes), 1)
+        return matrix
 
     def samples(self, files, iou=0.5):
-        """The rows of samples.csv, by index: name, score (F1 of the image's boxes, class by class, with the detections
-        from `best_threshold` on; 1 where nothing is and nothing is found), its boxes, detections and hits."""
-        detections, truths = self._sorted()
-        detections = detections[detections[:, 4] >= self.best_threshold(iou)[0]]
-        groups = self._groups(detections)
-        d, t, ious = _pairs(detections, groups, truths, self._groups(truths), iou)
-        order = np.lexsort((-ious, d))  # the highest scores first, each takes the truth of highest IoU
-        d, t = d[order], t[order]
-        hit = _greedy(groups[d], d, t, np.ones((len(d), 1), bool), np.zeros((len(detections), 1), bool),
-                      np.zeros((len(truths), 1), bool))[:, 0]
-        found, boxes, hits = (np.bincount(images.astype(int), minlength=self.images)
-                              for images in (detections[:, -1], truths[:, -1], detections[d[hit], -1]))
-        f1 = np.where(found + boxes > 0, 2 * hits / np.maximum(found + boxes, 1), 1.0)
-        return [{"name": str(files[self.index[k]]), "score": float(f1[k]), "boxes": int(boxes[k]),
-                 "detections": int(found[k]), "hits": int(hits[k])}
-                for k in np.argsort(self.index, kind="stable")]
+        """The rows of samples.csv, one per image: name, score (the F1 of the image's boxes, class by class, with the
+        detections from `best_threshold` on; 1 where nothing is and nothing is found), and the numbers of its
+        ground-truth boxes, detections and hits."""
+        threshold, rows = self.best_threshold(iou)[0], []
+        kept = [rows[rows[:, 4] >= threshold] for rows in self.detections]
+        image, d, t, overlap = _pairs(kept, self.gt_boxes, iou)
+        order = np.lexsort((-overlap, d, -_joined(kept, 6)[d, 4]))  # each, the best first, takes the highest IoU
+        hits = np.bincount(image[order[_greedy(d[order], t[order])]], minlength=len(kept)).tolist()
+        for file, n, m, hit in zip(files, map(len, kept), map(len, self.gt_boxes), hits):
+            rows.append({"name": str(file), "score": 2 * hit / (n + m) if n + m else 1.0, "boxes": m, "detections": n,
+                         "hits": hit})
+        return rows
 
-    def boxes_of(self, number):
-        """The image of this number, as update() was told -> detections (n, 6), truths (m, 5), as they came."""
-        k = self.index.index(number)
-        detections, truths = (np.concatenate(kept) for kept in (self.detections, self.truths))
-        return tuple(torch.from_numpy(rows[rows[:, -1] == k, :-1]) for rows in (detections, truths))
+    def _evaluate(self, ious, areas):
+        """-> per class: scores (n,), the highest first, of equal ones in the order of the images; hits and counted
+        (n, areas, IoUs); the number of ground-truth boxes (areas,).
 
-    def _sorted(self):
-        """-> detections (n, 7), truths (m, 6), by image, by class, the best score first; at most max_det of each."""
-        detections, truths = np.concatenate(self.detections), np.concatenate(self.truths)
-        truths = truths[np.argsort(self._groups(truths), kind="stable")]
-        detections = detections[np.lexsort((-detections[:, 4], self._groups(detections)))]
-        groups = self._groups(detections)
-        return detections[np.arange(len(groups)) - np.searchsorted(groups, groups) < self.max_det], truths
-
-    def _groups(self, rows):
-        return rows[:, -1] * self.classes + rows[:, -2]
-
-    def _match(self, ious, areas):
-        """-> scores (n,), classes (n,), hits and counts (n, areas, IoUs), totals (C, areas). By class, then by score.
-
-        Per range of areas, a detection takes the free truth in the range of highest IoU; failing that, one outside:
-        then it counts neither as hit nor as false alarm, and neither does one outside that finds none.
+        For each range of areas, a detection takes the free ground-truth box of its image and class that is in the range
+        and has the highest IoU; failing that, one outside the range: then it counts neither as a hit nor as a false
+        positive, and neither does a detection outside the range that takes none.
         """
-        detections, truths = self._sorted()
-        groups = self._groups(detections)
-        inside, inside_truths = _inside(detections, areas), _inside(truths, areas)
+        detections, gt_boxes = _joined(self.detections, 6), _joined(self.gt_boxes, 5)
+        inside, gt_inside = (np.stack([(low <= size) & (size <= high) for low, high in areas], 1)
+                             for size in ((rows[:, 2:4] - rows[:, :2]).prod(1) for rows in (detections, gt_boxes)))
         ious = np.minimum(ious, 1 - 1e-10)  # COCO's: 1 shall be reached in spite of rounding
-        d, t, iou = _pairs(detections, groups, truths, self._groups(truths), ious.min())
-        order = np.lexsort((-t, -iou, d))  # of equal IoUs the last truth
-        d, t, reached = d[order], t[order], iou[order][:, None, None] >= ious
-        hits = np.zeros((*inside.shape, len(ious)), bool)
-        taken = np.zeros((*inside_truths.shape, len(ious)), bool)
-        # all truths in the range first: who gets one of them does not depend on the others
-        _greedy(groups[d], d, t, reached & inside_truths[t][..., None], hits, taken)
-        claimed = hits.copy()
-        _greedy(groups[d], d, t, reached & ~inside_truths[t][..., None], claimed, taken)
-        counts = hits | ~claimed & inside[..., None]
-        order = np.lexsort((-detections[:, 4], detections[:, -2]))  # equal scores stay in the order of the images
-        totals = np.stack([inside_truths[truths[:, -2] == c].sum(0) for c in range(self.classes)])
-        return detections[order, 4], detections[order, -2], hits[order], counts[order], totals
+        _, d, t, overlap = _pairs(self.detections, self.gt_boxes, ious.min())
+        order = np.lexsort((-t, -overlap, d, -detections[d, 4]))  # of equal IoUs the last box
+        d, t, reached, wanted = d[order], t[order], overlap[order, None, None] >= ious, gt_inside[t[order], :, None]
+        # all boxes in the range first: who gets one of them does not depend on the others
+        d, t, allowed = np.tile(d, 2), np.tile(t, 2), np.concatenate((reached & wanted, reached & ~wanted))
+        pair, *column = _greedy(d, t, allowed).nonzero()
+        hits, claimed = np.zeros((2, *inside.shape, len(ious)), bool)
+        claimed[d[pair], *column] = True
+        hits[d[pair], *column] = pair < len(order)
+        counted = hits | ~claimed & inside[..., None]
+        totals = np.stack([np.bincount(gt_boxes[chosen, 4].astype(int), minlength=self.classes)
+                           for chosen in gt_inside.T], 1)
+        order = np.lexsort((-detections[:, 4], detections[:, 5]))
+        rows_of = np.split(order, np.searchsorted(detections[order, 5], np.arange(1, self.classes)))
+        return [(detections[rows, 4], hits[rows], counted[rows], total) for rows, total in zip(rows_of, totals)]
 
     def _precision(self, ious, areas):
-        """-> (C, areas, IoUs, 101), NaN where there are no truths."""
-        _, classes, hits, counts, totals = self._match(ious, list(areas))
-        result = np.full((*totals.shape, len(ious), len(RECALLS)), np.nan)
-        for c, a in zip(*totals.nonzero()):
-            rows, total = slice(*np.searchsorted(classes, (c, c + 1))), totals[c, a]
-            hit, column = hits[rows, a].nonzero()
-            found, seen = hits[rows, a].cumsum(0, np.int32), counts[rows, a].cumsum(0, np.int32)
-            # Precision at the k-th hit, where it is highest for that recall; then the best from there on.
-            best = np.zeros((total, len(ious)))
-            best[found[hit, column] - 1, column] = found[hit, column] / seen[hit, column]
-            best = np.maximum.accumulate(best[::-1])[::-1]
-            needed = np.searchsorted(np.arange(total + 1) / total, RECALLS)  # hits for each recall
-            result[c, a] = best[np.maximum(needed, 1) - 1].T
+        """-> (C, areas, IoUs, 101), NaN where there is no ground truth."""
+        result = np.full((self.classes, len(areas), len(ious), len(RECALLS)), np.nan)
+        for c, (_, hits, counted, totals) in enumerate(self._evaluate(ious, areas)):
+            for a in totals.nonzero()[0]:
+                found, seen = hits[:, a].cumsum(0), counted[:, a].cumsum(0)
+                precision = np.append(found / np.maximum(seen, 1), np.zeros((1, len(ious))), 0)
+                precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or a higher one
+                needed = np.searchsorted(np.arange(totals[a] + 1) / totals[a], RECALLS)  # hits for each recall
+                for k in range(len(ious)):
+                    result[c, a, k] = precision[np.searchsorted(found[:, k], needed), k]
         return result
 
 
@@ -204,45 +169,39 @@ def _mean(ap):
     return float(present.mean()) if len(present) else float("nan")
 
 
-def _inside(boxes, areas):
-    """(n, areas): is the box's area in the range, borders included?"""
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return np.stack([~((area < low) | (area > high)) for low, high in areas], 1)
+def _joined(rows_of, columns):
+    """Boxes of each image -> one numpy array (n, columns)."""
+    return torch.cat([torch.zeros(0, columns).double(), *rows_of]).numpy()
 
 
-def _pairs(detections, groups, truths, truth_groups, least):
-    """All pairs of the same group with IoU >= least > 0, detection by detection. truth_groups ascend.
-    -> row of the detection, row of the truth, IoU, each (p,)."""
-    first, last = (np.searchsorted(truth_groups, groups, side) for side in ("left", "right"))
-    found = []
-    for start in range(0, max(len(groups), 1), 10000):  # in parts, which bounds the memory
-        part = slice(start, start + 10000)
-        sizes = (last - first)[part]
-        d = np.repeat(np.arange(len(groups))[part], sizes)
-        t = np.arange(len(d)) + np.repeat(first[part] - (sizes.cumsum() - sizes), sizes)
-        a, b = detections[d, :4].T, truths[t, :4].T
-        w = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
-        h = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
-        shared = w.clip(0) * h.clip(0)
-        union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-        iou = np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
-        near = iou >= least
-        found.append((d[near], t[near], iou[near]))
-    return [np.concatenate(column) for column in zip(*found)]
+def _pairs(detections, gt_boxes, least, across_classes=False):
+    """Lists of the boxes of images -> all pairs in one image and class with IoU >= least > 0: the image, the number of
+    the detection and that of the ground-truth box, through all images, and the IoU, each (p,)."""
+    found = [np.zeros((4, 0))]
+    n, m = (np.cumsum([0, *map(len, kept)]) for kept in (detections, gt_boxes))
+    for start in range(0, len(detections), 16):
+        a, b = (pad_sequence(kept[start:start + 16], batch_first=True, padding_value=np.nan)  # whose IoU is NaN
+                for kept in (detections, gt_boxes))
+        overlap = boxes.iou(a[:, :, None, :4], b[:, None, :, :4], eps=0)
+        near = overlap >= least
+        if not across_classes:
+            near &= a[:, :, None, 5] == b[:, None, :, 4]
+        image, d, t = near.numpy().nonzero()
+        found.append((image + start, d + n[image + start], t + m[image + start], overlap[image, d, t]))
+    *places, overlap = np.concatenate(found, 1)
+    return *np.int64(places), overlap
 
 
-def _greedy(groups, d, t, allowed, claimed, taken):
-    """Goes through the pairs (d, t) of each group in the order given, and joins the two if that is allowed and
-    neither has a partner. All groups advance together: step k is the k-th pair of each.
-
-    groups (p,), ascending; d and t (p,), of which a group's are no other group's; allowed (p, ...); claimed (n, ...)
-    and taken (m, ...), whether a detection and a truth have a partner, are updated. -> (p, ...), the pairs joined.
+def _greedy(d, t, allowed=None):
+    """Goes through the pairs (d, t) in the order given, and matches the two if that is allowed and neither has a
+    partner. allowed: (p, ...) bool, of several matchings side by side, at most 63. -> (p, ...) bool, the pairs matched.
     """
-    step = np.arange(len(groups)) - np.searchsorted(groups, groups)
-    joined = np.zeros_like(allowed)
-    for pairs in np.split(np.argsort(step, kind="stable"), np.bincount(step).cumsum()[:-1]):
-        hit = allowed[pairs] & ~claimed[d[pairs]] & ~taken[t[pairs]]
-        joined[pairs] = hit
-        claimed[d[pairs]] |= hit
-        taken[t[pairs]] |= hit
-    return joined
+    allowed = np.ones(len(d), bool) if allowed is None else allowed
+    bit = 2 ** np.arange(allowed[:1].size)  # of each matching: a pair takes one step for all of them
+    claimed, taken, matched = collections.defaultdict(int), collections.defaultdict(int), []
+    for i, j, bits in zip(d.tolist(), t.tolist(), (allowed.reshape(len(d), len(bit)) @ bit).tolist()):
+        free = bits & ~claimed[i] & ~taken[j]
+        claimed[i] |= free
+        taken[j] |= free
+        matched.append(free)
+    return (np.array(matched, int)[:, None] & bit > 0).reshape(allowed.shape)

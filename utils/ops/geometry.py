@@ -1,8 +1,8 @@
 """One geometry for everything: a 3x3 matrix on pixel coordinates moves images, masks, boxes and points alike.
 
-Coordinates are continuous, x to the right and y down: pixel (column j, row i) covers [j, j+1) x [i, i+1), its
-centre is (j + 0.5, i + 0.5). A matrix maps source coordinates to output coordinates; matrices compose with `@`,
-the first transform rightmost, and are affine float64 numpy arrays.
+Coordinates are continuous, x to the right and y down: pixel (column j, row i) covers [j, j+1) x [i, i+1), its centre is
+(j + 0.5, i + 0.5). A matrix maps source coordinates to output coordinates. Matrices are affine float64 numpy arrays and
+compose with `@`: the rightmost one is applied first.
 """
 import math
 
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 
 
 def translate(dx, dy):
+    """Shift by dx, dy pixels."""
     return np.array([[1.0, 0, dx], [0, 1, dy], [0, 0, 1]])
 
 
 def scale(sx, sy):
+    """Zoom about the origin."""
     return np.diag([sx, sy, 1.0])
 
 
@@ -25,14 +27,19 @@ def rotate(degrees):
     return np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
 
 
+def shear(x_degrees, y_degrees):
+    """Shear about the origin, by angles along x and along y."""
+    return np.array([[1, math.tan(math.radians(x_degrees)), 0], [math.tan(math.radians(y_degrees)), 1, 0], [0, 0, 1]])
+
+
 def flip_h(width):
     """Left <-> right."""
-    return np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]])
+    return translate(width, 0) @ scale(-1, 1)
 
 
 def flip_v(height):
     """Up <-> down."""
-    return np.array([[1.0, 0, 0], [0, -1, height], [0, 0, 1]])
+    return translate(0, height) @ scale(1, -1)
 
 
 def rot90(k, height, width):
@@ -45,39 +52,33 @@ def rot90(k, height, width):
 
 
 def warp_points(points, matrix):
-    """Points (..., 2) of x, y -> the same, moved."""
+    """Points (..., 2) of x, y -> the same points, moved; float64."""
     points = np.asarray(points, np.float64)
     return points @ matrix[:2, :2].T + matrix[:2, 2]
 
 
 def warp_boxes(boxes, matrix):
-    """Boxes (N, 4) of x1, y1, x2, y2 -> the boxes around their moved corners."""
-    corners = np.asarray(boxes, np.float64).reshape(-1, 2, 1, 2) * matrix[:2, :2]  # (N, corner, x or y, its two terms)
-    first, second = corners[:, 0], corners[:, 1]
+    """Boxes (N, 4) of x1, y1, x2, y2 -> the boxes (N, 4) around their moved corners; float64."""
+    terms = np.asarray(boxes, np.float64).reshape(-1, 2, 1, 2) * matrix[:2, :2]  # (N, corner, x or y, terms of the sum)
+    first, second = terms[:, 0], terms[:, 1]
     return np.concatenate((np.minimum(first, second).sum(-1) + matrix[:2, 2],
                            np.maximum(first, second).sum(-1) + matrix[:2, 2]), 1)
-
-
-def shear(x_degrees, y_degrees):
-    """About the origin."""
-    return np.array([[1, math.tan(math.radians(x_degrees)), 0], [math.tan(math.radians(y_degrees)), 1, 0], [0, 0, 1]])
 
 
 def paste(image, matrix, canvas, cell):
     """Draws an image into the part `cell` = (x1, y1, x2, y2) of a canvas, in one resampling.
 
     image: (C, H, W); canvas: (C, height, width) of the same dtype, changed in place. -> (the matrix that was used, the
-    rectangle x1, y1, x2, y2 that was drawn to, or an empty one). A matrix that only scales, flips and moves is moved by
-    up to half a pixel, so that a rectangle of whole pixels goes onto one of whole pixels: that is resized with
-    antialiasing, several times faster than the general `warp`, which does the rest.
+    rectangle x1, y1, x2, y2 that was drawn, empty if nothing was). A matrix that only scales, flips and shifts is
+    changed by up to half a pixel, so that a rectangle of whole pixels is drawn to one of whole pixels: that is resized
+    with antialiasing, several times faster than the general `warp`, which all other matrices take.
     """
-    straight = abs(matrix[0, 1]) < 1e-9 and abs(matrix[1, 0]) < 1e-9
-    limits = [(max(round(cell[i]), 0), min(round(cell[i + 2]), canvas.shape[2 - i])) for i in (0, 1)]
-    if not straight:
+    limits = [(max(round(cell[i]), 0), min(round(cell[i + 2]), canvas.shape[2 - i])) for i in (0, 1)]  # x, y
+    if abs(matrix[0, 1]) > 1e-9 or abs(matrix[1, 0]) > 1e-9:
         return matrix, _paste_warped(image, matrix, canvas, limits)
-    snapped, source, target = np.eye(3), [], []
+    snapped, source, target = np.eye(3), [], []  # source, target: first and end pixel along x and y
     for i, side in enumerate((image.shape[2], image.shape[1])):
-        factor, start = float(matrix[i, i]), float(matrix[i, 2])  # numpy's own numbers are slow one by one
+        factor, start = float(matrix[i, i]), float(matrix[i, 2])  # single numbers of numpy are slow
         low, high = sorted((start, start + factor * side))
         low, high = max(round(low), limits[i][0]), min(round(high), limits[i][1])
         ends = sorted(round(min(max((edge - start) / factor, 0), side)) for edge in (low, high))
@@ -87,17 +88,19 @@ def paste(image, matrix, canvas, cell):
         snapped[i, i], snapped[i, 2] = factor, low - factor * ends[factor < 0]
         source.append(ends)
         target.append((low, high))
+    (left, right), (top, bottom) = source
     (x1, x2), (y1, y2) = target
-    part = image[:, source[1][0]:source[1][1], source[0][0]:source[0][1]]
+    part = image[:, top:bottom, left:right]
     if part.shape[1:] != (y2 - y1, x2 - x1):
-        batch = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # part[None] would not pass for channels-last: slower
+        batch = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # part[None] would not count as channels-last: slower
         part = F.interpolate(batch, (y2 - y1, x2 - x1), mode="bilinear", antialias=True)[0]
-    axes = [axis for axis, i in ((2, 0), (1, 1)) if matrix[i, i] < 0]
+    axes = [2 - i for i in (0, 1) if matrix[i, i] < 0]
     canvas[:, y1:y2, x1:x2] = part.flip(axes) if axes else part
     return snapped, np.array((x1, y1, x2, y2), np.float64)
 
 
 def _paste_warped(image, matrix, canvas, limits):
+    """`paste` with a general matrix. limits: first and end pixel along x and y. -> the rectangle that was drawn."""
     around = warp_boxes([[0, 0, image.shape[2], image.shape[1]]], matrix)[0]
     (x1, x2), (y1, y2) = [(max(math.floor(around[i]), low), min(math.ceil(around[i + 2]), high))
                           for i, (low, high) in enumerate(limits)]
@@ -105,20 +108,20 @@ def _paste_warped(image, matrix, canvas, limits):
         return np.zeros(4)
     to_part, size = translate(-x1, -y1) @ matrix, (y2 - y1, x2 - x1)
     inside = warp(torch.ones_like(image[:1]), to_part, size, mode="nearest") > 0
-    canvas[:, y1:y2, x1:x2] = torch.where(inside, warp(image, to_part, size, border="reflect"), canvas[:, y1:y2, x1:x2])
+    part = canvas[:, y1:y2, x1:x2]
+    part.copy_(torch.where(inside, warp(image, to_part, size, border="reflect"), part))
     return np.array((x1, y1, x2, y2), np.float64)
 
 
 def warp(image, matrix, size, *, mode="bilinear", border="constant", fill=0):
     """Moves an image by `matrix` onto a canvas of `size` = (height, width), in one resampling.
 
-    image: (C, H, W) or (B, C, H, W), any dtype; matrix: (3, 3), or (B, 3, 3) for one per image.
-    mode: "bilinear", or "nearest" for masks. border: what lies outside the source: "constant" (`fill`),
-    "reflect" (without repeating the edge) or "wrap".
+    image: (C, H, W) or (B, C, H, W), any dtype; matrix: (3, 3), or (B, 3, 3) with one per image.
+    mode: "bilinear", or "nearest" for masks. border: the values outside of the source: "constant" (`fill`), "reflect"
+    (without repeating the edge) or "wrap".
 
-    Flips, quarter turns and whole-pixel shifts move pixels exactly, in any dtype. Everything else is
-    interpolated, in float32 for integers and half precision, which are rounded back. The identity gives the
-    image itself.
+    Flips, quarter turns and shifts by whole pixels move pixels exactly, in any dtype; with the identity the result is
+    the image itself. Everything else is interpolated; integers and half precision are computed in float32 and rounded.
     """
     inverse = np.linalg.inv(matrix)
     steps, offset = inverse[..., :2, :2], inverse[..., :2, :2] @ (0.5, 0.5) + inverse[..., :2, 2] - 0.5
@@ -131,71 +134,65 @@ def _whole(values, tolerance):
     return (abs(values - np.rint(values)) < tolerance).all()
 
 
-def _inside(index, length, border):
-    """Indices beyond 0..length-1 brought back inside."""
-    if border == "wrap":
-        return index % length
-    if border == "reflect":
-        period = max(2 * (length - 1), 1)
-        return (length - 1) - abs(index % period - (length - 1)) if length > 1 else index * 0
-    return index
-
-
 def _move(image, steps, offset, size, border, fill):
-    """Output pixel (row v, column u) is source pixel steps @ (u, v) + offset: only indices are computed with."""
-    dtype = image.dtype
-    if dtype == torch.uint16:  # torch has few kernels for it; the same bits move as int16
-        image, fill = image.view(torch.int16), int(np.uint16(fill).view(np.int16))
+    """Output pixel (row v, column u) is source pixel steps @ (u, v) + offset: only indices are computed."""
     if steps[0, 0] == 0:  # a quarter turn: source x runs along output rows
         image, steps, offset = image.transpose(-1, -2), steps[::-1], offset[::-1]
     outside = []
     for axis, length, step, start in ((-1, size[1], steps[0, 0], offset[0]), (-2, size[0], steps[1, 1], offset[1])):
         source = image.shape[axis]
-        index = torch.from_numpy(_inside(np.arange(length) * step + start, source, border))
-        outside.append((index < 0) | (index >= source))
+        index = _fold(np.arange(length) * step + start, source, border)
+        outside.append(torch.from_numpy((index < 0) | (index >= source)))
         if length == source and step == -1 and start == source - 1:
             image = image.flip(axis)  # unlike index_select this keeps channels-last
         elif (length, step, start) != (source, 1, 0):
-            image = image.index_select(axis, index.clamp(0, source - 1).to(image.device))
-    if border == "constant" and (outside[0].any() or outside[1].any()):
-        image = image.masked_fill((outside[1][:, None] | outside[0][None]).to(image.device), fill)
-    return image.view(dtype) if dtype == torch.uint16 else image  # view() would cut the gradient
+            image = image.index_select(axis, torch.from_numpy(index.clip(0, source - 1)).to(image.device))
+    if outside[0].any() or outside[1].any():
+        outside = (outside[1][:, None] | outside[0][None]).to(image.device)
+        image = torch.where(outside, image.new_tensor(fill), image)  # masked_fill has no uint16
+    return image
 
 
-def _to_grid(image, corners=False):
-    """The matrix from pixels to grid_sample's -1..1: the image's edges, or the centres of its outermost pixels."""
-    height, width = image.shape[-2:]
-    if corners:
-        return translate(-1, -1) @ scale(2 / (width - 1), 2 / (height - 1)) @ translate(-0.5, -0.5)
-    return translate(-1, -1) @ scale(2 / width, 2 / height)
+def _fold(index, length, border):
+    """Pixel indices of one axis; those beyond 0..length-1 are brought back inside if the border repeats the image."""
+    if border == "wrap":
+        return index % length
+    if border == "reflect":
+        return (length - 1) - abs(index % max(2 * (length - 1), 1) - (length - 1)) if length > 1 else index * 0
+    return index
 
 
 def _resample(image, inverse, size, mode, border, fill):
+    """`warp` by grid_sample, with matrices (3, 3) or (B, 3, 3) from output to source coordinates."""
     batched = image if image.ndim == 4 else image[None]
-    values = batched if batched.dtype == torch.float64 else batched.float()  # half precision is too coarse for places
-    if border == "reflect":  # one row or column between itself and itself: grid_sample would divide by 0
+    values = batched if batched.dtype == torch.float64 else batched.float()  # half precision is too coarse
+    if border == "reflect":  # one row or column is doubled, else grid_sample would divide by 0
         values = values.repeat(1, 1, *(2 if side == 1 else 1 for side in values.shape[-2:]))
     height, width = values.shape[-2:]
+    dtype, filled = values.dtype, border == "constant" and fill
+    values = values - float(fill) if filled else values  # grid_sample fills with 0 only
     inverse = np.reshape(inverse, (-1, 3, 3))
-    dtype, filled = values.dtype, border == "constant" and fill  # grid_sample fills up with 0 only
-    values = values - float(fill) if filled else values
-    if border == "wrap":  # places are brought back inside, for which sums must be wide
-        dtype = torch.float32 if image.device.type == "mps" else torch.float64
-    else:
-        inverse = _to_grid(values, corners=border == "reflect") @ inverse
-    # where the image is: places of 32 views of 384 x 384 pixels are 40 MB, and take a CPU longer than their pixels
+    # grid_sample's -1 and 1 are the image's edges, with align_corners the centres of its outermost pixels
+    corners = int(border == "reflect")
+    if border != "wrap":
+        to_grid = translate(-1, -1) @ scale(2 / (width - corners), 2 / (height - corners))
+        inverse = to_grid @ translate(-corners / 2, -corners / 2) @ inverse
+    elif image.device.type != "mps":  # it has no float64, which the remainders below need
+        dtype = torch.float64
+    # computed on the image's device: for 32 views of 384 x 384 pixels these are 40 MB, and a CPU needs longer for them
+    # than for the pixels
     across, down, start = torch.as_tensor(inverse[:, :2], dtype=dtype, device=image.device)[..., None, None].unbind(2)
     y, x = (torch.arange(side, dtype=dtype, device=image.device) + 0.5 for side in size)
     grid = torch.empty(len(inverse), *size, 2, dtype=dtype, device=image.device)
-    for i in (0, 1):
-        torch.add(across[:, i] * x, down[:, i] * y[:, None] + start[:, i], out=grid[..., i])
-    if border == "wrap":  # between the last pixel and the first one
-        grid = torch.stack([(grid[..., i] - 0.5) % n + 0.5 for i, n in enumerate((width, height))], -1)
+    for i, n in enumerate((width, height)):  # written in place: a CPU would need half as long again to stack x and y
+        place = torch.add(across[:, i] * x, down[:, i] * y[:, None] + start[:, i], out=grid[..., i])
+        if border == "wrap":
+            place.copy_(((place - 0.5) % n + 0.5) * 2 / (n + 1) - 1)
+    if border == "wrap":  # the first row and column once more behind the last: pixels between them are interpolated
         values = F.pad(values, (0, 1, 0, 1), mode="circular")
-        grid = grid * 2 / grid.new_tensor((values.shape[-1], values.shape[-2])) - 1
     grid = grid.to(values).expand(len(values), -1, -1, -1)
     padding = {"constant": "zeros", "reflect": "reflection", "wrap": "border"}[border]
-    out = F.grid_sample(values, grid, mode=mode, padding_mode=padding, align_corners=border == "reflect")
+    out = F.grid_sample(values, grid, mode=mode, padding_mode=padding, align_corners=bool(corners))
     out = out + float(fill) if filled else out
     out = (out if image.is_floating_point() else out.round()).to(image.dtype)
     return out if image.ndim == 4 else out[0]

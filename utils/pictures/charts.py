@@ -1,213 +1,167 @@
-"""What a training run writes for a human: results.csv, results.png, TensorBoard and Weights & Biases.
-
-The picture sheets are in utils/pictures/sheets.py. Only torch, numpy and Pillow are needed; TensorBoard and W&B are imported
-when they are asked for. Every file is written whole or not at all.
+"""Charts of a run: its curves, and of detection the precision-recall curves, the confusion matrix and the statistics of
+the labels. Every file is written whole or not at all.
 """
-import csv
-import importlib
 import math
-import numbers
-import os
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
-from utils.errors import UserError
-from utils.files import whole_file, write_text
-from utils.pictures import table
-from utils.pictures.sheets import FAINT, font, text_line
+from utils.pictures import cells
+from utils.pictures.detection import class_name
+from utils.pictures.plots import BEST, GRID, LINE, TOP, Plot, categories, limits, ticks
+from utils.pictures.sheets import FAINT, INK, PALETTE, font, join, save_image, to_numpy
 
-PANEL, AXES, FINE = (400, 270), (58, 44, 384, 240), 3  # panel size; axes' left, top, right, bottom; supersampling
-GRID, LINE, BEST = (232, 235, 239), (37, 99, 214), (234, 88, 12)
-
-
-def _plain(value):
-    """A one-element tensor or numpy scalar as the Python value that it holds; anything else unchanged."""
-    return value.item() if hasattr(value, "item") else value
+MOST = 20  # classes with a colour of their own
+NOTHING = "no class has ground truth"
 
 
-def _numbers(row):
-    """The entries of one row that are numbers, as floats (NaN included; text, None and flags are left out)."""
-    row = {key: _plain(value) for key, value in row.items()}
-    return {k: float(v) for k, v in row.items() if isinstance(v, numbers.Real) and not isinstance(v, bool)}
+def plot_curves(path, rows, score=None):
+    """Draws results.png, a plot per column of the rows, four abreast, over the column "epoch".
 
-
-def write_csv(path, rows):
-    """Writes the rows (one dict per epoch) as one table, replacing the file: a resumed run has no duplicate rows.
-
-    The columns are all keys in order of first appearance; a missing key or None is an empty cell. Floats get six
-    significant digits, whole numbers stay exact. What is no text in a file's name is written as an escape: "\\udce9".
-    Raises UserError if the file cannot be written.
+    rows: {name: number}, one per epoch; NaN, infinite and missing values leave gaps. score: the column whose best,
+    that is highest, value is marked.
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [{k: _plain(v) for k, v in row.items()} for row in rows]
-    cells = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in cells]
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
-                                             errors="backslashreplace") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(cells)
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "epoch"))
+    xs = np.array([row["epoch"] for row in rows], float)
+    plots = [_curve(name, xs, np.array([row.get(name, math.nan) for row in rows], float), name == score)
+             for name in names]
+    save_image(path, join([join(plots[i:i + 4], 0) for i in range(0, len(plots), 4)], 1))
 
 
-def _limits(values):
-    """Smallest and largest finite value with a margin, never equal: (low, high). No finite value: (0, 1)."""
-    values = values[np.isfinite(values)]
-    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-    size = max(abs(low), abs(high))
-    margin = 0.06 * ((high - low if high - low > 1e-6 * size else size) or 1.0)
-    return low - margin, high + margin
+def _curve(name, xs, ys, is_score):
+    x, y, finite = limits(xs), limits(ys), np.isfinite(ys)
+    radius = min(3.2, max(1.4, 100 / len(xs)))
+    lines, note, fill = [(ys, LINE, 2, radius)], "no finite value", FAINT
+    if finite.any():
+        note = f"last {ys[finite][-1]:.4g}"
+    if is_score and finite.any():
+        best = np.where(finite, ys, -math.inf).argmax()
+        only = np.where(np.arange(len(ys)) == best, ys, math.nan)
+        lines += [(only, "white", 0, 6), (only, BEST, 0, 4.5)]
+        note, fill = f"best {ys[best]:.4g} at {xs[best]:g}", BEST
+    plot = Plot((326, 192), x, y, title=name, note=note, note_fill=fill, x_ticks=ticks(*x, whole=True),
+                y_ticks=ticks(*y))
+    plot.lines(xs, lines)
+    return plot.image
 
 
-def _ticks(low, high, whole=False):
-    """[(value, label)] at 3 to 5 round numbers in [low, high]: the coarsest step that gives three of them.
+def pr_curves(path, recall, precision, names, ap50):
+    """Writes the precision-recall curves at IoU 0.50, one line per class and a bold one for their mean.
 
-    whole: only whole numbers, for epochs (then a short axis may have fewer than three).
+    recall: (R,), rising from 0 to 1; precision: (classes, R), a row of NaN for a class without ground truth; names,
+    ap50: one per class. Of more than 20 classes the 20 with the lowest AP50 are coloured and named, the others are
+    grey.
     """
-    top = math.floor(math.log10(high - low)) + 1
-    for step in (base * 10.0 ** power for power in range(max(top, 0) if whole else top, -330, -1)
-                 for base in (5, 2.5, 2, 1)):
-        values = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-        if not (whole and step % 1) and (len(values) >= 3 or whole and step == 1):
-            break
-    if 1e-2 <= max(abs(low), abs(high)) < 1e5:
-        digits = next((d for d in range(9) if abs(round(step, d) - step) < 1e-6 * step), 9)
-        return [(value, f"{value + 0.0:.{digits}f}") for value in values]
-    return [(v, np.format_float_scientific(v, 3, trim="-", exp_digits=1) if v else "0") for v in values]
+    known = [k for k in np.argsort(-np.array(ap50), kind="stable") if not np.isnan(ap50[k])]
+    rows, lines = [], [(precision[k], (205, 210, 217), 1, 0) for k in known[:-MOST]]
+    for i, k in enumerate(known[-MOST:]):  # the palette's pale colours were chosen for photographs
+        colour = (PALETTE[k if len(names) <= MOST else i] * 0.75).astype(int)
+        lines.append((precision[k], tuple(colour.tolist()), 2, 0))
+        rows.append({"class": class_name(names, k), "AP50": float(ap50[k])})
+    if len(known) > 1:
+        lines.append((precision[known].mean(0), INK, 3, 0))
+        rows.append({"class": f"mean of {len(known)} classes", "AP50": float(np.mean([ap50[k] for k in known]))})
+    axis = [(v / 5, f"{v / 5:.1f}") for v in range(6)]
+    plot = Plot((520, 420), (0, 1), (0, 1), title="precision and recall at IoU 0.50", x_ticks=axis, y_ticks=axis,
+                x_label="recall", y_label="precision", left=68, bottom=50,
+                note="" if 0 < len(known) <= MOST else f"the {MOST} lowest in colour" if known else NOTHING)
+    plot.lines(recall, lines)
+    colours = [colour for _, colour, *_ in lines[-len(rows):]]
+    save_image(path, join([plot.image, cells.as_picture("", rows, colours)], 0))
 
 
-def _best(key, values):
-    """Index of the best value where the name tells which direction is better, else None."""
-    if "loss" in key.lower():
-        pick = np.nanargmin if "val" in key.lower() else None
-    else:
-        pick = np.nanargmax if table.higher_is_better(key) else None
-    finite = np.where(np.isfinite(values), values, np.nan)
-    return int(pick(finite)) if pick and not np.isnan(finite).all() else None
+def _shade(shares, colour):
+    """Shares (...) in 0..1 -> uint8 (..., 3), white to the colour; small shares are lifted so that they can be seen."""
+    shares = np.asarray(shares)[..., None] ** 0.6
+    return np.round(255 + shares * (np.array(colour) - 255)).astype(np.uint8)
 
 
-def _panel(title, xs, ys):
-    """One curve as a picture of size PANEL. xs: finite (N,); ys: (N,), a gap wherever it is not finite."""
-    left, top, right, bottom = AXES
-    (x0, x1), (y0, y1) = _limits(xs), _limits(ys)
+def confusion_matrix(path, matrix, names):
+    """Writes the confusion matrix as a heat map: each cell's share of its row, right ones blue and wrong ones orange.
 
-    def to_x(x):
-        return left + (x - x0) / (x1 - x0) * (right - left)
-
-    def to_y(y):  # rows count downwards
-        return bottom - (y - y0) / (y1 - y0) * (bottom - top)
-
-    big = Image.new("RGB", (PANEL[0] * FINE, PANEL[1] * FINE), "white")
-    draw = ImageDraw.Draw(big)
-
-    def rule(ax, ay, bx, by, colour):  # whole pixels of the reduced picture, so that it stays crisp
-        ax, ay, bx, by = round(ax), round(ay), round(bx), round(by)
-        draw.rectangle([ax * FINE, ay * FINE, bx * FINE + FINE - 1, by * FINE + FINE - 1], colour)
-
-    x_ticks, y_ticks = _ticks(x0, x1, whole=not (xs % 1).any()), _ticks(y0, y1)
-    for value, _ in y_ticks:
-        rule(left, to_y(value), right, to_y(value), GRID)
-    for value, _ in x_ticks:
-        rule(to_x(value), bottom, to_x(value), bottom + 4, FAINT)
-    rule(left, bottom, right, bottom, FAINT)
-
-    points = [((to_x(x) + 0.5) * FINE, (to_y(y) + 0.5) * FINE) for x, y in zip(xs, ys)]
-    shown, best = np.flatnonzero(np.isfinite(ys)), _best(title, ys)
-    for a, b in zip(shown, shown[1:]):
-        if b == a + 1:
-            draw.line([points[a], points[b]], LINE, 2 * FINE)
-    radius = min(3.2, max(1.4, 0.3 * (right - left) / max(1, len(shown))))  # the dots also round the corners
-    marks = [(i, radius, LINE) for i in shown] + [(best, 6, "white"), (best, 4.5, BEST)] * (best is not None)
-    for i, size, colour in marks:
-        draw.circle(points[i], size * FINE, colour)
-
-    panel = big.reduce(FINE)  # text is drawn after the reduction: hinted at its real size it is sharper
-    draw = ImageDraw.Draw(panel)
-    for value, label in x_ticks:
-        text_line(draw, (to_x(value), bottom + 9), label, anchor="ma", size=12, fill=FAINT)
-    for value, label in y_ticks:
-        text_line(draw, (left - 8, to_y(value)), label, anchor="rm", size=12, fill=FAINT, width=left - 8)
-    note = "no finite value" if not len(shown) else f"last {ys[shown[-1]]:.4g}"
-    if best is not None:
-        note = f"best {ys[best]:.4g} at {xs[best]:g}"
-    text_line(draw, (right, 24), note, anchor="rm", size=12, fill=FAINT if best is None else BEST)
-    text_line(draw, (left, 24), title, size=16, width=right - left - 10 - draw.textlength(note, font(12)))
-    return panel
-
-
-def plot_curves(path, rows, *, x="epoch"):
-    """Draws one panel per numeric key of the rows other than `x`, at most four abreast, to an image file.
-
-    NaN, infinite and missing values leave gaps; a row without a number under `x` stands at its index. The best
-    value is marked where the name tells the direction (iou, map, f1, ...: largest; val loss: smallest).
+    matrix: (C + 1, C + 1) counts, row: ground truth, column: prediction, the last of both is the background (row: false
+    positives; column: missed). names: of the C classes. Counts, and in large cells shares, are written where they fit.
     """
-    rows = [_numbers(row) for row in rows]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != x]
-    xs = np.array([row.get(x, i) for i, row in enumerate(rows)], float)
-    xs = np.where(np.isfinite(xs), xs, np.arange(len(xs)))
-    across = max(1, min(4, len(keys)))
-    size = PANEL[0] * across, PANEL[1] * max(1, math.ceil(len(keys) / across))
-    sheet = Image.new("RGB", size, "white")
-    for i, key in enumerate(keys):
-        panel = _panel(key, xs, np.array([row.get(key, math.nan) for row in rows], float))
-        sheet.paste(panel, (i % across * PANEL[0], i // across * PANEL[1]))
-    with whole_file(path) as temporary:
-        sheet.save(temporary)
+    count = len(matrix)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    colours = np.where(np.eye(count, dtype=bool)[..., None], _shade(shares, LINE), _shade(shares, BEST))
+    labels = [class_name(names, k) for k in range(count - 1)] + ["background"]
+    cell = max(3, min(96, 880 // count))
+    axis, size = categories(labels, cell)
+    longest = min(150, math.ceil(max(map(font(size).getlength, labels))))
+    plot = Plot((cell * count, cell * count), (0, count), (count, 0), title="confusion matrix", x_ticks=axis,
+                y_ticks=axis, note="blue: right, orange: wrong", x_label="prediction", y_label="truth", left=longest + 36,
+                bottom=longest + 40, text_size=size, upright=True)
+    pixels = colours.repeat(cell, 0).repeat(cell, 1)
+    if cell >= 6:
+        pixels[::cell] = pixels[:, ::cell] = GRID
+    plot.heat_map(pixels)
+    draw, size = ImageDraw.Draw(plot.image), max(8, min(14, cell // 3))
+    for r, c in np.argwhere(matrix > 0) if cell >= 18 else ():
+        text = f"{matrix[r, c]:.0f}" + f"\n{shares[r, c]:.0%}" * (cell >= 50)
+        left, _, right, _ = draw.textbbox((0, 0), text, font(size))
+        if right - left <= cell - 4:
+            draw.text(plot.place(c + 0.5, r + 0.5), text, "white" if shares[r, c] > 0.7 else INK, font(size), "mm",
+                      align="center")
+    save_image(path, plot.image)
 
 
-# ---- loggers ---------------------------------------------------------------------------------------------------------
-class Loggers:
-    """Forwards a row's numbers to every sink, a (log(numbers, step), close()) pair; with no sink it does nothing."""
+def label_statistics(path, boxes, classes, sizes, names):
+    """Writes one picture of a data set's labels: instances per class, where the boxes' centres are, how large the boxes
+    are, and how many an image has.
 
-    def __init__(self, sinks=()):
-        self.sinks = list(sinks)
-
-    def log(self, row, step):
-        """row: dict, of which the numbers are sent. step: int, never smaller than the last one."""
-        for log, _ in self.sinks:
-            log(_numbers(row), step)
-
-    def close(self):
-        """Flushes and ends every sink."""
-        for _, close in self.sinks:
-            close()
-
-
-def _ask(module, name, package):
-    """The object `name` of an optional package, or a UserError that says what to install."""
-    try:  # a folder that only happens to be called "wandb" imports as an empty package: hence AttributeError
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--{package}: {package} cannot be imported ({error}); pip install {package}") from error
-
-
-def make_loggers(run_dir, *, tensorboard=False, wandb=False, name="", config=None):
-    """Boards that write TensorBoard events to run_dir and a W&B run, each when asked for; only rank 0 should ask.
-
-    name: of the W&B run (default: the folder's); config: dict of plain values shown with it. The W&B project is
-    WANDB_PROJECT or the folder above the run's; WANDB_MODE=offline works without an account or a network. The run's id
-    is kept in run_dir/wandb_id.txt, so that a resumed run continues its own curves.
-    Raises UserError if a package is missing or W&B cannot start.
+    boxes: per image (n, 4); classes: per image (n,); sizes: per image (height, width); names: of all classes.
     """
-    run_dir, sinks = Path(run_dir), []
-    if tensorboard:
-        writer = _ask("torch.utils.tensorboard", "SummaryWriter", "tensorboard")(str(run_dir))
+    per_image = np.array([len(rows) for rows in boxes])
+    size = np.repeat(np.array(sizes)[:, ::-1], per_image, 0)
+    every = np.concatenate([np.reshape(to_numpy(rows), (-1, 4)) for rows in boxes])
+    centre, extent = ((every[:, :2] + every[:, 2:]) * 50 / size).T, ((every[:, 2:] - every[:, :2]) * 100 / size).T
+    counts = np.bincount(np.concatenate([*map(to_numpy, classes)]).astype(int), minlength=len(names))
+    axis = [(0, "0"), (50, "50"), (100, "100")]
+    centres = _density(*centre, (0, 100), (100, 0), axis, title="box centres", note=f"{len(every):,} boxes",
+                       x_label="x, % of the width", y_label="y, % of the height")
+    axis, empty = [(p, f"{10.0 ** p:g}") for p in range(-2, 3)], (extent <= 0).any(0).sum()
+    note = "median {:.2g} x {:.2g} %".format(*np.median(extent, 1)) if len(every) else ""
+    extents = _density(*np.log10(extent.clip(0.01)), (-2, 2), (-2, 2), axis, title="box sizes",
+                       note=note + f", {empty:,} empty" * bool(empty), x_label="width, % of the image",
+                       y_label="height, % of the image")
+    right = join([join([centres, extents], 0), _images_per_count(per_image)], 1)
+    save_image(path, join([_class_bars(counts, names), right], 0))
 
-        def add_scalars(row, step):
-            for key, value in row.items():
-                writer.add_scalar(key, value, step)
-        sinks.append((add_scalars, writer.close))
-    if wandb:
-        start = _ask("wandb", "init", "wandb")
-        kept = run_dir / "wandb_id.txt"
-        run_id = kept.read_text().strip() if kept.exists() else ""
-        project = os.environ.get("WANDB_PROJECT") or run_dir.resolve().parent.name
-        try:
-            run = start(project=project, name=name or run_dir.resolve().name, dir=str(run_dir), config=config,
-                        id=run_id or None, resume="allow")
-        except Exception as error:  # no account, no network, a deleted run: all of them are the user's to settle
-            message = " ".join(str(error).split())
-            raise UserError(f"--wandb: W&B did not start ({message}); `wandb login`, or WANDB_MODE=offline") from error
-        write_text(kept, run.id)
-        sinks.append((lambda row, step: run.log(row, step=step), run.finish))
-    return Loggers(sinks)
+
+def _density(xs, ys, x, y, axis, **texts):
+    """How many points lie where; points beyond the ends of the axes x and y are counted at the edge."""
+    plot = Plot((300, 300), x, y, x_ticks=axis, y_ticks=axis, left=72, bottom=50, **texts)
+    ends = [(TOP, plot.bottom), (plot.left, plot.right)]
+    columns, rows = plot.place(xs, ys)
+    bins = round(min(30, max(8, (len(xs) / 10) ** 0.5)))  # few boxes, large bins: the picture is not to show noise
+    counts, *_ = np.histogram2d(rows.clip(*ends[0]), columns.clip(*ends[1]), bins, ends)
+    plot.heat_map(_shade((counts / max(counts.max(), 1)) ** 0.7, LINE))
+    return plot.image
+
+
+def _class_bars(counts, names):
+    """Instances per class, most frequent first."""
+    pitch, order = min(34, 770 / max(1, len(counts))), np.argsort(-counts, kind="stable")
+    axis, size = categories([f"{class_name(names, k)}  {counts[k]:,}" for k in order], pitch)
+    plot = Plot((250, round(pitch * len(counts))), (0, max(1, counts.max(initial=0))), (len(counts) or 1, 0),
+                title="instances per class", note=f"{np.count_nonzero(counts)} of {len(counts)} classes", y_ticks=axis,
+                left=170, text_size=size)
+    for i, k in enumerate(order):
+        plot.bar(0, i + 0.88, counts[k], i + 0.12, LINE if counts[k] else BEST)
+    return plot.image
+
+
+def _images_per_count(per_image):
+    """How many images have 0, 1, 2, ... boxes, in at most 70 bars."""
+    most = per_image.max(initial=0)
+    width = math.ceil((most + 1) / 70)
+    bars = np.bincount(per_image // width, minlength=10)
+    x, y = (-0.5, len(bars) * width - 0.5), (0, max(1, bars.max()) * 1.05)
+    note = f"mean {per_image.mean():.3g}, most {most:,}, none in {np.sum(per_image == 0):,}"
+    plot = Plot((700, 200), x, y, title=f"boxes per image, {len(per_image):,} images", note=note, left=72, bottom=50,
+                x_ticks=ticks(*x, whole=True), y_ticks=ticks(*y, whole=True), y_label="images",
+                x_label="boxes per image" + f", in steps of {width:,}" * (width > 1))
+    for i in np.flatnonzero(bars):
+        plot.bar((i + 0.08) * width - 0.5, 0, (i + 0.92) * width - 0.5, bars[i], LINE)
+    return plot.image

@@ -4,15 +4,17 @@ A picture is a uint8 numpy array (H, W, 3); images, masks and probabilities come
 numpy arrays. The sheets are image files, written whole or not at all.
 """
 import functools
+import itertools
 import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from utils.files import whole_file
 
 INK, FAINT = (38, 42, 48), (118, 124, 134)  # text: main and secondary
+GAP, LINE = 8, 22  # between pictures; the height of a line of text
 # Colour of class 1, 2, ... 20 (class 0, the background, is never drawn). Cyan comes first because nothing in a
 # false-colour Landsat picture is cyan, neither fire nor vegetation nor burnt ground.
 PALETTE = np.array([tuple(bytes.fromhex(colour)) for colour in (
@@ -35,8 +37,43 @@ def text_line(draw, xy, text, *, size=13, anchor="lm", fill=INK, width=math.inf)
     draw.text(xy, text, fill, font(size), anchor)
 
 
-def _array(values):
-    """Tensor (any device, bfloat16 included) or array -> numpy array."""
+def label(text, width=None, *, size=12, fill=INK, right=False):
+    """A Pillow image of one line of text, on the left or on the right of `width` pixels (None: as many as it needs), of
+    which the last GAP stay free."""
+    image = Image.new("RGB", (width or math.ceil(font(size).getlength(text)) + GAP, LINE), "white")
+    room = image.width - GAP
+    text_line(ImageDraw.Draw(image), (room * right, LINE / 2), text, size=size, anchor="rm" if right else "lm",
+              fill=fill, width=room)
+    return image
+
+
+def swatch(colour):
+    """A Pillow image of a small square, to stand before a `label`."""
+    image = Image.new("RGB", (16, LINE), "white")
+    ImageDraw.Draw(image).rectangle([0, 6, 10, 16], colour)
+    return image
+
+
+def join(images, axis):
+    """Pillow images side by side (axis 0) or one below the other (axis 1) -> one image, white where they leave room."""
+    sizes = np.array([image.size for image in images])
+    size, place = sizes.max(0), [0, 0]
+    size[axis] = sizes[:, axis].sum()
+    joined = Image.new("RGB", tuple(size.tolist()), "white")
+    for image in images:
+        joined.paste(image, tuple(place))
+        place[axis] += image.size[axis]
+    return joined
+
+
+def save_image(path, image):
+    """Writes a Pillow image, whole or not at all. Raises UserError when it cannot be written."""
+    with whole_file(path) as temporary:
+        image.save(temporary)
+
+
+def to_numpy(values):
+    """Tensor (any device, bfloat16 included), list or array -> numpy array."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
@@ -50,32 +87,31 @@ def to_rgb(image):
     three, reversed: of Landsat's seven that is SWIR2, SWIR1, NIR, where fire glows and water is black.
     NaN and constant bands become black.
     """
-    image = _array(image)
+    image = to_numpy(image)
     count = len(image)
     image = image[[0, 0, 0] if count < 3 else [0, 1, 2] if count == 3 else [-1, -2, -3]]
     if image.dtype == np.uint8 and count == 3:
         return np.ascontiguousarray(image.transpose(1, 2, 0))
     picture = np.zeros((*image.shape[1:], 3), np.uint8)
-    for i, band in enumerate(image.astype(np.float32)):
+    for i, band in enumerate(image):
         finite = band[np.isfinite(band)]
         low, high = np.percentile(finite, (2, 98)) if finite.size else (0, 0)
         if low == high and finite.size:  # a few fires on a flat ground: the percentiles see the ground only
             low, high = finite.min(), finite.max()
-        scaled = (np.nan_to_num(band, nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1)
-        picture[..., i] = (scaled.clip(0, 1) * 255).round()
+        stretched = np.interp(band, (low, high if high > low else low + 1), (0, 255))
+        picture[..., i] = np.nan_to_num(stretched).round()
     return picture
 
 
-def overlay(rgb, mask, *, colour=None, palette=PALETTE, alpha=0.45):
+def overlay(rgb, mask, *, palette=PALETTE, alpha=0.45):
     """Blends a mask into a picture, (1 - alpha) rgb + alpha colour, and outlines it one pixel wide in full colour.
 
-    mask: (H, W), bool or whole numbers; class k > 0 takes palette[k - 1] (cyclic), or `colour` if given; class 0 and
-    negative numbers are not drawn. The outline is the mask's own pixels that touch another class above, below,
-    left or right; the edge of the picture is not outlined.
+    mask: (H, W), bool or integers; class k > 0 takes palette[k - 1] (cyclic); class 0 and negative numbers are not
+    drawn. The outline is the mask's own pixels that touch another class above, below, left or right; the edge of the
+    picture is not outlined.
     """
-    mask = _array(mask).astype(np.int64)
-    palette = np.asarray(palette if colour is None else [colour])
-    colours = palette[(mask - 1) % len(palette)]
+    mask = to_numpy(mask).astype(np.int64)
+    colours = np.asarray(palette)[(mask - 1) % len(palette)]
     blend = np.round((1 - alpha) * rgb + alpha * colours)
     padded = np.pad(mask, 1, mode="edge")
     sides = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
@@ -85,7 +121,7 @@ def overlay(rgb, mask, *, colour=None, palette=PALETTE, alpha=0.45):
 
 def heat(values):
     """Probabilities (H, W) in 0..1 -> picture, black over violet and orange to pale yellow. NaN is black."""
-    values = np.nan_to_num(_array(values).astype(np.float32)).clip(0, 1)
+    values = np.nan_to_num(to_numpy(values).astype(np.float32)).clip(0, 1)
     points = np.linspace(0, 1, len(HEAT))
     return np.stack([np.interp(values, points, HEAT[:, c]) for c in range(3)], -1).round().astype(np.uint8)
 
@@ -95,80 +131,72 @@ def error_map(truth, prediction):
 
     Code k takes the k-th colour of ERRORS.
     """
-    truth, prediction = _array(truth), _array(prediction)
-    conditions = [prediction == truth, truth == 0, prediction == 0]
-    return np.where((truth == 0) & (prediction == 0), 0, np.select(conditions, [1, 2, 3], 4))
+    truth, prediction = to_numpy(truth), to_numpy(prediction)
+    conditions = [(truth == 0) & (prediction == 0), prediction == truth, truth == 0, prediction == 0]
+    return np.select(conditions, [0, 1, 2, 3], 4)
+
+
+# ---- sheets ----------------------------------------------------------------------------------------------------------
+def fit(picture, max_side):
+    """A picture scaled so that its longer side fits max_side: down smoothly, up by a whole factor with visible pixels."""
+    height, width = picture.shape[:2]
+    zoom = max_side / max(height, width)
+    zoom, how = (int(zoom), Image.Resampling.NEAREST) if zoom >= 1 else (zoom, Image.Resampling.LANCZOS)
+    size = [max(1, round(side * zoom)) for side in (width, height)]
+    return np.array(Image.fromarray(picture).resize(size, how))
+
+
+def abreast(groups):
+    """Equally long lists of pictures, one per image -> rows of pictures, as many images side by side as make the sheet
+    roughly square."""
+    across = max(1, round((len(groups) / len(groups[0])) ** 0.5))
+    return [sum(groups[i:i + across], []) for i in range(0, len(groups), across)]
 
 
 def contact_sheet(path, rows, **options):
     """Writes rows of pictures as one image file, see `draw_sheet`."""
-    with whole_file(path) as temporary:
-        draw_sheet(rows, **options).save(temporary)
+    save_image(path, draw_sheet(rows, **options))
 
 
-def draw_sheet(rows, *, titles=None, captions=None, legend=None, max_side=256):
-    """Rows of pictures -> one Image.
+def draw_sheet(rows, *, titles=(), captions=(), legend=None, max_side=256):
+    """Rows of pictures, scaled by `fit` -> one Pillow image. Rows may differ in length.
 
-    Each picture is scaled so that its longer side fits max_side: down smoothly, up by a whole factor with visible
-    pixels. titles: one text per column. captions: per row a text, or a list with one text per column.
-    legend: {text: colour}, below. Rows may differ in length.
+    titles: a text per column, repeated where there are more columns. captions: per row a list of texts, each below an
+    equal share of the row's pictures. legend: {text: colour}, below.
     """
-    gap, line = 8, 22
-
-    def scaled(picture):
-        picture, side = Image.fromarray(picture), max(picture.shape[:2])
-        if side > max_side:
-            size = [max(1, round(n * max_side / side)) for n in picture.size]
-            return picture.resize(size, Image.Resampling.LANCZOS)
-        return picture.resize([n * (max_side // side) for n in picture.size], Image.Resampling.NEAREST)
-
-    rows = [[scaled(picture) for picture in row] for row in rows]
-    widths = [max(row[c].width for row in rows if c < len(row)) for c in range(max(map(len, rows)))]
-    lefts = [gap * (c + 1) + sum(widths[:c]) for c in range(len(widths))]
-    heights = [max(picture.height for picture in row) + (line if captions else 0) for row in rows]
-    top = line + gap if titles else gap
-    total, width = top + sum(heights) + gap * len(rows), lefts[-1] + widths[-1] + gap
-    spots, left, below = [], gap, total
-    for text in legend or ():
-        needed = 32 + font(12).getlength(text)
-        if spots and left + needed > width:
-            left, below = gap, below + line
-        spots.append((left, below))
-        left += needed
-    sheet = Image.new("RGB", (width, below + (line if legend else 0)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for text, left, width in zip(titles or (), lefts, widths):
-        text_line(draw, (left + width / 2, top / 2), text, anchor="mm", size=14, width=width)
-    for r, row in enumerate(rows):
-        for picture, left in zip(row, lefts):
-            sheet.paste(picture, (left, top))
-        top += heights[r] + gap
-        texts = captions[r] if captions else []
-        texts, spans = ([texts], [sheet.width - 2 * gap]) if isinstance(texts, str) else (texts, widths)
-        for text, left, width in zip(texts, lefts, spans):
-            text_line(draw, (left, top - gap - line / 2), text, size=12, fill=FAINT, width=width)
-    for (text, colour), (left, below) in zip((legend or {}).items(), spots):
-        draw.rectangle([left, below + 3, left + 10, below + 13], tuple(map(int, colour)))
-        text_line(draw, (left + 16, below + 8), text, size=12)
-    return sheet
+    rows = [[Image.fromarray(fit(picture, max_side)) for picture in row] for row in rows]
+    widths = [max(row[c].width for row in rows if c < len(row)) + GAP for c in range(max(map(len, rows)))]
+    strips = [[label(text, width, size=14) for text, width in zip(itertools.cycle(titles), widths)]] if titles else []
+    for row, texts in itertools.zip_longest(rows, captions):
+        strips.append([ImageOps.expand(picture, (0, 0, width - picture.width, GAP), "white")
+                       for picture, width in zip(row, widths)])
+        if texts:
+            share = len(row) // len(texts)
+            strips.append([label(text, sum(widths[i * share:][:share]), fill=FAINT) for i, text in enumerate(texts)])
+    if legend:
+        entries = [join([swatch(colour), label(text)], 0) for text, colour in legend.items()]
+        across = max(1, sum(widths) // max(entry.width for entry in entries))
+        strips += [entries[i:i + across] for i in range(0, len(entries), across)]
+    return ImageOps.expand(join([join(strip, 0) for strip in strips], 1), (GAP, GAP, 0, 0), "white")
 
 
 def segmentation_row(image, mask, prob=None, *, ignore=None):
     """-> pictures of one image, all of its size: image, label; with prob also prediction and errors. As in
     `segmentation_sheet`."""
     rgb = to_rgb(image)
-    mask = _array(mask).reshape(rgb.shape[:2])
+    mask = to_numpy(mask).reshape(rgb.shape[:2])
     truth = np.where(mask == ignore, 0, mask).astype(np.int64)
     row = [rgb, overlay(rgb, truth)]
     if prob is None:
         return row
-    prob = _array(prob)
+    prob = to_numpy(prob)
     if prob.ndim == 3 and len(prob) > 1:
         prediction = prob.argmax(0)
         shown = overlay(rgb, prediction)
     else:
-        prediction = (prob.reshape(truth.shape) > 0.5).astype(np.int64)
-        shown = overlay(heat(prob.reshape(truth.shape)), prediction, colour=PALETTE[0], alpha=0)
+        prob = prob.reshape(truth.shape)
+        prediction = (prob > 0.5).astype(np.int64)
+        shown = overlay(heat(prob), prediction, alpha=0)
     errors = np.where(mask == ignore, 0, error_map(truth, prediction))
     grey = np.repeat(rgb.mean(-1, keepdims=True), 3, -1).astype(np.uint8)
     return [*row, shown, overlay(grey, errors, palette=list(ERRORS.values()), alpha=0.7)]
@@ -177,18 +205,13 @@ def segmentation_row(image, mask, prob=None, *, ignore=None):
 def segmentation_sheet(path, images, masks, probs=None, *, ignore=None, limit=16, max_side=256):
     """Writes image | label (the first training batch) or, with probs, image | truth | prediction | errors.
 
-    images: B of (C, H, W). masks: B of (H, W) or (1, H, W), whole numbers, 0 background, `ignore` no label.
+    images: B of (C, H, W). masks: B of (H, W) or (1, H, W), integers, 0 background, `ignore` no label.
     probs: B of (H, W) or (1, H, W), the foreground's probability, drawn as heat with the outline at 0.5; or
     (K, H, W) with K > 1, one per class (logits do as well), drawn as the class map. At most `limit` images are drawn.
     """
     rows = [segmentation_row(image, masks[i], None if probs is None else probs[i], ignore=ignore)
             for i, image in enumerate(images[:limit])]
-    if probs is None:  # several pairs abreast, for a sheet that is roughly square
-        across = max(1, round((len(rows) / 2) ** 0.5))
-        titles, legend = ["image", "label"] * across, None
-        rows = [[picture for pair in rows[g:g + across] for picture in pair] for g in range(0, len(rows), across)]
+    if probs is None:
+        contact_sheet(path, abreast(rows), titles=["image", "label"], max_side=max_side)
     else:
-        several = probs[0].ndim == 3 and len(probs[0]) > 1
-        titles = ["image", "truth", "prediction" if several else "probability", "errors"]
-        legend = {name: colour for name, colour in ERRORS.items() if several or name != "wrong class"}
-    contact_sheet(path, rows, titles=titles, legend=legend, max_side=max_side)
+        contact_sheet(path, rows, titles=["image", "truth", "prediction", "errors"], legend=ERRORS, max_side=max_side)

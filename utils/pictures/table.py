@@ -1,18 +1,16 @@
-"""The table of experiments: a row per run, made from the runs' own files whenever it is asked for.
+"""The table of runs: a row per run, made from the runs' own files whenever it is asked for.
 
     python -m utils.report runs/                        # all runs below, the best first; --format csv | markdown
 
-Every training that ends also writes it into runs/summary.csv. It is made anew each time: a table that is only added to
-would be out of step with a run that was resumed, renamed, copied or deleted. What a run knows already
-stands in args.json, results.csv and swa.json; what it would forget (when it began, the code's commit, the defaults of
-that day) `write_note` adds as run.json.
+Every training that ends also writes it into runs/summary.csv. It is always made anew: a table that is only added to
+would be out of step with a run that was resumed, renamed, copied or deleted. args.json, results.csv and swa.json hold
+most of a row; run.json holds what they do not tell: when the run began, the code's commit, the flags' defaults at that
+time, and the name of the score.
 """
 import csv
-import io
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -21,19 +19,13 @@ import time
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import locked, write_json, write_text, writing
+from utils.files import locked, write_json, writing
+from utils.pictures import cells
 
-COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "swa", "minutes", "commit", "flags")
-NUMBERS = ("best", "epoch", "last", "swa", "minutes")
 RECORDS = ("args.json", "results.csv")  # a folder with one of them is a run
 TASKS = ("seg", "det", "cls")  # projects of these names share a table
 WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
-
-
-def higher_is_better(key):
-    """Whether the name of a column says so: iou, ap50, map, f1, ..., but nothing with "loss" in it."""
-    known = "iou|dice|f1|^ap|map|acc|prec|recall|auc|score"
-    return "loss" not in key.lower() and bool(re.search(known, key.lower()))
+OLD_SCORES = ("iou", "miou", "ap", "acc")  # of the first edition's runs, whose run.json does not name the score
 
 
 def write_note(folder, defaults):
@@ -43,10 +35,10 @@ def write_note(folder, defaults):
     defaults: {flag: value}, such as vars(parser.parse_args([])). Raises UserError when it cannot be written.
     """
     path = Path(folder) / "run.json"
-    old = _read_json(path)
+    old = _read(path, _parse_json) or {}
     began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
     write_json(path, old | {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
-                                 "commit": commit(Path(__file__).parent), "defaults": defaults | began})
+                            "commit": commit(Path(__file__).parent), "defaults": defaults | began})
 
 
 def commit(folder):
@@ -82,12 +74,12 @@ def flags(chosen, defaults):
 
 
 def tables(folders, metric=None):
-    """-> {project: rows, the best run first}; a project is a folder of runs. A row has the COLUMNS.
+    """-> {project: rows, the best run first}; a project is a folder of runs.
 
     metric: the column of results.csv to sort by (the higher the better, with "loss" in its name the lower); by default
-    the first one whose name says that higher is better. A run's best value is that over its epochs, of the last or EMA
-    weights; `swa` is that of swa.pt, by which no run is sorted. Runs with different metrics are not compared, those
-    without any value come last.
+    the run's score. A run's best value is the best over its epochs, with the last or the EMA weights; `swa` is the
+    value of swa.pt, by which no run is sorted. Runs with different metrics are not compared, those without any value
+    come last.
     Raises UserError when there is no run. What is damaged is left out, with a line on stderr.
     """
     found = sorted({path.parent for folder in folders for name in RECORDS for path in Path(folder).rglob(name)})
@@ -99,7 +91,7 @@ def tables(folders, metric=None):
         projects.setdefault(run.parent, []).append(run)
     result = {project: _rows(inside, metric) for project, inside in projects.items()}
     if metric and not any(row["metric"] for rows in result.values() for row in rows):
-        raise UserError(f"--metric {metric}: no results.csv has this column; choose one of theirs")
+        raise UserError(f"--metric {metric}: no results.csv has this column; choose one that a results.csv has")
     return result
 
 
@@ -110,112 +102,71 @@ def write(folder):
     Raises UserError when it cannot be written. What is damaged is left out, with a line on stderr.
     """
     project = Path(os.path.abspath(folder)).parent  # of "." too
-    path = (project.parent if project.name in TASKS else project) / "summary.csv"
-    projects = [path.parent / task for task in TASKS] if project.name in TASKS else [project]
+    shared = project.name in TASKS
+    path = (project.parent if shared else project) / "summary.csv"
     # the process that writes last has read last, so it sees runs that end at the same time
     with writing(path), locked(path.with_name(".summary.lock")):
-        tables = {place: _rows(sorted({file.parent for name in RECORDS for file in place.glob(f"*/{name}")}))
-                  for place in projects}
-        for row in (row for rows in tables.values() for row in rows):
-            row["run"] = os.path.relpath(row["run"], path.parent)
-        write_text(path, render(tables, "csv"))
+        rows = []
+        for place in [path.parent / task for task in TASKS] if shared else [project]:
+            rows += _rows(sorted({file.parent for name in RECORDS for file in place.glob(f"*/{name}")}))
+        cells.write_csv(path, [row | {"run": os.path.relpath(row["run"], path.parent)} for row in rows])
+
+
+def render(projects, form="text"):
+    """{project: rows} of `tables` -> text. form: "text" or "markdown", a blank line between projects; or "csv", one
+    table."""
+    if form == "csv":
+        return cells.as_csv([row for rows in projects.values() for row in rows])
+    return "\n".join(cells.as_text(rows, markdown=form == "markdown", digits={"minutes": 1})
+                     for rows in projects.values())
 
 
 def _rows(found, metric=None):
     """The rows of one project's runs, the best first."""
-    entries = [(run, _read_json(run / "args.json"), _read_json(run / "run.json")) for run in found]
-    rows = [_row(run, chosen, note, metric) for run, chosen, note in entries]
-    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    def order(row):
+        best = row["best"]
+        return best is None, row["metric"], best if "loss" in row["metric"] else -(best or 0), row["run"]
+
+    return sorted([_row(run, metric) for run in found], key=order)
 
 
-def _row(run, chosen, note, metric):
-    """-> (sort key, row)"""
-    results = _read_results(run / "results.csv")
-    name = _metric(results, metric)
+def _row(run, metric):
+    chosen, note, averaged = (_read(run / f"{name}.json", _parse_json) or {} for name in ("args", "run", "swa"))
+    results = _read(run / "results.csv", _parse_results) or [{}]
+    name = metric or note.get("score") or next((name for name in results[0] if name in OLD_SCORES), None)
+    name = name if name in list(results[0]) else ""
     known = [row for row in results if math.isfinite(row.get(name, math.nan))]
-    lower = "loss" in (name or "")
-    best = (min if lower else max)(known, key=lambda row: row[name], default=None)
+    best = (min if "loss" in name else max)(known, key=lambda row: row[name], default={})
     seconds = [row["seconds"] for row in results if math.isfinite(row.get("seconds", math.nan))]
-    key = (best is None, name or "", best and best[name] * (1 if lower else -1), str(run))
+    swa = averaged.get(name) if chosen.get("swa", 1) else None  # else outdated
     defaults = note.get("defaults")
-    return key, {
-        "run": str(run), "date": str(note.get("started") or ""), "metric": name or "",
-        "best": best[name] if best else None, "epoch": int(best["epoch"]) if best else None,
-        "last": known[-1][name] if known and known[-1] is results[-1] else None,
-        "swa": _number(_read_json(run / "swa.json").get(name)) if chosen.get("swa", 1) else None,  # else outdated
-        "minutes": sum(seconds) / 60 if seconds else None, "commit": str(note.get("commit") or ""),
-        "flags": flags(chosen, defaults if isinstance(defaults, dict) else {})}
+    return {"run": str(run), "date": str(note.get("started") or ""), "metric": name, "best": best.get(name),
+            "epoch": int(best["epoch"]) if best else None,
+            "last": results[-1][name] if known and known[-1] is results[-1] else None,
+            "swa": swa if isinstance(swa, float) and math.isfinite(swa) else None,
+            "minutes": sum(seconds) / 60 if seconds else None, "commit": str(note.get("commit") or ""),
+            "flags": flags(chosen, defaults if isinstance(defaults, dict) else {})}
 
 
-def _number(value):
-    """A finite number of a JSON as it is, anything else as None."""
-    return value if isinstance(value, float) and math.isfinite(value) else None
-
-
-def _metric(results, wanted):
-    """The name of the score's column, or None."""
-    columns = list(results[0]) if results else []
-    if wanted:
-        return wanted if wanted in columns else None
-    return next((name for name in columns if higher_is_better(name)), None)
-
-
-def _read_json(path):
-    """The dict in a file; {} when there is no file, or (said on stderr) when it is damaged."""
+def _read(path, parse):
+    """What `parse` makes of the text of a file; None without the file, or (said on stderr) when it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
+        return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
-        pass
-    print(f"warning: {path}: damaged, left out", file=sys.stderr)
-    return {}
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, csv.Error):
+        print(f"warning: {path}: damaged, left out", file=sys.stderr)
+        return None
 
 
-def _read_results(path):
-    """results.csv -> a dict of floats per epoch (NaN for an empty cell); [] as above."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file, strict=True))
-        rows = [{name: float(cell or "nan") for name, cell in line.items()} for line in lines]
-        if all(math.isfinite(row["epoch"]) for row in rows):
-            return rows
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError, csv.Error):  # TypeError: more cells than columns
-        pass
-    print(f"warning: {path}: damaged, left out", file=sys.stderr)
-    return []
+def _parse_json(text):
+    return json.loads(text) | {}  # TypeError where it is no dict
 
 
-def render(projects, form="text"):
-    """{project: rows} of `tables` -> text. form: "text", aligned, a blank line between projects; "csv", one table with
-    six digits; "markdown"."""
-    if form == "csv":
-        file = io.StringIO()
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
-        for row in (row for rows in projects.values() for row in rows):
-            table.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in (row[c] for c in COLUMNS)])
-        return file.getvalue()
-    return "\n".join(_aligned([_cells(row) for row in rows], form == "markdown") for rows in projects.values())
-
-
-def _cells(row):
-    digits = {"best": ".4f", "last": ".4f", "swa": ".4f", "minutes": ".1f", "epoch": "d"}
-    texts = ["" if row[c] is None else format(row[c], digits.get(c, "")) for c in COLUMNS]
-    return [" ".join(text.split()) for text in texts]  # a flag's text may have several lines
-
-
-def _aligned(rows, markdown):
-    rows = [list(COLUMNS), *rows]
-    if markdown:
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-        rows.insert(1, ["--:" if c in NUMBERS else "---" for c in COLUMNS])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[cell.rjust(w) if c in NUMBERS else cell.ljust(w) for c, cell, w in zip(COLUMNS, row, widths)]
-             for row in rows]
-    joined = ["| " + " | ".join(line) + " |" if markdown else "  ".join(line).rstrip() for line in lines]
-    return "\n".join(joined) + "\n"
+def _parse_results(text):
+    """results.csv -> a dict of floats per epoch, NaN for an empty cell."""
+    rows = [{name: float(cell or "nan") for name, cell in line.items()}  # TypeError: more cells than columns
+            for line in csv.DictReader(text.splitlines(), strict=True)]
+    if not all(math.isfinite(row["epoch"]) for row in rows):
+        raise ValueError
+    return rows

@@ -1,4 +1,4 @@
-"""nets/unpickle.py: state_dict() as the oracle for modules that torch.save pickled, and files made to do harm."""
+"""nets/weights.py: state_dict() as the oracle for modules that torch.save pickled, and files made to do harm."""
 import argparse
 import collections
 import contextlib
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from nets.unpickle import read_module
+from nets.weights import read_module
 
 
 @contextlib.contextmanager
@@ -292,7 +292,8 @@ BAD_TENSORS = {
     "overflow": tensor((2**32, 2**32), (1, 1)), "empty and huge": tensor((0, 2**63), (1, 1)),
     "stride missing": tensor((2, 3), (3,)), "text": tensor("23", "31"),
     "fraction": tensor((2., 3.)), "fraction of an offset": tensor(offset=0.), "bool": tensor((True, 3)),
-    "no offset": tensor(offset=None), "nested size": tensor(((2, 3),), ((3, 1),)), "count too small": tensor((1,), (1,), count=5),
+    "no offset": tensor(offset=None), "nested size": tensor(((2, 3),), ((3, 1),)),
+    "count too small": tensor((1,), (1,), count=5),
     "count too large": tensor(count=7), "negative count": tensor(count=-1), "count of text": tensor(count="6"),
     "another dtype": tensor(kind="HalfStorage"), "half as many": tensor((1,), (1,), kind="DoubleStorage", count=6),
     "unknown dtype": tensor(kind="QInt8Storage"), "no storage": tensor(kind="nn"), "no record": tensor(key="1"),
@@ -345,7 +346,8 @@ BAD_MODULES = {
     "list": module(_modules=[]),
     "child of text": module(modules={"a": "b"}), "child of a tensor": module(modules={"a": tensor()}),
     "name of a number": module({1: tensor()}), "child's name": module(modules={1: module({"w": tensor()})}),
-    "module inside itself": in_itself(), "modules 3000 deep": nested(3000), "empty pickle": b"", "stack": b"RRR", "no such memo": b"h\x05",
+    "module inside itself": in_itself(), "modules 3000 deep": nested(3000), "empty pickle": b"", "stack": b"RRR",
+    "no such memo": b"h\x05",
     "mark": b"t", "opcode": b"\xff", "persistent": b"NQ",
 }
 

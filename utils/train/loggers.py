@@ -1,0 +1,62 @@
+"""TensorBoard and Weights & Biases, imported only when they are asked for."""
+import importlib
+import os
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.files import write_text
+
+
+class Loggers:
+    """Forwards rows to every sink, a (log(row, step), close()) pair; with no sink it does nothing."""
+
+    def __init__(self, sinks=()):
+        self.sinks = list(sinks)
+
+    def log(self, row, step):
+        """row: {name: number}. step: int, never smaller than the last one."""
+        for log, _ in self.sinks:
+            log(row, step)
+
+    def close(self):
+        """Flushes and ends every sink."""
+        for _, close in self.sinks:
+            close()
+
+
+def _optional(module, name, package):
+    """The object `name` of an optional package, or a UserError that says what to install."""
+    try:  # a folder that only happens to be called "wandb" imports as an empty package: hence AttributeError
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--{package}: {package} cannot be imported ({error}); pip install {package}") from error
+
+
+def make_loggers(run_dir, *, tensorboard=False, wandb=False, name="", config=None):
+    """Loggers that write TensorBoard events to run_dir and a W&B run, each when asked for; only rank 0 should ask.
+
+    name: of the W&B run (default: the folder's); config: dict of plain values shown with it. The W&B project is
+    WANDB_PROJECT or the folder above the run's; WANDB_MODE=offline works without an account or a network. The run's id
+    is kept in run_dir/wandb_id.txt, so that a resumed run continues its own curves.
+    Raises UserError if a package is missing or W&B cannot start.
+    """
+    run_dir, sinks = Path(run_dir), []
+    if tensorboard:
+        writer = _optional("torch.utils.tensorboard", "SummaryWriter", "tensorboard")(str(run_dir))
+
+        def add_scalars(row, step):
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+        sinks.append((add_scalars, writer.close))
+    if wandb:
+        start, kept = _optional("wandb", "init", "wandb"), run_dir / "wandb_id.txt"
+        try:
+            run = start(project=os.environ.get("WANDB_PROJECT") or run_dir.resolve().parent.name,
+                        name=name or run_dir.resolve().name, dir=str(run_dir), config=config,
+                        id=kept.read_text().strip() if kept.exists() else None, resume="allow")
+        except Exception as error:  # no account, no network, a deleted run: the user must settle all of them
+            message = " ".join(str(error).split())
+            raise UserError(f"--wandb: W&B did not start ({message}); `wandb login`, or WANDB_MODE=offline") from error
+        write_text(kept, run.id)
+        sinks.append((lambda row, step: run.log(row, step=step), run.finish))
+    return Loggers(sinks)
