@@ -2,6 +2,7 @@
 what it changes is found in the training or in the prediction."""
 import csv
 import importlib
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,30 @@ from tests.conftest import (TINY, TINY_CLS, TINY_DET, tile, write_dirty, write_p
 ROOT = Path(__file__).parents[1]
 OWN = ("data", "nets", "utils", "predict", "train_cls", "train_det", "train_seg")
 TASK = {"train_seg": "seg", "train_det": "det", "train_cls": "cls"}
-SMALL = {"train_seg": [*TINY, "--amp", "off"], "train_det": TINY_DET, "train_cls": TINY_CLS}
+SMALL = {"train_seg": [*TINY, "--amp", "off", "--encoder", "tiny.Tiny", "--decoder", "8", "8"], "train_det": TINY_DET,
+         "train_cls": [*TINY_CLS, "--net", "tiny.Tiny"]}
+# nets/tiny.py of every copy: runs take half of the time that they take with the smallest published net
+NET = """
+from torch import nn
+from nets.blocks import ConvNorm, recompute
+
+
+class Tiny(nn.Module):
+    channels, strides = [8, 16], [2, 4]
+
+    def __init__(self, in_chans, num_classes=None, grad_checkpoint=False):
+        super().__init__()
+        self.fine, self.coarse = ConvNorm(in_chans, 8, 3, 2), ConvNorm(8, 16, 3, 2)
+        self.head = nn.Linear(16, num_classes or 1)
+        self.grad_checkpoint = grad_checkpoint
+
+    def features(self, x):
+        fine = self.fine(x)
+        return [fine, recompute(self.coarse, fine) if self.grad_checkpoint and self.training else self.coarse(fine)]
+
+    def forward(self, x):
+        return self.head(self.features(x)[-1].mean((2, 3)))
+"""
 
 
 def read_recipes(text):
@@ -57,6 +81,7 @@ class Repository:
             shutil.copytree(ROOT / name, folder / name)
         for script in ROOT.glob("*.py"):
             shutil.copy2(script, folder)
+        (folder / "nets/tiny.py").write_text(NET)
         if diff:
             subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=folder, check=True,
                            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
@@ -72,13 +97,10 @@ class Repository:
         assert done.code == code, f"{name} {flags}\n{done.out}\n{done.err}"
         return done
 
-    def run(self, script, *flags, code=0, steps=None):
-        """A script, which must end with this code. steps: it gets a SIGTERM after so many optimizer steps."""
+    def run(self, script, *flags, code=0, first=lambda: None):
+        """A script, which must end with this code. first: what is done before, in the same fork."""
         def main():
-            done = []
-            if steps:
-                register_optimizer_step_post_hook(
-                    lambda *_: done.append(1) or len(done) == steps and os.kill(os.getpid(), signal.SIGTERM))
+            first()
             importlib.import_module("utils.errors").cli(importlib.import_module(script).main)
 
         return self._fork(script, main, flags, code)
@@ -114,7 +136,7 @@ def command_of(number):
     """-> (script, flags): the training that the recipe shows, made small."""
     [_, script, *flags], *_ = RECIPES[number][1]
     script = script.removesuffix(".py")
-    return script, [*flags, *SMALL[script], "--epochs", 2]
+    return script, [*SMALL[script], "--epochs", 2, *flags]
 
 
 def train(code, number, *flags, resume=True):
@@ -125,11 +147,16 @@ def train(code, number, *flags, resume=True):
     runs = code.folder / "runs" / TASK[script]
     last = load(runs / "straight/last.pt")
     if resume:
-        code.run(script, *shown, *flags, "--name", "stopped", code=143, steps=3)
+        code.run(script, *shown, *flags, "--name", "stopped", code=143, first=stop_after_three_steps)
         assert len(load(runs / "stopped/last.pt")["history"]) == 1
         code.run(script, "--resume", runs / "stopped", "--device", "cpu")
         assert_same(timeless(last), timeless(load(runs / "stopped/last.pt")))
     return runs / "straight", last
+
+
+def stop_after_three_steps():
+    steps = itertools.count(1)
+    register_optimizer_step_post_hook(lambda *_: next(steps) == 3 and os.kill(os.getpid(), signal.SIGTERM))
 
 
 def load(path):
@@ -153,9 +180,9 @@ def assert_same(a, b, where="checkpoint"):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else repr(a) == repr(b), where  # NaN too
 
 
-def assert_trained_otherwise(number, last, recipe, *flags):
+def assert_trained_otherwise(number, last, unchanged):
     """The unchanged source, with the same flags, ends with other weights."""
-    _, plain = train(recipe(0), number, *flags, resume=False)
+    _, plain = train(unchanged, number, resume=False)
     for name, tensor in last["model"].items():
         assert tensor.shape == plain["model"][name].shape
     assert any(not torch.equal(tensor, plain["model"][name]) for name, tensor in last["model"].items())
@@ -196,7 +223,7 @@ def agreement(code, run, probs):
     out = predicted(code, run, "--threshold", threshold, "--source", image)
     with rasterio.open(out / f"masks/{image.stem}.tif") as file:
         mask = file.read(1)
-    sure = np.abs(probs - threshold) > 0.01 * probs.std()
+    sure = np.abs(probs - threshold) > 1e-3 * probs.std()
     assert sure.mean() > 0.9
     return (mask == (probs > threshold))[sure].mean()
 
@@ -284,7 +311,7 @@ def test_normalisation(recipe):
     *_, probs = code.ask(by_hand, run / "last.pt", tile_to_predict(code), numbers)
     *_, scaled = code.ask(by_hand, run / "last.pt", tile_to_predict(code))
     assert agreement(code, run, probs) == 1 and ((probs > np.median(probs)) == (scaled > np.median(scaled))).mean() < 0.9
-    assert_trained_otherwise(4, last, lambda _: plain)
+    assert_trained_otherwise(4, last, plain)
 
     older = plain.folder / "runs/seg/straight"
     *_, probs = plain.ask(by_hand, older / "last.pt", tile_to_predict(code))
@@ -335,7 +362,7 @@ def test_photometric_augmentation(recipe):
     assert (mask == its_mask).all() and (image == again[0]).all() and (image != other[0]).any()
     assert (whole[0] == its_whole[0]).all()
     run, last = train(code, 6)
-    assert_trained_otherwise(6, last, lambda _: plain)
+    assert_trained_otherwise(6, last, plain)
     predicted(code, run)
 
 
@@ -370,35 +397,31 @@ def test_geometric_augmentation(recipe):
         assert len(boxes) == 1 and np.abs(extent(picture > 160) - boxes).max() < 1.5
     for kind in ([extent(mask > 0) for _, mask in masked], [boxes[0] for _, boxes in boxed]):
         assert np.ptp([(y2 - y1) / (x2 - x1) for x1, y1, x2, y2 in kind]) > 0.2  # the square has become a rectangle
-    run, last = train(code, 7)
-    assert_trained_otherwise(7, last, recipe)
+    run, _ = train(code, 7)
     predicted(code, run)
 
 
 def test_score(recipe):
-    """best.pt and the table of runs follow the new score, in a run in which the old one has its best epoch elsewhere."""
+    """best.pt and the table of runs follow the new score where the old one has its best epoch elsewhere."""
     code = recipe(8)
-    run, _ = train(code, 8)
+    run, last = train(code, 8)
     predicted(code, run)
+    found = [dict(zip(("iou", "precision", "recall"), row)) for row in ((0.47, 0.9, 0.5), (0.44, 0.5, 0.8), (0.4, 0.5, 0.6))]
+
+    def scripted():
+        from utils import metrics
+        values = itertools.chain(found, itertools.repeat(found[0]))
+        metrics.BinaryIoU.compute = lambda self: next(values)
+
     script, flags = command_of(8)
-    best = {"straight": load(run / "best.pt")["history"][-1]["f2"]}
-    for seed in range(6):
-        name = f"seed{seed}"
-        code.run(script, *flags, "--epochs", 6, "--lr", 0.02, "--no-ema", "--seed", seed, "--name", name)
-        history = load(run.parent / name / "last.pt")["history"]
-        f2, iou = ([row[key] for row in history] for key in ("f2", "iou"))
-        best[name] = max(f2)
-        if f2[int(np.argmax(iou))] < max(f2):
-            break
-    else:
-        pytest.fail("both scores have their best epoch in the same place, whatever the seed")
-    p, r = history[-1]["precision"], history[-1]["recall"]
-    assert f2[-1] == pytest.approx(5 * p * r / (4 * p + r) if p + r else 0)
-    assert len(load(run.parent / name / "best.pt")["history"]) == 1 + f2.index(max(f2))
+    code.run(script, *flags, "--epochs", 3, "--name", "scripted", first=scripted)
+    history = load(run.parent / "scripted/last.pt")["history"]
+    assert [row["f2"] for row in history] == pytest.approx([4.5 / 8.2, 2 / 2.8, 1.5 / 2.6])
+    assert len(load(run.parent / "scripted/best.pt")["history"]) == 2
     rows = list(csv.DictReader((code.folder / "runs/summary.csv").open()))
-    assert {row["metric"] for row in rows} == {"f2"}
-    assert {Path(row["run"]).name: float(row["best"]) for row in rows} == pytest.approx(best, rel=1e-5)
-    assert [float(row["best"]) for row in rows] == sorted((float(row["best"]) for row in rows), reverse=True)
+    assert [(Path(row["run"]).name, row["metric"]) for row in rows][0] == ("scripted", "f2")
+    assert {Path(row["run"]).name: float(row["best"]) for row in rows}["straight"] == pytest.approx(
+        max(row["f2"] for row in last["history"]), rel=1e-5) and float(rows[0]["best"]) == pytest.approx(2 / 2.8)
 
 
 def outputs(checkpoint, picture):
@@ -470,8 +493,7 @@ def test_iou_loss(recipe):
         return float(parts["box"]), float((each * score[taught]).sum() / score.sum().clamp(min=1))
 
     assert np.diff(code.ask(question)) == pytest.approx(0, abs=1e-5)
-    run, last = train(code, 10)
-    assert_trained_otherwise(10, last, recipe)
+    run, _ = train(code, 10)
     predicted(code, run)
 
 
@@ -535,15 +557,16 @@ def test_gradient_penalty(recipe):
     assert penalty > 0 and parts["grad_penalty"] == pytest.approx(penalty, rel=1e-3)
     assert loss == pytest.approx(sum(parts.values()))
 
-    run, last = train(code, 13)
+    run, _ = train(code, 13)
     assert {"--swa", "--grad-checkpoint", "--accumulate"} <= {*command_of(13)[1]} and (run / "swa.pt").exists()
     script, flags = command_of(13)
     flags.remove("--grad-checkpoint")
-    for name, more in {"kept": [], "without": ["--grad-penalty", 0]}.items():
-        code.run(script, *flags, *more, "--name", name)
-    kept, without = (load(run.parent / name / "last.pt")["model"] for name in ("kept", "without"))
-    torch.testing.assert_close(kept, last["model"], rtol=1e-3, atol=1e-5)
-    assert any((kept[name] - without[name]).abs().max() > 1e-3 for name in kept)
+    for name, more in {"recomputed": [100, "--grad-checkpoint"], "kept": [100], "without": [0]}.items():
+        code.run(script, *flags, "--grad-penalty", *more, "--name", name)
+    recomputed, kept, without = (load(run.parent / name / "last.pt")["model"] for name in ("recomputed", "kept",
+                                                                                           "without"))
+    torch.testing.assert_close(kept, recomputed, rtol=1e-3, atol=1e-5)
+    assert any((kept[name] - without[name]).abs().max() > 3e-4 for name in kept)
     predicted(code, run)
 
 
