@@ -86,7 +86,6 @@ def check(found, actual, classes=3, max_det=100):
         three = [expected[:, :, c, 0], expected[0, :, c, 0], expected[5, :, c, 0]]
         assert [row[name] for name in NAMES[:3]] == pytest.approx([mean(x) for x in three], abs=1e-12, nan_ok=True)
         assert row["truths"] == sum((rows[:, 4] == c).sum() for rows in actual)
-        assert row["detections"] == sum(min((rows[:, 5] == c).sum(), max_det) for rows in found)
     for threshold, iou in ((0, 0.5), (7, 0.85)):
         recalls, precision = ours.curve(iou)
         np.testing.assert_array_equal(recalls, np.linspace(0, 1, 101))
@@ -288,9 +287,9 @@ def test_wrong_input_is_named():
     with pytest.raises(ValueError, match=r"gt_boxes \(2, 6\) must be \(n, 5\)"):
         DetectionAP(3).update(found, found)
     for value in (-1, 3, 0.5, math.nan):
-        with pytest.raises(ValueError, match=f"classes of the detections reach .*{value}.*integers in 0 .. 2"):
+        with pytest.raises(ValueError, match=r"detections \(1, 6\) .* their classes 0 .. 2"):
             DetectionAP(3).update([torch.full((1, 6), float(value))], actual)
-        with pytest.raises(ValueError, match="classes of the gt_boxes"):
+        with pytest.raises(ValueError, match="gt_boxes .* their classes 0 .. 2"):
             DetectionAP(3).update(found, [torch.full((1, 5), float(value))])
 
 

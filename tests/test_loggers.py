@@ -64,9 +64,9 @@ def test_wandb_resumes_its_own_run(tmp_path, fake, monkeypatch):
     assert (folder / "wandb_id.txt").read_text() == "abc123"
     fake.calls.clear()
     monkeypatch.setenv("WANDB_PROJECT", "other")
-    make_loggers(folder, wandb=True, name="mine")
+    make_loggers(folder, wandb=True)
     given = fake.calls[0][2]
-    assert (given["id"], given["name"], given["project"]) == ("abc123", "mine", "other")
+    assert (given["id"], given["name"], given["project"]) == ("abc123", "exp3", "other")
 
 
 def test_wandb_that_cannot_start_is_one_line(tmp_path, fake, monkeypatch):

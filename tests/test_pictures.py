@@ -5,7 +5,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.pictures.sheets import ERRORS, PALETTE, contact_sheet, error_map, heat, overlay, segmentation_sheet, to_rgb
+from utils.pictures.sheets import (ERRORS, INK, PALETTE, contact_sheet, error_map, overlay, segmentation_sheet, shade,
+                                   to_rgb)
 
 
 def read(path):
@@ -106,10 +107,10 @@ def test_palette_colours_differ():
     assert len(PALETTE) == 20 and apart.min() > 60
 
 
-def test_heat_rises_in_brightness_and_takes_nan():
-    picture = heat(torch.tensor([[0.0, 0.25, 0.5, 0.75, 1.0, math.nan, 2.0, -1.0]]))[0]
-    assert picture.dtype == np.uint8 and (np.diff(picture[:5].sum(-1, dtype=int)) > 60).all()
-    assert (picture[5] == picture[0]).all() and (picture[6] == picture[4]).all() and (picture[7] == picture[0]).all()
+def test_shades_go_from_white_to_the_colour():
+    picture = shade(torch.tensor([[0.0, 0.5, 1.0, math.nan, 2.0, -1.0]]), (55, 155, 255))[0]
+    assert picture.dtype == np.uint8 and picture.tolist() == [
+        [255, 255, 255], [155, 205, 255], [55, 155, 255], [255, 255, 255], [55, 155, 255], [255, 255, 255]]
 
 
 def test_error_map_codes():
@@ -173,8 +174,8 @@ def test_validation_sheet_binary(tmp_path):
     assert sheet.shape == (30 + 40 + 4 * 22, 8 + 4 * 40, 3)  # a title, one row, and a legend as narrow as this
     _, truth, shown, errors = (sheet[30:62, left:left + 32] for left in (8, 48, 88, 128))
     np.testing.assert_array_equal(truth[0], to_rgb(images[0])[0])
-    np.testing.assert_array_equal(shown[:7], np.broadcast_to(heat(np.full((1, 1), 0.9))[0, 0], (7, 32, 3)))
-    assert (shown[7] == PALETTE[0]).all() and (shown[8:] == heat(np.zeros((1, 1)))[0, 0]).all()
+    np.testing.assert_array_equal(shown[:7], np.broadcast_to(shade(0.9, INK), (7, 32, 3)))
+    assert (shown[7] == PALETTE[0]).all() and (shown[8:] == 255).all()
     # the outlines are pure colour: prediction rows 0-7, truth rows 0-15 of columns 0-15
     colours = dict(zip(("tp", "fp", "fn"), map(np.array, ERRORS.values())))
     assert (errors[2, 15] == colours["tp"]).all() and (errors[2, 16] == colours["fp"]).all()

@@ -24,7 +24,6 @@ class DetectionAP:
         self.classes, self.max_det = classes, max_det
         self.detections, self.gt_boxes = [], []  # image by image: (n, 6) and (m, 5), float64
 
-    @torch.no_grad()
     def update(self, detections, gt_boxes):
         """detections: per image a tensor (n, 6) of x1 y1 x2 y2 score class, in any order, on any device; gt_boxes: per
         image (m, 5) of x1 y1 x2 y2 class. Pixels; classes 0 .. C-1. Where several processes validate, each is given the
@@ -39,12 +38,8 @@ class DetectionAP:
         self.detections += [rows if len(rows) <= self.max_det else self._best(rows) for rows in detections]
 
     def _checked(self, name, rows, columns):
-        if rows.dim() != 2 or rows.shape[1] != columns:
-            raise ValueError(f"{name} {tuple(rows.shape)} must be (n, {columns})")
-        labels = rows[:, -1].tolist()
-        if not set(labels) <= set(range(self.classes)):
-            raise ValueError(f"classes of the {name} reach from {min(labels):g} to {max(labels):g}; they must be "
-                             f"integers in 0 .. {self.classes - 1}")
+        if rows.shape[1:] != (columns,) or not set(rows[:, -1].tolist()) <= set(range(self.classes)):
+            raise ValueError(f"{name} {tuple(rows.shape)} must be (n, {columns}), their classes 0 .. {self.classes - 1}")
         return rows.detach().cpu().double()
 
     def _best(self, rows):
@@ -58,17 +53,16 @@ class DetectionAP:
         and, where the name has no number, at the IoUs 0.50, 0.55 .. 0.95. NaN when there is no ground truth at all,
         where COCO prints -1.
         """
-        ap = self._precision(IOUS, AREAS.values()).mean(-1)  # (C, areas, IoUs), all NaN or all not
+        ap = self._precision(IOUS, [*AREAS.values()]).mean(-1)  # (C, areas, IoUs), all NaN or all not
         means = {name: _mean(ap[:, i]) for i, name in enumerate(AREAS)}
         return {"ap": means.pop("ap"), "ap50": _mean(ap[:, 0, 0]), "ap75": _mean(ap[:, 0, 5]), **means}
 
     def per_class(self):
-        """C dicts {"ap", "ap50", "ap75", "truths", "detections"}: AP as in compute(), NaN for a class without ground
-        truth; the numbers of ground-truth boxes and of detections."""
+        """C dicts {"ap", "ap50", "ap75", "truths"}: AP as in compute(), NaN for a class without ground truth; the
+        number of ground-truth boxes."""
         ap = self._precision(IOUS, [AREAS["ap"]]).mean(-1)[:, 0]
-        found, actual = (_joined(kept, columns)[:, -1] for kept, columns in ((self.detections, 6), (self.gt_boxes, 5)))
-        return [{"ap": float(row.mean()), "ap50": float(row[0]), "ap75": float(row[5]),
-                 "truths": int((actual == c).sum()), "detections": int((found == c).sum())}
+        actual = _joined(self.gt_boxes, 5)[:, 4]
+        return [{"ap": float(row.mean()), "ap50": float(row[0]), "ap75": float(row[5]), "truths": int((actual == c).sum())}
                 for c, row in enumerate(ap)]
 
     def curve(self, iou=0.5):
@@ -131,8 +125,9 @@ class DetectionAP:
         positive, and neither does a detection outside the range that takes none.
         """
         detections, gt_boxes = _joined(self.detections, 6), _joined(self.gt_boxes, 5)
-        inside, gt_inside = (np.stack([(low <= size) & (size <= high) for low, high in areas], 1)
-                             for size in ((rows[:, 2:4] - rows[:, :2]).prod(1) for rows in (detections, gt_boxes)))
+        low, high = np.transpose(areas)
+        inside, gt_inside = ((low <= size) & (size <= high) for size in (
+            (rows[:, 2:4] - rows[:, :2]).prod(1, keepdims=True) for rows in (detections, gt_boxes)))
         ious = np.minimum(ious, 1 - 1e-10)  # COCO's: 1 shall be reached in spite of rounding
         _, d, t, overlap = _pairs(self.detections, self.gt_boxes, ious.min())
         order = np.lexsort((-t, -overlap, d, -detections[d, 4]))  # of equal IoUs the last box
@@ -144,8 +139,8 @@ class DetectionAP:
         claimed[d[pair], *column] = True
         hits[d[pair], *column] = pair < len(order)
         counted = hits | ~claimed & inside[..., None]
-        totals = np.stack([np.bincount(gt_boxes[chosen, 4].astype(int), minlength=self.classes)
-                           for chosen in gt_inside.T], 1)
+        totals = np.zeros((self.classes, len(areas)), int)
+        np.add.at(totals, gt_boxes[:, 4].astype(int), gt_inside)
         order = np.lexsort((-detections[:, 4], detections[:, 5]))
         rows_of = np.split(order, np.searchsorted(detections[order, 5], np.arange(1, self.classes)))
         return [(detections[rows, 4], hits[rows], counted[rows], total) for rows, total in zip(rows_of, totals)]

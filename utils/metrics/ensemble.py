@@ -95,18 +95,16 @@ def read(path, checkpoints, names, single_label, *, flags=""):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         weights = {str(Path(name).resolve()): weight for name, weight in dict(found["weights"]).items()}
         thresholds = dict(found["thresholds"])
-        if not (all(0 <= w <= 1e9 for w in weights.values()) and sum(weights.values()) > 1e-6
-                and all(0 <= t <= 1 for t in thresholds.values())):
-            raise ValueError("a weight or a threshold is out of range")
+        if not all(0 <= value <= 1e9 for value in (*weights.values(), *thresholds.values())) or not sum(weights.values()):
+            raise ValueError("a number is out of range")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a fitted ensemble ({type(error).__name__}: {error}); give the ensemble.json of "
                         f"--fit-weights") from None
     given = [str(Path(checkpoint).resolve()) for checkpoint in checkpoints]
-    for what, fitted, now in (("checkpoints", set(weights), set(given)), ("flags", found.get("flags", flags), flags),
-                              ("classes", set(thresholds), set(() if single_label else names))):
+    for what, fitted, now in (("checkpoints", sorted(weights), sorted(given)), ("flags", found.get("flags", flags), flags),
+                              ("classes", sorted(thresholds), [] if single_label else sorted(names))):
         if fitted != now:
-            fitted, now = (" ".join(sorted(v)) if isinstance(v, set) else repr(v) for v in (fitted, now))
-            raise UserError(f"{path}: was fitted with the {what} {fitted}, not {now}; give the same, or fit anew with "
+            raise UserError(f"{path}: was fitted with the {what} {fitted!r}, not {now!r}; give the same, or fit anew with "
                             f"--fit-weights")
     return [weights[checkpoint] for checkpoint in given], \
         0.5 if single_label else np.array([thresholds[name] for name in names])

@@ -59,12 +59,11 @@ class BinaryIoU(Counts):
     def update(self, probs, labels):
         """probs (B,H,W) or (B,1,H,W), float, after the sigmoid; labels likewise, any dtype, positive where > 0.5.
 
-        ValueError when the shapes differ or there are several channels.
+        ValueError when the shapes differ.
         """
-        shapes = tuple(probs.shape), tuple(labels.shape)
-        probs, labels = (t.squeeze(1) if t.dim() == 4 else t for t in (probs, labels))
-        if probs.dim() != 3 or probs.shape != labels.shape:
-            raise ValueError(f"probs {shapes[0]} and labels {shapes[1]} must both be (B,H,W) or (B,1,H,W)")
+        if probs.numel() != labels.numel() or probs.shape[-2:] != labels.shape[-2:]:
+            raise ValueError(f"probs {tuple(probs.shape)} and labels {tuple(labels.shape)} must both be (B,H,W) or "
+                             f"(B,1,H,W)")
         probs, labels = probs.flatten(1).float(), labels.flatten(1)
         valid = _valid(labels, self.ignore)
         actual = (labels > 0.5) & valid
@@ -124,10 +123,10 @@ class MeanIoU(Counts):
                              f"the same shape")
         valid = _valid(labels, self.ignore)
         pred_labels, labels = pred_labels[valid].long(), labels[valid].long()
-        for name, values in (("predictions", pred_labels), ("labels", labels)):
-            if ((values < 0) | (values >= self.classes)).any():
-                raise ValueError(f"{name} reach from {values.min()} to {values.max()}, outside 0 .. "
-                                 f"{self.classes - 1} (ignore={self.ignore})")
+        values = torch.stack((pred_labels, labels))
+        if ((values < 0) | (values >= self.classes)).any():
+            raise ValueError(f"predictions or labels reach from {values.min()} to {values.max()}, outside 0 .. "
+                             f"{self.classes - 1} (ignore={self.ignore})")
         self.add(torch.bincount(labels * self.classes + pred_labels, minlength=self.classes ** 2))
 
     def compute(self):

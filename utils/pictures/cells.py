@@ -18,14 +18,14 @@ def _names(rows):
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def _columns(rows, digits):
+def _columns(rows):
     """-> [(texts: the name and the cells; whether the cells are numbers, which stand on the right)]"""
-    def text(value, name):
-        return f"{value:.{digits.get(name, 4)}f}" if isinstance(value, float) else " ".join(str(value).split())
+    def text(value):
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
     columns = {name: [row.get(name) for row in rows] for name in _names(rows)}
-    return [([name, *("" if value is None else text(value, name) for value in values)],
-             all(isinstance(value, (int, float, type(None))) for value in values)) for name, values in columns.items()]
+    return [([name, *map(text, values)], all(isinstance(value, (int, float, type(None))) for value in values))
+            for name, values in columns.items()]
 
 
 def as_csv(rows):
@@ -42,10 +42,10 @@ def write_csv(path, rows):
     write_text(path, as_csv(rows))
 
 
-def as_text(rows, *, markdown=False, digits=None):
-    """Text with aligned columns, or a Markdown table. digits: {column: decimals of its floats}, 4 by default."""
+def as_text(rows, *, markdown=False):
+    """Text with aligned columns, or a Markdown table; floats have four significant digits."""
     columns = []
-    for texts, numeric in _columns(rows, digits or {}):
+    for texts, numeric in _columns(rows):
         if markdown:
             texts = [text.replace("|", "\\|") for text in texts]
             texts.insert(1, "--:" if numeric else "---")
@@ -58,7 +58,7 @@ def as_text(rows, *, markdown=False, digits=None):
 def as_picture(title, rows, colours=()):
     """A Pillow image of the table, its title above; colours: one per row, shown as a square before it."""
     columns = [[swatch("white"), *map(swatch, colours)]] if colours else []
-    for texts, numeric in _columns(rows, {}):
+    for texts, numeric in _columns(rows):
         width = min(WIDEST, math.ceil(max(map(font(12).getlength, texts))) + 3 * GAP)
         columns.append([label(text, width, fill=INK if r else FAINT, right=numeric) for r, text in enumerate(texts)])
     table = join([join(column, 1) for column in columns or [[label("")]]], 0)

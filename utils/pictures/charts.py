@@ -9,7 +9,7 @@ from PIL import ImageDraw
 from utils.pictures import cells
 from utils.pictures.detection import class_name
 from utils.pictures.plots import BEST, GRID, LINE, TOP, Plot, limits, ticks
-from utils.pictures.sheets import INK, PALETTE, font, join, save_image, shade, to_numpy
+from utils.pictures.sheets import INK, PALETTE, font, join, save_image, shade
 
 MOST = 20  # classes with a colour of their own
 
@@ -29,12 +29,12 @@ def plot_curves(path, rows, score=None):
 
 def _curve(name, xs, ys, is_score):
     x, y, finite = limits(xs), limits(ys), np.isfinite(ys)
-    lines = [(ys, LINE, 2, min(3.2, max(1.4, 100 / len(xs))))]
+    lines = [(ys, LINE, 2)]
     note = f"last {ys[finite][-1]:.4g}" if finite.any() else "no finite value"
     if is_score and finite.any():
         best = np.where(finite, ys, -math.inf).argmax()
         only = np.where(np.arange(len(ys)) == best, ys, math.nan)
-        lines += [(only, "white", 0, 6), (only, BEST, 0, 4.5)]
+        lines += [(only, "white", 8), (only, BEST, 6)]
         note = f"best {ys[best]:.4g} at {xs[best]:g}"
     plot = Plot((326, 192), x, y, title=name, note=note, x_ticks=ticks(*x, whole=True), y_ticks=ticks(*y))
     plot.lines(xs, lines)
@@ -49,19 +49,18 @@ def pr_curves(path, recall, precision, names, ap50):
     grey.
     """
     known = [k for k in np.argsort(-np.array(ap50), kind="stable") if not np.isnan(ap50[k])]
-    rows, lines = [], [(precision[k], (205, 210, 217), 1, 0) for k in known[:-MOST]]
-    for i, k in enumerate(known[-MOST:]):  # the palette's pale colours were chosen for photographs
-        colour = (PALETTE[k if len(names) <= MOST else i] * 0.75).astype(int)
-        lines.append((precision[k], tuple(colour.tolist()), 2, 0))
+    rows, lines = [], [(precision[k], (205, 210, 217), 1) for k in known[:-MOST]]
+    for k, colour in zip(known[-MOST:], (PALETTE * 0.75).astype(int).tolist()):  # pale ones were chosen for photographs
+        lines.append((precision[k], tuple(colour), 2))
         rows.append({"class": class_name(names, k), "AP50": float(ap50[k])})
     if len(known) > 1:
-        lines.append((precision[known].mean(0), INK, 3, 0))
+        lines.append((precision[known].mean(0), INK, 3))
         rows.append({"class": f"mean of {len(known)} classes", "AP50": float(np.mean([ap50[k] for k in known]))})
     axis = [(v / 5, f"{v / 5:.1f}") for v in range(6)]
     plot = Plot((520, 420), (0, 1), (0, 1), title="precision over recall at IoU 0.50", x_ticks=axis, y_ticks=axis)
     plot.lines(recall, lines)
     table = cells.as_picture(f"the {len(rows)} lowest of {len(known)}" if len(known) > MOST else "", rows,
-                             [colour for _, colour, *_ in lines[len(lines) - len(rows):]])
+                             [colour for _, colour, _ in lines[len(lines) - len(rows):]])
     save_image(path, join([plot.image, table], 0))
 
 
@@ -74,22 +73,21 @@ def confusion_matrix(path, matrix, names):
     count = len(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     right, wrong = (shade(shares ** 0.6, colour) for colour in (LINE, BEST))  # small shares are to be seen, too
-    cell = max(3, min(96, 880 // count))
     labels = [f"{class_name(names, k)}  {k}" for k in range(count - 1)] + [f"background  {count - 1}"]
-    size, digits = min(13, max(9, cell)), 9 * len(str(count))  # height of a name and width of a number, pixels
+    cell = max(3, min(96, 880 // count))
+    size, step = min(13, max(9, cell)), 1 if cell >= 9 else 6  # of the labels; all of them would overlap
     plot = Plot((cell * count, cell * count), (0, count), (count, 0), title="truth (rows), prediction (columns)",
                 note="right: blue, wrong: orange", left=min(170, math.ceil(max(map(font(size).getlength, labels))) + 16),
-                x_ticks=[(k + 0.5, str(k)) for k in range(0, count, math.ceil(digits / cell))],
-                y_ticks=[(k + 0.5, labels[k]) for k in range(0, count, math.ceil(size / cell))], text_size=size)
+                x_ticks=[(k + 0.5, str(k)) for k in range(0, count, step)],
+                y_ticks=[(k + 0.5, labels[k]) for k in range(0, count, step)], text_size=size)
     pixels = np.where(np.eye(count, dtype=bool)[..., None], right, wrong).repeat(cell, 0).repeat(cell, 1)
-    if cell >= 6:
+    if cell >= 9:
         pixels[::cell] = pixels[:, ::cell] = GRID
     plot.heat_map(pixels)
     draw, size = ImageDraw.Draw(plot.image), max(8, min(14, cell // 3))
     for r, c in np.argwhere(matrix > 0) if cell >= 18 else ():
         text = f"{matrix[r, c]:.0f}" + f"\n{shares[r, c]:.0%}" * (cell >= 50)
-        left, _, right, _ = draw.textbbox((0, 0), text, font(size))
-        if right - left <= cell - 4:
+        if draw.multiline_textbbox((0, 0), text, font(size))[2] <= cell - 4:
             draw.text(plot.place(c + 0.5, r + 0.5), text, "white" if shares[r, c] > 0.7 else INK, font(size), "mm",
                       align="center")
     save_image(path, plot.image)
@@ -99,13 +97,13 @@ def label_statistics(path, boxes, classes, sizes, names):
     """Writes one picture of a data set's labels: instances per class, where the boxes' centres are, how large the boxes
     are, and how many an image has.
 
-    boxes: per image (n, 4); classes: per image (n,); sizes: per image (height, width); names: of all classes.
+    boxes: per image an array (n, 4); classes: per image (n,); sizes: per image (height, width); names: of all classes.
     """
     per_image = np.array([len(rows) for rows in boxes])
     size = np.repeat(np.array(sizes)[:, ::-1], per_image, 0)
-    every = np.concatenate([np.reshape(to_numpy(rows), (-1, 4)) for rows in boxes])
+    every = np.concatenate(boxes)
     centre, extent = ((every[:, :2] + every[:, 2:]) * 50 / size).T, ((every[:, 2:] - every[:, :2]) * 100 / size).T
-    counts = np.bincount(np.concatenate([*map(to_numpy, classes)]).astype(int), minlength=len(names))
+    counts = np.bincount(np.concatenate(classes).astype(int), minlength=len(names))
     axis, decades = [(0, "0"), (50, "50"), (100, "100")], [(p, f"{10.0 ** p:g}") for p in range(-2, 3)]
     centres = _density(*centre, (0, 100), (100, 0), axis, title="x and y of the centres, %", note=f"{len(every):,} boxes")
     note = "median {:.2g} x {:.2g}".format(*np.median(extent, 1)) if len(every) else ""
@@ -137,12 +135,12 @@ def _instances(counts, names, most=20, least=10):
 
 def _images_per_count(per_image):
     """How many images have 0, 1, 2, ... boxes, in at most 70 bars."""
-    width = math.ceil((per_image.max() + 1) / 70)
-    bars = np.bincount(per_image // width, minlength=10)
-    x, y = (-0.5, len(bars) * width - 0.5), (0, bars.max() * 1.05)
-    plot = Plot((674, 200), x, y, title="images by number of boxes" + f", in steps of {width:,}" * (width > 1),
-                note=f"mean {per_image.mean():.3g}, most {per_image.max():,}, none in {np.sum(per_image == 0):,}",
-                x_ticks=ticks(*x, whole=True), y_ticks=ticks(*y, whole=True))
-    for i in np.flatnonzero(bars):
-        plot.bar((i + 0.08) * width - 0.5, 0, (i + 0.92) * width - 0.5, bars[i], LINE)
+    most = per_image.max()
+    counts, edges = np.histogram(per_image, min(70, most + 1), (-0.5, most + 0.5))
+    x, y, gap = (-0.5, most + 0.5), (0, counts.max() * 1.05), 0.08 * (edges[1] - edges[0])
+    plot = Plot((674, 200), x, y, title="images by number of boxes", x_ticks=ticks(*x, whole=True),
+                y_ticks=ticks(*y, whole=True),
+                note=f"mean {per_image.mean():.3g}, most {most:,}, none in {np.sum(per_image == 0):,}")
+    for i in np.flatnonzero(counts):
+        plot.bar(edges[i] + gap, 0, edges[i + 1] - gap, counts[i], LINE)
     return plot.image

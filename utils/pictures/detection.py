@@ -35,7 +35,7 @@ def draw_boxes(rgb, boxes, classes, names, scores=None):
     """
     picture, (height, width) = Image.fromarray(rgb), rgb.shape[:2]
     draw, line = ImageDraw.Draw(picture), round(max(height, width) / 400 + 0.5)
-    boxes, classes, edge = to_numpy(boxes).reshape(-1, 4), to_numpy(classes).astype(int), (width, height)
+    boxes, classes, edge = to_numpy(boxes), to_numpy(classes).astype(int), (width, height)
     order = np.arange(len(boxes)) if scores is None else np.argsort(to_numpy(scores), kind="stable")
     low, high, tags = boxes[:, :2], boxes[:, 2:], []
     for i in order[((low < edge) & (high > 0) & (low <= high)).all(1)[order]]:
@@ -79,10 +79,10 @@ def detection_sheet(path, images, gt_boxes, predictions=None, *, names, limit=8,
         rgb = to_rgb(image)
         picture = fit(rgb, max_side)
         zoom = max(picture.shape) / max(rgb.shape)
-        truth = to_numpy(gt_boxes[i]).reshape(-1, 5)
+        truth = to_numpy(gt_boxes[i])
         groups.append([draw_boxes(picture, truth[:, :4] * zoom, truth[:, 4], names)])
         if predictions is not None:
-            found = to_numpy(predictions[i]).reshape(-1, 6)
+            found = to_numpy(predictions[i])
             found = found[found[:, 4] >= score]
             groups[-1].append(draw_boxes(picture, found[:, :4] * zoom, found[:, 5], names, found[:, 4]))
     legend = {class_name(names, k): colour_of(k) for k in range(len(names))} if len(names) <= MOST else None

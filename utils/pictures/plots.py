@@ -40,15 +40,15 @@ class Plot:
                 self.bottom - (y - y0) / (y1 - y0) * (self.bottom - TOP))
 
     def lines(self, xs, lines):
-        """lines: [(values (N,), colour, width, radius of the dots)]; a gap wherever a value is not finite."""
+        """lines: [(values (N,), colour, width)], with dots at the values; a gap wherever a value is not finite."""
         big = self.image.resize([side * FINE for side in self.image.size], Image.Resampling.NEAREST)
         draw = ImageDraw.Draw(big)
-        for ys, colour, width, radius in lines:
+        for ys, colour, width in lines:
             points, finite = (np.stack(self.place(xs, ys), 1) + 0.5) * FINE, np.isfinite(ys)
             for i in np.flatnonzero(finite):
                 if i and finite[i - 1]:
                     draw.line([*points[i - 1], *points[i]], colour, width * FINE)
-                draw.circle(points[i].tolist(), radius * FINE, colour)
+                draw.circle(points[i].tolist(), 0.75 * width * FINE, colour)
         self.image = big.reduce(FINE)
 
     def bar(self, x0, y0, x1, y1, colour):

@@ -29,10 +29,8 @@ font = functools.cache(lambda size: ImageFont.load_default(size=size))  # Pillow
 
 def text_line(draw, xy, text, *, size=13, anchor="lm", fill=INK, width=math.inf):
     """Draws one line of text, shortened to `width` pixels."""
-    if draw.textlength(text, font(size)) > width:
-        while text and draw.textlength(text + "...", font(size)) > width:
-            text = text[:-1]
-        text += "..."
+    while len(text) > 3 and draw.textlength(text, font(size)) > width:
+        text = text[:-4] + "..."
     draw.text(xy, text, fill, font(size), anchor)
 
 

@@ -112,8 +112,7 @@ def render(projects, form="text"):
     table."""
     if form == "csv":
         return cells.as_csv([row for rows in projects.values() for row in rows])
-    return "\n".join(cells.as_text(rows, markdown=form == "markdown", digits={"minutes": 1})
-                     for rows in projects.values())
+    return "\n".join(cells.as_text(rows, markdown=form == "markdown") for rows in projects.values())
 
 
 def _order(row):
@@ -129,13 +128,12 @@ def _row(run, metric):
     known = [row for row in results if math.isfinite(row.get(name, math.nan))]
     best = (min if "loss" in name else max)(known, key=lambda row: row[name], default={})
     seconds = [row["seconds"] for row in results if math.isfinite(row.get("seconds", math.nan))]
-    swa = averaged.get(name) if chosen.get("swa", 1) else None  # else outdated
     defaults = note.get("defaults")
-    return {"run": str(run), "date": str(note.get("started") or ""), "metric": name, "best": best.get(name),
+    return {"run": str(run), "date": note.get("started", ""), "metric": name, "best": best.get(name),
             "epoch": int(best["epoch"]) if best else None,
             "last": results[-1][name] if known and known[-1] is results[-1] else None,
-            "swa": swa if isinstance(swa, float) and math.isfinite(swa) else None,
-            "minutes": sum(seconds) / 60 if seconds else None, "commit": str(note.get("commit") or ""),
+            "swa": averaged.get(name) if chosen.get("swa", 1) else None,  # else outdated
+            "minutes": sum(seconds) / 60 if seconds else None, "commit": note.get("commit", ""),
             "flags": flags(chosen, defaults if isinstance(defaults, dict) else {})}
 
 

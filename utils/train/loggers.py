@@ -32,11 +32,11 @@ def _optional(module, name, package):
         raise UserError(f"--{package}: {package} cannot be imported ({error}); pip install {package}") from error
 
 
-def make_loggers(run_dir, *, tensorboard=False, wandb=False, name="", config=None):
+def make_loggers(run_dir, *, tensorboard=False, wandb=False, config=None):
     """Loggers that write TensorBoard events to run_dir and a W&B run, each when asked for; only rank 0 should ask.
 
-    name: of the W&B run (default: the folder's); config: dict of plain values shown with it. The W&B project is
-    WANDB_PROJECT or the folder above the run's; WANDB_MODE=offline works without an account or a network. The run's id
+    config: dict of plain values that W&B shows. The W&B run has the folder's name, the project is WANDB_PROJECT or the
+    folder above the run's; WANDB_MODE=offline works without an account or a network. The run's id
     is kept in run_dir/wandb_id.txt, so that a resumed run continues its own curves.
     Raises UserError if a package is missing or W&B cannot start.
     """
@@ -52,7 +52,7 @@ def make_loggers(run_dir, *, tensorboard=False, wandb=False, name="", config=Non
         start, kept = _optional("wandb", "init", "wandb"), run_dir / "wandb_id.txt"
         try:
             run = start(project=os.environ.get("WANDB_PROJECT") or run_dir.resolve().parent.name,
-                        name=name or run_dir.resolve().name, dir=str(run_dir), config=config,
+                        name=run_dir.resolve().name, dir=str(run_dir), config=config,
                         id=kept.read_text().strip() if kept.exists() else None, resume="allow")
         except Exception as error:  # no account, no network, a deleted run: the user must settle all of them
             message = " ".join(str(error).split())
