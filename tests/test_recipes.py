@@ -1,5 +1,5 @@
-"""The changes of docs/modify.md: each diff applies to a copy of the source, trains, resumes bit by bit and predicts, and
-what it changes is found in the training or in the prediction."""
+"""The changes of docs/modify.md: with each diff, a copy of the source trains, resumes bit by bit and predicts, and what
+the diff changes is found in the training or in the prediction."""
 import csv
 import importlib
 import itertools
@@ -73,7 +73,7 @@ RECIPES = read_recipes(MODIFY)
 
 
 class Repository:
-    """A copy of the source with a diff; its scripts and functions run in forks of this process, in the copy's folder."""
+    """A copy of the source with a diff. Its scripts and functions run in forks of this process, in its folder."""
 
     def __init__(self, folder, command, diff=""):
         self.folder, self.command = folder, command
@@ -310,7 +310,8 @@ def test_normalisation(recipe):
     assert [len(part) for part in numbers] == [10, 10]
     *_, probs = code.ask(by_hand, run / "last.pt", tile_to_predict(code), numbers)
     *_, scaled = code.ask(by_hand, run / "last.pt", tile_to_predict(code))
-    assert agreement(code, run, probs) == 1 and ((probs > np.median(probs)) == (scaled > np.median(scaled))).mean() < 0.9
+    assert agreement(code, run, probs) == 1
+    assert ((probs > np.median(probs)) == (scaled > np.median(scaled))).mean() < 0.9
     assert_trained_otherwise(4, last, plain)
 
     older = plain.folder / "runs/seg/straight"
@@ -426,7 +427,7 @@ def test_score(recipe):
 
 
 def outputs(checkpoint, picture):
-    """Asked of a copy: a detector's rows for a picture (48, 64, 3) in the middle of the canvas that predict.py takes."""
+    """Asked of a copy: the rows of a detector for a picture (48, 64, 3), on a canvas like predict.py's."""
     import nets
     state = load(checkpoint)
     net = nets.build(state["arch"]).eval()
