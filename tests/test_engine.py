@@ -1,4 +1,4 @@
-"""utils/train/engine.py: the loop against a loop written by hand, its records, and what it refuses to save."""
+"""utils/train/engine.py and state.py: the loop against one written by hand, its records, and what it does not save."""
 import contextlib
 import copy
 import csv
@@ -16,11 +16,11 @@ import torch
 from data.loader import eval_loader, train_loader
 from tests.harness import differences, read
 from tests.toy import Data, Faults, Net, make_evaluate, make_loss
-from utils.pictures import charts
 from utils.errors import NumericalError, Stopped, UserError
-from utils.train import checkpoint, engine, optim
-from utils.train.loggers import Loggers
-from utils.train.terminal import Progress, Signals
+from utils.pictures import charts
+from utils.train import checkpoint, dist, engine, optim
+from utils.train.loggers import Loggers, Progress
+from utils.train.state import State, autocast, precision
 
 CPU = torch.device("cpu")
 
@@ -46,10 +46,9 @@ def train(folder, *, epochs=2, size=26, bs=4, seed=0, lr=0.02, optimizer="adamw"
         schedule = optim.make_schedule(schedule, steps_per_epoch=steps, epochs=total or epochs, period=period)
     if evaluate == "toy":
         evaluate = make_evaluate(eval_loader(Data(10), 4), CPU, faults)
-    state = engine.State(model, optimizer, schedule, device=CPU, swa=swa,
-                         ema=optim.make_ema(model, steps * (total or epochs)) if ema else None,
-                         **{"amp": "off"} | {k: options.pop(k) for k in ("amp", "accumulate", "clip", "compile")
-                                             if k in options})
+    kept = {k: options.pop(k) for k in ("amp", "accumulate", "clip", "compile") if k in options}
+    state = State(model, optimizer, schedule, device=CPU, swa=swa,
+                  ema=optim.make_ema(model, steps * (total or epochs)) if ema else None, **{"amp": "off"} | kept)
     engine.fit(state, loader, compute_loss or make_loss(faults), evaluate, folder=folder, epochs=epochs, seed=seed,
                header={"task": "toy", "arch": {"name": "Net"}, "args": {}},
                resume=checkpoint.load(folder / "last.pt") if resume else None, **options)
@@ -539,7 +538,7 @@ def test_nan_is_noticed_within_a_second(tmp_path):
 # ---- signals ---------------------------------------------------------------------------------------------------------
 def test_signals_are_noted_and_raised_only_where_allowed():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Signals() as signals:
+    with dist.Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.signum == signal.SIGINT
         with pytest.raises(Stopped) as caught, signals.interruptible():  # it came before: at once
@@ -584,18 +583,18 @@ def test_a_signal_while_saving_stops_right_after_it(tmp_path, monkeypatch, epoch
 # ---- small parts -----------------------------------------------------------------------------------------------------
 def test_precision(monkeypatch):
     for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}.items():
-        assert engine.precision(name, CPU) is dtype
+        assert precision(name, CPU) is dtype
     for amx, avx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-        assert engine.precision("auto", CPU) is (torch.bfloat16 if amx or avx else None)
+        assert precision("auto", CPU) is (torch.bfloat16 if amx or avx else None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert engine.precision("auto", torch.device("cuda")) is torch.float16
+    assert precision("auto", torch.device("cuda")) is torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert engine.precision("auto", torch.device("cuda")) is torch.bfloat16
-    with engine.autocast(CPU, None):
+    assert precision("auto", torch.device("cuda")) is torch.bfloat16
+    with autocast(CPU, None):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
-    with engine.autocast(CPU, torch.bfloat16):
+    with autocast(CPU, torch.bfloat16):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
 
 

@@ -23,6 +23,7 @@ from tests.toy import Data, Net
 from utils.errors import Stopped
 from utils.pictures import charts
 from utils.train import dist, engine, optim
+from utils.train.state import State, autocast
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +106,7 @@ def gradients(make, weight, amp=None, **options):
     torch.manual_seed(0)
     net = make(**options).train()
     image = torch.randn(2, 3, 64, 64).requires_grad_()
-    with engine.autocast(CPU, amp):
+    with autocast(CPU, amp):
         loss = mean_square(net(image))
         loss = loss + weight * penalty(loss, image)
     loss.backward()
@@ -203,8 +204,8 @@ def test_a_mean_teacher(tmp_path):
     """The loss uses the EMA weights, which the state has before the loss is written."""
     torch.manual_seed(0)
     net = Net()
-    state = engine.State(net, optim.make_optimizer("adamw", optim.param_groups(net, 0.01), lr=0.02), lambda *_: 1.0,
-                         device=CPU, ema=optim.make_ema(net, 100), amp="off")
+    state = State(net, optim.make_optimizer("adamw", optim.param_groups(net, 0.01), lr=0.02), lambda *_: 1.0,
+                  device=CPU, ema=optim.make_ema(net, 100), amp="off")
     gaps = []
 
     def compute_loss(model, batch):

@@ -6,8 +6,9 @@ import torch
 from utils.errors import Parser, UserError
 from utils.files import write_json
 from utils.pictures import table
-from utils.train import dist, engine, optim, runs
+from utils.train import dist, optim, runs
 from utils.train.loggers import make_loggers
+from utils.train.state import State
 from utils.train.swa import SWA, with_swa
 
 KEPT = ("weights", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run keeps its weights and its split
@@ -241,7 +242,7 @@ def _check_flags(parser, args, given, needs):
 
 
 def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_decay=None, eps=1e-8):
-    """What the shared flags decide -> (engine.State, the keyword arguments of engine.fit: epochs, records, ...).
+    """What the shared flags decide -> (State, the keyword arguments of engine.fit: epochs, records, ...).
 
     The model is moved to the device, and its batch norms are synchronised with --sync-bn: see `State.model`.
     part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
@@ -258,10 +259,10 @@ def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_d
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
     swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
     schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa)
-    state = engine.State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
-                         ema=optim.make_ema(model, steps * epochs) if args.ema else None,
-                         swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
-                         clip=args.clip, compile=args.compile)
+    state = State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
+                  ema=optim.make_ema(model, steps * epochs) if args.ema else None,
+                  swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
+                  clip=args.clip, compile=args.compile)
     loggers = make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
                            config=vars(args))
     return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,

@@ -1,7 +1,9 @@
-"""Several processes, started by torchrun. With a single process, these functions do nothing."""
+"""Several processes, started by torchrun, and the signals that stop them. With a single process, functions that exchange
+something do nothing."""
 import contextlib
 import ctypes
 import os
+import signal
 import time
 import uuid
 from datetime import timedelta
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_gather
 
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 
 PATIENCE = timedelta(hours=1)  # for other ranks, which may be reading all images or filling a cache
 
@@ -129,6 +131,45 @@ def mean(tensor):
         dist.all_reduce(tensor)
         tensor /= world_size()
     return tensor
+
+
+class Signals:
+    """While it is entered, SIGTERM and Ctrl-C only set `signum`, which the loop reads between two optimizer steps."""
+
+    def __enter__(self):
+        self.signum, self.raises = 0, False
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum, frame):
+        self.signum = signum
+        if self.raises:
+            self.raises = False
+            raise Stopped(signum)
+
+    def check(self, number=0):
+        """Raises Stopped on every rank when one of them got a signal. Else returns the ranks' largest `number`, 0 or 1.
+        """
+        number = any_rank(self.signum or number)
+        if number > 1:
+            raise Stopped(number)
+        return number
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Inside, a signal raises Stopped at once: for validation, which changes nothing. With several processes, all
+        of them finish the validation instead, because one that stopped would leave the others waiting."""
+        self.raises = world_size() == 1
+        try:
+            if self.raises and self.signum:
+                raise Stopped(self.signum)
+            yield
+        finally:
+            self.raises = False
 
 
 def same_weights(module):

@@ -2,7 +2,7 @@
 cyclic learning rate keeps the weights moving; their mean generalises better than each of them.
 
     schedule = with_swa(schedule, steps_per_epoch=steps, epochs=30, share=0.25)
-    state = engine.State(model, optimizer, schedule, swa=SWA(model, epochs=30, share=0.25), ...)    # fit writes swa.pt
+    state = State(model, optimizer, schedule, swa=SWA(model, epochs=30, share=0.25), ...)    # engine.fit writes swa.pt
 """
 import contextlib
 
