@@ -185,7 +185,7 @@ def with_names(extra, table, root):
     images. UserError when it has classes that `table` does not have, or several labels per image where that has one."""
     unknown = [name for name in extra.names if name not in table.names]
     if unknown or table.single_label and not extra.single_label:
-        what = f"has the class {unknown[0][:80]}" if unknown else "has one class an image or several"
+        what = f"has the class {unknown[0][:80]}" if unknown else "has one label per image or several"
         raise UserError(f"{root}: {what}, unlike --data; correct its table, or leave --extra-data out")
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)
     labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
