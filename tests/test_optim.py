@@ -554,6 +554,7 @@ def test_ema_is_the_formula(total, horizon):
     assert ema.module[1].num_batches_tracked == net[1].num_batches_tracked == 40
     assert ema.module[1].num_batches_tracked.dtype == torch.int64
     assert int(ema.n_averaged) == 40 and not any(p.requires_grad for p in ema.parameters())
+    assert not ema.module[1].training  # its batch norms do not learn from what a loss shows it
     assert all(p.requires_grad for p in net.parameters())
     if horizon > 1:
         assert not torch.allclose(ema.module[0].weight, net[0].weight)

@@ -232,4 +232,4 @@ def make_ema(model, total_steps):
             torch._foreach_copy_(averaged, current)
 
     ema = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    return ema.requires_grad_(False)
+    return ema.requires_grad_(False).eval()  # always, also in a loss, where it may be the teacher
