@@ -64,7 +64,7 @@ def test_ciou_and_its_gradient_are_torchvisions():
 
 
 def test_ciou_by_hand():
-    # 4 x 2 against 2 x 4, one inside the other's square: IoU 4 / 12; centres 0 apart; angles atan(2) - atan(1/2)
+    # 4 x 2 against 2 x 4 with the same centre: IoU 4 / 12; distance 0; angles atan(2) and atan(1/2)
     a, b = torch.tensor([0., 1, 4, 3]), torch.tensor([1., 0, 3, 4])
     v = 4 / math.pi ** 2 * (math.atan(2) - math.atan(0.5)) ** 2
     assert iou(a, b, kind="ciou").item() == pytest.approx(1 / 3 - v * v / (1 - 1 / 3 + v), abs=1e-6)
@@ -82,11 +82,12 @@ def test_degenerate_boxes_stay_finite(kind, dtype):
     value = iou(a, b, kind=kind)
     assert value.dtype == (dtype if dtype == torch.float64 else torch.float32)
     assert value.isfinite().all() and value.max() <= 1 + 1e-6
-    assert value.view(9, 9)[[k for k in range(9) if k != 4]][:, [0, 1, 2, 3, 5, 6, 7, 8]].min() >= -1.5  # 4 is no box
-    if dtype != torch.float16:  # the angle of a box without area turns by 1e7 per pixel, more than float16 holds
+    valid = [k for k in range(9) if k != 4]  # box 4 has swapped corners
+    assert value.view(9, 9)[valid][:, valid].min() >= -1.5
+    if dtype != torch.float16:  # the angle's slope at a box without area is 1e7 per pixel, above float16's range
         value.sum().backward()
         assert a.grad.isfinite().all() and (a.grad.abs() < 1e9).all()
-    if kind == "iou":  # no area, no overlap; nor have corners the wrong way round
+    if kind == "iou":  # boxes without area and with swapped corners overlap nothing
         assert (value[[0, 1, 2, 4, 6]] == 0).all()
 
 
@@ -98,7 +99,7 @@ def test_another_kind_is_refused():
 # ---- suppression
 
 def predictions(images=3, n=400, classes=4, objects=6, size=300., seed=0):
-    """Clusters of overlapping boxes, and noise; float32 rows."""
+    """Rows of `nms` in float32: clusters of overlapping boxes with noise."""
     g = torch.Generator().manual_seed(seed)
     rows = torch.rand(images, n, 5 + classes, generator=g)
     centres = torch.rand(images, objects, 4, generator=g) * torch.tensor([size, size, 60, 60]) + 20
@@ -108,7 +109,7 @@ def predictions(images=3, n=400, classes=4, objects=6, size=300., seed=0):
 
 
 def brute_force(rows, conf=0.001, iou=0.6, max_det=300, multi_label=True, max_candidates=30000, agnostic=False):
-    """One image in plain float64 Python -> [(row, class)], which survive in this order."""
+    """`nms` of one image in plain float64 Python -> the survivors [(row, class)], in order."""
     found = []
     for i, (x, y, w, h, obj, *probs) in enumerate(rows.tolist()):
         scores = [torch.tensor(obj).mul(p).item() for p in probs]  # the float32 product
@@ -122,7 +123,7 @@ def brute_force(rows, conf=0.001, iou=0.6, max_det=300, multi_label=True, max_ca
 
 
 def survivors(rows, detections):
-    """The (row, class) of detections, found again by their box and score."""
+    """The (row, class) of each detection, found by its box and score."""
     scores = rows[:, 4:5] * rows[:, 5:]
     same = (to_xyxy(rows[:, :4])[None] == detections[:, None, :4]).all(2)[:, :, None] & (
         scores[None] == detections[:, 4, None, None])
@@ -162,7 +163,7 @@ def test_nms_against_torchvision_class_by_class():
 
 def test_an_image_does_not_depend_on_the_others():
     rows = predictions(images=5)
-    rows[2, :, 4] = 0  # one without anything in the middle
+    rows[2, :, 4] = 0  # an image without detections in the middle
     together = nms(rows)
     assert len(together[2]) == 0 and min(len(together[i]) for i in (0, 1, 3, 4)) > 0
     for i in range(5):
@@ -178,13 +179,13 @@ def test_many_classes_far_apart_keep_their_pixels():
     rows[0, 1::2, 0] += shift
     rows[0, :, 2:4], rows[0, ::2, 4], rows[0, 1::2, 4] = 1, 0.9, 0.8
     rows[0, torch.arange(160), 5 + torch.arange(80).repeat_interleave(2)] = 1
-    far = torch.zeros(1, 1, 85)  # one in the opposite corner spreads the classes
+    far = torch.zeros(1, 1, 85)  # a box in the opposite corner, so that the classes are placed far apart
     far[..., :6] = torch.tensor([1., 1, 2, 2, 0.1, 1])
     detections = nms(torch.cat((rows, far), 1))[0]
     assert survivors(rows[0], detections[:-1]) == brute_force(rows[0])
     assert len(detections) == 80 + int((shift > 0.25).sum()) + 1
     boxes, label = to_xyxy(rows[0, :, :4]), torch.arange(80).repeat_interleave(2)
-    in_float32 = batched_nms(boxes, rows[0, :, 4], label, 0.6)  # offsets in float32, as few boxes are done there
+    in_float32 = batched_nms(boxes, rows[0, :, 4], label, 0.6)  # it adds offsets in float32 when there are few boxes
     assert len(in_float32) != len(detections)  # else the case is too easy
 
 
@@ -192,7 +193,7 @@ def test_broken_rows_are_absent():
     rows = predictions()
     expected = nms(rows)
     broken = predictions(n=27, seed=9)
-    for k in range(27):  # each value in each column once
+    for k in range(27):  # each non-finite value once in each column
         broken[:, k, k // 3] = (math.nan, math.inf, -math.inf)[k % 3]
     for order in ((broken, rows), (rows, broken)):
         for options in ({}, {"max_candidates": 10 ** 6}, {"multi_label": False}):
@@ -202,7 +203,7 @@ def test_broken_rows_are_absent():
     assert all(len(d) for d in expected)
 
 
-def test_a_stray_box_costs_the_others_nothing():
+def test_a_far_box_does_not_cost_the_others_precision():
     rows, stray = predictions(), torch.zeros(3, 4, 9)
     stray[..., 4:] = 0.999
     stray[..., :4] = torch.tensor([[1e30, 0, 1e20, 1e20], [0, -1e35, 5, 5], [3e38, 3e38, 1, 1], [0, 0, 3e38, 3e38]])
@@ -254,7 +255,7 @@ def detection(x, score, label=0., size=10.):
 
 def test_wbf_by_hand():
     a, b, c = (torch.tensor([row]) for row in (detection(0, 0.8), detection(2, 0.4), detection(50, 0.6)))
-    # 0 and 2 fuse: x = (0.8 * 0 + 0.4 * 2) / 1.2, score = 0.6 x 2 of 2 models; 50 was seen by one of two models
+    # 0 and 2 fuse: x = (0.8 * 0 + 0.4 * 2) / 1.2, score = 0.6 x 2 of 2 models; one of two models has found 50
     fused = wbf([torch.cat((a, c)), b])
     torch.testing.assert_close(fused, torch.tensor([[2 / 3, 0, 32 / 3, 10, 0.6, 0], [50, 0, 60, 10, 0.3, 0]]))
     # weights 3 : 1: the scores become 2.4 and 0.4; 2.8 / 2 x 2 / 4
@@ -277,7 +278,7 @@ def test_wbf_compares_with_the_fused_box():
 
 
 def slow_wbf(detections, weights, threshold, conf):
-    """The paper, step by step: every fused box is computed anew from the list of its members."""
+    """The paper's algorithm: every fused box is computed again from the list of its members."""
     entries = sorted(((row[4] * w, row[:4], row[5], m) for m, (rows, w) in enumerate(zip(detections, weights))
                       for row in rows.tolist() if row[4] > conf), key=lambda e: -e[0])
     clusters = []
@@ -314,7 +315,7 @@ def test_wbf_against_a_slow_loop(weights, threshold, conf):
 
 
 def test_wbf_of_one_models_several_boxes():
-    """They are no consent of other models: not above their own score, nor as sure as what two have seen."""
+    """They do not count as agreement of models: the score is not above theirs, and below that of two models."""
     own = torch.tensor([detection(0, 0.9), detection(1, 0.85), detection(2, 0.8)])
     for weights, share in ((None, 0.5), ([3., 1.], 0.75)):
         [fused] = wbf([own, torch.zeros(0, 6)], weights=weights)
@@ -322,7 +323,7 @@ def test_wbf_of_one_models_several_boxes():
     assert float(wbf([own, own[:1]])[0, 4]) == pytest.approx(0.9, rel=1e-6)
 
 
-def test_wbf_of_little():
+def test_wbf_of_few_or_no_detections():
     one = torch.tensor([detection(0, 0.8)])
     assert wbf([]).shape == wbf([torch.zeros(0, 6)]).shape == wbf([torch.zeros(0, 6)] * 3).shape == (0, 6)
     torch.testing.assert_close(wbf([one]), one)

@@ -18,7 +18,7 @@ from nets.blocks import fuse
 from nets.efficientnet import VARIANTS, Block, EfficientNetV2, SameConv, drop_path
 from nets.unet import UNet
 from tests.conftest import TINY
-from tests.test_nets import assert_equal, count, lived_in, randn
+from tests.test_nets import assert_equal, count, with_statistics, randn
 from utils.train import checkpoint
 
 # variant: parameters with 1000 classes; widths of the maps at strides 2, 4, 8, 16, 32 (published)
@@ -31,7 +31,7 @@ PUBLISHED = {
 
 
 def bare(make):
-    """The net that `make` gives, on the meta device, its initialisation skipped: L's takes seconds even there."""
+    """The net of `make` on the meta device, without initialisation, which takes seconds for L even there."""
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
         for name in ("normal_", "uniform_", "kaiming_uniform_", "kaiming_normal_", "trunc_normal_"):
             patch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
@@ -39,7 +39,7 @@ def bare(make):
 
 
 def filled(net):
-    """A bare net with random weights of variance 1 / fan-in (100,003 numbers in turn); norms know its activations.
+    """A bare net with random weights of variance 1 / fan-in (100,003 numbers in turn) and fitting batch norms.
 
     With statistics of chance the signal would fade from block to block, and wrong blocks not show at the end.
     """
@@ -49,9 +49,9 @@ def filled(net):
         fan_in = tensor[0].numel() if tensor.ndim > 1 else 100
         repeated = (noise * (3 / fan_in) ** 0.5).repeat(-(-tensor.numel() // len(noise)))
         tensor.copy_(repeated[:tensor.numel()].view(tensor.shape)) if tensor.ndim else tensor.zero_()
-    norms = [m for m in lived_in(net).modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in with_statistics(net).modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
-        m.momentum = 0.9  # not 1: single channels with next to no variance would blow up on another image
+        m.momentum = 0.9  # not 1: channels with almost no variance would explode on another image
     with torch.no_grad():
         net.train()(randn(2, next(net.parameters()).shape[1], 64, 64, seed=9))
     for m in norms:
@@ -77,7 +77,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def small():
-    return lived_in(EfficientNetV2("b0", num_classes=5)).eval()
+    return with_statistics(EfficientNetV2("b0", num_classes=5)).eval()
 
 
 # ---- the published nets ---------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_s_is_timms(size, pair):
 def test_maps_are_timms():
     theirs = filled(bare(lambda: timm.create_model("tf_efficientnetv2_s", features_only=True))).eval()
     ours = EfficientNetV2("s", num_classes=None).eval()
-    ours.load_state_dict(theirs.state_dict())  # strict: as an encoder it has no tensor more than timm's
+    ours.load_state_dict(theirs.state_dict())  # strict: the encoder has the same tensors as timm's
     for size in ((64, 96), (67, 33)):
         with torch.no_grad():
             for a, b, channels, stride in zip(ours.features(randn(2, 3, *size)), theirs(randn(2, 3, *size)),
@@ -135,7 +135,7 @@ def test_bands_classes_and_pooled_features(bands):
 
 
 def test_torchvisions_by_its_own_names(tmp_path):
-    """Its random weights through a file: every tensor in its place, the same logits, even and odd sizes."""
+    """Random weights from torchvision through a file give the same logits, for even and odd sizes."""
     theirs = filled(bare(torchvision.models.efficientnet_v2_s)).eval()
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
     ours = EfficientNetV2("s", padding="symmetric").eval()
@@ -149,7 +149,7 @@ def test_torchvisions_by_its_own_names(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["s", "m", "l"])
-def test_every_torchvision_name_has_its_place(variant):
+def test_every_torchvision_name_is_converted(variant):
     """Both list their tensors in the order of the computation."""
     theirs = bare(getattr(torchvision.models, f"efficientnet_v2_{variant}")).state_dict()
     ours = bare(lambda: EfficientNetV2(variant)).state_dict()
@@ -185,7 +185,7 @@ def test_same_padding_is_tensorflows(size):
 
 @pytest.mark.parametrize("drops", [{}, {"drop_rate": 0.3, "drop_path_rate": 0.4}], ids=["plain", "drops"])
 def test_training_is_timms(drops):
-    """Logits, gradients and running statistics; with drops too, from the same state of torch's generator."""
+    """Logits, gradients and running statistics, also with dropout from the same state of torch's generator."""
     ours, theirs = timms("b0", num_classes=7, **drops)
     ours, outputs = copy.deepcopy(ours), []
     for net in (ours, theirs):
@@ -219,7 +219,7 @@ def test_drops_are_off_in_evaluation(small):
 
 
 def test_initialisation_is_timms():
-    """Every convolution's and the classifier's spread within what chance allows (5 sigma); norms and biases equal."""
+    """The deviations of all weights are equal within 5 sigma; batch norms and biases are equal."""
     torch.manual_seed(0)
     net = EfficientNetV2("b0")
     ours, theirs = net.state_dict(), timm.create_model("tf_efficientnetv2_b0").state_dict()
@@ -238,17 +238,17 @@ def test_initialisation_is_timms():
 
 
 def test_checkpointing_changes_nothing_but_memory():
-    """Loss, gradients and running statistics to the bit, stochastic depth included; every block runs twice."""
+    """Loss, gradients and running statistics are bit-equal, also with stochastic depth; every block runs twice."""
     options = dict(num_classes=5, drop_rate=0.2, drop_path_rate=0.5)
     plain, saving = EfficientNetV2("b0", **options), EfficientNetV2("b0", **options, grad_checkpoint=True)
-    saving.load_state_dict(lived_in(plain).state_dict())
+    saving.load_state_dict(with_statistics(plain).state_dict())
     runs, random = [], []
     saving.blocks[5][3].register_forward_pre_hook(lambda *_: runs.append(1))
     for net in (plain, saving):
         torch.manual_seed(3)
         loss = net(randn(4, 3, 33, 48)).square().mean()
         loss.backward()
-        random.append((loss.detach(), torch.rand(1)))  # the second pass leaves the generator where it was
+        random.append((loss.detach(), torch.rand(1)))  # the second forward pass does not advance the generator
     assert random[0] == random[1] and len(runs) == 2
     for (name, a), b in zip(plain.named_parameters(), saving.named_parameters()):
         assert torch.equal(a.grad, b[1].grad), name
@@ -257,7 +257,7 @@ def test_checkpointing_changes_nothing_but_memory():
 
 
 def test_every_parameter_of_an_encoder_gets_a_gradient():
-    """Else DDP waits for ever."""
+    """Otherwise DDP waits forever."""
     net = UNet("efficientnetv2_b0", in_chans=3, conv0=(), decoder=(8, 8, 8, 8))
     net(randn(2, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None for p in net.parameters())

@@ -20,7 +20,7 @@ def image(*shape, seed=0, dtype=torch.float32):
 
 
 def general(seed, height, width, shear=True):
-    """A rotation, zoom, shear and shift about the middle."""
+    """A random rotation, zoom, shear and shift about the centre."""
     rng = np.random.default_rng(seed)
     matrix = rotate(rng.uniform(-180, 180)) @ scale(*rng.uniform(0.7, 1.4, 2)) @ translate(-width / 2, -height / 2)
     if shear:
@@ -78,7 +78,7 @@ LATTICE = [rot90(k, 9, 11) @ f @ translate(dx, dy) for k in range(4) for f in (n
 
 @pytest.mark.parametrize("matrix", LATTICE)
 def test_points_and_boxes_follow_the_pixels_exactly(matrix):
-    """A marked pixel and a filled rectangle, moved as image, bilinear and as mask; found again by looking."""
+    """A marked pixel and a filled rectangle are moved, bilinear and nearest, and searched in the result."""
     marked, filled = torch.zeros(1, 9, 11), torch.zeros(1, 9, 11)
     marked[0, 3, 5], filled[0, 2:6, 3:8] = 1, 1
     for mode in ("bilinear", "nearest"):
@@ -91,7 +91,7 @@ def test_points_and_boxes_follow_the_pixels_exactly(matrix):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_points_and_boxes_follow_the_pixels_of_any_matrix(seed):
-    """Enlarged eight times: the marked pixel's centre of mass to 0.02, the rectangle's edges to a pixel."""
+    """Enlarged eight times; the marked pixel's centre of mass agrees to 0.02, the rectangle's edges to one pixel."""
     matrix = translate(80, 80) @ scale(8, 8) @ translate(-6, -5) @ general(seed, 9, 11)
     marked, filled = torch.zeros(1, 9, 11), torch.zeros(1, 9, 11)
     marked[0, 3, 5], filled[0, 3:6, 4:7] = 1, 1
@@ -115,7 +115,7 @@ def test_no_boxes():
 # ---- exact moves ----------------------------------------------------------------------------------------------------
 
 def numpy_move(height, width, pads, border, k, flip):
-    """Which source pixel (flat index, -1: none) np.pad, slicing, fliplr and rot90 put where; pads may be negative."""
+    """The source pixel (flat index, -1: none) of every output pixel by np.pad, slices and rot90. Pads may be < 0."""
     index = np.arange(height * width).reshape(height, width)
     positive = [(max(a, 0), max(b, 0)) for a, b in pads]
     index = np.pad(index, positive, border, **({"constant_values": -1} if border == "constant" else {}))
@@ -127,7 +127,7 @@ def numpy_move(height, width, pads, border, k, flip):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("border", BORDERS)
 def test_exact_moves_are_numpys(border, dtype):
-    """Crops, pads far beyond the image, flips and quarter turns, to the bit, of one image and of a batch."""
+    """Crops, pads far beyond the image, flips and quarter turns are bit-equal, for one image and for a batch."""
     batch = image(3, 2, 5, 7, dtype=dtype)
     fill = {torch.bool: True}.get(dtype, 77)
     for pads in ([(0, 0), (0, 0)], [(3, 2), (4, 4)], [(-1, 2), (3, -2)], [(13, 9), (20, 1)], [(-2, -1), (-3, -3)]):
@@ -177,7 +177,7 @@ def fold(i, length, border):
 
 
 def loop_warp(x, matrix, size, mode, border, fill):
-    """The definition, pixel by pixel in float64. x: nested lists of one channel."""
+    """The definition of `warp`, pixel by pixel in float64. x: one channel as nested lists."""
     inverse, height, width = np.linalg.inv(matrix), len(x), len(x[0])
 
     def at(row, column):
@@ -203,7 +203,7 @@ def loop_warp(x, matrix, size, mode, border, fill):
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("shape", [(6, 7), (1, 5), (4, 1), (1, 1)])
 def test_resampling_is_the_definition(shape, border, mode):
-    """On a canvas that shows several periods of the border; for bilinear also to float64's precision."""
+    """On a canvas that shows several periods of the border; in float64 to its precision."""
     for seed in range(2):
         matrix = translate(6, 5) @ general(seed, *shape)
         x = image(2, *shape, seed=seed, dtype=torch.float64)
@@ -216,7 +216,7 @@ def test_resampling_is_the_definition(shape, border, mode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("border", BORDERS)
 def test_resampling_in_every_dtype(border, dtype):
-    """Interpolated as float32 and rounded once: half precision has no bits for coordinates."""
+    """All dtypes are interpolated as float32 and rounded once: half precision is too coarse for coordinates."""
     x, matrix = image(2, 40, 300, dtype=dtype), general(3, 40, 300)
     fill = True if dtype == torch.bool else 3
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -245,7 +245,7 @@ def test_one_matrix_per_image(border, mode):
 
 
 @pytest.mark.parametrize("border", BORDERS)
-def test_no_jump_between_exact_and_interpolated(border):
+def test_exact_and_interpolated_moves_are_continuous(border):
     x = image(1, 20, 30)
     for matrix in (np.eye(3), translate(3, -2), flip_h(30), rot90(1, 20, 30), rot90(3, 20, 30) @ flip_v(20)):
         exact = warp(x, matrix, (25, 25), border=border)
@@ -255,8 +255,8 @@ def test_no_jump_between_exact_and_interpolated(border):
                 assert (warp(x, shifted, (25, 25), border=border) - exact).abs().max() < 4 * epsilon + 2e-5
 
 
-def test_a_fraction_of_a_pixel_counts_at_any_distance():
-    """Far from the origin, too, a tenth of a pixel is a tenth of a pixel, and a slight zoom is a zoom."""
+def test_fractions_of_pixels_far_from_the_origin():
+    """A shift by a tenth of a pixel and a zoom of 5e-6 are exact also far from the origin."""
     x = torch.zeros(1, 1, 20)
     x[..., 10] = 1
     there = warp(x, translate(40_000.1, 0) @ translate(-40_000, 0), (1, 20))
@@ -286,7 +286,7 @@ def test_gradients(matrix, border):
 # ---- random crops ---------------------------------------------------------------------------------------------------
 
 def numpy_crop_flip(rng, x, size):
-    """Pad to twice the crop, crop, flip, turn: with numpy, drawing in the same order."""
+    """crop_flip with numpy's pad, slices, flip and rot90; draws random numbers in the same order."""
     border = "wrap" if rng.integers(2) else "reflect"
     height, width = x.shape[-2:]
     missing = [max(2 * size - side, 0) for side in (height, width)]
@@ -301,7 +301,7 @@ def numpy_crop_flip(rng, x, size):
 
 @pytest.mark.parametrize("height, width", [(8, 8), (16, 16), (16, 8), (5, 12), (3, 2), (1, 1), (21, 40), (1, 30)])
 def test_crop_flip_is_numpys(height, width):
-    """Tiles smaller and larger than the crop of 8, larger than twice it, and not square."""
+    """For tiles smaller and larger than the crop of 8, larger than twice the crop, and not square."""
     x = image(2, height, width, dtype=torch.uint16)
     for seed in range(40):
         matrix, border = crop_flip(np.random.default_rng(seed), height, width, 8)
@@ -311,7 +311,7 @@ def test_crop_flip_is_numpys(height, width):
 
 
 def test_crop_flip_draws_everything_equally_often():
-    """All eight orientations, each with both borders, and every place; within 5 sigma of chance."""
+    """All eight orientations with both borders, and all positions, occur equally often within 5 sigma."""
     rng, draws = np.random.default_rng(0), 4000
     kinds, places = Counter(), Counter()
     for _ in range(draws):
@@ -341,12 +341,12 @@ def test_crop_flip_moves_boxes_with_the_pixels():
 
 
 def test_gain():
-    """One factor for the tile and a smaller one for each band, in octaves, both uniform; nothing for no spread."""
+    """Uniform in octaves: a factor for the tile and a smaller factor for each band; all 1 for a spread of 0."""
     draws = np.log2([gain(np.random.default_rng(seed), 5, 0.8).ravel() for seed in range(2000)]).astype(np.float64)
     first = gain(np.random.default_rng(0), 5, 0.8)
     assert first.shape == (5, 1, 1) and first.dtype == np.float32 and np.log2(first.ravel()) == pytest.approx(draws[0])
     assert abs(draws).max() <= 1.25 * 0.8 and abs(draws).max() > 1.1 * 0.8
-    between = draws - draws.mean(1, keepdims=True)  # variance of U(-a, a) is a^2 / 3; of it, 1/5 goes with the mean
+    between = draws - draws.mean(1, keepdims=True)  # var U(-a, a) = a^2 / 3, 1/5 of it in the mean
     assert between.var() == pytest.approx(0.2 ** 2 / 3 * 4 / 5, rel=0.05)
     assert draws.mean(1).var() == pytest.approx(0.8 ** 2 / 3 + 0.2 ** 2 / 3 / 5, rel=0.1)
     assert abs(draws.mean()) < 0.05
@@ -354,8 +354,8 @@ def test_gain():
 
 
 @pytest.mark.parametrize("border", ["constant", "reflect", "wrap"])
-def test_places_are_computed_where_the_image_is(border):
-    """On the CPU they would take longer than all else of a GPU's step, and have to travel."""
+def test_coordinates_are_computed_on_the_images_device(border):
+    """On the CPU they would take longer than the rest of a GPU's step, and have to be copied."""
     from torch.utils._python_dispatch import TorchDispatchMode
     made = []
 

@@ -15,7 +15,7 @@ from nets.blocks import fuse
 from nets.hrnet import VARIANTS, HighResolutionModule, HRNet, enlarge
 from nets.unet import Concatenation, UNet
 from tests.test_efficientnet import bare, filled
-from tests.test_nets import assert_equal, count, lived_in, randn
+from tests.test_nets import assert_equal, count, with_statistics, randn
 
 # variant: parameters with 1000 classes (timm's results table has them in millions); without the classifier
 PUBLISHED = {
@@ -99,7 +99,7 @@ def test_training_is_timms():
     assert_equal(*(y.detach() for y in outputs), 1e-4)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
         if name.startswith(("downsamp", "final")) and name.endswith(".0.bias"):
-            continue  # a norm takes it away at once: rounding
+            continue  # a batch norm cancels it: only rounding errors
         assert (a.grad - b.grad).abs().max() <= 1e-3 * b.grad.abs().max() + 1e-6, name
     for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
@@ -107,7 +107,7 @@ def test_training_is_timms():
 
 
 def test_initialisation_is_timms():
-    """Spread of every convolution within what chance allows (5 sigma) of fan-out and of timm's; norms the same."""
+    """The deviation of every convolution's weights is fan-out's and timm's within 5 sigma; equal batch norms."""
     torch.manual_seed(0)
     ours, theirs = HRNet("w18_small", num_classes=5), timm.create_model(SMALL, num_classes=5)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
@@ -118,7 +118,7 @@ def test_initialisation_is_timms():
         elif name == "classifier.weight":
             assert float(a.std()) == pytest.approx(float(b.std()), rel=0.05)
         elif name.endswith(".0.bias"):
-            assert not a.any()  # timm's: by chance; the norm after it takes it away
+            assert not a.any()  # timm's are random; the following batch norm cancels them
         elif name != "classifier.bias":
             assert torch.equal(a, b), name
 
@@ -135,9 +135,9 @@ def test_enlarged_maps_lie_where_the_finer_ones_lie(size):
         assert_equal(enlarge(x, 2 ** k, size, "bilinear"), stretched(x, 2 ** k, size), 1e-12)
 
 
-def test_a_module_exchanges_between_all_branches():
-    """The formula, in float64: branch i becomes relu(sum over j of what j tells it), on maps of odd sizes."""
-    net = lived_in(HighResolutionModule((4, 6, 8), 1)).double().eval()
+def test_a_module_fuses_all_branches():
+    """The formula in float64: branch i becomes relu(sum over j of fuse_layers[i][j](branch j)), on odd sizes."""
+    net = with_statistics(HighResolutionModule((4, 6, 8), 1)).double().eval()
     maps = [randn(2, 4, 13, 9).double(), randn(2, 6, 7, 5).double(), randn(2, 8, 4, 3).double()]
 
     def convolve(x, layer, stride=1):
@@ -160,7 +160,7 @@ def test_a_module_exchanges_between_all_branches():
 
 
 def test_any_input_size():
-    net = lived_in(HRNet("w18_small", num_classes=5)).eval()
+    net = with_statistics(HRNet("w18_small", num_classes=5)).eval()
     for size in ((1, 1), (2, 3), (33, 17), (66, 100)):
         with torch.no_grad():
             maps, logits = net.features(randn(1, 3, *size)), net(randn(1, 3, *size))
@@ -212,7 +212,7 @@ def test_other_classes_and_other_nets(published):
 
 
 def test_weights_of_ssld(tmp_path):
-    """hrnet_w18_ssld and w48_ssld have no biases in the head: they stay at zero, and the logits are timm's."""
+    """hrnet_w18_ssld and w48_ssld have no biases in the head: ours stay 0, and the logits are timm's."""
     theirs = filled(bare(lambda: timm.create_model(SMALL, num_classes=7, head_conv_bias=False))).eval()
     torch.save(theirs.state_dict(), tmp_path / "ssld.pth")
     net = HRNet("w18_small", num_classes=7).eval()
@@ -227,8 +227,8 @@ def test_weights_of_ssld(tmp_path):
 @pytest.mark.parametrize("make", [lambda **o: HRNet("w18_small", num_classes=5, **o),
                                   lambda **o: UNet(SMALL, 3, 2, conv0=(), decoder=(), **o)], ids=["cls", "HRNetV2"])
 def test_checkpointing_changes_nothing_but_memory(make):
-    """Loss, gradients and running statistics to the bit; every module runs twice."""
-    plain, saving = lived_in(make()), make(grad_checkpoint=True)
+    """Loss, gradients and running statistics are bit-equal; every module runs twice."""
+    plain, saving = with_statistics(make()), make(grad_checkpoint=True)
     saving.load_state_dict(plain.state_dict())
     runs = []
     for name, module in saving.named_modules():
@@ -269,7 +269,7 @@ def test_encoders_by_name():
 
 
 def concatenated(net, x):
-    """HRNetV2's logits as the paper has them, from the encoder's maps: enlarged, concatenated, then convolved."""
+    """HRNetV2's logits by the paper's order: the encoder's maps are enlarged, concatenated, then convolved."""
     maps, size = net.encoder.features(x)[1:], x.shape[2:]
     y = torch.cat([stretched(m, 2 ** i, maps[0].shape[2:]) for i, m in enumerate(maps)], 1)
     conv, bn = net.decoder[0].conv1.conv, net.decoder[0].conv1.bn
@@ -281,7 +281,7 @@ def concatenated(net, x):
 
 @pytest.mark.parametrize("encoder, options", [(SMALL, {}), ("regnetx_002", {}), ("regnetx_002", {"stem_stride": 2})])
 def test_hrnetv2_is_the_papers(encoder, options):
-    """In float64, for sizes that fit and sizes that do not; with any encoder."""
+    """In float64, for sizes that halve exactly and sizes that do not, with several encoders."""
     net = filled(bare(lambda: UNet(encoder, 3, 4, conv0=(), decoder=(), **options))).double().eval()
     channels = net.encoder.channels[1:]
     assert net.decoder[0].conv1.conv.weight.shape[:2] == (sum(channels), sum(channels)) and len(channels) == 4
@@ -308,7 +308,7 @@ def test_segmentation_nets_of_any_input_size_and_fused(decoder, coarse):
 
 @pytest.mark.parametrize("decoder", [(8, 8, 8, 8), (8, 8, 8), ()], ids=str)
 def test_every_parameter_gets_a_gradient(decoder):
-    """Else DDP fails in the second step."""
+    """Otherwise DDP fails in the second step."""
     net = UNet(SMALL, in_chans=5, classes=3, conv0=(8,), decoder=decoder)
     net(randn(2, 5, 64, 64)).square().mean().backward()
     for name, p in net.named_parameters():

@@ -1,4 +1,4 @@
-"""utils/losses against its formulas, written out pixel by pixel in float64, and against other people's code."""
+"""utils/losses against its formulas, pixel by pixel in float64, and against torch and segmentation-models-pytorch."""
 import math
 
 import pytest
@@ -18,7 +18,7 @@ VOID = 255
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small tensors on a busy machine: threads that wait for each other made this file three times slower."""
+    """With several threads on a busy machine, the small tensors of this file take three times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -100,7 +100,7 @@ def naive_softmax(logits, labels, classes, void):
 def test_hinge_is_its_formula(elu, void):
     logits, labels = maps(5, 6, 7, void=void)
     labels[1][labels[1] == 1] = 0  # no positives
-    labels[2][labels[2] == 0] = 1  # nothing else
+    labels[2][labels[2] == 0] = 1  # no negatives
     labels[3] = VOID if void else labels[3]
     ignore = VOID if void else None
     value, grad = with_grad(lovasz_hinge, logits, labels, elu=elu, ignore=ignore)
@@ -136,7 +136,7 @@ def test_softmax_is_its_formula(classes, void):
 
 @pytest.mark.parametrize("positive", [0.0005, 0.3])
 def test_hinge_keeps_its_digits_at_full_size(positive):
-    """The logits are such that 1 -+ z is exact in fp32 and has no ties: the order is the same in both precisions."""
+    """1 - z and 1 + z are exact in fp32 and have no ties, so the order is the same in both precisions."""
     _, labels = maps(1, 257, 256, positive=positive)
     order = torch.randperm(257 * 256, generator=torch.Generator().manual_seed(1))
     logits = ((order - 32896 + 0.25) / 8192).view(1, 257, 256)
@@ -150,7 +150,7 @@ def test_hinge_keeps_its_digits_at_full_size(positive):
 
 @pytest.mark.parametrize("positive", [0., 0.01, 0.5, 1.])
 def test_hinge_at_zero_logits(positive):
-    """All errors are 1 and the steps sum to 1."""
+    """All errors are 1 and the gradients sum to 1."""
     _, labels = maps(3, 100, 100, positive=positive)
     zeros = torch.zeros(3, 100, 100)
     assert lovasz_hinge(zeros, labels).item() == pytest.approx(1, abs=1e-5)
@@ -158,14 +158,14 @@ def test_hinge_at_zero_logits(positive):
     assert lovasz_hinge(zeros, labels, per_image=False).item() == pytest.approx(1, abs=1e-5)
 
 
-def test_hinge_steps_sum_to_one():
-    """Where every error is above 0, the gradient with respect to the errors is the steps themselves."""
+def test_lovasz_gradients_sum_to_one():
+    """Where all errors are above 0, the gradient with respect to the errors is lovasz_grad."""
     logits, labels = maps(3, 64, 64)
     _, grad = with_grad(lovasz_hinge, logits.clamp(-0.9, 0.9), labels)
     torch.testing.assert_close(-3 * (grad * (2 * labels - 1)).sum((1, 2)), torch.ones(3))
 
 
-def test_hinge_of_an_empty_mask_pushes_the_top_pixel_only():
+def test_hinge_of_an_empty_mask_has_a_gradient_at_the_top_pixel_only():
     logits, _ = maps(2, 8, 8)
     value, grad = with_grad(lovasz_hinge, logits[:1], torch.zeros(1, 8, 8))
     assert value.item() == pytest.approx(1 + logits[0].max().item())
@@ -238,9 +238,9 @@ def test_cross_entropies_are_torchs_where_they_agree():
         same = None if weight is None else torch.tensor([3.5])
         expected = with_grad(F.binary_cross_entropy_with_logits, logits, labels.float(), pos_weight=same)
         torch.testing.assert_close(with_grad(bce, logits, labels, pos_weight=weight), expected)
-    soft = torch.rand(3, 1, 6, 6)  # as mixup makes them
+    soft = torch.rand(3, 1, 6, 6)  # as mixup gives them
     torch.testing.assert_close(bce(logits, soft), F.binary_cross_entropy_with_logits(logits, soft))
-    assert bce(torch.tensor([[1e4, -1e4]]), torch.tensor([[0, 1]])).item() == 1e4  # stable far out
+    assert bce(torch.tensor([[1e4, -1e4]]), torch.tensor([[0, 1]])).item() == 1e4  # stable for large logits
 
     logits, labels = class_maps(3, 5, 6, 6, void=0.2)
     for kwargs in (dict(), dict(weight=torch.tensor([0.1, 0.2, 0.3, 0.1, 0.])), dict(weight=torch.full((5,), 1e-3))):
@@ -252,7 +252,7 @@ def test_cross_entropies_are_torchs_where_they_agree():
 
 
 def naive_dice(rows, smooth):
-    """Rows of (probability, truth) -> mean of their losses."""
+    """Rows of (probability, label) -> mean of their losses."""
     losses = [1 - (2 * sum(p * y for p, y in row) + smooth) / (sum(p for p, _ in row) + sum(y for _, y in row) + smooth)
               for row in rows]
     return sum(losses) / len(losses)
@@ -283,8 +283,8 @@ def test_dice_is_its_formula(per_image, smooth):
     assert value.item() == pytest.approx(naive_dice(rows, smooth), rel=1e-12)
 
 
-def test_dice_without_positives_is_least_when_nothing_is_found():
-    """P / (P + 1), and every step down is felt on the logits; smp gives 0 and nnU-Net's smoothing no slope."""
+def test_dice_without_positives_is_lowest_when_nothing_is_found():
+    """It is P / (P + 1) with a gradient; smp gives 0, and nnU-Net's smoothing gives no gradient."""
     empty = torch.zeros(1, 40, 50)
     for level in (0., -4., -8.):
         found = 2000 / (1 + math.exp(-level))
@@ -344,7 +344,7 @@ def test_soft_labels_of_cross_entropy(shape):
     void = torch.rand(hard.shape, generator=g) < 0.3
     for weight in (None, torch.tensor([0.5, 1., 2., 3., 4.])):
         kwargs = dict(smoothing=0.1, weight=weight, ignore=VOID)
-        for dtype in (torch.uint8, torch.float32):  # one-hot labels are the hard ones, ignored elements too
+        for dtype in (torch.uint8, torch.float32):  # one-hot labels equal hard labels, also for ignored elements
             torch.testing.assert_close(
                 with_grad(cross_entropy, logits, one_hot.masked_fill(void.unsqueeze(1), VOID).to(dtype), **kwargs),
                 with_grad(cross_entropy, logits, hard.masked_fill(void, VOID), **kwargs))
@@ -352,18 +352,18 @@ def test_soft_labels_of_cross_entropy(shape):
                                with_grad(F.cross_entropy, logits, soft, label_smoothing=0.2))
     if len(shape) == 2:
         torch.testing.assert_close(cross_entropy(logits, soft), SoftTargetCrossEntropy()(logits, soft))
-    # linear, shares that do not add up to 1 too
+    # linear in the shares, also where they do not add up to 1
     both = 0.7 * cross_entropy(logits, soft) + 0.8 * cross_entropy(logits, one_hot)
     torch.testing.assert_close(cross_entropy(logits, 0.7 * soft + 0.8 * one_hot), both)
     alone = soft.clone()
-    alone[1:] = 0  # without any share, but not ignored
+    alone[1:] = 0  # no share at all, but not ignored
     torch.testing.assert_close(cross_entropy(logits, alone), cross_entropy(logits[:1], soft[:1]) / len(soft))
     value, grad = with_grad(cross_entropy, logits, torch.full(shape, 255.), smoothing=0.1, ignore=VOID)
     assert value == 0 and (grad == 0).all()
 
 
 @pytest.mark.parametrize("smoothing", [0.02, 0.2])
-def test_smoothed_bce_is_least_at_the_smoothed_label(smoothing):
+def test_smoothed_bce_is_lowest_at_the_smoothed_label(smoothing):
     best = math.log((1 - smoothing / 2) / (smoothing / 2))
     _, grad = with_grad(bce, torch.tensor([[best, -best]]), torch.tensor([[1, 0]]), smoothing=smoothing)
     assert grad.abs().max() < 1e-7
@@ -389,7 +389,7 @@ def test_segmentation_models_pytorch_agrees():
 
 
 def test_dice_and_focal_of_others():
-    """Dice without smoothing, where every class occurs: smp drops those that do not."""
+    """Dice without smoothing, where every class occurs, because smp ignores absent classes."""
     logits, labels = maps(3, 1, 16, 16, void=0.2)
     theirs = smp.losses.DiceLoss("binary", ignore_index=VOID)
     torch.testing.assert_close(with_grad(dice, logits, labels, smooth=1e-7, ignore=VOID),
@@ -427,7 +427,7 @@ def sample(classes, size, void=0.2):
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_computed_in_fp32(loss, kwargs, classes, dtype):
-    """150x150x3 = 67,500 pixels: more than fp16 can count. Half labels too, inside autocast and out."""
+    """150x150x3 = 67,500 pixels, more than fp16 can count; also with half labels, inside and outside autocast."""
     logits, labels = sample(classes, 150)
     logits, labels = logits.to(dtype), labels.to(dtype)
     expected, slope = with_grad(loss, logits.float(), labels.long(), ignore=VOID, **kwargs)
@@ -442,7 +442,7 @@ def test_half_precision_logits_are_computed_in_fp32(loss, kwargs, classes, dtype
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_extreme_logits_have_finite_slopes(loss, kwargs, classes, dtype):
+def test_extreme_logits_have_finite_gradients(loss, kwargs, classes, dtype):
     logits, labels = sample(classes, 8)
     for ignore in (VOID, None):
         labels = labels if ignore else labels.clamp(max=1)
@@ -452,8 +452,8 @@ def test_extreme_logits_have_finite_slopes(loss, kwargs, classes, dtype):
 
 
 @pytest.mark.parametrize("gamma", [0., 0.5, 1., 2.])
-def test_focal_slopes_are_finite_where_everything_is_right(gamma):
-    """The slope of x^0.5 at 0 is not."""
+def test_focal_gradients_are_finite_where_everything_is_right(gamma):
+    """The slope of x^0.5 at 0 is infinite."""
     labels = torch.tensor([[1, 0, 1, 0]])
     for far in (0., 20., 1e4):
         value, grad = with_grad(focal, far * (2. * labels - 1), labels, gamma=gamma)
@@ -463,7 +463,7 @@ def test_focal_slopes_are_finite_where_everything_is_right(gamma):
 
 
 def test_losses_run_outside_autocast():
-    """None of today's losses multiplies matrices, which is what autocast would round; the next one may."""
+    """Autocast would round matrix products; today's losses have none, a new one may."""
     a = torch.tensor([[1 + 2 ** -12]])
     with torch.autocast("cpu", torch.bfloat16):
         assert a @ a == 1
@@ -514,14 +514,14 @@ def test_labels_of_any_dtype(loss, kwargs, classes, dtype):
 
 
 def test_a_negative_ignore_leaves_uint8_255_alone():
-    """torch compares a uint8 255 with -1 as equal."""
+    """For torch a uint8 255 equals -1."""
     logits, labels = maps(2, 6, 6)
     mask = (255 * labels).to(torch.uint8)
     assert lovasz_hinge(logits, mask, ignore=-1) == lovasz_hinge(logits, labels)
 
 
 @every_loss
-def test_nothing_waits_for_the_values(loss, kwargs, classes):
+def test_no_loss_reads_values_back_from_the_gpu(loss, kwargs, classes):
     """Fake tensors have no values: whatever would read them back from a GPU (.item(), boolean indexing) raises."""
     with FakeTensorMode() as mode:
         logits, labels = (mode.from_tensor(t) for t in sample(classes, 8))

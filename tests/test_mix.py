@@ -1,4 +1,4 @@
-"""data/mix.py: where every pixel comes from, and that labels say the same."""
+"""data/mix.py: the source of every pixel, and labels that agree with it."""
 import math
 
 import numpy as np
@@ -28,7 +28,7 @@ def seeded():
 
 
 def batch(count=16, size=SIZE):
-    """(count,2,H,W): number of the image, number of the pixel; both above 0."""
+    """Images (count,2,H,W): number of the image and number of the pixel, both above 0."""
     pixels = 1 + torch.arange(size[0] * size[1]).view(1, *size)
     return torch.stack((torch.arange(1, count + 1).view(-1, 1, 1).expand(-1, *size),
                         pixels.expand(count, -1, -1)), 1).float()
@@ -40,7 +40,7 @@ def heat(count, size=SIZE):
 
 
 def boxes_of(replaced):
-    """(B,H,W) bool -> [(x1, y1, x2, y2)], having checked that each is a filled rectangle."""
+    """(B,H,W) bool -> [(x1, y1, x2, y2)]; checks that each is a filled rectangle."""
     found = []
     for one in replaced:
         y, x = one.nonzero().T
@@ -75,7 +75,7 @@ def test_lam_is_beta_distributed(alpha):
 
 
 def test_one_lam_weights_any_loss():
-    """As the module's docstring has it: for a loss of pixels, the same as soft labels."""
+    """For a mean over pixels the weighted losses equal the loss of soft labels."""
     masks = (torch.rand(4, *SIZE) < 0.3).float()
     _, perm, lam = mix.mixup(torch.rand(4, 3, *SIZE), alpha=1.0, per_image=False)
     logits, lam = torch.randn(4, 1, *SIZE), lam.squeeze()
@@ -89,7 +89,7 @@ def test_one_lam_weights_any_loss():
 def test_cutmix_pixel_by_pixel():
     x = batch(200)
     mixed, perm, lam = mix.cutmix(x)
-    assert torch.equal(mixed[:, 1], x[:, 1])  # each pixel keeps its place
+    assert torch.equal(mixed[:, 1], x[:, 1])  # every pixel stays in its place
     kept = lam[:, 0] == 1
     assert torch.equal(kept | (lam[:, 0] == 0), torch.ones_like(kept))
     assert torch.equal(mixed[:, 0], torch.where(kept, x[:, 0], x[perm, 0]))
@@ -107,7 +107,7 @@ def test_cutmix_pixel_by_pixel():
 
 
 def test_cutmix_boxes_are_the_papers():
-    """Mean of the replaced area, of its square, and of the shares cut by the borders, against a simulation."""
+    """Mean of the replaced area, of its square, and how often a border is touched, against a simulation."""
     rng = np.random.default_rng(1)
     side = np.sqrt(1 - rng.beta(0.7, 0.7, 200_000))
     edges = [(np.maximum(centre - side / 2, 0), np.minimum(centre + side / 2, 1)) for centre in
@@ -123,7 +123,7 @@ def test_cutmix_boxes_are_the_papers():
 
 
 def test_boxes_are_clipped_and_not_empty():
-    """Those that snapmix copies from, too: with small and with large alpha, on one row of pixels."""
+    """Also the boxes that snapmix copies; with small and large alpha, and on one row of pixels."""
     for alpha, (height, width) in ((0.1, SIZE), (5.0, SIZE), (1.0, (1, 9))):
         x1, y1, x2, y2 = mix._random_boxes(3000, alpha, height, width, "cpu").T
         assert x1.min() == 0 and x2.max() == width and y1.min() == 0 and y2.max() == height
@@ -164,7 +164,7 @@ def test_snapmix_pastes_a_resized_box(monkeypatch, dtype):
         expected = x[i].clone()
         expected[:, y1:y2, x1:x2] = F.interpolate(x[j:j + 1, :, v1:v2, u1:u2].float(), (y2 - y1, x2 - x1),
                                                   mode="bilinear")[0]
-        # atol: half a step of bf16 at 1 where it is one
+        # atol: half of bf16's step at 1
         torch.testing.assert_close(mixed[i], expected, rtol=0, atol=5e-5 if dtype == torch.float32 else 4e-3)
         lost = sum(float(shares[i, y, x]) for y in range(y1, y2) for x in range(x1, x2))
         gained = sum(float(shares[j, y, x]) for y in range(v1, v2) for x in range(u1, u2))
@@ -173,7 +173,7 @@ def test_snapmix_pastes_a_resized_box(monkeypatch, dtype):
 
 
 def test_snapmix_draws_two_boxes_that_differ():
-    """With uniform heat the shares are areas: of what is left, and of the box that is copied."""
+    """With uniform heat lam_a and lam_b are areas: what remains of the image, and the box that is copied."""
     x = batch(500)
     mixed, perm, lam_a, lam_b = mix.snapmix(x, torch.full((500, *SIZE), 1 / (SIZE[0] * SIZE[1])), alpha=1.0)
     changed = (mixed[:, 0] != x[:, 0]).float()
@@ -183,7 +183,7 @@ def test_snapmix_draws_two_boxes_that_differ():
 
 
 def bilinear(values, height, width):
-    """Rows of numbers -> height x width, centres of pixels at halves, edges repeated."""
+    """Rows of numbers -> bilinear to height x width, pixel centres at halves, edges repeated."""
     def place(i, small, large):
         at = min(max((i + 0.5) * small / large - 0.5, 0), small - 1)
         return int(at), min(int(at) + 1, small - 1), at - int(at)
@@ -198,10 +198,10 @@ def bilinear(values, height, width):
     return np.array(out)
 
 
-def test_percent_map_written_out():
+def test_cam_written_out():
     maps, weight = torch.randn(5, 6, 3, 4), torch.randn(4, 6)
     labels = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0]])
-    maps[4] = 2.0  # flat
+    maps[4] = 2.0  # constant
     for cast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             found = mix.cam(maps, weight, labels, SIZE)
@@ -217,7 +217,7 @@ def test_percent_map_written_out():
             torch.testing.assert_close(found[i], torch.full(SIZE, 1 / (SIZE[0] * SIZE[1])))
 
 
-def test_percent_map_finds_the_object():
+def test_cam_finds_the_object():
     maps, weight = torch.zeros(2, 2, 4, 4), torch.eye(2)
     maps[:, 0, 0, 0], maps[:, 1, 3, 3] = 1, 1
     found = mix.cam(maps, weight, torch.eye(2), (16, 16))
@@ -228,7 +228,7 @@ def test_percent_map_finds_the_object():
 
 @pytest.mark.parametrize("name", ["regnetx_002", "repvgg_a0", "efficientnetv2_b0"])
 def test_maps_of_our_nets_are_those_before_the_classifier(name):
-    """As cam's docstring has it: what the classifier says of the maps is, on average, what the net says."""
+    """The mean over the classifier's logits per pixel of `last_map` equals the net's logits."""
     net = nets.make(name, 3, 5).eval()
     x = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
@@ -286,7 +286,7 @@ def test_one_class_twice_is_not_more_than_that_class():
 
 # ---- parts erased --------------------------------------------------------------------------------------------------
 
-def test_cutout_drops_a_square():
+def test_cutout_erases_a_square():
     x = batch(300, (30, 40))
     cut, erased = mix.cutout(x, size=0.4)
     assert erased.shape == (300, 1, 30, 40)
@@ -315,7 +315,7 @@ def test_a_straight_gridmask_is_periodic(size):
         hole = int(columns[starts[1][0]:starts[1][0] + pitch].sum())
         assert 0.2 * pitch - 0.5 <= hole <= 0.6 * pitch + 0.5
         for line, start in zip((rows, columns), starts):
-            # the same period and the same squares both ways
+            # the same period and the same squares along both axes
             assert np.array_equal(line, (np.arange(len(line)) - start[0]) % pitch < hole)
             phases.add(start[0] % pitch)
         pitches.add(pitch)
@@ -330,8 +330,8 @@ def test_gridmask_keeps_its_share(degrees):
     assert (erased.float().mean(0) - 0.16).abs().max() < 0.05  # 1500 images: 4 standard deviations are 0.04
 
 
-def test_gridmask_turns():
-    """The strongest wave of the grid lies in the direction in which it was turned and is as long as its period."""
+def test_gridmask_rotates():
+    """The strongest wave of the grid has the direction of the rotation and the length of the period."""
     angles = []
     for degrees in (180.0, 10.0):
         _, erased = mix.gridmask(torch.rand(60, 1, 128, 128), period=(0.125, 0.125), ratio=(0.5, 0.5), degrees=degrees)
@@ -340,7 +340,7 @@ def test_gridmask_turns():
         waves[:, 62:67, 62:67] = 0  # the mean
         y, x = np.unravel_index(waves.flatten(1).argmax(1).numpy(), (128, 128)) - np.array([[64], [64]])
         assert (abs(np.hypot(x, y) - 128 / 16) < 1.1).all()
-        angles.append(np.degrees(np.arctan2(y, x)) % 90)  # two waves at right angles, each seen from both ends
+        angles.append(np.degrees(np.arctan2(y, x)) % 90)  # two waves at right angles, each with two signs
     assert np.histogram(angles[0], 3, (0, 90))[0].min() > 8
     near = np.minimum(angles[1], 90 - angles[1])
     assert near.max() < 15 and near.max() > 4
@@ -359,7 +359,7 @@ def test_the_probability_is_per_image(function):
 # ---- what holds for all of them -------------------------------------------------------------------------------------
 
 @every
-def test_torchs_seed_decides(function):
+def test_results_depend_on_torchs_seed(function):
     x = torch.rand(8, 3, *SIZE)
     torch.manual_seed(5)
     first, second = function(x), function(x)
@@ -370,7 +370,7 @@ def test_torchs_seed_decides(function):
 
 
 @every
-def test_inputs_stay_and_channels_last_too(function):
+def test_inputs_and_memory_format_stay(function):
     x = torch.rand(8, 3, *SIZE)
     nhwc = x.contiguous(memory_format=torch.channels_last)
     torch.manual_seed(5)
@@ -401,7 +401,7 @@ def test_one_image_or_one_pixel(function):
 
 
 @every
-def test_nothing_waits_for_the_values(function):
+def test_nothing_reads_values_back_from_the_gpu(function):
     """Fake tensors have no values: whatever would read them back from a GPU raises."""
     with FakeTensorMode() as mode:
         x = mode.from_tensor(torch.rand(4, 3, *SIZE))

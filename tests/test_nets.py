@@ -25,8 +25,8 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lived_in(net, seed=0):
-    """Norms as after training: with fresh ones (gamma 0, mean 0, variance 1) wrong blocks would not show."""
+def with_statistics(net, seed=0):
+    """Random batch norms, as after training: fresh ones (gamma 0, mean 0, variance 1) would hide wrong blocks."""
     g = torch.Generator().manual_seed(seed)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -76,7 +76,7 @@ def test_regnetx_200mf_parameters():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_timms(name):
     """Names in order; maps, logits and running statistics equal in train and eval mode, even and odd sizes."""
-    theirs = lived_in(timm.create_model(name))
+    theirs = with_statistics(timm.create_model(name))
     ours = RegNetX(variant=name)
     assert [(k, v.shape) for k, v in ours.state_dict().items()] == \
         [(k, v.shape) for k, v in theirs.state_dict().items()]
@@ -93,7 +93,7 @@ def test_every_variant_is_timms(name):
             for a, b, channels, stride in zip(maps, expected, ours.channels, ours.strides, strict=True):
                 assert_equal(a, b)
                 assert a.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
-            if not training:  # in training it would count the batch twice
+            if not training:  # in training this would count the batch twice
                 assert_equal(ours(x), theirs(x))
         for (k, a), b in zip(ours.named_buffers(), theirs.buffers()):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), k
@@ -102,7 +102,7 @@ def test_every_variant_is_timms(name):
 
 
 def test_gradients_are_timms():
-    theirs = lived_in(timm.create_model("regnetx_002", num_classes=7))
+    theirs = with_statistics(timm.create_model("regnetx_002", num_classes=7))
     ours = RegNetX(num_classes=7)
     ours.load_state_dict(theirs.state_dict())
     x, target = randn(3, 3, 65, 97), torch.tensor([1, 4, 6])
@@ -121,7 +121,7 @@ def test_stem_stride_1_keeps_the_resolution():
 
 
 def test_initialisation_is_timms():
-    """Spread of every convolution within what chance allows (5 sigma) of fan-out and of timm's, gamma 0 the same."""
+    """The deviation of every convolution's weights is fan-out's and timm's within 5 sigma; the same gammas are 0."""
     torch.manual_seed(0)
     ours, theirs = RegNetX().state_dict(), timm.create_model("regnetx_002").state_dict()
     groups = {k + ".weight": m.groups for k, m in RegNetX().named_modules() if isinstance(m, nn.Conv2d)}
@@ -146,12 +146,12 @@ def test_wildfire_unet_parameters():
     assert count(net) == 3_307_409
     assert count(net.conv0) + count(net.encoder) == 2_325_680
     assert count(net.decoder) == 981_440 and count(net.head) == 289
-    assert all(isinstance(m, nn.Conv2d) for m in net.conv0) and len(net.conv0) == 2  # no norm here
+    assert all(isinstance(m, nn.Conv2d) for m in net.conv0) and len(net.conv0) == 2  # no batch norms
     assert net.stride == 16 and UNet(stem_stride=2).stride == 32
 
 
 def test_conv0_is_two_layers_on_every_pixel_by_itself():
-    whole = lived_in(UNet(in_chans=5, conv0=(6, 4))).eval()
+    whole = with_statistics(UNet(in_chans=5, conv0=(6, 4))).eval()
     rest = UNet(in_chans=4, conv0=()).eval()
     rest.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("conv0.")})
     x = y = randn(1, 5, 20, 17)
@@ -173,7 +173,7 @@ def test_decoder_keeps_pytorchs_initialisation():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_unet_is_smps_with_the_same_weights(training):
-    theirs = lived_in(smp.Unet("tu-regnetx_002", encoder_weights=None, in_channels=14, classes=3))
+    theirs = with_statistics(smp.Unet("tu-regnetx_002", encoder_weights=None, in_channels=14, classes=3))
     ours = UNet(in_chans=14, classes=3, conv0=(), stem_stride=2, decoder=(256, 128, 64, 32, 16))
     renamed = {}
     for name, tensor in theirs.state_dict().items():
@@ -209,7 +209,7 @@ def test_any_input_size_comes_back(options):
 @pytest.mark.parametrize("options, factor", [({}, 1), ({"stem_stride": 2, "decoder": (16,) * 5}, 1),
                                              ({"stem_stride": 2}, 2), ({"decoder": (16, 16)}, 4)], ids=str)
 def test_logits_lie_where_the_input_lies(options, factor):
-    """Odd sizes were rounded up on their way down: the surplus is cut off, the picture is not squeezed."""
+    """Odd sizes are rounded up by the encoder: the surplus is cut off, the map is not squeezed."""
     net = UNet(in_chans=3, **options).eval()
     heads = []
     net.head.register_forward_hook(lambda module, inputs, output: heads.append(output))
@@ -257,8 +257,8 @@ def test_relu_of_every_bf16_number():
 
 
 def test_checkpointing_changes_nothing_but_memory():
-    """Two steps: loss, gradients and running statistics to the bit; each stage and decoder block runs twice."""
-    plain = lived_in(UNet(in_chans=3, decoder=(16, 16, 16, 16)))
+    """Two steps: loss, gradients and running statistics are bit-equal; each stage and decoder block runs twice."""
+    plain = with_statistics(UNet(in_chans=3, decoder=(16, 16, 16, 16)))
     saving = UNet(in_chans=3, decoder=(16, 16, 16, 16), grad_checkpoint=True)
     saving.load_state_dict(plain.state_dict())
     runs = []
@@ -299,7 +299,7 @@ def test_checkpointing_compiles():
 
 
 def test_fuse():
-    net = lived_in(UNet(in_chans=3, classes=2)).train()
+    net = with_statistics(UNet(in_chans=3, classes=2)).train()
     x = randn(2, 3, 48, 65)
     fused = fuse(copy.deepcopy(net))
     assert not fused.training and not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())

@@ -21,7 +21,7 @@ from nets.regnet import VARIANTS, RegNetX
 from nets.unet import UNet
 from nets.yolo import VARIANTS as YOLOV5
 from nets.yolo import YOLOv5
-from tests.test_nets import assert_equal, lived_in, randn
+from tests.test_nets import assert_equal, with_statistics, randn
 from tests.test_weights import foreign
 
 HEAD = {"head.fc.weight", "head.fc.bias"}
@@ -33,13 +33,13 @@ def save(path, state):
 
 
 def one_line(error, *words):
-    """The message is one line that names every word."""
+    """Checks that the message is one line that contains every word."""
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    return lived_in(timm.create_model("regnetx_002")).eval()
+    return with_statistics(timm.create_model("regnetx_002")).eval()
 
 
 def small_unet(**options):
@@ -57,7 +57,7 @@ def test_timm_net(theirs, tmp_path):
 
 
 def test_torchvision_net(tmp_path):
-    theirs = lived_in(torchvision.models.regnet_x_400mf(weights=None)).eval()
+    theirs = with_statistics(torchvision.models.regnet_x_400mf(weights=None)).eval()
     ours, x = RegNetX(variant="regnetx_004_tv").eval(), randn(2, 3, 65, 97)
     report = pretrained.load(ours, save(tmp_path / "tv.pth", theirs.state_dict()))
     assert set(report["loaded"]) == set(ours.state_dict()) and not report["unused"] + report["missing"]
@@ -67,7 +67,7 @@ def test_torchvision_net(tmp_path):
 
 @pytest.mark.parametrize("theirs, ours", [("regnet_x_400mf", "regnetx_004_tv"), ("regnet_x_800mf", "regnetx_008"),
                                           ("regnet_x_1_6gf", "regnetx_016"), ("regnet_x_3_2gf", "regnetx_032")])
-def test_every_torchvision_name_has_its_place(theirs, ours):
+def test_every_torchvision_name_is_converted(theirs, ours):
     state, target = getattr(torchvision.models, theirs)(weights=None).state_dict(), RegNetX(variant=ours).state_dict()
     renamed = pretrained.to_timm_names(state)
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in target.items()}
@@ -75,7 +75,7 @@ def test_every_torchvision_name_has_its_place(theirs, ours):
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4, 14, 32])
 def test_encoder_of_a_unet_and_its_stem(bands, theirs, tmp_path):
-    """The stem is adapted as timm adapts it; everything else is timm's; the decoder stays; all of it is told."""
+    """The stem is adapted as in timm, other encoder tensors are timm's, the decoder stays, and the report says so."""
     conv0 = (32, 32) if bands == 32 else ()
     net = small_unet(in_chans=bands, conv0=conv0)
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -110,7 +110,7 @@ def test_another_head_is_left_out(theirs, tmp_path):
 
 
 def test_own_unet_with_other_bands_and_classes(tmp_path):
-    old, new = lived_in(small_unet(in_chans=14)), small_unet(in_chans=10, classes=3)
+    old, new = with_statistics(small_unet(in_chans=14)), small_unet(in_chans=10, classes=3)
     report = pretrained.load(new, save(tmp_path / "unet.pth", old.state_dict()))
     assert report["adapted"] == ["conv0.0.weight"]
     assert report["unused"] == report["missing"] == ["head.weight", "head.bias"]
@@ -194,7 +194,7 @@ def test_not_finite_weights(value, theirs, tmp_path):
 
 
 class Trap:
-    """Unpickled, it makes a directory."""
+    """An object that makes a directory when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -274,7 +274,7 @@ def test_safetensors_reads_as_the_package(metadata, tmp_path):
     for name, a in ours.items():
         b = theirs[name]
         assert a.dtype == b.dtype and a.shape == b.shape, name
-        assert safetensors.torch.save({"": a}) == safetensors.torch.save({"": b}), name  # the bytes: NaN is equal
+        assert safetensors.torch.save({"": a}) == safetensors.torch.save({"": b}), name  # bytes: NaN != NaN
 
 
 def test_safetensors_into_a_net(theirs, tmp_path):
@@ -340,7 +340,7 @@ def test_safetensors_cut_anywhere_or_with_a_byte_changed(tmp_path):
         data[int(torch.randint(len(whole) - 48, (), generator=g))] = int(torch.randint(256, (), generator=g))
         try:
             read(bytes(data))
-        except ValueError as error:  # nothing else may come out
+        except ValueError as error:  # no other type
             refused += "\n" not in str(error)
     assert refused > 200
 
@@ -350,7 +350,7 @@ def test_safetensors_cut_anywhere_or_with_a_byte_changed(tmp_path):
 def test_urls():
     for name, url in pretrained.URLS.items():
         if name.startswith("yolov5:"):
-            continue  # below: no hash in the name
+            continue  # no hash in the name; see test_yolov5_names
         assert re.search(r"-[0-9a-f]{8}\.pth$", url) and url.startswith("https://"), name
         library, net = name.split(":")
         if library == "torchvision":
@@ -378,7 +378,7 @@ def test_no_network(reason, monkeypatch):
 
 
 def publish(path, state, monkeypatch, hash=None):
-    """The state as if it lay on the net, under a name with the file's hash (or a wrong one); -> URL."""
+    """Publishes a state dict as a file whose name has its hash (or the given one) -> the file."""
     torch.save(state, path / "file.pth")
     digest = hash or hashlib.sha256((path / "file.pth").read_bytes()).hexdigest()[:8]
     target = (path / "file.pth").rename(path / f"regnetx_002-{digest}.pth")
@@ -425,8 +425,8 @@ def test_hostile_download(tmp_path, monkeypatch):
 # ---- YOLOv5: files that hold a whole module -------------------------------------------------------------------------
 
 def release(path, net, **more):
-    """The net as YOLOv5's releases have it: fp16, pickled as a module of classes that are not here."""
-    net = lived_in(net).half()
+    """Saves a net as YOLOv5's releases: fp16, pickled as a module of unknown classes -> path, its state dict."""
+    net = with_statistics(net).half()
     with foreign(net, "models.yolo") as theirs:
         torch.save({"epoch": -1, "model": theirs, "ema": None, "optimizer": None, **more}, path)
     return str(path), {name: tensor.float() if tensor.is_floating_point() else tensor
@@ -442,7 +442,7 @@ def yolov5n(tmp_path_factory):
 def test_a_release_of_yolov5(variant, tmp_path):
     path, source = release(tmp_path / "yolov5.pt", YOLOv5(variant))
     net = YOLOv5(variant)
-    with pytest.raises(ModuleNotFoundError):  # the file does not open otherwise
+    with pytest.raises(ModuleNotFoundError):  # torch alone cannot open the file
         torch.load(path, weights_only=False)
     assert pretrained.load(net, path) == {"loaded": list(source), "adapted": [], "unused": [], "missing": []}
     assert all(torch.equal(tensor, source[name]) for name, tensor in net.state_dict().items())
@@ -486,7 +486,7 @@ def test_other_bands_of_a_detector(bands, yolov5n):
 
 
 def test_anchors_of_the_file_and_of_the_net(yolov5n, tmp_path):
-    """The file's where they fit; else a net that owns them (by its prefixes) keeps its own."""
+    """The file's anchors are loaded where they fit; otherwise a net with such task_prefixes keeps its own."""
     path, source = yolov5n
     net = YOLOv5("n", anchors=torch.arange(18.) + 1)
     assert pretrained.load(net, path)["missing"] == []
@@ -499,7 +499,7 @@ def test_anchors_of_the_file_and_of_the_net(yolov5n, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["s", "n6"])
-def test_half_a_detector_is_refused(wrong, yolov5n):
+def test_weights_of_another_detector_are_refused(wrong, yolov5n):
     net = YOLOv5(wrong, num_classes=3)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     with pytest.raises(ValueError) as error:
@@ -510,8 +510,8 @@ def test_half_a_detector_is_refused(wrong, yolov5n):
         pretrained.load(RegNetX(), yolov5n[0])
 
 
-def test_what_belongs_to_the_task_is_the_nets_to_say(theirs, tmp_path):
-    """A net's own prefixes replace the usual ones: with `head.` not among them, another head is a wrong choice."""
+def test_a_net_can_have_its_own_task_prefixes(theirs, tmp_path):
+    """They replace TASK: without `head.` among them, weights with another head are refused."""
     path, net = save(tmp_path / "timm.pth", theirs.state_dict()), RegNetX(num_classes=5)
     net.task_prefixes = ("stem.",)
     with pytest.raises(ValueError, match=r"no match for head\.fc"):
@@ -528,7 +528,7 @@ def test_yolov5_names():
 
 
 def test_yolov5_by_name(yolov5n, tmp_path, monkeypatch):
-    """Fetched once; what is not the release is told with the file to delete; no network is an OSError."""
+    """Downloaded once; a wrong file is a ValueError that says what to delete; no network is an OSError."""
     path, source = yolov5n
     server = tmp_path / "yolov5n.pt"
     server.write_bytes(open(path, "rb").read())
@@ -575,8 +575,8 @@ def test_what_the_weights_expect():
         assert expects == wanted | ({"padding": padding} if "efficientnet" in net else {}), name
 
 
-def test_every_efficientnet_with_published_weights_is_there():
-    """What timm has by URL, for the variants that are built; each once."""
+def test_every_published_efficientnet_is_in_the_table():
+    """All weights that timm has by URL, for the variants of nets/efficientnet.py."""
     cfgs = [(name, timm.get_pretrained_cfg(name)) for name in timm.list_pretrained("tf_efficientnetv2*")]
     names = {f"timm:{name}" for name, cfg in cfgs if cfg.url and "_xl" not in name}
     assert names <= set(pretrained.URLS) and len(names) == 13
@@ -584,7 +584,7 @@ def test_every_efficientnet_with_published_weights_is_there():
 
 @pytest.fixture(scope="module")
 def efficientnet():
-    return lived_in(timm.create_model("tf_efficientnetv2_b0")).eval()
+    return with_statistics(timm.create_model("tf_efficientnetv2_b0")).eval()
 
 
 EFFICIENTNET_HEAD = {"classifier.weight", "classifier.bias"}
@@ -616,7 +616,7 @@ def test_efficientnet_with_other_classes(efficientnet, tmp_path):
 
 
 def test_the_other_padding_is_refused(tmp_path, monkeypatch, efficientnet):
-    """torchvision's names tell; timm's only when they come by name."""
+    """torchvision's tensor names imply the padding; timm's files are only known by their name."""
     theirs = {name: tensor.clone() for name, tensor in torchvision.models.efficientnet_v2_s().state_dict().items()}
     path = save(tmp_path / "tv.pth", theirs)
     pretrained.load(UNet("efficientnetv2_s_tv", in_chans=3, conv0=()), path)
@@ -636,14 +636,14 @@ def test_the_other_padding_is_refused(tmp_path, monkeypatch, efficientnet):
 
 
 def first_edition(task, arch, **more):
-    """A checkpoint as commit 328844f wrote it, as far as weights are read from it."""
+    """A checkpoint of the first edition, with the keys that reading weights needs."""
     of_task = {"seg": {"mean_planes": False}, "cls": {"norm": [[0.5], [0.5]], "exclusive": True, "classes": ["a", "b"]}}
     return {"task": task, "arch": arch, "bands": [1], "scale": 255.0, "imgsz": 32, **of_task[task], **more}
 
 
 @pytest.mark.parametrize("kind", ["encoder", "classifier", "old encoder", "old classifier"])
 def test_the_other_padding_of_our_own_checkpoints_is_refused(kind, tmp_path):
-    """The architecture beside the weights tells it: a UNet's encoder or a classifier, of both editions."""
+    """The checkpoint's architecture states it: a UNet's encoder or a classifier, in both editions."""
     for suffix, net in (("_tv", EfficientNetV2("b0")), ("", EfficientNetV2("b0", padding="symmetric"))):
         name, weights = f"efficientnetv2_b0{suffix}", {"model": net.state_dict()}
         content = {
@@ -660,7 +660,7 @@ def test_the_other_padding_of_our_own_checkpoints_is_refused(kind, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["efficientnet_b0", "mobilenet_v2", "densenet121"])
 def test_torchvisions_other_nets(wrong, tmp_path):
-    """Their names begin as EfficientNetV2's do."""
+    """Their tensor names begin like EfficientNetV2's."""
     path = save(tmp_path / "wrong.pth", getattr(torchvision.models, wrong)().state_dict())
     with pytest.raises(ValueError) as error:
         pretrained.load(EfficientNetV2("b0", padding="symmetric"), path)
@@ -678,7 +678,7 @@ def test_a_file_has_the_normalisation_of_its_source(tmp_path, name, kind):
     assert pretrained.normalisation(str(tmp_path / "net.pth"), 3) == [list(want["mean"]), list(want["std"])]
 
 
-def test_our_own_checkpoints_tell_theirs(tmp_path):
+def test_our_own_checkpoints_state_their_normalisation(tmp_path):
     norm = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
     old = first_edition("cls", {"name": "backbones.make", "kwargs": {"name": "efficientnetv2_b0"}}, norm=norm, model={})
     new = {"task": "cls", "arch": {"name": "efficientnetv2_b0", "kwargs": {}}, "model": {}, "classes": ["a", "b"],
@@ -692,7 +692,7 @@ def test_our_own_checkpoints_tell_theirs(tmp_path):
     assert pretrained.classes(save(tmp_path / "timm.pth", {})) is None
 
 
-def test_a_head_for_presence_begins_anew(tmp_path):
+def test_an_auxiliary_head_starts_anew(tmp_path):
     torch.save(RegNetX(3, num_classes=7).state_dict(), tmp_path / "encoder.pth")
     net = UNet(in_chans=3, conv0=(), decoder=(8, 8, 8, 8), aux_cls=True)
     report = pretrained.load(net, tmp_path / "encoder.pth")

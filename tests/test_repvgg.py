@@ -13,7 +13,7 @@ from nets.blocks import fuse
 from nets.repvgg import VARIANTS, Block, RepVGG
 from nets.unet import UNet
 from tests.test_efficientnet import bare, filled
-from tests.test_nets import assert_equal, count, lived_in, randn
+from tests.test_nets import assert_equal, count, with_statistics, randn
 
 # variant: parameters of the net that is trained, and of the one that predicts (in millions, table 4 of the paper)
 PUBLISHED = {
@@ -36,7 +36,7 @@ def convolutions(net):
 
 
 def test_small_kernels_take_every_second_pixel():
-    """With stride 2 oneDNN writes beyond the stem's gradient; that the results are timm's, the tests below show."""
+    """With stride 2 oneDNN writes beyond the stem's gradient. The tests below compare the results with timm's."""
     strides = {conv.kernel_size: {c.stride for c in convolutions(RepVGG("a0")) if c.kernel_size == conv.kernel_size}
                for conv in convolutions(RepVGG("a0"))}
     assert strides == {(3, 3): {(1, 1), (2, 2)}, (1, 1): {(1, 1)}}
@@ -88,8 +88,8 @@ def test_training_is_timms():
 @pytest.mark.parametrize("options", [dict(cin=6, cout=6), dict(cin=6, cout=8), dict(cin=6, cout=6, stride=2),
                                      dict(cin=8, cout=8, groups=4)], ids=str)
 def test_fused_block_is_the_sum_of_its_branches(options):
-    """float64: equal up to its rounding, at the borders too. What timm's reparameterize() gives, tensor for tensor."""
-    block = lived_in(Block(**options)).double().eval()
+    """Equal up to float64's rounding, also at the borders, and equal to timm's reparameterize()."""
+    block = with_statistics(Block(**options)).double().eval()
     if block.identity is not None:
         nn.init.uniform_(block.identity.weight, -1, 1)
     x = randn(2, options["cin"], 7, 8).double()
@@ -121,8 +121,8 @@ def test_fuse():
 
 
 def test_checkpointing_changes_nothing_but_memory():
-    """Loss, gradients and running statistics to the bit; every block runs twice."""
-    plain, saving = lived_in(RepVGG("a0", num_classes=5)), RepVGG("a0", num_classes=5, grad_checkpoint=True)
+    """Loss, gradients and running statistics are bit-equal; every block runs twice."""
+    plain, saving = with_statistics(RepVGG("a0", num_classes=5)), RepVGG("a0", num_classes=5, grad_checkpoint=True)
     saving.load_state_dict(plain.state_dict())
     runs = []
     saving.stages[2][3].register_forward_pre_hook(lambda *_: runs.append(1))
@@ -137,7 +137,7 @@ def test_checkpointing_changes_nothing_but_memory():
 
 
 def test_grey_gives_what_it_gave_as_rgb(tmp_path):
-    """The stem has two convolutions, both are adapted; into a UNet's encoder too."""
+    """The stem has two convolutions; both are adapted, also in a UNet's encoder."""
     theirs = filled(bare(lambda: timm.create_model("repvgg_a0"))).eval()
     torch.save(theirs.state_dict(), tmp_path / "a0.pth")
     net, x = RepVGG("a0", 1).eval(), randn(1, 1, 64, 50)
@@ -167,7 +167,7 @@ def test_encoders_by_name():
 
 
 def test_unet_of_any_input_size_and_fused():
-    net = lived_in(UNet("repvgg_a0", in_chans=4, classes=2, decoder=(8, 8, 8, 8))).eval()
+    net = with_statistics(UNet("repvgg_a0", in_chans=4, classes=2, decoder=(8, 8, 8, 8))).eval()
     assert net.stride == 32 and net.coarse == 2
     fused = fuse(copy.deepcopy(net))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
@@ -179,7 +179,7 @@ def test_unet_of_any_input_size_and_fused():
 
 
 def test_every_parameter_of_an_encoder_gets_a_gradient():
-    """Else DDP waits for ever."""
+    """Otherwise DDP waits forever."""
     net = UNet("repvgg_a0", in_chans=3, conv0=(), decoder=(8, 8, 8, 8))
     net(randn(2, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None for p in net.parameters())

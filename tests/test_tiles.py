@@ -18,7 +18,7 @@ def thorough(count):
 
 
 def cut(scene, swaths, tile):
-    """The scene's windows, as a net would get them."""
+    """Yields the windows of the scene, as a net gets them."""
     size = min(tile, scene.shape[1]), min(tile, scene.shape[2])
     for y, x in tiles.windows(swaths):
         window = scene[:, y:y + size[0], x:x + size[1]]
@@ -27,7 +27,7 @@ def cut(scene, swaths, tile):
 
 
 def assemble(blocks, shape):
-    """The merged blocks in their places, and how often each pixel came."""
+    """-> the scene from its blocks, and how often each pixel was written."""
     scene, times = torch.full(shape, float("nan")), torch.zeros(shape[1:])
     for y, x, block in blocks:
         height, width = block.shape[1:]
@@ -48,8 +48,8 @@ def test_starts(length, tile, overlap):
     gaps = [b - a for a, b in zip(first, first[1:])]
     assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1  # evenly spread
     shared = [min(math.ceil(tile * overlap + e), tile - 1) for e in (-1e-9, 1e-9)]
-    assert tile - max(gaps) >= shared[0]  # and thereby everything is covered
-    if len(first) > 2:  # one window fewer would not do
+    assert tile - max(gaps) >= shared[0]  # so everything is covered
+    if len(first) > 2:  # one window less would not be enough
         assert math.ceil((length - tile) / (len(first) - 2)) > tile - shared[1]
 
 
@@ -81,7 +81,7 @@ SCENES = dict(height=st.integers(1, 200), width=st.integers(1, 200), tile=st.int
 def test_windows_of_a_scene_give_the_scene(height, width, tile, overlap, swath):
     swaths = tiles.plan(height, width, tile, overlap, swath)
     assume(len(tiles.windows(swaths)) < 1500)
-    assert all(x < end and x + min(tile, width) > first for first, end, _, xs in swaths for x in xs)  # none in vain
+    assert all(x < end and x + min(tile, width) > first for first, end, _, xs in swaths for x in xs)  # all are used
     scene = torch.rand(2, height, width, generator=torch.Generator().manual_seed(0))
     scene[1] = 0.7  # a constant stays constant
     merged, times = assemble(tiles.stitch(swaths, cut(scene, swaths, tile), height), scene.shape)
@@ -92,8 +92,8 @@ def test_windows_of_a_scene_give_the_scene(height, width, tile, overlap, swath):
 @thorough(25)
 @given(**SCENES)
 @example(height=199, width=200, tile=37, overlap=0.7, swath=50)
-def test_merge_is_the_weighted_mean(height, width, tile, overlap, swath):
-    """Windows that contradict each other, against sums over the whole scene; cutting into swaths changes nothing."""
+def test_stitch_is_the_weighted_mean(height, width, tile, overlap, swath):
+    """Windows with different values, against sums over the whole scene; swaths change nothing."""
     swaths = tiles.plan(height, width, tile, overlap, swath)
     assume(len(tiles.windows(swaths)) < 800)
     h, w = min(tile, height), min(tile, width)
@@ -110,8 +110,8 @@ def test_merge_is_the_weighted_mean(height, width, tile, overlap, swath):
     assert (merged[0] - total / weight).abs().max() < 1e-5
 
 
-def test_windows_are_asked_for_in_order_and_each_once():
-    """A window in two swaths is made twice; none is made in advance."""
+def test_windows_are_requested_in_order():
+    """A window in two swaths is requested twice; no window is requested in advance."""
     asked = []
 
     def maps():
@@ -130,7 +130,7 @@ def test_windows_are_asked_for_in_order_and_each_once():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most elements of any tensor made inside."""
+    """Remembers the largest number of elements of the tensors that are made inside."""
     elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""utils/ops/tta.py against numpy and Pillow, and predict.py --tta for each task against passes made by hand."""
+"""utils/ops/tta.py against numpy and Pillow, and predict.py --tta for each task against views made by hand."""
 import itertools
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tests.test_scripts_seg import masks_of
 from utils.ops import boxes, decide, geometry, tta
 from utils.train import checkpoint
 
-ALL = ("hflip", "vflip", "rot90", "scale")  # 24 passes
+ALL = ("hflip", "vflip", "rot90", "scale")  # 24 views
 CPU = ["--device", "cpu", "--amp", "off", "--workers", 0]
 
 
@@ -36,7 +36,7 @@ def smooth(height, width):
 
 
 def views_by_hand(names, height, width, *, scales=(0.83, 1, 1.2), stride=1):
-    """-> [(there, back, canvas)]: functions on arrays (..., H, W), of numpy and Pillow, in the order of `passes`."""
+    """-> [(there, back, canvas)]: functions on arrays (..., H, W) by numpy and Pillow, in the order of `tta_views`."""
     def resize(x, size):
         parts = [np.asarray(Image.fromarray(part).resize(size[::-1], Image.BILINEAR)) for part in x.reshape(
             -1, *x.shape[-2:])] if x.shape[-2:] != size else x
@@ -56,11 +56,11 @@ def views_by_hand(names, height, width, *, scales=(0.83, 1, 1.2), stride=1):
             for h in ([(), (-1,)] if "hflip" in names else [()])]
 
 
-# ---- passes ----------------------------------------------------------------------------------------------------------
+# ---- views -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("names", [c for n in range(5) for c in itertools.combinations(
     ("hflip", "vflip", "rot90", "rot180"), n)], ids="-".join)
 def test_flips_and_turns_are_numpys_and_exact(names):
-    """All their combinations, each different view once; on what is not square the canvas is swapped."""
+    """All combinations, equal views once; a quarter turn swaps the sides of the canvas."""
     x = image(2, 3, 5, 8)
     want = {}
     for there, _, size in views_by_hand(names, 5, 8):
@@ -74,7 +74,7 @@ def test_flips_and_turns_are_numpys_and_exact(names):
 
 @pytest.mark.parametrize("names, count", [(("hflip", "rot90", "scale"), 12), (ALL, 24), (tta.NAMES, 24), ((), 1),
                                           (("scale",), 3), (("rot90", "rot180"), 4), (("hflip", "hflip"), 2)])
-def test_the_number_of_passes(names, count):
+def test_the_number_of_views(names, count):
     assert len(tta.tta_views(names, (64, 96), stride=8)) == count
 
 
@@ -82,7 +82,7 @@ def test_sizes_are_multiples_of_the_stride():
     sizes = lambda *args, **kwargs: [size for _, size in tta.tta_views(*args, **kwargs)]  # noqa: E731
     assert sizes(("scale",), (100, 200)) == [(83, 166), (100, 200), (120, 240)]
     assert sizes(("scale", "rot90"), (96, 160), stride=32) == [
-        (96, 160), (160, 96), (128, 192), (192, 128)]  # 0.83 becomes 96 x 160 too: what comes twice comes once
+        (96, 160), (160, 96), (128, 192), (192, 128)]  # 0.83 becomes 96 x 160 as well: equal views come once
     assert sizes(("scale",), (100, 200), scales=(2, 0.5), factor=0.5) == [(100, 200), (25, 50)]
     assert sizes((), (100, 200), stride=32, factor=0.5) == [(64, 128)]  # 50 x 100
     assert sizes(("scale",), (1, 9), scales=(0.1,)) == [(1, 1)]
@@ -91,8 +91,8 @@ def test_sizes_are_multiples_of_the_stride():
 
 
 @pytest.mark.parametrize("stride", [1, 8])
-def test_every_pass_is_a_resizing_before_a_flip_and_a_turn(stride):
-    """Pixels as Pillow resizes them, and of the points the corners."""
+def test_every_view_is_resized_then_flipped_and_turned(stride):
+    """Pixels as Pillow resizes them, and the image's corners on the corners of the canvas."""
     x = image(2, 2, 64, 80)
     passes, by_hand = tta.tta_views(ALL, (64, 80), stride=stride), views_by_hand(ALL, 64, 80, stride=stride)
     for (matrix, size), (there, back, canvas) in zip(passes, by_hand, strict=True):
@@ -108,8 +108,8 @@ def test_every_pass_is_a_resizing_before_a_flip_and_a_turn(stride):
 
 
 # ---- maps ------------------------------------------------------------------------------------------------------------
-def test_what_every_pass_says_alike_comes_back():
-    """Predictors that know neither left from right nor large from small: every map is the plain one."""
+def test_maps_of_symmetric_predictors_come_back():
+    """Predictors that do not depend on orientation and size: the maps of all views are equal."""
     for predict_maps in (lambda x: x, lambda x: (x > 0.5).float(), lambda x: x.square() + 1):
         x = smooth(48, 64)
         views = tta.tta_views(ALL, (48, 64), scales=(0.5, 1, 2))
@@ -125,8 +125,8 @@ def test_what_every_pass_says_alike_comes_back():
 
 
 @pytest.mark.parametrize("names", [("hflip", "vflip"), ("hflip", "rot90", "scale"), tta.NAMES])
-def test_mean_of_any_predictor_is_the_mean_over_the_passes(names):
-    """A predictor that knows left from right and top from bottom, with two maps for three bands."""
+def test_mean_of_any_predictor_is_the_mean_over_the_views(names):
+    """A predictor that depends on the orientation, with two maps for three bands."""
     def predict_maps(x):
         ramp = torch.arange(float(x.shape[2] * x.shape[3])).reshape(x.shape[2:]) / 60
         return (x[:, :2] * ramp + x[:, 1:].roll(1, -1)).sigmoid()
@@ -152,8 +152,8 @@ def test_rows_are_moved_as_the_matrix_says():
         assert torch.equal(found[..., 4:], given[..., 4:])
 
 
-def test_every_pass_finds_the_same_boxes():
-    """Corners on even pixels, so that at half and at twice the size they are whole ones too."""
+def test_every_view_finds_the_same_boxes():
+    """Corners on even pixels, which are whole pixels at half and at twice the size."""
     x = torch.full((1, 3, 128, 192), 0.2)
     truth = torch.tensor([[20, 40, 80, 60], [100, 4, 120, 100], [150, 64, 190, 126.]])
     for k, (x1, y1, x2, y2) in enumerate(truth.int().tolist()):
@@ -163,7 +163,7 @@ def test_every_pass_finds_the_same_boxes():
     assert len(views) == 24 and rows.shape == (1, 24 * 3, 8)
     for (_, size), found in zip(views, rows[0].reshape(24, 3, 8)):
         difference = (boxes.to_xyxy(found[:, :4]) - truth).abs().max()
-        assert difference == 0 if sorted(size) == [128, 192] else difference <= 2  # a pixel of the half
+        assert difference == 0 if sorted(size) == [128, 192] else difference <= 2  # one pixel at half the size
         assert torch.equal(found[:, 4:], Finder()(x)[0, :, 4:])
 
 
@@ -189,7 +189,7 @@ def test_merges_are_numpys(count, shape):
         assert 0.1 < (tta.merge(probs, "sum") == 1).float().mean() < 1
 
 
-def test_exclusive_classes_add_up_to_one():
+def test_single_label_probabilities_add_up_to_one():
     for shape in ((12, 4, 5, 3, 6), (12, 4, 5)):
         probs = (3 * image(*shape)).softmax(2)
         for how, formula in FORMULAS.items():
@@ -197,7 +197,7 @@ def test_exclusive_classes_add_up_to_one():
             found = tta.merge(probs, how, single_label=True)
             assert np.allclose(found, want / want.sum(1, keepdims=True), atol=1e-6), how
         assert torch.allclose(tta.merge(probs, "sum", single_label=True), tta.merge(probs), atol=1e-6)
-    disagreeing = torch.eye(2)[:, None]  # each sure of another class
+    disagreeing = torch.eye(2)[:, None]  # each view is sure of another class
     assert torch.equal(tta.merge(disagreeing, "min", single_label=True), torch.zeros(1, 2))
     torch.testing.assert_close(tta.merge(disagreeing, "gmean", single_label=True), torch.full((1, 2), 0.5))
 
@@ -205,7 +205,7 @@ def test_exclusive_classes_add_up_to_one():
 # ---- predict.py ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("classes, how", [(1, "mean"), (3, "tsharpen")])
 def test_segmentation(script, tmp_path, monkeypatch, classes, how):
-    """A scene that is not square, nor a multiple of the stride."""
+    """A scene that is not square and no multiple of the stride."""
     torch.manual_seed(classes)
     arch = dict(in_chans=3, classes=classes, conv0=(8,), decoder=(8, 8, 8, 8))
     net = UNet(**arch).eval()
@@ -267,7 +267,7 @@ def test_detection_of_the_true_net(script, monkeypatch, merge):
         if turned:  # back from a quarter turn counter-clockwise
             cx, cy, w, h = width - cy, cx, h, w
         want.append(torch.cat((torch.stack((width - cx if flipped else cx, cy, w, h), 1), rows[:, 4:]), 1))
-    assert len(want) == 8 and len(seen) == (8 if merge else 1)  # for fusion each pass by itself
+    assert len(want) == 8 and len(seen) == (8 if merge else 1)  # for fusion every view by itself
     torch.testing.assert_close(torch.cat([rows[0] for rows in seen]), torch.cat(want), rtol=1e-3, atol=2e-2)
 
 
@@ -300,7 +300,7 @@ def as_rows(found):
 
 @pytest.mark.parametrize("flags", [[], ["--max-det", 2], ["--conf", 0.6]], ids=["plain", "max-det", "conf"])
 def test_boxes_of_the_views_are_fused(script, finder, monkeypatch, flags):  # noqa: F811
-    """Against boxes.wbf of what every view says by itself after its own suppression; views moved by hand."""
+    """Against boxes.wbf of the detections of every view after its own suppression; views moved by hand."""
     monkeypatch.setattr(predict.nets, "build", lambda arch: Shifting(**arch["kwargs"]))
     picture, truth = next(found for found in (test_predict_det.scene(i, 96, 128) for i in range(100))
                           if len(found[1]) == 3)
@@ -327,7 +327,7 @@ def test_boxes_of_the_views_are_fused(script, finder, monkeypatch, flags):  # no
 
 
 def test_one_view_is_fused_with_itself_only(script, finder, monkeypatch):  # noqa: F811
-    """Nothing changes, but for what suppression lets pass and overlaps by more than fusion's own 0.55."""
+    """Only boxes change that suppression keeps and that overlap by more than the fusion's 0.55."""
     monkeypatch.setattr(predict.nets, "build", lambda arch: Shifting(**arch["kwargs"]))
     picture, truth = test_predict_det.scene(3, 96, 128)
     test_predict_det.save("1.png", picture)
@@ -389,12 +389,12 @@ def test_flags_that_do_not_fit(refused):
     for task, merge in itertools.product(("seg", "cls"), set(tta.MERGES) - {"mean", "gmean"}):
         refused(predict, "--task", task, "--tta", "--merge", merge, "--pseudo", 0.75,
                 says=["--pseudo", f"--merge {merge}", "mean or gmean"])
-    for merge in ("mean", "gmean"):  # these end later, for there is no run
+    for merge in ("mean", "gmean"):  # accepted: the command ends later, because there is no run
         refused(predict, "--task", "seg", "--tta", "--merge", merge, "--pseudo", 0.75, says="no run")
 
 
 class Halved(torch.nn.Module):
-    """Finds half of the first band, and remembers what it has seen."""
+    """A net whose probabilities are half of the first band, and which remembers the shapes of its inputs."""
     stride = 8
 
     def __init__(self):
@@ -407,7 +407,7 @@ class Halved(torch.nn.Module):
 
 
 def test_at_another_size_maps_come_back():
-    """A ramp survives both resizings but for its ends; the net sees the size that it was trained for."""
+    """The net sees the size that it was trained for; a ramp comes back except at its ends."""
     ramp, net = torch.linspace(0, 1, 60)[None, None, None].expand(2, 3, 40, 60), Halved()
     with torch.no_grad():
         got = decide.segment(net, ramp, side=32)

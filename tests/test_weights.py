@@ -1,4 +1,4 @@
-"""nets/weights.py: state_dict() as the oracle for modules that torch.save pickled, and files made to do harm."""
+"""nets/weights.py: state_dict() as the oracle for modules that torch.save pickled, and malicious files."""
 import argparse
 import collections
 import contextlib
@@ -23,7 +23,7 @@ from nets.weights import read_module
 
 @contextlib.contextmanager
 def foreign(module, package="models.common"):
-    """The module with its classes called models.common.Conv and so on, which exist inside the `with` only."""
+    """Inside the `with`, the module's classes are called models.common.Conv and so on; outside, they do not exist."""
     made = {}
     for part in list(module.modules()):
         home = part.__class__
@@ -46,7 +46,7 @@ def foreign(module, package="models.common"):
 
 
 class Odd(nn.Module):
-    """Everything that a state dict can hold or leave out."""
+    """A module with everything that a state dict can contain or omit."""
 
     def __init__(self):
         super().__init__()
@@ -108,11 +108,11 @@ def test_state_dict_of_a_foreign_module(half, tmp_path):
     assert_same(state, net.state_dict())
     assert "hidden" not in state and "no_bias" not in state and "layers.ü.1.weight_ih_l0" in state
     assert state["shared.weight"].data_ptr() == state["layers.a b.weight"].data_ptr()
-    state["bn.weight"].zero_()  # memory of its own, and not the file's
+    state["bn.weight"].zero_()  # the memory is writable
 
 
 def test_a_whole_training_checkpoint(tmp_path):
-    """With an optimizer, numpy scalars, a Namespace, paths and dtypes around; the average comes first."""
+    """Beside an optimizer, numpy scalars, a Namespace, paths and dtypes; the EMA weights come first."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     ema = copy.deepcopy(net).apply(lambda m: nn.init.normal_(m.weight) if hasattr(m, "weight") else None)
     optimizer = {"state": {0: {"step": torch.tensor(3.), "exp_avg": torch.ones(4)}}, "param_groups": [{"lr": 0.1}]}
@@ -127,7 +127,7 @@ def test_a_whole_training_checkpoint(tmp_path):
 
 
 def test_other_layouts_of_a_file(tmp_path):
-    """The folder inside is named after the file; a buffer object has none; older files lack the byte order."""
+    """The folder in the archive is named after the file or, for a buffer, "archive"; old files lack the byte order."""
     net = nn.Linear(2, 3)
     path = written(tmp_path / "some name.pt", {"model": net})
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "old.pt", "w") as target:
@@ -165,14 +165,14 @@ def test_legacy_and_other_formats(tmp_path):
 # ---- programs in the pickle -----------------------------------------------------------------------------------------
 
 class Call:
-    """In `pickled`: a global, called with arguments and then given a state where there are any."""
+    """For `pickled`: a global that is called with args and given a state, unless they are None."""
 
     def __init__(self, name, args=None, state=None, opcode=b"R"):
         self.name, self.args, self.state, self.opcode = name, args, state, opcode
 
 
 def pickled(value):
-    """A value -> opcodes, for programs that pickle itself would not write. bytes: opcodes as they are."""
+    """A value -> opcodes, also for programs that pickle itself would not write; bytes are opcodes."""
     match value:
         case bytes():
             return value
@@ -220,7 +220,7 @@ def write(path, content, records=None, folder="archive"):
 
 
 def test_the_writer_of_these_tests(tmp_path):
-    """What it writes is read by us and, as a tensor, by torch."""
+    """Its files are read by us, and those with a single tensor by torch."""
     expected = {"w": torch.arange(6.).view(2, 3)}
     path = write(tmp_path / "m.pt", module({"w": tensor()}, modules={"m": module(modules={
         "0": module(buffers={"b": tensor((2,), (3,), 1)})})}))
@@ -255,7 +255,7 @@ def traps(marker):
 def test_nothing_runs(name, place, tmp_path):
     marker = tmp_path / "executed"
     trap = traps(marker)[name]
-    if name not in ("OBJ", "INST", "inside a tensor"):  # of mkdir they make an error in Python 3, of a class an object
+    if name not in ("OBJ", "INST", "inside a tensor"):  # with mkdir they are an error in Python 3
         pickle.loads(b"\x80\x02" + trap + b".")
         marker.rmdir()  # the trap works
     good = {"w": tensor()}
@@ -380,7 +380,7 @@ def test_every_byte_of_the_records_is_checked(tmp_path):
         (tmp_path / "m.pt").write_bytes(data)
         if n in records:
             refused(tmp_path / "m.pt", "CRC-32")
-        else:  # headers: nothing but the right numbers or a refusal
+        else:  # headers: the right numbers or a ValueError
             with contextlib.suppress(ValueError):
                 assert_same(read_module(tmp_path / "m.pt"), expected)
 
@@ -402,7 +402,7 @@ def test_records_that_are_missing_or_short(tmp_path):
 
 
 def test_programs_with_changed_bytes(tmp_path):
-    """With the right checksum: a state dict within the file's numbers, or a ValueError; nothing else."""
+    """With correct checksums: tensors that are not larger than the file's, or a ValueError."""
     net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
     with zipfile.ZipFile(written(tmp_path / "m.pt", {"model": net})) as file:
         records = {name: file.read(name) for name in file.namelist()}
