@@ -32,8 +32,9 @@ from utils.errors import Parser, UserError, cli
 from utils.metrics import ensemble
 from utils.ops import boxes, decide, tta
 from utils.pictures import review, table
-from utils.train import checkpoint, dist, engine, runs
+from utils.train import checkpoint, dist, runs
 from utils.train.args import float_range, int_range, noise_list
+from utils.train.state import precision, to_device
 
 INPUT = {"seg": seg.Input, "det": det.Input, "cls": cls.Input}
 TEST_FOLDER = {"seg": seg.test_folder, "det": labels.test_folder, "cls": cls.test_folder}
@@ -123,7 +124,7 @@ def main():
 def load_members(args, task, device, paths, states):
     """-> a Member per checkpoint, its net on the device with batch norms folded away, in half precision where the
     hardware has it. UserError for checkpoints that cannot be used, or cannot be used together."""
-    dtype, members = engine.precision(args.amp, device) or torch.float32, []
+    dtype, members = precision(args.amp, device) or torch.float32, []
     if args.compile:  # the weights as constants, which CPUs get packed; several nets would be compiled one by one
         torch._inductor.config.freezing = device.type == "cpu" and len(paths) == 1
     for path, state in zip(paths, states):
@@ -387,7 +388,7 @@ def class_probabilities(args, device, member, files):
     progress = tqdm(total=len(files), desc=Path(member.path).parent.name, unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
-            batch = engine.to_device(batch, device)
+            batch = to_device(batch, device)
             found = decide.classify(member.net, inputs, batch, single_label=state["single_label"], **options)
             probs[batch["index"].cpu().numpy()] = found.cpu().double().numpy()
             bar.update(len(batch["index"]) * dist.world_size())

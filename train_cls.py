@@ -176,8 +176,9 @@ def main():
                                  collate=cls.collate)
 
     # ---- input ----
-    mean, std = (resume["input"][k] for k in ("mean", "std")) if resume else \
-        pretrained.normalisation(args.weights, len(bands))
+    with answers_for("--weights"):
+        mean, std = (resume["input"][k] for k in ("mean", "std")) if resume else \
+            pretrained.normalisation(args.weights, len(bands))
     inputs = cls.Input(bands, args.pixel_scale or images.default_scale(data.files + files), args.imgsz, mean, std)
 
     # ---- net ----
@@ -192,9 +193,6 @@ def main():
             if pretrained.classes(args.weights) not in (None, (names, single_label)):
                 init_classifier(linear, frequencies, single_label)
                 dist.print0("weights: of other classes, the classifier starts anew")
-    model = model.to(device, memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.sync_batch_norm(model, device)
     state, options = training(args, folder, model, loader, device, part=1 / parts, eps=1e-6)
 
     # ---- loss ----
@@ -227,9 +225,7 @@ def main():
         return save_augmentations(folder / "augment.png", train_data, names,
                                   lambda batch: mixed(engine.to_device(batch, device)))
     if dist.rank() == 0:
-        params = sum(p.numel() for p in model.parameters())
-        print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes; {params:,} "
-              f"parameters; {device}")
+        print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
         shown = [sheets.to_rgb(x) for x in cls.Input(bands, inputs.pixel_scale, args.imgsz)(batch)]
         sheets.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])

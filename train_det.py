@@ -195,11 +195,8 @@ def experiment(args, device, folder, resume):
     samples = det.cut(samples, args.tile, args.overlap)
     train_data = det.DetData(samples, seed=args.seed, close_mosaic=args.epochs - args.close_mosaic,
                              **{flag: vars(args)[flag] for flag in AUGMENT}, **reading)
-    weights = np.array([sample.weight for sample in samples])
-    if args.image_weights:
-        weights *= class_balance([sample.boxes[:, 0] for sample in samples])
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=args.epoch_parts, same=args.debug, weights=weights if np.ptp(weights) else None,
+                          parts=args.epoch_parts, same=args.debug, weights=draw_weights(samples, args.image_weights),
                           collate=det.collate)
 
     # ---- net ----
@@ -213,15 +210,15 @@ def experiment(args, device, folder, resume):
         dist.same_weights(model)
     if args.head == "anchor" and args.autoanchor and not resume:
         fit_anchors(model.head, samples, args)
-    model = model.to(device, memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.sync_batch_norm(model, device)
-    images_per_step = args.bs * args.accumulate
-    # sgd's weight decay is for 64 images; adamw's does not depend on their number
-    decay = args.weight_decay * (images_per_step / 64 if args.optimizer == "sgd" else 1)
-    state, options = training(args, folder, model, loader, device, weight_decay=decay, summed_over=images_per_step)
+    # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.
+    # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
+    count = args.bs * args.accumulate
+    rate = count if args.optimizer == "sgd" else 1
+    decay = args.weight_decay / {"sgd": 64, "adam": count}.get(args.optimizer, 1)
+    state, options = training(args, folder, model, loader, device, lr=args.lr * rate, weight_decay=decay,
+                              eps=1e-8 / count)
     optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
-                  bias_lr=args.warmup_bias_lr, momentum=args.warmup_momentum)
+                  bias_lr=args.warmup_bias_lr * rate, momentum=args.warmup_momentum)
 
     # ---- loss ----
     levels = 3 / len(model.strides)  # the anchor head's gains are for 3 levels, 80 classes and 640 pixels
@@ -256,8 +253,7 @@ def experiment(args, device, folder, resume):
             x = inputs(engine.to_device(batch, device)["image"])
             found = decide.detect(model, x, **VALIDATION)
             if 0 in batch["index"]:
-                shown = [det.move(rows, matrix) for rows, matrix in zip(det.gt_boxes(batch), batch["matrix"])]
-                pictures.detection_sheet(folder / "val.png", x, shown, found, names=names)
+                pictures.detection_sheet(folder / "val.png", x, det.gt_boxes(batch), found, names=names)
             return [found]
 
         metric = DetectionAP(len(names))
@@ -266,8 +262,7 @@ def experiment(args, device, folder, resume):
         return metric
 
     def evaluate(model):
-        began = time.monotonic()
-        metric = average_precision(model)
+        began, metric = time.monotonic(), average_precision(model)
         threshold, _ = metric.best_threshold()
         return metric.compute() | {"val_seconds": time.monotonic() - began,
                                    "threshold": decide.THRESHOLD["det"] if math.isnan(threshold) else threshold}
@@ -276,13 +271,9 @@ def experiment(args, device, folder, resume):
     if args.show_augment:
         return save_augmentations(folder / "augment.png", train_data, augmented, names)
     if dist.rank() == 0:
-        params = sum(p.numel() for p in model.parameters())
         print(f"{len(train_data)} images with {sum(len(sample.boxes) for sample in samples)} boxes to train, "
-              f"{len(val)} to validate; {len(names)} classes; {params:,} parameters; {device}")
-        batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
-        pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
-        boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
-        charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
+              f"{len(val)} to validate; {len(names)} classes")
+        draw_labels(folder, train_data, samples, augmented, names, batch_size=min(args.bs, 8))
     header = {"task": "det", "arch": arch, "classes": names, "category_ids": data.category_ids,
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
@@ -315,6 +306,14 @@ def load_samples(args, folder):
     return data, val, samples
 
 
+def draw_weights(samples, image_weights):
+    """How often each sample is drawn: by its weight, and with --image-weights by `class_balance`; None: all alike."""
+    weights = np.array([sample.weight for sample in samples])
+    if image_weights:
+        weights *= class_balance([sample.boxes[:, 0] for sample in samples])
+    return weights if np.ptp(weights) else None
+
+
 def class_balance(classes):
     """How often each image is to be drawn: classes, an (n,) array per image -> (images,), the sum over the boxes of an
     image of 1 / (number of boxes of that class in all images). So all classes weigh the same in total."""
@@ -328,8 +327,8 @@ def random_size(x, boxes, change, stride):
     of their side, the same on all ranks."""
     low, high = (int(x.shape[2] * (1 + f * change)) // stride for f in (-1, 1))
     side = dist.broadcast(int(torch.randint(max(low, 1), high + 1, ()))) * stride
-    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] * (side / x.shape[2])), 1)
-    return F.interpolate(x, (side, side), mode="bilinear"), boxes
+    factors = boxes.new_tensor([1, 1] + [side / x.shape[2]] * 4)
+    return F.interpolate(x, (side, side), mode="bilinear"), boxes * factors
 
 
 def fit_anchors(head, samples, args):
@@ -342,17 +341,20 @@ def fit_anchors(head, samples, args):
     dist.print0(line)
 
 
-def save_augmentations(path, data, augmented, names, samples=8, epochs=4):
+def draw_labels(folder, data, samples, augmented, names, batch_size):
+    """Draws the first batch as the net sees it, train_batch.png, and statistics of all boxes, labels.png."""
+    batch = det.collate([data[0, i] for i in range(batch_size)])
+    pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
+    boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
+    charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
+
+
+def save_augmentations(path, data, augmented, names, samples=5, epochs=5):
     """Draws a sheet of what is trained on: a row per image (and the mosaic around it), a column per epoch."""
-    columns = []
-    for epoch in range(epochs):
-        batch = det.collate([data[epoch, i] for i in range(samples)])
-        pixels = [sheets.to_rgb((x * 255).byte()) for x in augmented(batch)]
-        columns.append([pictures.draw_boxes(rgb, rows[:, :4], rows[:, 4].long(), names)
-                        for rgb, rows in zip(pixels, det.gt_boxes(batch))])
+    batch = det.collate([data[epoch, i] for i in range(samples) for epoch in range(epochs)])
+    x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
     if dist.rank() == 0:
-        sheets.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)],
-                             max_side=320)
+        pictures.detection_sheet(path, x, det.gt_boxes(batch), names=names, limit=len(x))
         print(path)
 
 

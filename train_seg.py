@@ -162,9 +162,6 @@ def main():
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
-    model = model.to(device, memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.sync_batch_norm(model, device)
     state, options = training(args, folder, model, loader, device)
 
     # ---- loss ----
@@ -205,9 +202,7 @@ def main():
     if args.show_augment:
         return save_augmentations(folder / "augment.png", train_data, mixed)
     if dist.rank() == 0:
-        params = sum(p.numel() for p in model.parameters())
-        print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val else 0} to validate; {params:,} "
-              f"parameters; {device}")
+        print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val else 0} to validate")
         batch = torch.utils.data.default_collate([train_data[0, i] for i in range(min(args.bs, 8))])
         sheets.segmentation_sheet(folder / "train_batch.png", batch["image"], batch["mask"], ignore=args.ignore)
     header = {"task": "seg", "arch": arch, "classes": args.classes, "input": dataclasses.asdict(inputs),

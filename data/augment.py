@@ -1,4 +1,4 @@
-"""Augmentation: draws matrices of `utils.geometry` from a random generator."""
+"""Augmentation: random matrices of utils/ops/geometry.py, and random colours, drawn from a numpy generator."""
 import math
 
 import numpy as np
@@ -8,11 +8,10 @@ from utils.ops import geometry
 
 
 def crop_flip(rng, height, width, size, point=None):
-    """The wildfire system's: pad to twice the crop, crop at random, flip; and quarter turns. point: (row, column), a
-    pixel that shall be in the crop.
+    """A random crop of a height x width tile -> (matrix onto a size x size canvas, border "reflect" or "wrap").
 
-    -> (matrix onto a size x size canvas, border "reflect" or "wrap"). Tiles at least twice the crop are not
-    padded. The pixels outside the tile, by reflection or by wrapping around, half of the time each.
+    As in the wildfire system: sides below twice the crop are padded to it (by reflection or by wrapping around, with
+    equal probability); the crop is drawn, flipped and turned. point: (row, column), a pixel that the crop contains.
     """
     border = ("reflect", "wrap")[rng.integers(2)]
     matrix = np.eye(3)
@@ -21,21 +20,21 @@ def crop_flip(rng, height, width, size, point=None):
         before = (padded - side) // 2
         first, last = 0, padded - size
         if point is not None:
-            at = point[1 - axis] + before
-            first, last = max(first, at - size + 1), min(last, at)
+            position = point[1 - axis] + before
+            first, last = max(first, position - size + 1), min(last, position)
         matrix[axis, 2] = before - rng.integers(first, last + 1)
     return flip_turn(rng, size) @ matrix, border
 
 
 def flip_turn(rng, size):
-    """One of the eight flips and quarter turns of a size x size picture -> its matrix."""
+    """The matrix of one of the eight flips and quarter turns of a size x size image."""
     flip = geometry.flip_h(size) if rng.integers(2) else np.eye(3)
     return geometry.rot90(rng.integers(4), size, size) @ flip
 
 
 def gain(rng, bands, spread):
-    """Brightness factors (bands, 1, 1), float32: one for the tile, log-uniform within `spread` octaves either
-    way, times a quarter as much for each band by itself."""
+    """Brightness factors (bands, 1, 1), float32: a factor for the tile, log-uniform from -spread to spread octaves,
+    times a factor for each band from -spread/4 to spread/4 octaves."""
     octaves = rng.uniform(-spread, spread) + rng.uniform(-spread, spread, (bands, 1, 1)) / 4
     return np.exp2(octaves).astype(np.float32)
 
@@ -64,10 +63,10 @@ def affine(rng, canvas, size, *, degrees=0.0, translate=0.1, scale=0.5, shear=0.
 def layout(rng, sizes, imgsz):
     """Where 1, 4 or 9 pictures go on one square canvas, each with its long side scaled to imgsz: mosaics.
 
-    sizes: [(height, width)], pixels. -> side of the canvas (imgsz times 1, 2 or 3), and per picture (matrix onto the
-    canvas, cell (x1, y1, x2, y2) beyond which it must not be drawn). One picture lies in the middle. Four meet in a
-    point (Bochkovskiy et al. 2020) within the canvas's middle half. Of nine, eight surround the first, which keeps its
-    whole size.
+    sizes: [(height, width)], pixels. -> side of the canvas (imgsz times 1, 2 or 3); the pictures' matrices onto the
+    canvas; their cells (x1, y1, x2, y2), beyond which they must not be drawn. One picture lies in the middle. Four meet
+    in a point (Bochkovskiy et al. 2020) within the middle half of the canvas. Of nine, eight surround the first, which
+    keeps its whole size.
     """
     across = math.isqrt(len(sizes))  # cells in a row of the canvas
     side = across * imgsz
@@ -80,13 +79,14 @@ def layout(rng, sizes, imgsz):
     edges = np.array([(0, 0), *inner, (side, side)])  # x and y of the cells' borders
     # outer pictures lie at the inner border of their cell, all others in the middle of it
     share = np.array([[0.5], [1, 0], [1, 0.5, 0]][across - 1])
-    placed = []
+    matrices, cells = [], []
     for (h, w), length, place in zip(sizes, lengths, [4, 0, 1, 2, 3, 5, 6, 7, 8] if across == 3 else range(4)):
         cell = np.array((place % across, place // across))  # column, row
         low, high = edges[cell, [0, 1]], edges[cell + 1, [0, 1]]
         start = low + (high - low - length) * share[cell]
-        placed.append((geometry.translate(*start) @ geometry.scale(*length / (w, h)), (*low, *high)))
-    return side, placed
+        matrices.append(geometry.translate(*start) @ geometry.scale(*length / (w, h)))
+        cells.append((*low, *high))
+    return side, matrices, cells
 
 
 def letterbox(height, width, imgsz, shape):
@@ -133,13 +133,13 @@ def recolour(images, matrices, scale=1.0):
 
 # ---- classification ----
 
-def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5, cutout_size=0.3,
-                  p_cutout=0.5):
-    """The winning Dirty-MNIST system's: a quarter turn, then half of the time a small shift, scale and rotation, and
-    half of the time a blank square.
+def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5,
+                  cutout_size=0.3, p_cutout=0.5):
+    """The augmentation of the winning Dirty-MNIST system: a random quarter turn, a small shift, zoom and rotation with
+    probability p_affine, and a blank square with probability p_cutout.
 
-    degrees, shift (of the size), zoom: largest change. flip: probability of each flip. cutout_size: side of the square, of
-    the size. -> (matrix on a size x size canvas, square (4,) x1, y1, x2, y2; zeros for none)
+    flip: probability of each flip. degrees, shift (share of the size), zoom: largest changes. cutout_size: side of the
+    square, share of the size. -> (matrix on a size x size canvas, square (4,) x1, y1, x2, y2; zeros without a square)
     """
     matrix = geometry.rot90(rng.integers(4) if rot90 else 0, size, size)
     for mirror in (geometry.flip_h, geometry.flip_v):

@@ -4,9 +4,7 @@
     DATA/train/*.jpg                          DATA/train.csv: name,label        or: name and a column per class
     DATA/train/cat/*.jpg  DATA/train/dog/*.jpg          and, if they are there: DATA/val/cat/*.jpg ...
 """
-import csv
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +16,7 @@ from torch.utils.data import Dataset
 from data import augment, folds, images
 from data.cache import Cache
 from utils.errors import UserError
-from utils.files import same_name
+from utils.files import read_csv, same_name
 from utils.ops import geometry
 from utils.train import checkpoint, dist
 
@@ -109,12 +107,7 @@ def read_table(path, least=2):
     A second column that is the last one holds the class. Several further columns are the classes, 0 or 1 in each row;
     images have a single label where every row has one 1.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # a BOM is no part of the first name
-            rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: not a readable CSV ({reason}); replace it") from None
+    rows = [(i, row) for i, row in enumerate(read_csv(path), 1) if row]
     if len(rows) < 2 or len(rows[0][1]) < 2:
         raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts in "
                         f"data/cls.py")
@@ -192,7 +185,7 @@ def with_names(extra, table, root):
     images. UserError when it has classes that `table` does not have, or several labels per image where that has one."""
     unknown = [name for name in extra.names if name not in table.names]
     if unknown or table.single_label and not extra.single_label:
-        what = f"has the class {unknown[0][:80]}" if unknown else "has one class an image or several"
+        what = f"has the class {unknown[0][:80]}" if unknown else "has one label per image or several"
         raise UserError(f"{root}: {what}, unlike --data; correct its table, or leave --extra-data out")
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)
     labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
@@ -247,8 +240,7 @@ def check_bands(files, bands):
             raise UserError(f"{file}: has {images.size(file)[0]} bands, band {max(bands)} is asked for; leave it out, "
                             f"or train with other --bands")
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(check, files))
+    images.in_threads(check, files)
 
 
 class Images(Dataset):

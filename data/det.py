@@ -85,11 +85,11 @@ def default_scale(files, bands):
     file, white = files[0], images.default_scale(files)
     pixels = images.read_picture(file, bands, shape=reduced(images.size(file)[1:], 1024)).numpy()
     if pixels.min() < 0:  # decibels, for example, would all become 0
-        raise UserError(f"{file}: has {images.depth(file)} pixels down to {pixels.min():g}, and everything below 0 "
+        raise UserError(f"{file}: has {images.header(file).dtype} pixels down to {pixels.min():g}, and everything below 0 "
                         f"becomes black; add a number to the pixels of all images so that they begin at 0, or accept "
                         f"it with --pixel-scale")
     if pixels.max() > white:
-        raise UserError(f"{file}: has {images.depth(file)} pixels up to {pixels.max():g}, and nothing says which value "
+        raise UserError(f"{file}: has {images.header(file).dtype} pixels up to {pixels.max():g}, and nothing says which value "
                         f"is white; give it with --pixel-scale")
     return white
 
@@ -115,12 +115,11 @@ class Pictures:
         self.cache = Cache(files, self.read, cache, variant=("bands last", bands, limit, windows))
 
     def read(self, i):
-        """-> (H, W, C) in the file's dtype, contiguous, from which it is fast to resize once more."""
+        """-> (H, W, C) in the file's dtype, contiguous: fast to resize once more."""
         full, small = (self.windows[i] or images.size(self.files[i]))[-2:], self.sizes[i]
         step = max(full) // (4 * max(small))  # of a far larger scene every step-th pixel will do
         shape = tuple(max(1, side // step) for side in full) if step > 1 else None
         image = images.read_picture(self.files[i], self.bands, window=self.windows[i], shape=shape)
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         return images.resize(image, small).permute(1, 2, 0).contiguous()
 
     def __getitem__(self, i):
@@ -171,15 +170,15 @@ class DetData(Dataset):
     def scene(self, rng, i, mosaic):
         """Image i, or a mosaic of it with others, under one random affine matrix -> picture (C, H, W), boxes (n, 5)."""
         chosen = [i, *rng.integers(len(self), size=self.grid - 1)] if mosaic else [i]
-        side, placed = augment.layout(rng, [self.pictures.sizes[k] for k in chosen], self.imgsz)
+        side, matrices, cells = augment.layout(rng, [self.pictures.sizes[k] for k in chosen], self.imgsz)
         view = augment.affine(rng, side, self.imgsz, **self.affine)
-        cells = warp_boxes([cell for _, cell in placed], view)
+        cells = warp_boxes(cells, view)
         if self.affine.get("degrees") or self.affine.get("shear"):
             # rotated cells are no rectangles: each picture is drawn whole, over the pictures before it
             cells[:] = (0, 0, self.imgsz, self.imgsz)
         # pictures of the mosaic that the view does not show need not be decoded
-        shown = np.flatnonzero((cells[:, :2] < self.imgsz).all(1) & (cells[:, 2:] > 0).all(1)).tolist() or [0]
-        return self.compose([chosen[j] for j in shown], [view @ placed[j][0] for j in shown], cells[shown].tolist())
+        shown = [j for j, cell in enumerate(cells) if max(cell[:2]) < self.imgsz and min(cell[2:]) > 0] or [0]
+        return self.compose([chosen[j] for j in shown], [view @ matrices[j] for j in shown], cells[shown].tolist())
 
     def compose(self, chosen, matrices, cells):
         """Draws the images `chosen` by their matrices, each into its cell (x1, y1, x2, y2) of the canvas -> picture
@@ -217,15 +216,13 @@ def collate(samples):
 
 def gt_boxes(batch):
     """The boxes of a collated batch, image by image: B tensors (n, 5) of x1, y1, x2, y2, class."""
-    image, rows = batch["boxes"][:, 0], batch["boxes"][:, 1:].roll(-1, 1)
-    return [rows[image == i] for i in range(len(batch["image"]))]
+    rows = batch["boxes"]
+    return [rows[rows[:, 0] == i, 1:].roll(-1, 1) for i in range(len(batch["image"]))]
 
 
 def move(rows, matrix):
-    """Boxes or detections (n, 4 or more) of x1, y1, x2, y2, ..., moved by a matrix (3, 3) that only scales and shifts.
-    """
-    zoom, shift = (rows.new_tensor(np.tile(column, 2)) for column in (matrix.diagonal()[:2], matrix[:2, 2]))
-    return torch.cat((rows[:, :4] * zoom + shift, rows[:, 4:]), 1)
+    """Rows (n, 4 or more) of x1, y1, x2, y2, ... -> float32, the boxes moved by a matrix."""
+    return torch.cat((torch.from_numpy(warp_boxes(rows[:, :4], matrix)), rows[:, 4:]), 1).float()
 
 
 class TiledImages(Dataset):
@@ -234,9 +231,9 @@ class TiledImages(Dataset):
 
     `data[k]` -> view k, letterboxed:
         {"image": (height, width, C) in the file's numbers, uint8 or float32; "index": k,
-         "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the file,
+         "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the view,
          "matrix": float64 (3, 3), from pixels of the file to pixels of the view}
-    boxes: per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: the same
+    boxes: the same in pixels of the file, per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: the same
     per view. UserError for a file without the bands.
     """
 
@@ -266,8 +263,9 @@ class TiledImages(Dataset):
         matrix = augment.letterbox(*image.shape[1:], self.imgsz, (height, width))
         matrix, _ = paste(image, matrix, canvas, (0, 0, width, height))
         y, x = window[:2] if window else (0, 0)
-        return {"image": canvas.permute(1, 2, 0), "boxes": self.boxes[i], "index": k,
-                "matrix": matrix @ self.pictures.matrices[k] @ translate(-x, -y)}
+        matrix = matrix @ self.pictures.matrices[k] @ translate(-x, -y)
+        return {"image": canvas.permute(1, 2, 0), "boxes": move(self.boxes[i].roll(-1, 1), matrix).roll(1, 1),
+                "matrix": matrix, "index": k}
 
     def detect(self, loader, predict, *, iou, max_det, weights=None):
         """-> per file the detections (n, 6) within the image, in its pixels, the same on every rank.

@@ -1,18 +1,14 @@
 """The split into folds for training and validation, written once as JSON {sample name: fold}, and checks of it."""
-import csv
-import json
 import math
 import os
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import images
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import read_csv, read_json, write_json
 from utils.pictures import review
 from utils.train import dist
 
@@ -84,27 +80,23 @@ def parse_folds(text, names=(), held_out=(), fold=0):
 
 def read_split(path, names):
     """The folds of the samples `names` from a split's JSON -> {name: fold}. Raises UserError when some are missing."""
-    try:
-        fold_of = json.loads(Path(path).read_text())
-        missing = [name for name in names if not isinstance(fold_of.get(name), int)]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise UserError(f"{path}: not a split; give a run's folds.json: {{name: fold}}") from None
+    fold_of = read_json(path)
+    missing = [name for name in names if type(fold_of) is not dict or type(fold_of.get(name)) is not int]
     if missing:
-        raise UserError(f"{path}: has no fold for {missing[0]} ({len(missing)} in total); a split is for the data that "
-                        f"it was made of: start a new run with --folds 5")
+        raise UserError(f"{path}: has no fold for {missing[0]} ({len(missing)} in total); give the folds.json of a run "
+                        f"on this data, or start a new run with --folds 5")
     return {name: fold_of[name] for name in names}
 
 
 def read_groups(path, names):
     """The group of each sample from a CSV: its first column is the sample's name (with folders and suffix, or without),
     its column `group`, else the second, is the group."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
-        column = rows[0].index("group") if "group" in rows[0] else 1
-        group_of = {row[0]: row[column] for row in rows}
-    except (OSError, UnicodeDecodeError, IndexError, csv.Error):
-        raise UserError(f"{path}: not a table of groups; give a CSV with the columns name and group") from None
+    remedy = "give a CSV with the columns name and group"
+    rows = [row for row in read_csv(path, remedy) if row]
+    column = rows[0].index("group") if rows and "group" in rows[0] else 1
+    if not rows or any(len(row) <= column for row in rows):
+        raise UserError(f"{path}: not a table of groups; {remedy}")
+    group_of = {row[0]: row[column] for row in rows}
     rows = [next((n for n in (name, Path(name).name, Path(name).stem) if n in group_of), None) for name in names]
     if None in rows:
         raise UserError(f"{path}: has no group for {names[rows.index(None)]} ({rows.count(None)} in total); add the "
@@ -152,10 +144,7 @@ def _without_noisy(written, table, count, train, names, files):
     """The training samples without the `count` worst of a noise.csv. They are written down, because the table may be
     made anew before the run is resumed. UserError where it ranks no training sample: the table of a single run ranks
     the samples that its own fold held out."""
-    try:
-        dropped = json.loads(written.read_text()) if written.exists() else None
-    except ValueError:
-        raise UserError(f"{written}: damaged; start a new run") from None
+    dropped = read_json(written) if written.exists() else None
     if dropped is None:
         ranked = list(map(os.path.realpath, review.read_noise(table)))
         worst, real = set(ranked[:count]), {i: os.path.realpath(files[i]) for i in train}
@@ -218,12 +207,9 @@ def _copies(train, val):
     bands, height and width, by some rows in the middle, by all pixels. Each time only the files stay that have a
     counterpart on the other side."""
     found = {path: () for path in (*train, *val)}  # what is known of each file
-    with ThreadPoolExecutor(8) as pool:  # reading, decoding and hashing release Python's lock
-        for look in (images.size, lambda path: images.digest(path, middle=4), images.digest):
-            common = {found.get(path) for path in train} & {found.get(path) for path in val} - {None}
-            files = [path for path in found if found[path] in common]
-            values = tqdm(pool.map(look, files), total=len(files), desc="copies", leave=False,
-                          disable=dist.rank() > 0 or not files)
-            found = {path: (*found[path], value) for value, path in zip(values, files)}  # so the bar sees its end
+    for look in (images.size, lambda path: images.digest(path, middle=4), images.digest):
+        common = {found.get(path) for path in train} & {found.get(path) for path in val} - {None}
+        files = [path for path in found if found[path] in common]
+        found = {path: (*found[path], value) for path, value in zip(files, images.in_threads(look, files, "copies"))}
     seen_of = {found[path]: path for path in reversed(train) if path in found}
     return [(held, seen_of[found[held]]) for held in val if found.get(held) in seen_of]

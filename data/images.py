@@ -22,6 +22,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import rasterio
@@ -31,6 +32,7 @@ from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torchvision.io import ImageReadMode, decode_jpeg
+from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import reading
@@ -75,29 +77,88 @@ def find_sources(patterns, default, scale):
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
         for match in map(Path, sorted(matches)):
             files += find(match) if match.is_dir() else [match]
-    names = {}
-    for file in files:
-        if names.setdefault(file.stem, file) != file:
-            raise UserError(f"{file}: {names[file.stem]} has the same name; predict them in two runs, by --source")
-    other = [file for file in names.values() if {default_scale([file]), scale} == {255.0, 65535.0}]
+    files = list(by_stem(files).values())
+    other = [file for file in files if {default_scale([file]), scale} == {255.0, 65535.0}]
     if other:
-        dist.print0(f"{other[0]}: has {depth(other[0])} pixels ({len(other)} such), and the net takes {scale:g} for "
-                    f"white; convert them unless that is right")
-    return list(names.values())
+        dist.print0(f"{other[0]}: has {header(other[0]).dtype} pixels ({len(other)} in total), and the net takes "
+                    f"{scale:g} for white; convert them unless that is right")
+    return files
 
 
-def kind(path):
-    """"GTiff", "PNG" or "JPEG", from the first bytes of a regular file."""
-    return _kind(*_version(path))
+def in_threads(function, items, what=None):
+    """[function(item) for item in items], in threads: reading, decoding and hashing release Python's lock. what: the
+    name of a progress bar, which rank 0 shows."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(tqdm(pool.map(function, items), total=len(items), desc=what, leave=False,
+                         disable=dist.rank() > 0 or not items or what is None))
 
 
-@contextlib.contextmanager
+def by_stem(files):
+    """Image files -> {name without folder and suffix: file}. UserError for two files of one name."""
+    found = {}
+    for file in files:
+        if found.setdefault(file.stem, file) != file:
+            raise UserError(f"{file}: {found[file.stem]} has the same name; rename or remove one")
+    return found
+
+
+class Header(NamedTuple):
+    kind: str        # "GTiff", "PNG" or "JPEG"
+    size: tuple      # (bands, height, width)
+    dtype: str       # of the numbers, such as "uint8"
+    bits: int = 8    # of a number, where they are less than a byte
+    palette: object = None  # the colours that the indices of the one band stand for, (256, 3) uint8
+
+
+def header(path):
+    """A file's Header. Raises UserError. It is kept until the file changes: an epoch asks for it several times."""
+    with reading(path):
+        found = os.stat(path)
+    return _header(path, found.st_mtime_ns, found.st_size, stat.S_ISREG(found.st_mode))
+
+
+@functools.lru_cache(maxsize=2**18)
+def _header(path, changed, length, regular):
+    with reading(path):
+        head = open(path, "rb").read(4) if regular else b""  # reading a pipe or a device would block or never end
+    kind = KINDS.get(head, "JPEG" if head[:2] == b"\xff\xd8" else None)
+    if kind is None:
+        what = "not a regular file" if not regular else "empty" if not head else "not a TIFF, PNG or JPEG"
+        raise UserError(f"{path}: {what}; replace or remove it")
+    if kind == "JPEG":
+        try:
+            with Image.open(path, formats=("JPEG",)) as file:  # the header only
+                turned = file.getexif().get(0x0112, 1) >= 5
+                return Header(kind, (len(file.getbands()), *(file.size if turned else file.size[::-1])), "uint8")
+        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+            raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
+    with _open(path, kind) as file:
+        if file.height * file.width > MAX_SCENE:
+            raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
+        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+        colours = None
+        if file.count == 1:
+            with contextlib.suppress(ValueError):  # it has none
+                colours = file.colormap(1)
+                colours = torch.tensor([colours.get(i, (0, 0, 0))[:3] for i in range(256)], dtype=torch.uint8)
+        return Header(kind, (file.count, *file.shape), file.dtypes[0], bits, colours)
+
+
+def size(path):
+    """(bands, height, width) of a file."""
+    return header(path).size
+
+
 def open_raster(path, *, sidecars=False):
     """rasterio's dataset for a `with` block. Raises UserError when it cannot be opened, or not be read in the block.
 
     sidecars: whether GDAL may look for files beside it, which can tell the place on Earth.
     """
-    driver = kind(path)
+    return _open(path, header(path).kind, sidecars)
+
+
+@contextlib.contextmanager
+def _open(path, driver, sidecars=False):
     # GDAL's shortcut for whole PNGs does not notice that data is missing, and returns wrong pixels (version 3.10)
     with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **({} if sidecars else ALONE)):
         try:
@@ -114,28 +175,6 @@ def open_raster(path, *, sidecars=False):
                 raise UserError(DAMAGED.format(path)) from None
 
 
-def size(path):
-    """(bands, height, width) from the file's header."""
-    return _header(*_version(path))[:3]
-
-
-def depth(path):
-    """The name of a file's numbers, such as "uint8", from its header."""
-    return _header(*_version(path))[3]
-
-
-def palette(path):
-    """The colours that a file's one band of indices stands for, (256, 3) uint8; None where its numbers are pixels."""
-    if kind(path) == "JPEG":
-        return None
-    with open_raster(path) as file:
-        try:
-            colours = file.colormap(1)
-        except ValueError:
-            return None
-        return torch.tensor([colours.get(i, (0, 0, 0, 0))[:3] for i in range(256)], dtype=torch.uint8)
-
-
 def read(path, bands=None, *, window=None, shape=None, missing=0):
     """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that dtype.
 
@@ -143,18 +182,18 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
     shape: (height, width) to reduce to by nearest pixels. missing: the value for pixels that a GeoTIFF declares to hold
     no data; None leaves them. Raises UserError naming the file.
     """
-    count, height, width = size(path)
-    if bands and max(bands) > count:
-        raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the file")
-    bands = None if bands == list(range(1, count + 1)) else bands  # picking them would copy all, and bands first
-    if len(bands or range(count)) * math.prod(shape or (window and window[2:]) or (height, width)) > MAX_VALUES:
-        raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
+    kind, (count, height, width), *_ = header(path)
     y, x, h, w = window or (0, 0, height, width)
-    if kind(path) == "GTiff":
+    every = list(range(1, count + 1))
+    bands = list(bands or every)
+    if max(bands) > count:
+        raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the file")
+    if len(bands) * math.prod(shape or (h, w)) > MAX_VALUES:
+        raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
+    if kind == "GTiff":
         with open_raster(path) as file:
-            reduced = shape and (len(bands or range(count)), *shape)
-            image = file.read(bands, window=Window(x, y, w, h), out_shape=reduced)
-            for plane, band in zip(image, bands or file.indexes):
+            image = file.read(bands, window=Window(x, y, w, h), out_shape=shape and (len(bands), *shape))
+            for plane, band in zip(image, bands):
                 empty = file.nodatavals[band - 1]
                 if missing is not None and empty not in (None, missing):
                     plane[np.isnan(plane) if np.isnan(empty) else plane == empty] = missing
@@ -162,7 +201,7 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
         image = (_decode_once if window else _decode)(path, os.stat(path).st_mtime_ns)
         if image.shape != (count, height, width):  # its header tells two sizes
             raise UserError(DAMAGED.format(path))
-        image = image if bands is None else image[[band - 1 for band in bands]]
+        image = image if bands == every else image[[band - 1 for band in bands]]  # which copies
         if window:
             image = image[:, y:y + h, x:x + w].copy()
         if shape:
@@ -190,7 +229,7 @@ def digest(path, middle=None):
             hashed.update(f"{shape} {pixels.dtype}".encode())
             hashed.update(pixels.ravel().view(np.uint8))
 
-    if kind(path) != "JPEG":
+    if header(path).kind != "JPEG":
         with open_raster(path) as file:
             add((file.count, *file.shape), lambda first, stop: file.read(window=((first, stop), (0, file.width))))
     elif math.prod(size(path)) > MAX_VALUES:
@@ -198,7 +237,7 @@ def digest(path, middle=None):
     else:
         image = _decode(path, None)
         add(image.shape, lambda first, stop: image[:, first:stop])
-    colours = None if middle else palette(path)
+    colours = None if middle else header(path).palette
     if colours is not None:
         hashed.update(colours.numpy().ravel())
     return hashed.digest()
@@ -207,27 +246,25 @@ def digest(path, middle=None):
 def read_picture(path, bands=None, **options):
     """As `read`; where RGB is asked for (bands 1-3), grey, CMYK and palette images are converted to it. Grey of less
     than eight bits, such as a scanned page of one bit, is spread to 0 ... 255."""
-    rgb = list(bands or []) == [1, 2, 3]
-    if rgb and kind(path) == "JPEG":
+    rgb, found = list(bands or []) == [1, 2, 3], header(path)
+    if rgb and found.kind == "JPEG":
         image = read(path, **options)  # all bands: picking some would copy them
         if len(image) == 4:
             ink = image.int()  # 255 is none
             image = (ink[:3] * ink[3] // 255).to(torch.uint8)
     else:
         image = read(path, [1] if rgb and colour_bands(path) == 1 else bands, **options)
-        colours = palette(path) if rgb and size(path)[0] == 1 else None
-        if colours is not None and image.dtype == torch.uint8:
-            return colours[image[0].long()].permute(2, 0, 1)
-        bits = _header(*_version(path))[4]
-        if len(image) == 1 and image.dtype == torch.uint8 and bits < 8:
-            image = image * (255 // (2**bits - 1))
+        if rgb and found.palette is not None and image.dtype == torch.uint8:
+            return found.palette[image[0].long()].permute(2, 0, 1)
+        if len(image) == 1 and image.dtype == torch.uint8 and found.bits < 8:
+            image = image * (255 // (2**found.bits - 1))
     return image.expand(3, -1, -1) if rgb and len(image) == 1 else image
 
 
 def colour_bands(path):
     """The number of bands of a file, without the second or fourth band of a PNG, which is its opacity."""
     count = size(path)[0]
-    return count - 1 if kind(path) == "PNG" and count in (2, 4) else count
+    return count - 1 if header(path).kind == "PNG" and count in (2, 4) else count
 
 
 def has_bands(path, bands):
@@ -238,12 +275,9 @@ def has_bands(path, bands):
 def default_bands(files):
     """The bands of the first picture, from 1, without opacity. A JPEG counts as RGB, even a grey or CMYK one (see
     `read_picture`); so does a palette, and a grey image where another image has three bands."""
-    first, count = files[0], colour_bands(files[0])
-    if kind(first) == "JPEG" or size(first)[0] == 1 and palette(first) is not None:
+    first, count = header(files[0]), colour_bands(files[0])
+    if first.kind == "JPEG" or first.palette is not None or count == 1 and max(in_threads(colour_bands, files)) >= 3:
         count = 3
-    elif count == 1:
-        with ThreadPoolExecutor(4) as pool:
-            count = 3 if max(pool.map(colour_bands, files)) >= 3 else 1
     return list(range(1, count + 1))
 
 
@@ -267,53 +301,18 @@ def default_scale(files):
     uint8, else 1. UserError where the files differ in it."""
     file_of = {}
     for file in files:
-        file_of.setdefault({"uint8": 255.0, "uint16": 65535.0}.get(depth(file), 1.0), file)
+        file_of.setdefault({"uint8": 255.0, "uint16": 65535.0}.get(header(file).dtype, 1.0), file)
     if len(file_of) > 1:
         one, other = list(file_of.values())[:2]
-        raise UserError(f"{other}: has {depth(other)} pixels, {one} {depth(one)}, and one scale is for all; convert "
-                        f"them")
+        raise UserError(f"{other}: has {header(other).dtype} pixels, {one} {header(one).dtype}, and one scale is for "
+                        f"all; convert them")
     return next(iter(file_of))
-
-
-# ---- headers: kept until the file changes, because an epoch asks for each of them several times ---------------------
-def _version(path):
-    """(path, time, length, regular file?): other values mean that the content may be another."""
-    with reading(path):
-        found = os.stat(path)
-    return path, found.st_mtime_ns, found.st_size, stat.S_ISREG(found.st_mode)
-
-
-@functools.lru_cache(maxsize=2**18)
-def _kind(path, changed, length, regular):
-    with reading(path):
-        head = open(path, "rb").read(4) if regular else b""  # reading a pipe or a device would block or never end
-    found = KINDS.get(head, "JPEG" if head[:2] == b"\xff\xd8" else None)
-    if found is None:
-        what = "not a regular file" if not regular else "empty" if not head else "not a TIFF, PNG or JPEG"
-        raise UserError(f"{path}: {what}; replace or remove it")
-    return found
-
-
-@functools.lru_cache(maxsize=2**18)
-def _header(path, *version):
-    if _kind(path, *version) == "JPEG":
-        try:
-            with Image.open(path, formats=("JPEG",)) as file:  # the header only
-                turned = file.getexif().get(0x0112, 1) >= 5
-                return len(file.getbands()), *(file.size if turned else file.size[::-1]), "uint8", 8
-        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-            raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
-    with open_raster(path) as file:
-        if file.height * file.width > MAX_SCENE:
-            raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
-        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))  # only told for pixels of less than a byte
-        return file.count, file.height, file.width, file.dtypes[0], bits
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 def _decode(path, changed):
     """A whole PNG or JPEG, which have no windows, as an array (C, H, W)."""
-    if kind(path) == "JPEG":
+    if header(path).kind == "JPEG":
         data = Path(path).read_bytes()
         try:
             if _cut_off(data):

@@ -9,19 +9,19 @@ from torch.utils.data import DataLoader
 
 from utils.train import dist
 
-TIMEOUT = 300  # seconds without a batch until a worker counts as stuck
+TIMEOUT = 300  # seconds without a batch, after which a worker is considered stuck
 
 
 class EpochBatches:
     """A batch sampler for training. Yields this rank's share of every global batch as (epoch, index) keys.
 
-    The order is a permutation drawn from (seed, epoch). All batches are full: the last one is filled up from
-    the order's beginning, with indices counted on beyond `size`, so that the repeated samples are augmented
-    anew (datasets take the index modulo their size). The global batches do not depend on the number of ranks.
+    The order is a permutation drawn from (seed, epoch). All batches are full: the last one is filled up from the order's
+    beginning, with indices counted on beyond `size`, so that the repeated samples are augmented anew (datasets take the
+    index modulo their size). The global batches do not depend on the number of ranks.
 
-    parts: an epoch is one of so many parts of the permutation; `parts` epochs see every sample once. weights: how
-    often each sample is to come; drawn with replacement instead of permuted. same: every epoch is the first one, so
-    that their losses compare.
+    parts: an epoch is one of `parts` parts of the permutation, so `parts` epochs see every sample once. weights: how
+    often each sample is drawn, relative to the others; they are drawn with replacement instead of permuted. same: every
+    epoch is the first one, so that their losses compare.
     """
 
     def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None, same=False):
@@ -50,15 +50,24 @@ class EpochBatches:
         return (order + nth * self.size)[self.epoch % self.parts * count:][:count]
 
     def __iter__(self):
-        order = self.order()
-        share = self.batch_size // dist.world_size()
-        for batch in order.reshape(len(self), self.batch_size)[self.skip:]:
-            mine = batch[dist.rank() * share:(dist.rank() + 1) * share]
-            yield [(self.epoch, int(index)) for index in mine]
+        batches = self.order().reshape(len(self), dist.world_size(), -1)[self.skip:, dist.rank()]
+        return iter([[(self.epoch, index) for index in batch] for batch in batches.tolist()])
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers are deaf to SIGTERM and Ctrl-C, which reach them too: the main process decides."""
+    """A DataLoader of dicts of tensors, whose workers ignore SIGTERM and Ctrl-C: these signals reach them too, but the
+    main process decides when to stop.
+
+    batches: lists of the dataset's keys. device: where the batches go. collate: samples -> batch, None stacks them.
+    """
+
+    def __init__(self, dataset, batches, workers, device, collate):
+        workers = min(workers, os.cpu_count() or 1)
+        # fork: the workers share the cache's memory, which other ways of starting them would copy
+        options = {"persistent_workers": True, "prefetch_factor": 4, "timeout": TIMEOUT,
+                   "multiprocessing_context": "fork"} if workers else {}
+        super().__init__(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                         pin_memory=str(device).startswith("cuda"), **options)
 
     def __iter__(self):
         with _signals_held():
@@ -67,10 +76,10 @@ class Loader(DataLoader):
 
 @contextlib.contextmanager
 def _signals_held():
-    """SIGTERM and Ctrl-C come after the block, not amid a fork; processes that are started in it never hear them."""
+    """SIGTERM and Ctrl-C are handled after the block, not during a fork; processes started in the block ignore them."""
     signums, held = (signal.SIGTERM, signal.SIGINT), []
     handlers = [signal.signal(signum, lambda signum, frame: held.append(signum)) for signum in signums]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums)  # children inherit that, whatever torch sets up in them
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums)  # children inherit it, whatever torch sets up in them
     try:
         yield
     finally:
@@ -81,22 +90,20 @@ def _signals_held():
             signal.raise_signal(signum)
 
 
-def train_loader(dataset, batch_size, *, workers=0, seed=0, device="cpu", parts=1, weights=None, same=False,
-                 collate=None):
+def train_loader(dataset, batch_size, *, workers=0, seed=0, device="cpu", collate=None, **options):
     """Shuffled, augmented batches. `dataset[(epoch, index)]` -> dict of tensors.
 
-    len(loader) is the number of batches in an epoch, also while a resumed one yields only the rest of it.
-    parts, weights, same: see EpochBatches. collate: samples -> batch, where stacking will not do.
+    len(loader) is the number of batches in an epoch, also while a resumed one yields only the rest of it. options: of
+    EpochBatches.
     """
-    sampler = EpochBatches(len(dataset), batch_size, seed, parts=parts, weights=weights, same=same)
-    return Loader(dataset, batch_sampler=sampler, collate_fn=collate, **_options(workers, device))
+    return Loader(dataset, EpochBatches(len(dataset), batch_size, seed, **options), workers, device, collate)
 
 
 def eval_loader(dataset, batch_size, *, shapes=None, workers=0, device="cpu", collate=None):
     """This rank's share of the samples, every sample on exactly one rank: counts can be summed over ranks.
 
-    `dataset[index]` -> dict of tensors. shapes: a shape per sample; a batch holds samples of one shape. A
-    rank's share may be empty.
+    `dataset[index]` -> dict of tensors. shapes: a shape per sample; a batch holds samples of one shape. A rank's share
+    may be empty.
     """
     shapes = shapes or [()] * len(dataset)
     share = sorted(range(dist.rank(), len(dataset), dist.world_size()), key=shapes.__getitem__)
@@ -104,14 +111,4 @@ def eval_loader(dataset, batch_size, *, shapes=None, workers=0, device="cpu", co
     for _, same in itertools.groupby(share, key=shapes.__getitem__):
         same = list(same)
         batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
-    return Loader(dataset, batch_sampler=batches, collate_fn=collate, **_options(workers, device))
-
-
-def _options(workers, device):
-    workers = min(workers, os.cpu_count() or 1)
-    options = {"num_workers": workers, "pin_memory": str(device).startswith("cuda")}
-    if workers:
-        # fork: the workers share the cache's memory, which other ways of starting them would copy
-        options |= {"persistent_workers": True, "prefetch_factor": 4, "timeout": TIMEOUT,
-                    "multiprocessing_context": "fork"}
-    return options
+    return Loader(dataset, batches, workers, device, collate)

@@ -1,8 +1,9 @@
-"""Augmentation of whole batches, on the device, by mixing images with one another or by dropping parts of them.
+"""Augmentation of batches on the device: images are mixed with one another (mixup, CutMix, SnapMix), or parts of them
+are erased (cutout, GridMask).
 
-Each image is mixed with the one before it in the batch, its partner: batches come shuffled. Random numbers are torch's,
-drawn on the device of the images; the training loop seeds them before every batch. `for_labels` and `for_masks` are for
-a script's compute_loss; below are their parts.
+Every image is mixed with the one before it in the batch, because batches come shuffled. Random numbers are torch's,
+drawn on the device of the images; the training loop seeds them before every batch. A script's compute_loss calls
+`for_labels` or `for_masks`; the functions below are their parts.
 """
 import math
 
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 
 
 def for_labels(images, labels, *, p_mixup=0.0, p_cutmix=0.0, p_snapmix=0.0, heat=None, p_gridmask=0.0):
-    """What a classifier trains on: images (B,C,H,W), labels (B,K) -> images, soft labels, which losses.bce, focal and
-    cross_entropy take.
+    """The batch that a classifier trains on: images (B,C,H,W), labels (B,K) -> images, soft labels (B,K), which bce,
+    focal and cross_entropy of utils.losses take.
 
-    p_mixup, p_cutmix, p_snapmix: how often a batch is mixed so, at most one of them at a time. heat: a function that
-    returns `cam` of the unmixed images, for snapmix. p_gridmask: how often an image loses a grid.
+    p_mixup, p_cutmix, p_snapmix: probabilities, batch by batch, of which at most one happens. heat: a function that
+    returns `cam` of the unmixed images, for snapmix. p_gridmask: probability, image by image.
     """
     kind = _one_of(mixup=p_mixup, cutmix=p_cutmix, snapmix=p_snapmix)
     if kind:
@@ -25,33 +26,36 @@ def for_labels(images, labels, *, p_mixup=0.0, p_cutmix=0.0, p_snapmix=0.0, heat
 
 
 def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cutout=0.0, cutout_size=0.5):
-    """What a segmenter trains on: images (B,C,H,W), masks (B,H,W) -> images, [(masks, share of the loss)].
+    """The batch that a segmentation net trains on: images (B,C,H,W), masks (B,H,W) -> images, [(masks, weight)]: the
+    loss is the weighted sum of the losses for these masks.
 
-    Masks stay hard, so that any loss can be taken: of a batch that `mixup` has blended, with one share for all, the
-    loss is taken twice. p_mixup, p_cutmix as in `for_labels`; p_gridmask, p_cutout: how often an image loses parts; its
-    mask keeps them, as in the papers.
+    Masks stay hard, so that every loss can be used: `mixup` gives the batch two masks, with one lam for all images.
+    p_mixup, p_cutmix: see `for_labels`. p_gridmask, p_cutout, cutout_size: see `random_erase`; masks are not erased, as
+    in the papers.
     """
     kind, targets = _one_of(mixup=p_mixup, cutmix=p_cutmix), [(masks, 1.0)]
     if kind == "mixup":
-        images, partner, own = mixup(images, per_image=False)
-        targets = [(masks, own.squeeze()), (masks[partner], 1 - own.squeeze())]
+        images, perm, lam = mixup(images, per_image=False)
+        targets = [(masks, lam.squeeze()), (masks[perm], 1 - lam.squeeze())]
     elif kind == "cutmix":
-        images, partner, own = cutmix(images)
-        targets = [(torch.where(own[:, 0] > 0, masks, masks[partner]), 1.0)]
+        images, perm, lam = cutmix(images)
+        targets = [(torch.where(lam[:, 0] > 0, masks, masks[perm]), 1.0)]
     return random_erase(images, p_gridmask=p_gridmask, p_cutout=p_cutout, cutout_size=cutout_size), targets
 
 
 def random_erase(images, *, p_gridmask=0.0, p_cutout=0.0, cutout_size=0.5):
-    """images (B,C,H,W) -> the same, of which some have lost parts."""
+    """images (B,C,H,W) -> the same after `gridmask` and `cutout`, with probabilities image by image. cutout_size: side
+    of the square, share of the shorter side of the image."""
     images = gridmask(images, p=p_gridmask)[0] if p_gridmask else images
     return cutout(images, cutout_size, p=p_cutout)[0] if p_cutout else images
 
 
-def _one_of(**shares):
-    """The name of one of several things that happen so often, or None."""
-    left = float(torch.rand(())) if any(shares.values()) else math.inf  # the CPU's generator: nobody waits for the GPU
-    for name, share in shares.items():
-        left -= share
+def _one_of(**probabilities):
+    """The name of one of several mutually exclusive events, or None."""
+    # from the CPU's generator, so that nothing waits for the GPU
+    left = float(torch.rand(())) if any(probabilities.values()) else math.inf
+    for name, p in probabilities.items():
+        left -= p
         if left < 0:
             return name
     return None
@@ -63,120 +67,120 @@ def mixup(images, alpha=0.2, *, per_image=True):
     """Weighted means of two images (Zhang et al. 2018, arXiv 1710.09412).
 
     images     (B,C,H,W), float
-    alpha      > 0: shares are drawn from Beta(alpha, alpha); the paper's 0.1 to 0.4 on ImageNet leave most images
-               nearly as they are
-    per_image  a share for every image; False: one for the batch, so that any loss can be weighted with it
-    returns    images, partner (B,) int64, own (B,1,1,1) or (1,1,1,1) fp32: image i is own[i] of image i and
-               1 - own[i] of image partner[i]
+    alpha      > 0: lam is drawn from Beta(alpha, alpha); with the paper's 0.1 to 0.4 for ImageNet most images stay
+               nearly unchanged
+    per_image  one lam for each image; False: one lam for the batch, so that any loss can be weighted with it
+    returns    images, perm (B,) int64, lam (B,1,1,1) or (1,1,1,1) fp32: result i is lam[i] times image i plus
+               1 - lam[i] times image perm[i]
     """
-    own = _beta(len(images) if per_image else 1, alpha, images.device)[:, None, None, None]
-    partner = _partner(images)
-    return torch.lerp(images[partner], images, own.to(images.dtype)), partner, own
+    lam = _beta(len(images) if per_image else 1, alpha, images.device)[:, None, None, None]
+    perm = _previous(images)
+    return torch.lerp(images[perm], images, lam.to(images.dtype)), perm, lam
 
 
 def cutmix(images, alpha=1.0):
-    """A box of every image is replaced by the same box of its partner (Yun et al. 2019, arXiv 1905.04899).
+    """A box of every image is replaced by the same box of another image (Yun et al. 2019, arXiv 1905.04899).
 
-    The box has the image's aspect and 1 - lam of its area, lam from Beta(alpha, alpha), alpha > 0; its centre lies
-    anywhere, and what reaches beyond the image is cut off. images (B,C,H,W) -> images, partner (B,) int64, own
-    (B,1,H,W) fp32: 1 where a pixel is the image's own, 0 where it is the partner's.
+    The box has the image's aspect ratio and a share 1 - b of its area, with b from Beta(alpha, alpha), alpha > 0; its
+    centre lies anywhere, and it is clipped to the image. images (B,C,H,W) -> images, perm (B,) int64, lam (B,1,H,W)
+    fp32: 1 where a pixel comes from image i, 0 where it comes from image perm[i].
     """
     height, width = images.shape[2:]
-    kept = ~_inside(_lam_boxes(len(images), alpha, height, width, images.device), height, width)
-    partner = _partner(images)
-    return torch.where(kept, images, images[partner]), partner, kept.float()
+    kept = ~_inside(_random_boxes(len(images), alpha, height, width, images.device), height, width)
+    perm = _previous(images)
+    return torch.where(kept, images, images[perm]), perm, kept.float()
 
 
 def snapmix(images, heat, alpha=5.0):
-    """A box of every image is replaced by another box of its partner, resized, and the labels count by what the boxes
-    show, not by their area (Huang et al. 2021, "SnapMix", arXiv 2012.04846).
+    """A box of every image is replaced by another box of another image, resized, and labels are weighted by the content
+    of the boxes instead of their areas (Huang et al. 2021, "SnapMix", arXiv 2012.04846).
 
     images   (B,C,H,W), float
     heat     (B,H,W) of `cam`
     alpha    > 0: both boxes are drawn as in `cutmix`, independently
-    returns  images, partner (B,) int64, own (B,1) fp32: the share of the image's heat outside its box, other (B,1): the
-             share of the partner's heat inside the partner's box. They need not add up to 1: an object pasted
-             onto background makes more of it, background pasted onto an object less.
+    returns  images, perm (B,) int64, lam_a (B,1) fp32: the share of image i's heat outside of its box, lam_b (B,1): the
+             share of image perm[i]'s heat inside the box that is copied. They need not add up to 1: the sum is above 1
+             where an object is pasted onto background, below 1 where background is pasted onto an object
     """
     count, (height, width) = len(images), images.shape[2:]
-    target, source = (_lam_boxes(count, alpha, height, width, images.device) for _ in range(2))
-    partner = _partner(images)
+    target, source = (_random_boxes(count, alpha, height, width, images.device) for _ in range(2))
+    perm = _previous(images)
     kept = ~_inside(target, height, width)
-    mixed = torch.where(kept, images, _resized(images[partner], source, target))
-    own = (heat * kept[:, 0]).sum((1, 2))
-    other = (heat[partner] * _inside(source, height, width)[:, 0]).sum((1, 2))
-    return mixed, partner, own[:, None], other[:, None]
+    mixed = torch.where(kept, images, _resized(images[perm], source, target))
+    lam_a = (heat * kept[:, 0]).sum((1, 2))
+    lam_b = (heat[perm] * _inside(source, height, width)[:, 0]).sum((1, 2))
+    return mixed, perm, lam_a[:, None], lam_b[:, None]
 
 
 @torch.no_grad()
 def cam(maps, weight, labels, size):
-    """Where the evidence for an image's labels lies: SnapMix's semantic percent map, a class activation map (Zhou et
-    al. 2016, arXiv 1512.04150) that adds up to 1.
+    """Where the evidence for an image's labels lies: a class activation map (Zhou et al. 2016, arXiv 1512.04150) with
+    the sum 1, which SnapMix calls semantic percent map.
 
     maps     (B,F,h,w), the net's `last_map` of the unmixed images, best in eval mode
-    weight   (K,F) of the linear classifier behind it
-    labels   (B,K), 0 .. 1. Of several classes in an image, the mean of their maps counts
+    weight   (K,F) of the linear classifier that follows
+    labels   (B,K), 0 .. 1; if an image has several classes, their maps are averaged
     size     (height, width) of the images
-    returns  (B,height,width) fp32, >= 0. Uniform for an image without a class, or whose map is flat: boxes then count
-             by their area, as in `cutmix`
+    returns  (B,height,width) fp32, >= 0; uniform for an image without a class or with a constant map
     """
     with torch.autocast(maps.device.type, enabled=False):
-        # the sum over the classes will do for the mean: in the end everything is divided by its sum
+        # the sum over the classes serves as their mean, because the result is divided by its own sum
         heat = torch.einsum("bfhw,bf->bhw", maps.float(), labels.float() @ weight.float())
     heat = F.interpolate(heat[:, None], size, mode="bilinear")[:, 0]
     low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
-    flat = high - low <= 1e-5 * torch.maximum(high.abs(), low.abs())  # or what is left is rounding
-    heat = torch.where(flat, 1, heat - low)  # activations may be negative, shares not
+    flat = high - low <= 1e-5 * torch.maximum(high.abs(), low.abs())  # the differences are rounding errors
+    heat = torch.where(flat, 1, heat - low)  # activations may be negative, shares may not
     return heat / heat.sum((1, 2), keepdim=True)
 
 
 @torch.no_grad()
 def heat(net, weight, images, labels):
-    """`cam` of the net (with `last_map`) as it is now, batch norms as in prediction."""
+    """`cam` of a net that has `last_map`, with its present weights and in eval mode."""
     training = net.training
     maps = net.eval().last_map(images)
     net.train(training)
-    # autocast would keep the casts of the weights for the step itself: their gradients would come last there, and DDP's
-    # sums in another order than on a rank that has not looked
+    # autocast would keep the casts of the weights for the training step: their gradients would come last there, and
+    # DDP would sum in another order than on a rank without this call
     torch.clear_autocast_cache()
     return cam(maps, weight, labels, images.shape[2:])
 
 
-def mixed_labels(labels, partner, own, other=None):
-    """labels (B,K) of 0 .. 1 and what the mixing function returned besides the images -> soft labels (B,K) fp32.
+def mixed_labels(labels, perm, lam_a, lam_b=None):
+    """labels (B,K) of 0 .. 1 and the other results of a mixing function -> soft labels (B,K) fp32.
 
-    Each is its own share of the image's label plus the other share of its partner's, 1 at most: two images of one class
-    do not make more than that class. other: without, 1 - own. Of a map of pixels the mean counts, that is cutmix's lam.
+    They are lam_a times the labels of image i plus lam_b times those of image perm[i], at most 1: two images of one
+    class do not make more than this class. lam_b: 1 - lam_a by default. Of a map of pixels the mean is taken, which is
+    CutMix's lam.
     """
-    labels, own = labels.float(), own.flatten(1).mean(1, keepdim=True)
-    other = 1 - own if other is None else other
-    return (own * labels + other * labels[partner]).clamp(max=1)
+    labels, lam_a = labels.float(), lam_a.flatten(1).mean(1, keepdim=True)
+    lam_b = 1 - lam_a if lam_b is None else lam_b
+    return (lam_a * labels + lam_b * labels[perm]).clamp(max=1)
 
 
-# ---- parts of images dropped ----------------------------------------------------------------------------------------
+# ---- parts of images erased -----------------------------------------------------------------------------------------
 
 def cutout(images, size=0.5, *, p=1.0):
-    """A square of every image set to 0 (DeVries and Taylor 2017, arXiv 1708.04552): of normalised ones, their mean.
+    """Sets a square of every image to 0 (DeVries and Taylor 2017, arXiv 1708.04552), the mean of normalised images.
 
-    size: its side, share of the shorter side of the image. Its centre lies anywhere, and what reaches beyond the image
-    is cut off. p: probability, image by image. images (B,C,H,W) -> images, dropped (B,1,H,W) bool. The paper drops from
-    images only: labels stay, as do masks, which makes the net infer what it does not see.
+    size: its side, share of the shorter side of the image. Its centre lies anywhere, and it is clipped to the image.
+    p: probability, image by image. images (B,C,H,W) -> images, erased (B,1,H,W) bool. Labels and masks stay, as in the
+    paper: the net learns to infer what it does not see.
     """
     height, width = images.shape[2:]
     side = torch.full((len(images),), max(1, round(size * min(height, width))), device=images.device)
-    return _drop(images, _inside(_boxes(side, side, height, width), height, width), p)
+    return _erase(images, _inside(_boxes(side, side, height, width), height, width), p)
 
 
 def gridmask(images, *, period=(0.4, 1.0), ratio=(0.5, 0.7), degrees=180.0, p=1.0):
-    """A turned grid of squares of every image set to 0 (Chen et al. 2020, "GridMask", arXiv 2001.04086).
+    """Sets a rotated grid of squares of every image to 0 (Chen et al. 2020, "GridMask", arXiv 2001.04086).
 
     period   range of the distance between squares, share of the image's shorter side (the paper: 96 to 224 of 224
              pixels), rounded to pixels
-    ratio    range of what is kept of a period, along both axes; squares have the rest as their side, in whole pixels:
-             1 - (1 - ratio)^2 of the image is kept (the paper: 0.6, so 84 %)
-    degrees  the grid is turned by up to this angle either way, about the image's middle
-    p        probability, image by image; the paper lets it grow to 0.8 over the run
-    images (B,C,H,W) -> images, dropped (B,1,H,W) bool. Labels and masks stay as in `cutout`.
+    ratio    range of the kept share of a period along both axes; the side of a square is the rest, in whole pixels:
+             1 - (1 - ratio)^2 of the image is kept (the paper: 0.6, which keeps 84 %)
+    degrees  the grid is rotated by up to this angle either way, about the image's centre
+    p        probability, image by image; the paper lets it grow to 0.8 during training
+    images (B,C,H,W) -> images, erased (B,1,H,W) bool. Labels and masks stay, as in `cutout`.
     """
     height, width = images.shape[2:]
 
@@ -190,15 +194,15 @@ def gridmask(images, *, period=(0.4, 1.0), ratio=(0.5, 0.7), degrees=180.0, p=1.
     x = torch.arange(width, device=images.device) + 0.5 - width / 2
     y = torch.arange(height, device=images.device)[:, None] + 0.5 - height / 2
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    # offsets in whole pixels: a grid that is not turned then has squares of whole pixels
+    # shifts by whole pixels, so that the squares of a grid that is not rotated are whole pixels
     inside = [(line + (uniform(0, 1) * pitch).floor()) % pitch < hole for line in (along, across)]
-    return _drop(images, (inside[0] & inside[1])[:, None], p)
+    return _erase(images, (inside[0] & inside[1])[:, None], p)
 
 
 # ---- their parts ----------------------------------------------------------------------------------------------------
 
-def _partner(images):
-    """(B,) int64: the image before, of the first one the last."""
+def _previous(images):
+    """(B,) int64: the index of the image before each image; for the first image, of the last one."""
     return torch.arange(len(images), device=images.device).roll(1)
 
 
@@ -207,43 +211,44 @@ def _beta(count, alpha, device):
     if not alpha > 0:
         raise ValueError(f"alpha must be above 0, not {alpha}")
     alpha = torch.full((count,), float(alpha), device=device)
-    return torch.distributions.Beta(alpha, alpha, validate_args=False).sample()  # to validate would wait for the GPU
+    return torch.distributions.Beta(alpha, alpha, validate_args=False).sample()  # validation would wait for the GPU
 
 
-def _lam_boxes(count, alpha, height, width, device):
-    """Boxes (count,4) of 1 - Beta(alpha, alpha) of the area, one pixel at least."""
+def _random_boxes(count, alpha, height, width, device):
+    """Boxes (count,4) with a share 1 - b of the area, b from Beta(alpha, alpha), with at least one pixel."""
     share = (1 - _beta(count, alpha, device)).sqrt()
     return _boxes(*((share * side).round().long().clamp(min=1) for side in (width, height)), height, width)
 
 
-def _boxes(across, down, height, width):
-    """Widths, heights (B,) in pixels -> boxes (B,4) int64 of x1, y1, x2, y2, centred anywhere, clipped; none empty."""
+def _boxes(box_width, box_height, height, width):
+    """Sizes (B,) in pixels -> boxes (B,4) int64 of x1, y1, x2, y2 with random centres, clipped; none is empty."""
     edges = []
-    for length, side in ((across, width), (down, height)):
+    for length, side in ((box_width, width), (box_height, height)):
         start = torch.randint(side, length.shape, device=length.device) - length // 2
         edges.append((start.clamp(min=0), (start + length).clamp(max=side)))
     return torch.stack([edge for pair in zip(*edges) for edge in pair], 1)
 
 
 def _inside(boxes, height, width):
-    """(B,4) x1, y1, x2, y2 -> (B,1,H,W) bool."""
+    """Boxes (B,4) of x1, y1, x2, y2 -> (B,1,H,W) bool, true inside the box."""
     x1, y1, x2, y2 = boxes.T[..., None]
     x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
     return ((y >= y1) & (y < y2))[:, None, :, None] & ((x >= x1) & (x < x2))[:, None, None, :]
 
 
 def _resized(images, source, target):
-    """(B,C,H,W) whose target boxes (B,4) show what is in the source boxes, bilinear; of no use outside of them."""
+    """(B,C,H,W) whose target boxes (B,4) show the content of the source boxes, bilinear; undefined outside of them."""
     lines = []
     for axis, side in enumerate((images.shape[3], images.shape[2])):
         (s1, s2), (t1, t2) = (boxes[:, axis::2].float().T[..., None] for boxes in (source, target))
         place = s1 + (torch.arange(side, device=images.device) + 0.5 - t1) * (s2 - s1) / (t2 - t1)
-        # to the centres of the box's outermost pixels: nothing beside it gets in
+        # clamped to the centres of the box's outermost pixels: pixels beside the box have no influence
         lines.append(place.maximum(s1 + 0.5).minimum(s2 - 0.5) * 2 / side - 1)
     grid = torch.stack(torch.broadcast_tensors(lines[0][:, None, :], lines[1][:, :, None]), -1)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).to(images.dtype)
 
 
-def _drop(images, dropped, p):
-    dropped = dropped & (torch.rand(len(images), 1, 1, 1, device=images.device) < p)
-    return torch.where(dropped, 0, images), dropped  # masked_fill would not keep channels-last
+def _erase(images, erased, p):
+    """Sets the pixels `erased` (B,1,H,W) to 0, with probability p image by image -> images, erased (B,1,H,W) bool."""
+    erased = erased & (torch.rand(len(images), 1, 1, 1, device=images.device) < p)
+    return torch.where(erased, 0, images), erased  # masked_fill would not keep channels-last

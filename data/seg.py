@@ -2,7 +2,6 @@
 
     DATA/train_img/train_img_17.tif    DATA/train_mask/train_mask_17.tif    DATA/test_img/test_img_3.tif
 """
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -63,15 +62,7 @@ def pairs(image_folder, mask_folder):
 
     Raises UserError naming a file without partner, and two files of one name.
     """
-    def by_stem(folder):
-        found = {}
-        for path in images.find(folder):
-            if path.stem in found:
-                raise UserError(f"{path}: {found[path.stem].name} has the same name; rename or remove one")
-            found[path.stem] = path
-        return found
-
-    image_of, mask_of = by_stem(image_folder), by_stem(mask_folder)
+    image_of, mask_of = (images.by_stem(images.find(folder)) for folder in (image_folder, mask_folder))
     matched = {stem: (path, mask_of.pop(stem, None) or mask_of.pop(stem.replace("img", "mask"), None))
                for stem, path in image_of.items()}
     for lone, where in ((next((p for p, mask in matched.values() if mask is None), None), mask_folder),
@@ -126,10 +117,7 @@ def scan(paired, *, bands=None, classes=1, ignore=None):
         return tuple(size), int(objects(labels, ignore).sum()), count
 
     paired = list(paired)
-    with ThreadPoolExecutor(4) as pool:  # decoding releases Python's lock
-        found = list(tqdm(pool.map(check, paired), total=len(paired), desc="check", leave=False,
-                          disable=dist.rank() > 0))
-    sizes, areas, counts = map(list, zip(*found))
+    sizes, areas, counts = map(list, zip(*images.in_threads(check, paired, "check")))
     other = next((i for i, count in enumerate(counts) if count != counts[0]), None)
     if bands is None and other is not None:
         raise UserError(f"{paired[other][0]}: has {counts[other]} bands, others {counts[0]}; choose --bands")
@@ -273,5 +261,5 @@ def predict_windows(file, part, bands, predict, *, tile, overlap, bs, workers=0)
     loader = DataLoader(Tiles([file], bands, places), bs, num_workers=workers)
     maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0 or not workers)
             for probs in predict(batch["image"]))
-    for y, x, block in tiles.merge(swaths, maps, height):
+    for y, x, block in tiles.stitch(swaths, maps, height):
         yield top + y, left + x, block

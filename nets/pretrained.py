@@ -15,7 +15,7 @@ from nets.weights import EXPECTS, HALF, IMAGENET, SAME, SYMMETRIC, URLS, downloa
 
 # prefixes of layers that depend on the task and its data; the rest is the encoder. A net may have its own
 # `task_prefixes`.
-TASK = ("conv0.", "decoder.", "head.", "aux_cls.", "presence.",  # UNet's (presence: aux_cls of the first edition)
+TASK = ("conv0.", "decoder.", "head.", "aux_cls.",  # UNet's
         "conv_head.", "bn2.", "classifier.",  # EfficientNetV2's head
         "incre_modules.", "downsamp_modules.", "final_layer.")  # HRNet's
 
@@ -98,16 +98,15 @@ def normalisation(path_or_name, bands):
 def classes(path_or_name):
     """(class names, whether every image has one class) of a checkpoint of our classifiers; None for other weights."""
     content = {} if path_or_name in URLS else read(path_or_name)
-    single_label = content.get("single_label", content.get("exclusive"))  # exclusive: the first edition's name
-    return None if single_label is None else (content["classes"], single_label)
+    return (content["classes"], content["single_label"]) if "single_label" in content else None
 
 
 def expectations(path_or_name, content=None):
-    """How weights were trained: {"mean", "std"} of images in 0...1, and an EfficientNetV2's "padding" if it is known.
+    """How weights were trained: {"mean", "std"} of images in 0...1 and, if it is known, an EfficientNetV2's "padding".
 
-    content: of the file. Files whose name is in EXPECTS are known, our own checkpoints state it. In other files
-    torchvision's names imply the padding, and the widths tell the normalisation: timm's EfficientNetV2 S, M and L and
-    torchvision's L were trained on -1...1. A B3 is taken for in21k's, which was, too.
+    content: of the file. Published files are in EXPECTS, our own checkpoints state it. For other files it is inferred:
+    torchvision's names imply the padding, and the widths tell timm's EfficientNetV2 S, M, L and torchvision's L, which
+    were trained on -1...1; all others with ImageNet's mean and deviation. (timm's B3 has both kinds; -1...1 is assumed.)
     """
     if path_or_name in EXPECTS:
         return EXPECTS[path_or_name]
@@ -117,11 +116,9 @@ def expectations(path_or_name, content=None):
     stem, first = (len(names.get(name, ())) for name in ("conv_stem.weight", "blocks.0.0.conv.weight"))
     halved = stem == 32 if torchvision else first > 16 or stem == 40
     expects = (HALF if halved else IMAGENET) | (SYMMETRIC if torchvision else {})
-    if "task" in content:  # our own checkpoint; norm: the first edition's name
-        inputs = content.get("input") or dict(zip(("mean", "std"), content.get("norm", ())))
-        expects |= {key: inputs[key] for key in ("mean", "std") if key in inputs}
-        arch = content["arch"]
-        net = arch["kwargs"].get("encoder") or arch["kwargs"].get("name") or arch["name"]
+    if "task" in content:  # our own checkpoint
+        expects |= {key: value for key, value in content["input"].items() if key in ("mean", "std")}
+        net = content["arch"]["kwargs"].get("encoder", content["arch"]["name"])
         if net.startswith("efficientnetv2"):
             expects |= SYMMETRIC if net.endswith("_tv") else SAME
     return expects

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.train import checkpoint
+
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/"
 _TORCHVISION = "https://download.pytorch.org/models/"
 _YOLOV5 = "https://github.com/ultralytics/yolov5/releases/download/v7.0/"
@@ -67,7 +69,7 @@ EXPECTS = {name: expects for _, expects, files in _PUBLISHED for name in files}
 
 def download(name):
     """The content of a published file, by its name in URLS, from the network or from torch.hub's cache. Raises OSError
-    and ValueError as `load`."""
+    and ValueError as `nets.pretrained.load`."""
     url, folder = URLS[name], os.path.join(torch.hub.get_dir(), "checkpoints")
     path, digest = os.path.join(folder, os.path.basename(url)), re.search(r"-([0-9a-f]{8})\.pth$", url)
     try:
@@ -86,7 +88,8 @@ def download(name):
 
 
 def read(path):
-    """The content of a file of weights, a dict. Of pickled modules only the tensors are read."""
+    """The content of a file of weights, a dict. Of pickled modules only the tensors are read; checkpoints of the first
+    edition are converted to today's layout. Raises OSError and ValueError as `nets.pretrained.load`."""
     if not os.path.isfile(path):
         raise OSError(f"{path}: no such file; give a file of weights, or one of {', '.join(URLS)}")
     if str(path).endswith(".safetensors"):
@@ -97,7 +100,7 @@ def read(path):
         return read_module(path)  # or ValueError, with the reason
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of tensors; save a state dict")
-    return content
+    return checkpoint.convert(content, path) if "task" in content else content
 
 
 def read_safetensors(path):

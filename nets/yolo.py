@@ -11,6 +11,7 @@ Another net for train_det.py, class Mine in nets/mine.py, is called with num_cla
     head.anchors        only for --head anchor: a buffer as in AnchorHead
 or it comes with a loss of its own in train_det.py. The heads below may be used by any net.
 """
+import functools
 import math
 
 import torch
@@ -35,11 +36,9 @@ ANCHORS = {  # (width, height) in pixels per level, for training at 640 and at 1
 BINS = 16  # of the anchor-free head: distances from 0 to 15 strides
 
 
-class Conv(ConvNorm):
-    # momentum: the published nets were trained with 0.03. In a run of a few hundred steps statistics that slow are
-    # those of weights long gone: AP 0.005 instead of 0.28 after seven epochs on small data
-    def __init__(self, cin, cout, kernel=1, stride=1, groups=1):
-        super().__init__(cin, cout, kernel, stride, groups, act=silu, eps=1e-3, momentum=0.1)
+# momentum: the published nets were trained with 0.03. In a run of a few hundred steps such running statistics lag behind
+# the weights: AP 0.005 instead of 0.28 after seven epochs on small data
+Conv = functools.partial(ConvNorm, act=silu, eps=1e-3, momentum=0.1)
 
 
 class Bottleneck(nn.Module):
@@ -78,10 +77,10 @@ class SPPF(nn.Module):
         self.pool = nn.MaxPool2d(5, stride=1, padding=2)
 
     def forward(self, x):
-        maps = [self.cv1(x)]
-        for _ in range(3):
-            maps.append(self.pool(maps[-1]))
-        return self.cv2(torch.cat(maps, 1))
+        x = self.cv1(x)
+        y = self.pool(x)
+        z = self.pool(y)
+        return self.cv2(torch.cat((x, y, z, self.pool(z)), 1))
 
 
 class Concat(nn.Module):
@@ -129,10 +128,10 @@ class AnchorHead(nn.Module):
         """Raw maps -> rows (B, N, 5 + classes) as in YOLOv5, fp32."""
         rows = []
         for raw, anchors, stride in zip(maps, self.anchors, self.strides):
-            y = raw.float().sigmoid()
-            xy = (2 * y[..., :2] - 0.5 + cells(*y.shape[2:4], y.device)) * stride
-            wh = (2 * y[..., 2:4]) ** 2 * (anchors * stride)[:, None, None]
-            rows.append(torch.cat((xy, wh, y[..., 4:]), -1).flatten(1, 3))
+            y = raw.float().sigmoid().flatten(2, 3)
+            xy = (2 * y[..., :2] - 0.5 + cells(*raw.shape[2:4], y.device)) * stride
+            wh = (2 * y[..., 2:4]) ** 2 * (anchors * stride)[:, None]
+            rows.append(torch.cat((xy, wh, y[..., 4:]), -1).flatten(1, 2))
         return torch.cat(rows, 1)
 
 
@@ -146,7 +145,7 @@ class AnchorFreeHead(nn.Module):
     def __init__(self, channels, strides, num_classes):
         super().__init__()
         self.strides = strides
-        box, cls = max(16, channels[0] // 4, 4 * BINS), max(channels[0], min(num_classes, 100))
+        box, cls = max(channels[0] // 4, 4 * BINS), max(channels[0], min(num_classes, 100))
         self.box = nn.ModuleList(nn.Sequential(
             Conv(c, box, 3), Conv(box, box, 3), nn.Conv2d(box, 4 * BINS, 1)) for c in channels)
         self.cls = nn.ModuleList(nn.Sequential(

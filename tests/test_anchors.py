@@ -129,7 +129,6 @@ def test_auto_for_tiny_and_for_huge_objects(anchors, factor):
     assert line.startswith("anchors changed") and "\n" not in line
     for share, per_box in (old_recall, new_recall):
         assert f"{share:.4f}" in line and f"{per_box:.2f} anchors per box" in line
-    assert f"{new[0, 0, 0]:.4g},{new[0, 0, 1]:.4g} " in line and line.count(" / ") == len(anchors) - 1
     again, same_line = auto(wh, anchors)
     assert np.array_equal(new, again) and line == same_line
     assert not np.array_equal(new, auto(wh, anchors, seed=1)[0])
@@ -138,7 +137,7 @@ def test_auto_for_tiny_and_for_huge_objects(anchors, factor):
 def test_auto_keeps_what_fits():
     wh = sizes(1000, middle=4., spread=0.4)
     kept, line = auto(wh, ANCHORS_P5)
-    assert np.array_equal(kept, ANCHORS_P5) and line.startswith("anchors kept: best possible recall 1.0000 of 1000 boxes")
+    assert np.array_equal(kept, ANCHORS_P5) and line.startswith("anchors kept: best possible recall 1.0000, ")
     assert kept is not ANCHORS_P5
     share = recall(ANCHORS_P5, sizes(1000, middle=4., spread=1.))[0]
     assert 0.9 < share < 0.98
@@ -165,7 +164,7 @@ def test_auto_uses_the_threshold():
 def test_auto_without_boxes_and_with_strange_ones():
     for wh in (np.zeros((0, 2)), np.zeros((5, 2)), [[1.9, 1.9]], [[np.nan, 5], [np.inf, 5], [-3, -3], [0, 50]]):
         kept, line = auto(wh, ANCHORS_P6)
-        assert np.array_equal(kept, ANCHORS_P6) and line.startswith("anchors kept: best possible recall 0.0000 of 0 boxes")
+        assert np.array_equal(kept, ANCHORS_P6) and line == "anchors kept: best possible recall 0.0000, 0.00 anchors per box (0 boxes)"
     specks = np.full((500, 2), 1.5)  # they would drown the rest
     wh = sizes(100, middle=4., spread=0.4)
     assert auto(np.concatenate((specks, wh)), ANCHORS_P5)[1] == auto(wh, ANCHORS_P5)[1]

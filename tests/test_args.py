@@ -1,19 +1,21 @@
-"""utils/train/args.py: every wrong flag is answered in one line with exit code 2; what --resume keeps and what it reports."""
+"""utils/train/args.py: every wrong flag is answered in one line with exit code 2; what --resume keeps and reports."""
 import argparse
 import json
+import os
 
 import pytest
 
 from tests.harness import toy
 from tests.test_runs import free, give_locks_back, no_torchrun  # noqa: F401 (fixtures)
-from utils.train import checkpoint
-from utils.train.args import band_list, loss_term, float_range, setup_run, train_parser, int_range
 from utils.errors import UserError
+from utils.train import checkpoint, dist
+from utils.train.args import band_list, begin_run, float_range, int_range, loss_term, setup_run, train_parser
 
 PARSER = train_parser("Toy.", "toy", epochs=3, bs=4, imgsz=16, lr=0.1)
 TEXTS = {"drop_noisy", "bands"}  # with types, and no numbers
 NUMBERS = {a.option_strings[0]: a for a in PARSER._actions if a.type and not a.nargs and a.dest not in TEXTS}
 CHOICES = {a.option_strings[0]: a for a in PARSER._actions if a.choices}
+STATE = {"task": "toy", "arch": {}, "model": {}, "optimizer": {}, "step": 5}
 POSITIVE = {"--epochs", "--bs", "--accumulate", "--imgsz", "--period"}  # integers of which zero makes no sense
 
 
@@ -96,8 +98,7 @@ def saved(tmp_path, *argv):
     """A run that was started with these flags and has saved a checkpoint."""
     args, _, folder, state = opened(tmp_path, *argv)
     assert state is None
-    checkpoint.save(folder / "last.pt", {"task": "toy", "arch": {}, "model": {}, "optimizer": {}, "step": 5,
-                                         "args": vars(args)})
+    checkpoint.save(folder / "last.pt", STATE | {"args": vars(args)})
     return args
 
 
@@ -172,6 +173,90 @@ def test_flags_that_do_nothing_in_a_resumed_run(tmp_path):
     checkpoint.save(tmp_path / "exp/last.pt", state)
     args, *_ = opened(tmp_path, "--resume", str(tmp_path / "exp"), "--swa", "0.5", "--swa-lr", "0.5")
     assert args.swa == args.swa_lr == 0.5
+
+
+# ---- what is refused, and when --------------------------------------------------------------------------------------
+def test_refused_flags_leave_no_run_folder(tmp_path, monkeypatch):
+    """Neither the script's own check nor the shared ones; nor do they wait for the other processes."""
+    monkeypatch.setattr(dist, "setup", lambda *_: pytest.fail("the process group was joined"))
+
+    def check(args):
+        raise UserError("--x: refused; leave it out")
+
+    for argv, words in (([], "--x: refused"), (["--swa-lr", "0.5"], "--swa-lr: does nothing without --swa"),
+                        (["--cutout-size", "0.3"], "--cutout-size: does nothing without --cutout"),
+                        (["--folds", "0", "--fold", "1"], "--fold: does nothing")):
+        with pytest.raises(UserError, match=words):
+            setup_run(PARSER, ["--project", str(tmp_path), *argv], check=check)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--bs 4: not divisible by the 3 processes"):
+        setup_run(PARSER, ["--project", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_flags_of_a_resumed_run_are_checked_together(tmp_path):
+    """What the run had, with what is given now."""
+    seen = []
+
+    def check(args):
+        seen.append((args.lr, args.clip))
+        if args.clip > 3:
+            raise UserError("--clip: too large; lower it")
+
+    saved(tmp_path, "--lr", "0.5")
+    free()
+    setup_run(PARSER, ["--project", str(tmp_path), "--device", "cpu", "--resume", "--clip", "2"], check=check)
+    free()
+    with pytest.raises(UserError, match="--clip: too large"):
+        setup_run(PARSER, ["--project", str(tmp_path), "--device", "cpu", "--resume", "--clip", "4"], check=check)
+    assert seen == [(0.5, 2.0), (0.5, 4.0)] and os.listdir(tmp_path) == ["exp"]
+    assert json.loads((tmp_path / "exp/args.json").read_text())["clip"] == 0.0
+
+
+@pytest.mark.parametrize("old, now", [
+    ({"scale": 10000.0, "presence": 0.5, "cutout": 0.25}, {"pixel_scale": 10000.0, "aux_cls": 0.5, "cutout": 0.25}),
+    ({"scale": None}, {"pixel_scale": None, "cutout_size": 0.5}),
+    ({"band_scale": 255.0, "scale": 0.9}, {"pixel_scale": 255.0, "scale": 0.9}),
+    ({"scale": 255.0, "net": "x", "cutout": 0.3}, {"pixel_scale": 255.0, "cutout": 0.5, "cutout_size": 0.3}),
+    ({"scale": 255.0, "net": "x", "cutout": 0.0}, {"cutout": 0.0, "cutout_size": 0.5})])
+def test_flags_of_the_first_edition(tmp_path, old, now):
+    """Those of segmentation, detection (whose --scale is a zoom) and classification (whose --cutout was a side)."""
+    parser = train_parser("Toy.", "toy", epochs=3, bs=4, imgsz=16, lr=0.1)
+    parser.add_argument("--aux-cls", type=float, default=0.0)
+    parser.add_argument("--net", default="y")
+    if "band_scale" in old:
+        parser.add_argument("--scale", type=float, default=0.5)
+    saved(tmp_path)
+    state = checkpoint.load(tmp_path / "exp/last.pt")
+    state["args"] = {k: v for k, v in state["args"].items() if k not in ("pixel_scale", "cutout_size")} | old
+    checkpoint.save(tmp_path / "exp/last.pt", state)
+    free()
+    args, *_ = setup_run(parser, ["--project", str(tmp_path), "--device", "cpu", "--resume"])
+    assert vars(args).items() >= now.items() and not vars(args).keys() & {"band_scale", "presence"}
+    assert "scale" in vars(args) or "band_scale" not in old
+
+
+def test_a_script_with_two_runs(tmp_path, monkeypatch, capsys):
+    """Restarted by torchrun, each of them goes on in its folder with its flags."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+
+    def script(first_ends=True):
+        args, _, folder, state = opened(tmp_path, "--lr", "0.5")
+        if not first_ends:
+            return folder, state
+        checkpoint.save(folder / "last.pt", STATE | {"args": vars(args)})
+        args = argparse.Namespace(**vars(args) | {"name": f"{folder.name}-second", "lr": 0.25})
+        args, other, second = begin_run(PARSER, args)
+        if second is None:
+            checkpoint.save(other / "last.pt", STATE | {"args": vars(args) | {"clip": 1.0}, "step": 7})
+        return folder, state, other, second and second["step"], args.lr, args.clip
+
+    assert script() == (tmp_path / "exp", None, tmp_path / "exp-second", None, 0.25, 0.0)
+    assert json.loads((tmp_path / "exp-second/args.json").read_text())["lr"] == 0.25
+    folder, state, *second = script()
+    assert (folder, state["step"]) == (tmp_path / "exp", 5) and second == [tmp_path / "exp-second", 7, 0.25, 1.0]
+    monkeypatch.setattr(os, "getppid", lambda: 123456789)  # another torchrun
+    assert script(first_ends=False) == (tmp_path / "exp2", None)
 
 
 def test_devices_that_are_not_there(tmp_path):

@@ -109,7 +109,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(refused, command, root):
 
 def test_shares_of_what_happens_instead_of_one_another(refused, root):
     train(refused, "--data", root, "--mixup", 0.5, "--cutmix", 0.3, "--snapmix", 0.3, says=["--snapmix", "exceed 1"])
-    train(refused, "--data", root, "--val-interval", 0.1, says=["--val-interval 0.1", "less than a batch"])
+    train(refused, "--data", root, "--val-interval", 0.1, says=["--val-interval 0.1", "shorter than one batch"])
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_shares_of_what_happens_instead_of_one_another(refused, root):
     (["--net", "repvgg_a0", "--drop", "0.2"], ["--drop", "repvgg_a0", "EfficientNetV2"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
     (["--synthesize", "letters.csv"], ["--synthesize letters.csv", "a to z", "--data"]),
-    (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
+    (["--folds", "no.json"], ["no.json: cannot be read"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]),
     (["--device", "cuda:99"], ["--device cuda:99"]), (["--resume", "nowhere"], ["nowhere"]),
     (["--resume"], ["runs/cls", "train one first"])])
@@ -131,7 +131,7 @@ def test_letters_that_cannot_be_used(refused, tmp_path):
     root = write_dirty(tmp_path / "resources", train=6, test=0, side=80, classes=26)
     flags = ["--data", root, "--synthesize"]
     train(refused, *flags, "no.csv", says="no.csv: cannot be read")
-    train(refused, *flags, root / "dirty_mnist_2nd_answer.csv", says=["_answer.csv: has not the columns letter"])
+    train(refused, *flags, root / "dirty_mnist_2nd_answer.csv", says=["_answer.csv: the columns are not letter"])
     pixels, letters = glyphs.render(1)
     rows = [",".join([chr(65 + k), *map(str, row)]) for k, row in zip(letters, pixels.reshape(26, -1)) if k != 7]
     (tmp_path / "letters.csv").write_text("\n".join([",".join(["letter", *glyphs.COLUMNS]), *rows, ""]))
@@ -224,10 +224,10 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     table.write_text("index,a,b,c,d\n50000,0,0,0,0\n50001,1,1,1,1\n")
     predicts(refused, "--weights", one, "--probs", table, "--ensemble-weights", 1,
              says=["1 for 1 checkpoints and 1 tables", "one each"])
-    for text, says in (("index,a,b,c,d\n50000,0,0,0,0\n", "no row for 50001"), ("", "not a readable table"),
+    for text, says in (("index,a,b,c,d\n50000,0,0,0,0\n", "no row for 50001"), ("", "has no rows"),
                        ("index,a,b,c\n50000,0,0,0\n50001,0,0,0\n", "other columns"),
                        ("index,a,b,d,c\n50000,0,0,0,0\n50001,0,0,0,0\n", "other columns"),
-                       ("index,a,b,c,d\n50000,0,0,0,x\n50001,0,0,0,0\n", "not a readable table"),
+                       ("index,a,b,c,d\n50000,0,0,0,x\n50001,0,0,0,0\n", "row 50000 is damaged"),
                        ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,nan\n", "row 50001 is damaged"),
                        ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0\n", "row 50001 is damaged"),
                        ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,7\n", "row 50001 is damaged"),
@@ -235,7 +235,7 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
                        ("index,a,b,c,d\n", "has no rows")):
         table.write_text(text)
         predicts(refused, "--weights", one, "--probs", table, says=["table.csv: ", says])
-    predicts(refused, "--weights", one, "--probs", "none.csv", says="none.csv: not a readable table")
+    predicts(refused, "--weights", one, "--probs", "none.csv", says="none.csv: not a readable CSV")
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path):

@@ -92,7 +92,7 @@ def test_pictures_of_other_bands(refused, root):
     (["--net", "yolo.None"], ["--net", "yolo.None", "mine.Mine"]), (["--net", "os.path"], ["--net", "os.path"]),
     (["--cutout-size", "0.2"], ["--cutout-size", "--cutout"]),
     (["--weights", "no.pt"], ["--weights no.pt", "no such file"]), (["--weights", "."], ["--weights ."]),
-    (["--folds", "no.json"], ["no.json: not a split"]), (["--folds", "1"], ["--folds 1"]),
+    (["--folds", "no.json"], ["no.json: cannot be read"]), (["--folds", "1"], ["--folds 1"]),
     (["--fold", "7"], ["--fold 7"]), (["--device", "cuda:99"], ["--device cuda:99"]),
     (["--resume", "nowhere"], ["nowhere"]), (["--resume"], ["runs/det", "train one first"])])
 def test_flags_that_do_not_fit(refused, root, flags, says):
@@ -212,7 +212,7 @@ def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     one = weights(tmp_path / "one.pt", data=root)
     two = weights(tmp_path / "two.pt", data=root, classes=["sedan", "bus", "child"])
     predicts(refused, "--weights", one, two, says=["two.pt", "sedan, bus, child", "one.pt"])
-    predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says="--ensemble-weights: 1 numbers for 2 check")
+    predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says="--ensemble-weights: 1 for 2 check")
     predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says="--ensemble-weights: is for several check")
 
 

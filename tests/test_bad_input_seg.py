@@ -170,7 +170,7 @@ def test_split_and_group_files_that_do_not_fit(refused, root, tmp_path):
     (tmp_path / "a.csv").write_text("name,group\ntrain_img_0,x\n")
     train(refused, "--data", root, "--groups", "a.csv", says=["a.csv: has no group for train_img_1", "3 in total"])
     (tmp_path / "b.csv").write_bytes(b"\x00\xff\xfe" * 9)
-    train(refused, "--data", root, "--groups", "b.csv", says="b.csv: not a table of groups")
+    train(refused, "--data", root, "--groups", "b.csv", says=["b.csv: not a readable CSV", "name and group"])
     (tmp_path / "c.csv").write_text("name,group\n" + "".join(f"train_img_{i},one place\n" for i in range(4)))
     train(refused, "--data", root, "--groups", "c.csv", says=["--fold 0", "0 samples to train and 4 to validate"])
 
@@ -249,10 +249,10 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path, model):
     torch.save({"weight": torch.ones(3)}, tmp_path / "foreign.pt")
     fails("foreign.pt", "--weights")
     saved("task.pt", task="det")
-    saved("decoder.pt", arch={"name": "UNet", "kwargs": arch["kwargs"] | {"decoder": [8, 8, 8, 16]}})
-    saved("arch.pt", arch={"name": "UNet", "kwargs": arch["kwargs"] | {"encoder": "vit_giant"}})
-    saved("arch.pt", arch={"name": "UNet", "kwargs": arch["kwargs"] | {"unheard": 1}})
-    saved("arch.pt", arch={"name": "UNet"})
+    saved("decoder.pt", arch={"name": "unet.UNet", "kwargs": arch["kwargs"] | {"decoder": [8, 8, 8, 16]}})
+    saved("arch.pt", arch={"name": "unet.UNet", "kwargs": arch["kwargs"] | {"encoder": "vit_giant"}})
+    saved("arch.pt", arch={"name": "unet.UNet", "kwargs": arch["kwargs"] | {"unheard": 1}})
+    saved("arch.pt", arch={"name": "unet.UNet"})
     assert not list(tmp_path.glob("predict*"))
 
 

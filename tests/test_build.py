@@ -52,7 +52,8 @@ def test_a_new_file_is_a_new_net(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", nets.NAMES)
+@pytest.mark.parametrize("name", ["regnetx_004", "efficientnetv2_b1", "efficientnetv2_s_tv", "repvgg_a1",
+                                  "hrnet_w18_small"])
 def test_short_names_are_classifiers_and_encoders(name):
     with torch.device("meta"):
         encoder, classifier = nets.make(name, 4), nets.make(name, 4, 7)

@@ -122,7 +122,7 @@ def test_scan_names_both_files_of_different_size(tmp_path):
 def test_default_scale(tmp_path):
     for dtype, scale in dict(uint8=255, uint16=65535, int16=1, float32=1).items():
         path = write_tif(tmp_path / "a.tif", np.ones((2, 2), dtype))
-        assert images.default_scale([path]) == scale and images.depth(path) == dtype
+        assert images.default_scale([path]) == scale and images.header(path).dtype == dtype
     same = [write_tif(tmp_path / f"{dtype}.tif", np.ones((2, 2), dtype)) for dtype in ("int16", "float32", "uint8")]
     assert images.default_scale(same[:2]) == 1
     with pytest.raises(UserError, match="uint8.tif: has uint8 pixels, .*int16.tif int16"):

@@ -393,6 +393,6 @@ def test_detectors_that_cannot_be_used(refused, tmp_path, monkeypatch):
     refused(predict, *CPU, "--weights", "det.pt", "--source", "a.tif", "--out", "out", "--detector", "det.pt",
             says="det.pt: trained for --task det")
     broken = torch.load("det.pt", weights_only=True)
-    torch.save({k: v for k, v in broken.items() if k != "category_ids"}, "old.pt")
+    torch.save({k: v for k, v in broken.items() if k != "classes"}, "old.pt")
     refused(predict, *flags, "old.pt", says="old.pt")
     assert not [name for name in os.listdir() if name.startswith(("out", "predict"))]

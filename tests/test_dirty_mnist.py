@@ -1,4 +1,4 @@
-"""data/samples/dirty_mnist.py and data/samples/letters.py: the recipe's statistics, a slow renderer, runs that are stopped."""
+"""data/samples/dirty_mnist.py and letters.py: the recipe's statistics, a slow renderer, interrupted runs."""
 import csv
 import io
 import json

@@ -1,7 +1,8 @@
-"""utils/train/engine.py: the loop against a loop written by hand, its records, and what it refuses to save."""
+"""utils/train/engine.py and state.py: the loop against one written by hand, its records, and what it does not save."""
 import contextlib
 import copy
 import csv
+import json
 import math
 import os
 import shutil
@@ -15,10 +16,11 @@ import torch
 from data.loader import eval_loader, train_loader
 from tests.harness import differences, read
 from tests.toy import Data, Faults, Net, make_evaluate, make_loss
-from utils.pictures import charts
-from utils.train.loggers import Loggers
-from utils.train import checkpoint, engine, optim
 from utils.errors import NumericalError, Stopped, UserError
+from utils.pictures import charts
+from utils.train import checkpoint, dist, engine, optim
+from utils.train.loggers import Loggers, Progress
+from utils.train.state import State, autocast, precision
 
 CPU = torch.device("cpu")
 
@@ -44,10 +46,9 @@ def train(folder, *, epochs=2, size=26, bs=4, seed=0, lr=0.02, optimizer="adamw"
         schedule = optim.make_schedule(schedule, steps_per_epoch=steps, epochs=total or epochs, period=period)
     if evaluate == "toy":
         evaluate = make_evaluate(eval_loader(Data(10), 4), CPU, faults)
-    state = engine.State(model, optimizer, schedule, device=CPU, swa=swa,
-                         ema=optim.make_ema(model, steps * (total or epochs)) if ema else None,
-                         **{"amp": "off"} | {k: options.pop(k) for k in ("amp", "accumulate", "clip", "compile")
-                                             if k in options})
+    kept = {k: options.pop(k) for k in ("amp", "accumulate", "clip", "compile") if k in options}
+    state = State(model, optimizer, schedule, device=CPU, swa=swa,
+                  ema=optim.make_ema(model, steps * (total or epochs)) if ema else None, **{"amp": "off"} | kept)
     engine.fit(state, loader, compute_loss or make_loss(faults), evaluate, folder=folder, epochs=epochs, seed=seed,
                header={"task": "toy", "arch": {"name": "Net"}, "args": {}},
                resume=checkpoint.load(folder / "last.pt") if resume else None, **options)
@@ -232,6 +233,42 @@ def test_patience_counts_epochs_without_a_better_score(tmp_path, scores, patienc
     assert again.step == state.step  # a run that has ended so does not go on
 
 
+def test_the_score_and_the_threshold_are_stored(tmp_path):
+    """The first key names the score, wherever "threshold" stands; a resumed run keeps the threshold until it evaluates."""
+    thresholds = iter((0.25, [0.5, 0.75], None))
+
+    def evaluate(model):
+        return {"threshold": next(thresholds), "dice": 0.5, "iou": 0.25}
+
+    def stored(*names):
+        return [(state["score"], state["threshold"]) for state in map(read, (tmp_path / name for name in names))]
+
+    state = train(tmp_path, epochs=1, evaluate=evaluate)
+    assert stored("last.pt", "best.pt") == [("dice", 0.25)] * 2 and state.scores == [0.5]
+    assert "threshold" not in state.history[0] and list(state.history[0])[-3:] == ["dice", "iou", "seconds"]
+    assert json.loads((tmp_path / "run.json").read_text()) == {"score": "dice"}
+    with pytest.raises(Stopped):
+        train(tmp_path, epochs=2, evaluate=evaluate, resume=True, faults=["term@batch:3"])
+    assert stored("last.pt") == [("dice", 0.25)]
+    train(tmp_path, epochs=2, evaluate=evaluate, resume=True)
+    assert stored("last.pt", "best.pt") == [("dice", [0.5, 0.75]), ("dice", 0.25)]  # as good is not better
+    train(tmp_path, epochs=3, evaluate=None, resume=True)
+    assert stored("last.pt") == [("dice", [0.5, 0.75])]
+    train(tmp_path, epochs=4, evaluate=evaluate, resume=True)
+    assert stored("last.pt") == [("dice", None)]
+
+
+def test_a_resumed_run_may_rank_by_another_of_its_metrics(tmp_path):
+    def scores(*pairs, first):
+        pairs = iter(pairs)
+        return lambda model: dict(zip(("a", "b") if first == "a" else ("b", "a"), next(pairs)))
+
+    train(tmp_path, epochs=2, evaluate=scores((1, 9), (2, 5), first="a"))
+    state = train(tmp_path, epochs=3, evaluate=scores((6, 3), first="b"), resume=True)
+    assert state.scores == [9, 5, 6] and read(tmp_path / "best.pt")["step"] == 14  # the third is not the best by b
+    assert json.loads((tmp_path / "run.json").read_text()) == {"score": "b"}
+
+
 def test_save_period(tmp_path):
     train(tmp_path, epochs=5, size=8, save_period=2)
     assert sorted(f.name for f in tmp_path.glob("*.pt*")) == ["best.pt", "epoch_2.pt", "epoch_4.pt", "last.pt",
@@ -254,16 +291,24 @@ def test_long_epochs_are_saved_within(tmp_path, monkeypatch):
 
 
 def test_progress_shows_the_mean_loss(tmp_path, capfd):
-    progress = engine.Progress("epoch 1/1", train_loader(Data(26), 4), 2)
-    with progress:
-        assert progress.update(3) is False
+    """Once a second, which is when the numbers are checked."""
+    state = train(tmp_path, epochs=1, evaluate=None)
+    state.sums = {"loss": torch.tensor(5.0)}
+    with Progress("epoch 1/1", train_loader(Data(26), 4), 2) as progress:
+        progress.show(state, 3)
+        progress.refresh()
+        assert "12/28" in (bar := capfd.readouterr().err) and "loss" not in bar
         progress.shown -= 2
-        assert progress.update(4) is True
-        progress.show(loss=torch.tensor(1.25), lr=0.001, device=CPU)
-        progress.bar.refresh()
-        assert progress.update(5) is False
-    bar = capfd.readouterr().err
-    assert "epoch 1/1" in bar and "loss 1.25, lr 0.001" in bar and "20/28" in bar
+        progress.show(state, 4)
+        progress.show(state, 5)
+        progress.refresh()
+        bar = capfd.readouterr().err
+        assert "epoch 1/1" in bar and f"loss 1.25, lr {state.lr:.2g}, " in bar and "20/28" in bar
+        state.finite.fill_(False)
+        progress.show(state, 6)
+        progress.shown -= 2
+        with pytest.raises(NumericalError):
+            progress.show(state, 7)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
@@ -493,7 +538,7 @@ def test_nan_is_noticed_within_a_second(tmp_path):
 # ---- signals ---------------------------------------------------------------------------------------------------------
 def test_signals_are_noted_and_raised_only_where_allowed():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with engine.Signals() as signals:
+    with dist.Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.signum == signal.SIGINT
         with pytest.raises(Stopped) as caught, signals.interruptible():  # it came before: at once
@@ -538,18 +583,18 @@ def test_a_signal_while_saving_stops_right_after_it(tmp_path, monkeypatch, epoch
 # ---- small parts -----------------------------------------------------------------------------------------------------
 def test_precision(monkeypatch):
     for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}.items():
-        assert engine.precision(name, CPU) is dtype
+        assert precision(name, CPU) is dtype
     for amx, avx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-        assert engine.precision("auto", CPU) is (torch.bfloat16 if amx or avx else None)
+        assert precision("auto", CPU) is (torch.bfloat16 if amx or avx else None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert engine.precision("auto", torch.device("cuda")) is torch.float16
+    assert precision("auto", torch.device("cuda")) is torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert engine.precision("auto", torch.device("cuda")) is torch.bfloat16
-    with engine.autocast(CPU, None):
+    assert precision("auto", torch.device("cuda")) is torch.bfloat16
+    with autocast(CPU, None):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
-    with engine.autocast(CPU, torch.bfloat16):
+    with autocast(CPU, torch.bfloat16):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
 
 

@@ -23,24 +23,24 @@ from utils.errors import UserError
 FLAGS = [*CPU, "--amp", "off"]
 
 
-def members(seed, count=3, images=60, classes=4, *, exclusive=False, digits=None):
+def members(seed, count=3, images=60, classes=4, *, single_label=False, digits=None):
     """-> probs (M, N, C) of members of different skill, labels (N, C)."""
     rng = np.random.default_rng(seed)
-    labels = np.eye(classes)[rng.integers(0, classes, images)] if exclusive else \
+    labels = np.eye(classes)[rng.integers(0, classes, images)] if single_label else \
         rng.integers(0, 2, (images, classes)).astype(float)
     skill = rng.uniform(0, 2, (count, 1, 1))
     z = skill * (2 * labels - 1) + rng.normal(0, 1.5, (count, images, classes)) + rng.normal(0, 1, (count, 1, classes))
-    probs = np.exp(z) / np.exp(z).sum(2, keepdims=True) if exclusive else 1 / (1 + np.exp(-z))
+    probs = np.exp(z) / np.exp(z).sum(2, keepdims=True) if single_label else 1 / (1 + np.exp(-z))
     return probs if digits is None else probs.round(digits), labels
 
 
-def right(probs, labels, weights, exclusive=False):
+def right(probs, labels, weights, single_label=False):
     """Hits, counted in plain Python from fractions of sums."""
     count = 0
     for n in range(labels.shape[0]):
         said = [sum(w * float(p) for w, p in zip(weights, probs[:, n, c])) / sum(weights)
                 for c in range(labels.shape[1])]
-        if exclusive:
+        if single_label:
             count += said.index(max(said)) == labels[n].tolist().index(1)
         else:
             count += sum((p > 0.5) == (y == 1) for p, y in zip(said, labels[n]))
@@ -48,13 +48,13 @@ def right(probs, labels, weights, exclusive=False):
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("exclusive", [False, True])
-def test_hits_and_average(exclusive):
-    probs, labels = members(0, exclusive=exclusive)
+@pytest.mark.parametrize("single_label", [False, True])
+def test_hits_and_average(single_label):
+    probs, labels = members(0, single_label=single_label)
     for weights in ((1, 1, 1), (0, 0.5, 3), (2, 0, 0)):
         mean = ensemble.average(probs, weights)
         np.testing.assert_allclose(mean, sum(w * p for w, p in zip(weights, probs)) / sum(weights), rtol=1e-12)
-        assert ensemble.hits(mean, labels, exclusive) == right(probs, labels, weights, exclusive)
+        assert ensemble.hits(mean, labels, single_label) == right(probs, labels, weights, single_label)
     assert ensemble.hits(np.array([[0.5, 0.6], [0.2, 0.3]]), np.array([[0, 0], [0, 1]])) == 2
     assert ensemble.hits(np.array([[0.5, 0.6], [0.2, 0.3]]), np.array([[1, 0], [0, 1]]),
                          thresholds=np.array([0.4, 0.25])) == 3
@@ -62,17 +62,17 @@ def test_hits_and_average(exclusive):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_weights_that_no_single_change_improves(seed):
-    exclusive = seed % 2 == 1
-    probs, labels = members(seed, exclusive=exclusive)
-    found = ensemble.fit_weights(probs, labels, exclusive)
+    single_label = seed % 2 == 1
+    probs, labels = members(seed, single_label=single_label)
+    found = ensemble.fit_weights(probs, labels, single_label)
     assert found.shape == (3,) and set(found) <= set(ensemble.FACTORS)
-    score = right(probs, labels, found, exclusive)
-    assert score >= right(probs, labels, (1, 1, 1), exclusive)
+    score = right(probs, labels, found, single_label)
+    assert score >= right(probs, labels, (1, 1, 1), single_label)
     for m, factor in itertools.product(range(3), ensemble.FACTORS):
         other = [factor if i == m else w for i, w in enumerate(found)]
         if sum(other):
-            assert right(probs, labels, other, exclusive) <= score
-    assert (ensemble.fit_weights(probs, labels, exclusive) == found).all()
+            assert right(probs, labels, other, single_label) <= score
+    assert (ensemble.fit_weights(probs, labels, single_label) == found).all()
 
 
 @pytest.mark.parametrize("seed", [10, 12, 43])
@@ -401,7 +401,7 @@ def test_runs_that_cannot_be_fitted_together(script, refused, root, tmp_path, mo
     fails("--weights", zero, "--ensemble", "e.json", says=["e.json: not a fitted ensemble"])
     split = Path("runs/c/folds.json")
     folds_of = json.loads(split.read_text())
-    for text, says in (("{", "not a split"), ("{}", "has no fold for"), (json.dumps(dict.fromkeys(folds_of, 0)),
+    for text, says in (("{", "not valid JSON"), ("{}", "has no fold for"), (json.dumps(dict.fromkeys(folds_of, 0)),
                                                                          "held out other images")):
         split.write_text(text)
         fails("--weights", zero, again, fit, says=says)

@@ -74,7 +74,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_json_is_strict(tmp_path):
     """A class without ground truth has no AP; readers in other languages refuse Python's NaN."""
     nan, path = float("nan"), tmp_path / "a.json"
-    files.write_json(path, {"a": [nan, 1.5, {"b": nan}], "c": (1, "größe", None, True)})
+    files.write_json(path, {"a": [nan, 1.5, {"b": -float("inf")}], "c": (1, "größe", None, True)})
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
         "a": [None, 1.5, {"b": None}], "c": [1, "größe", None, True]}
     files.write_json(path, {"a": [1, 2]}, indent=None)

@@ -1,4 +1,4 @@
-"""data/samples/glyphs.py: three sources of letters, written here byte by byte, and everything that can be wrong with them."""
+"""data/samples/glyphs.py: three sources of letters, written here byte by byte, and how they can be damaged."""
 import gzip
 import struct
 

@@ -55,55 +55,55 @@ def boxes_of(replaced):
 @pytest.mark.parametrize("per_image", [True, False])
 def test_mixup_is_a_mean_of_two(per_image):
     x = torch.rand(6, 3, *SIZE)
-    mixed, partner, own = mix.mixup(x, alpha=1.0, per_image=per_image)
-    assert own.shape == (6 if per_image else 1, 1, 1, 1) and len(own.unique()) == len(own)
-    assert sorted(partner.tolist()) == list(range(6)) and (partner != torch.arange(6)).all()
+    mixed, perm, lams = mix.mixup(x, alpha=1.0, per_image=per_image)
+    assert lams.shape == (6 if per_image else 1, 1, 1, 1) and len(lams.unique()) == len(lams)
+    assert sorted(perm.tolist()) == list(range(6)) and (perm != torch.arange(6)).all()
     for i in range(6):
-        lam = float(own[i if per_image else 0])
-        expected = lam * x[i].double() + (1 - lam) * x[partner[i]].double()
+        lam = float(lams[i if per_image else 0])
+        expected = lam * x[i].double() + (1 - lam) * x[perm[i]].double()
         torch.testing.assert_close(mixed[i].double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 5.0])
-def test_shares_are_beta_distributed(alpha):
+def test_lam_is_beta_distributed(alpha):
     """The fourth moment of Beta(a, a), by its recurrence, and the symmetry."""
-    own = mix.mixup(torch.zeros(40000, 1, 1, 1), alpha)[2].flatten().double()
-    assert own.min() >= 0 and own.max() <= 1
+    lam = mix.mixup(torch.zeros(40000, 1, 1, 1), alpha)[2].flatten().double()
+    assert lam.min() >= 0 and lam.max() <= 1
     moment = math.prod((alpha + k) / (2 * alpha + k) for k in range(4))
-    assert float((own ** 4).mean()) == pytest.approx(moment, abs=0.01)
-    assert float(((1 - own) ** 4).mean()) == pytest.approx(moment, abs=0.01)
+    assert float((lam ** 4).mean()) == pytest.approx(moment, abs=0.01)
+    assert float(((1 - lam) ** 4).mean()) == pytest.approx(moment, abs=0.01)
 
 
-def test_one_share_weighs_any_loss():
+def test_one_lam_weights_any_loss():
     """As the module's docstring has it: for a loss of pixels, the same as soft labels."""
     masks = (torch.rand(4, *SIZE) < 0.3).float()
-    _, partner, own = mix.mixup(torch.rand(4, 3, *SIZE), alpha=1.0, per_image=False)
-    logits, own = torch.randn(4, 1, *SIZE), own.squeeze()
-    loss = own * losses.bce(logits, masks) + (1 - own) * losses.bce(logits, masks[partner])
+    _, perm, lam = mix.mixup(torch.rand(4, 3, *SIZE), alpha=1.0, per_image=False)
+    logits, lam = torch.randn(4, 1, *SIZE), lam.squeeze()
+    loss = lam * losses.bce(logits, masks) + (1 - lam) * losses.bce(logits, masks[perm])
     assert loss.shape == ()
-    torch.testing.assert_close(loss, losses.bce(logits, own * masks + (1 - own) * masks[partner]))
+    torch.testing.assert_close(loss, losses.bce(logits, lam * masks + (1 - lam) * masks[perm]))
 
 
 # ---- cutmix ---------------------------------------------------------------------------------------------------------
 
 def test_cutmix_pixel_by_pixel():
     x = batch(200)
-    mixed, partner, own = mix.cutmix(x)
+    mixed, perm, lam = mix.cutmix(x)
     assert torch.equal(mixed[:, 1], x[:, 1])  # each pixel keeps its place
-    kept = own[:, 0] == 1
-    assert torch.equal(kept | (own[:, 0] == 0), torch.ones_like(kept))
-    assert torch.equal(mixed[:, 0], torch.where(kept, x[:, 0], x[partner, 0]))
-    assert (partner != torch.arange(200)).all()
+    kept = lam[:, 0] == 1
+    assert torch.equal(kept | (lam[:, 0] == 0), torch.ones_like(kept))
+    assert torch.equal(mixed[:, 0], torch.where(kept, x[:, 0], x[perm, 0]))
+    assert (perm != torch.arange(200)).all()
     boxes = boxes_of(~kept)
     inner = [b for b in boxes if b[0] > 0 and b[1] > 0 and b[2] < SIZE[1] and b[3] < SIZE[0]]
     assert len(inner) > 20 and len(set(boxes)) > 150
     for x1, y1, x2, y2 in inner:  # the image's aspect
         assert abs((x2 - x1) / SIZE[1] - (y2 - y1) / SIZE[0]) <= 0.5 / SIZE[1] + 0.5 / SIZE[0]
     share = [1 - (x2 - x1) * (y2 - y1) / (SIZE[0] * SIZE[1]) for x1, y1, x2, y2 in boxes]
-    labels = mix.mixed_labels(torch.eye(200), partner, own)
+    labels = mix.mixed_labels(torch.eye(200), perm, lam)
     for i in range(200):
         assert labels[i, i].item() == pytest.approx(share[i], abs=1e-6)
-        assert labels[i, partner[i]].item() == pytest.approx(1 - share[i], abs=1e-6)
+        assert labels[i, perm[i]].item() == pytest.approx(1 - share[i], abs=1e-6)
 
 
 def test_cutmix_boxes_are_the_papers():
@@ -113,11 +113,11 @@ def test_cutmix_boxes_are_the_papers():
     edges = [(np.maximum(centre - side / 2, 0), np.minimum(centre + side / 2, 1)) for centre in
              rng.uniform(0, 1, (2, len(side)))]
     area = np.prod([high - low for low, high in edges], axis=0)
-    own = mix.cutmix(torch.zeros(4000, 1, 60, 80), alpha=0.7)[2]
-    ours = 1 - own.mean((1, 2, 3)).numpy()
+    lam = mix.cutmix(torch.zeros(4000, 1, 60, 80), alpha=0.7)[2]
+    ours = 1 - lam.mean((1, 2, 3)).numpy()
     assert ours.mean() == pytest.approx(area.mean(), abs=0.015)
     assert (ours ** 2).mean() == pytest.approx((area ** 2).mean(), abs=0.015)
-    for name, part in (("left", own[..., 0]), ("right", own[..., -1]), ("top", own[:, :, 0]), ("low", own[:, :, -1])):
+    for name, part in (("left", lam[..., 0]), ("right", lam[..., -1]), ("top", lam[:, :, 0]), ("low", lam[:, :, -1])):
         touched = (part == 0).any(2).float().mean()
         assert float(touched) == pytest.approx(np.mean(edges[0][0] == 0), abs=0.03), name
 
@@ -125,7 +125,7 @@ def test_cutmix_boxes_are_the_papers():
 def test_boxes_are_clipped_and_not_empty():
     """Those that snapmix copies from, too: with small and with large alpha, on one row of pixels."""
     for alpha, (height, width) in ((0.1, SIZE), (5.0, SIZE), (1.0, (1, 9))):
-        x1, y1, x2, y2 = mix._lam_boxes(3000, alpha, height, width, "cpu").T
+        x1, y1, x2, y2 = mix._random_boxes(3000, alpha, height, width, "cpu").T
         assert x1.min() == 0 and x2.max() == width and y1.min() == 0 and y2.max() == height
         assert (x1 < x2).all() and (y1 < y2).all()
 
@@ -133,8 +133,8 @@ def test_boxes_are_clipped_and_not_empty():
 def test_masks_are_cut_like_images():
     masks = torch.randint(0, 5, (16, *SIZE))
     x = torch.stack((masks, masks * 2), 1).float()
-    mixed, partner, own = mix.cutmix(x)
-    cut = torch.where(own[:, 0] > 0, masks, masks[partner])
+    mixed, perm, lam = mix.cutmix(x)
+    cut = torch.where(lam[:, 0] > 0, masks, masks[perm])
     assert cut.dtype == masks.dtype and torch.equal(mixed[:, 0], cut.float()) and not torch.equal(cut, masks)
 
 
@@ -156,11 +156,11 @@ def test_snapmix_pastes_a_resized_box(monkeypatch, dtype):
     drawn[0][0], drawn[1][1], drawn[0][2], drawn[1][2] = (3, 4, 4, 5), (0, 0, 1, 1), (0, 0, 23, 18), (0, 0, 23, 18)
     target, source = drawn
     left = [torch.tensor(boxes) for boxes in drawn]
-    monkeypatch.setattr(mix, "_lam_boxes", lambda *_: left.pop(0))
-    mixed, partner, own, other = mix.snapmix(x, shares)
+    monkeypatch.setattr(mix, "_random_boxes", lambda *_: left.pop(0))
+    mixed, perm, lam_a, lam_b = mix.snapmix(x, shares)
     assert mixed.dtype == dtype
     for i in range(40):
-        j, (x1, y1, x2, y2), (u1, v1, u2, v2) = int(partner[i]), target[i], source[i]
+        j, (x1, y1, x2, y2), (u1, v1, u2, v2) = int(perm[i]), target[i], source[i]
         expected = x[i].clone()
         expected[:, y1:y2, x1:x2] = F.interpolate(x[j:j + 1, :, v1:v2, u1:u2].float(), (y2 - y1, x2 - x1),
                                                   mode="bilinear")[0]
@@ -168,18 +168,18 @@ def test_snapmix_pastes_a_resized_box(monkeypatch, dtype):
         torch.testing.assert_close(mixed[i], expected, rtol=0, atol=5e-5 if dtype == torch.float32 else 4e-3)
         lost = sum(float(shares[i, y, x]) for y in range(y1, y2) for x in range(x1, x2))
         gained = sum(float(shares[j, y, x]) for y in range(v1, v2) for x in range(u1, u2))
-        assert own[i].item() == pytest.approx(1 - lost, abs=1e-6)
-        assert other[i].item() == pytest.approx(gained, abs=1e-6)
+        assert lam_a[i].item() == pytest.approx(1 - lost, abs=1e-6)
+        assert lam_b[i].item() == pytest.approx(gained, abs=1e-6)
 
 
 def test_snapmix_draws_two_boxes_that_differ():
     """With uniform heat the shares are areas: of what is left, and of the box that is copied."""
     x = batch(500)
-    mixed, partner, own, other = mix.snapmix(x, torch.full((500, *SIZE), 1 / (SIZE[0] * SIZE[1])), alpha=1.0)
+    mixed, perm, lam_a, lam_b = mix.snapmix(x, torch.full((500, *SIZE), 1 / (SIZE[0] * SIZE[1])), alpha=1.0)
     changed = (mixed[:, 0] != x[:, 0]).float()
-    torch.testing.assert_close(own[:, 0], 1 - changed.mean((1, 2)))
-    assert (other > 0).all() and float(other.mean()) == pytest.approx(float(1 - own.mean()), abs=0.04)
-    assert abs(np.corrcoef(own[:, 0], other[:, 0])[0, 1]) < 0.2
+    torch.testing.assert_close(lam_a[:, 0], 1 - changed.mean((1, 2)))
+    assert (lam_b > 0).all() and float(lam_b.mean()) == pytest.approx(float(1 - lam_a.mean()), abs=0.04)
+    assert abs(np.corrcoef(lam_a[:, 0], lam_b[:, 0])[0, 1]) < 0.2
 
 
 def bilinear(values, height, width):
@@ -222,8 +222,8 @@ def test_percent_map_finds_the_object():
     maps[:, 0, 0, 0], maps[:, 1, 3, 3] = 1, 1
     found = mix.cam(maps, weight, torch.eye(2), (16, 16))
     assert found[0, :4, :4].sum() > 0.5 and found[1, 12:, 12:].sum() > 0.5
-    _, _, own, other = mix.snapmix(torch.rand(2, 1, 16, 16), found)
-    assert not torch.allclose(own + other, torch.ones(2, 1))
+    _, _, lam_a, lam_b = mix.snapmix(torch.rand(2, 1, 16, 16), found)
+    assert not torch.allclose(lam_a + lam_b, torch.ones(2, 1))
 
 
 @pytest.mark.parametrize("name", ["regnetx_002", "repvgg_a0", "efficientnetv2_b0"])
@@ -252,8 +252,8 @@ def test_label_sums_stay(name):
     assert soft.dtype == torch.float32 and soft.shape == (16, 7) and 0 <= soft.min() and soft.max() <= 1
     if name == "mixup_batch":
         torch.testing.assert_close(soft.sum(0), labels.sum(0).float())
-    lam, partner = mixed[1].mean((1, 2, 3)).expand(16), mixed[0]
-    torch.testing.assert_close(soft.sum(1), lam * labels.sum(1) + (1 - lam) * labels[partner].sum(1))
+    lam, perm = mixed[1].mean((1, 2, 3)).expand(16), mixed[0]
+    torch.testing.assert_close(soft.sum(1), lam * labels.sum(1) + (1 - lam) * labels[perm].sum(1))
     torch.testing.assert_close(mix.mixed_labels(torch.eye(16), *mixed).sum(1), torch.ones(16))
 
 
@@ -262,19 +262,19 @@ def test_soft_labels_are_weighted_losses():
     logits, labels = torch.randn(16, 5), F.one_hot(hard, 5)
     each = F.cross_entropy(logits, hard, reduction="none")
     for name in ("mixup", "cutmix"):
-        _, partner, own = EVERY[name](torch.rand(16, 3, *SIZE))
-        lam, soft = own.mean((1, 2, 3)), mix.mixed_labels(labels, partner, own)
-        of_partner = F.cross_entropy(logits, hard[partner], reduction="none")
-        torch.testing.assert_close(losses.cross_entropy(logits, soft), (lam * each + (1 - lam) * of_partner).mean())
+        _, perm, kept = EVERY[name](torch.rand(16, 3, *SIZE))
+        lam, soft = kept.mean((1, 2, 3)), mix.mixed_labels(labels, perm, kept)
+        of_other = F.cross_entropy(logits, hard[perm], reduction="none")
+        torch.testing.assert_close(losses.cross_entropy(logits, soft), (lam * each + (1 - lam) * of_other).mean())
         bits = F.binary_cross_entropy_with_logits
         torch.testing.assert_close(losses.bce(logits, soft), (
             lam * bits(logits, labels.float(), reduction="none").mean(1)
-            + (1 - lam) * bits(logits, labels[partner].float(), reduction="none").mean(1)).mean())
-    _, partner, own, other = EVERY["snapmix"](torch.rand(16, 3, *SIZE))
-    of_partner = F.cross_entropy(logits, hard[partner], reduction="none")
-    assert (hard != hard[partner]).sum() == 15  # image 0 and 15 are of one class
-    soft = mix.mixed_labels(labels, partner, own, other)
-    expected = own[:, 0] * each + other[:, 0] * of_partner
+            + (1 - lam) * bits(logits, labels[perm].float(), reduction="none").mean(1)).mean())
+    _, perm, lam_a, lam_b = EVERY["snapmix"](torch.rand(16, 3, *SIZE))
+    of_other = F.cross_entropy(logits, hard[perm], reduction="none")
+    assert (hard != hard[perm]).sum() == 15  # image 0 and 15 are of one class
+    soft = mix.mixed_labels(labels, perm, lam_a, lam_b)
+    expected = lam_a[:, 0] * each + lam_b[:, 0] * of_other
     torch.testing.assert_close(losses.cross_entropy(logits[1:], soft[1:]), expected[1:].mean())
 
 
@@ -284,29 +284,29 @@ def test_one_class_twice_is_not_more_than_that_class():
     torch.testing.assert_close(labels, torch.tensor([[1.0], [0.5]]))
 
 
-# ---- parts dropped --------------------------------------------------------------------------------------------------
+# ---- parts erased --------------------------------------------------------------------------------------------------
 
 def test_cutout_drops_a_square():
     x = batch(300, (30, 40))
-    cut, dropped = mix.cutout(x, size=0.4)
-    assert dropped.shape == (300, 1, 30, 40)
-    assert torch.equal(cut, x * ~dropped)
-    boxes = np.array(boxes_of(dropped[:, 0]))
+    cut, erased = mix.cutout(x, size=0.4)
+    assert erased.shape == (300, 1, 30, 40)
+    assert torch.equal(cut, x * ~erased)
+    boxes = np.array(boxes_of(erased[:, 0]))
     sides = boxes[:, 2:] - boxes[:, :2]
     assert sides.max() == 12 and ((boxes[:, 0] == 0) | (boxes[:, 2] == 40) | (sides[:, 0] == 12)).all()
     assert ((boxes[:, 1] == 0) | (boxes[:, 3] == 30) | (sides[:, 1] == 12)).all()
     inner = (boxes[:, :2] > 0).all(1) & (boxes[:, 2] < 40) & (boxes[:, 3] < 30)
     assert (sides[inner] == 12).all() and 80 < inner.sum() < 150  # 17 / 30 * 27 / 40 of 300 are 115
-    assert dropped.float().mean(0).min() > 0  # also in the corners
+    assert erased.float().mean(0).min() > 0  # also in the corners
 
 
 @pytest.mark.parametrize("size", [(48, 60), (61, 45)])
 def test_a_straight_gridmask_is_periodic(size):
     x = batch(60, size)
-    masked, dropped = mix.gridmask(x, period=(0.2, 0.3), ratio=(0.4, 0.8), degrees=0.0)
-    assert torch.equal(masked, x * ~dropped)
+    masked, erased = mix.gridmask(x, period=(0.2, 0.3), ratio=(0.4, 0.8), degrees=0.0)
+    assert torch.equal(masked, x * ~erased)
     pitches, phases, low, high = set(), set(), round(0.2 * min(size)), round(0.3 * min(size))
-    for one in dropped[:, 0].numpy():
+    for one in erased[:, 0].numpy():
         rows, columns = one.any(1), one.any(0)
         assert np.array_equal(one, rows[:, None] & columns)  # a grid of rectangles
         starts = [np.flatnonzero(line & ~np.roll(line, 1))[1:] for line in (rows, columns)]
@@ -324,18 +324,18 @@ def test_a_straight_gridmask_is_periodic(size):
 
 @pytest.mark.parametrize("degrees", [0.0, 180.0])
 def test_gridmask_keeps_its_share(degrees):
-    """1 - (1 - ratio)^2; offsets are uniform, so that no pixel is dropped more often than others."""
-    _, dropped = mix.gridmask(torch.rand(1500, 1, 40, 40), period=(0.5, 0.5), ratio=(0.6, 0.6), degrees=degrees)
-    assert float(dropped.float().mean()) == pytest.approx(0.16, abs=0.005)
-    assert (dropped.float().mean(0) - 0.16).abs().max() < 0.05  # 1500 images: 4 standard deviations are 0.04
+    """1 - (1 - ratio)^2; offsets are uniform, so that no pixel is erased more often than others."""
+    _, erased = mix.gridmask(torch.rand(1500, 1, 40, 40), period=(0.5, 0.5), ratio=(0.6, 0.6), degrees=degrees)
+    assert float(erased.float().mean()) == pytest.approx(0.16, abs=0.005)
+    assert (erased.float().mean(0) - 0.16).abs().max() < 0.05  # 1500 images: 4 standard deviations are 0.04
 
 
 def test_gridmask_turns():
     """The strongest wave of the grid lies in the direction in which it was turned and is as long as its period."""
     angles = []
     for degrees in (180.0, 10.0):
-        _, dropped = mix.gridmask(torch.rand(60, 1, 128, 128), period=(0.125, 0.125), ratio=(0.5, 0.5), degrees=degrees)
-        waves = torch.fft.fftshift(torch.fft.fft2(dropped[:, 0].float() * torch.hann_window(128).outer(
+        _, erased = mix.gridmask(torch.rand(60, 1, 128, 128), period=(0.125, 0.125), ratio=(0.5, 0.5), degrees=degrees)
+        waves = torch.fft.fftshift(torch.fft.fft2(erased[:, 0].float() * torch.hann_window(128).outer(
             torch.hann_window(128))).abs(), dim=(1, 2))
         waves[:, 62:67, 62:67] = 0  # the mean
         y, x = np.unravel_index(waves.flatten(1).argmax(1).numpy(), (128, 128)) - np.array([[64], [64]])
@@ -350,8 +350,8 @@ def test_gridmask_turns():
 def test_the_probability_is_per_image(function):
     x = torch.rand(1000, 1, 12, 12)
     for p in (0.0, 0.3, 1.0):
-        out, dropped = function(x, p=p)
-        touched = dropped.flatten(1).any(1)
+        out, erased = function(x, p=p)
+        touched = erased.flatten(1).any(1)
         assert float(touched.float().mean()) == pytest.approx(p, abs=0.05 if 0 < p < 1 else 0)
         assert torch.equal(out[~touched], x[~touched])
 

@@ -235,8 +235,8 @@ def test_extra_data_that_does_not_fit(refused, dirty, tmp_path):
     refused(train_cls, *train, "more:2", says=["more: ", "class e", "--extra-data"])
     refused(train_cls, *train, "photos", says=["photos: ", "--data"])
     refused(train_cls, *train, "nowhere", says="nowhere: no such folder")
-    table = cls.Table([], np.zeros((0, 2), np.float32), ["b", "a"], False)
-    extra = cls.Table(["x", "y"], np.array([[1], [0]], np.float32), ["a"], False)
+    table = cls.Samples([], np.zeros((0, 2), np.float32), ["b", "a"], False)
+    extra = cls.Samples(["x", "y"], np.array([[1], [0]], np.float32), ["a"], False)
     assert cls.with_names(extra, table, "z").labels.tolist() == [[0, 1], [0, 0]]
     # in a small table every row may happen to have one class
     assert cls.with_names(extra._replace(single_label=True), table, "z").single_label is False

@@ -217,8 +217,8 @@ def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms)
     script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--classes", classes, "--ignore", 255, "--label-smoothing",
            0.1, "--loss", *(f"{name}={weight}" for name, weight in terms.items()))
     row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
-    assert row["loss"] == pytest.approx(sum(weight * row[f"{name}_loss"] for name, weight in terms.items()), rel=1e-5)
-    assert all(0 < row[f"{name}_loss"] < 10 for name in terms) and set(seen) == {(255, 0.1)}
+    assert row["loss"] == pytest.approx(sum(row[f"{name}_loss"] for name in terms), rel=1e-5)  # weighted
+    assert all(0 < row[f"{name}_loss"] < 10 * weight for name, weight in terms.items()) and set(seen) == {(255, 0.1)}
 
 
 def test_smoothing_without_a_loss_that_smooths(script, refused, small):
@@ -230,7 +230,7 @@ def test_smoothing_without_a_loss_that_smooths(script, refused, small):
     assert len(checkpoint.load("runs/seg/kept/last.pt")["history"]) == 2
 
 
-# ---- presence --------------------------------------------------------------------------------------------------------
+# ---- which classes an image contains --------------------------------------------------------------------------------
 def test_presence_of_classes_in_masks():
     rng = np.random.default_rng(0)
     for classes in (1, 4):
@@ -352,12 +352,12 @@ def test_the_best_threshold_by_brute_force(ignore):
 def test_checkpoints_keep_the_threshold_of_their_own_evaluation(averaged, small):
     names = [name for name, fold in json.loads((averaged / "folds.json").read_text()).items() if fold == 0]
     paired = seg.pairs(small / "train_img", small / "train_mask")
-    data, stored = seg.SegData([paired[name] for name in names], bands=list(range(1, 8)), scale=65535.0), {}
+    data, stored = seg.SegData([paired[name] for name in names], bands=list(range(1, 8))), {}
     batch = {key: torch.stack([data[i][key] for i in range(len(data))]) for key in ("image", "mask")}
     for name in ("epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "epoch_4.pt", "last.pt", "best.pt", "swa.pt"):
         state = checkpoint.load(averaged / name)
         with torch.inference_mode():
-            x = seg.add_mean_planes(batch["image"].contiguous(memory_format=torch.channels_last))
+            x = seg.Input(**state["input"])(batch["image"].contiguous(memory_format=torch.channels_last))
             probs = probabilities(net_of(state).to(memory_format=torch.channels_last)(x))[:, 0]
         stored[name] = state["threshold"]
         assert stored[name] == pytest.approx(best_level(probs.numpy(), batch["mask"].numpy()), abs=1e-6), name

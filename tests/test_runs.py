@@ -1,4 +1,5 @@
 """utils/train/runs.py: run folders are never overwritten, belong to one process, and are found again."""
+import json
 import os
 import time
 
@@ -205,6 +206,34 @@ def test_restarted_workers_go_on_in_their_folder(tmp_path, monkeypatch):
     free()
     monkeypatch.setattr(os, "getppid", lambda: 987654321)
     assert runs.open_run(tmp_path, "exp") == (tmp_path / "exp3", None)  # killed before it had a folder
+
+
+def test_restarted_workers_go_on_in_the_folder_of_this_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    folders = [runs.open_run(tmp_path, name)[0] for name in ("exp", "exp-second", "a/b", "a/b.c")]
+    free()
+    for folder in folders:
+        name = str(folder.relative_to(tmp_path))
+        assert runs.restarted(tmp_path, name) == folder and runs.open_run(tmp_path, name) == (folder, None)
+        free()
+    assert runs.restarted(tmp_path, "ex") is None and runs.restarted(tmp_path, "a/b.") is None
+    assert runs.restarted(tmp_path) is None  # none has a checkpoint
+    written(tmp_path / "exp", "last.pt")
+    assert runs.restarted(tmp_path) == tmp_path / "exp"
+
+
+def test_the_record_of_a_run(tmp_path):
+    runs.add_record(tmp_path, score="iou")
+    assert json.loads((tmp_path / "run.json").read_text()) == {"score": "iou"}
+    (tmp_path / "run.json").write_text('{"started": "today", "score": "iou"}')
+    before = (tmp_path / "run.json").stat().st_mtime_ns
+    runs.add_record(tmp_path, score="iou")
+    assert (tmp_path / "run.json").stat().st_mtime_ns == before
+    runs.add_record(tmp_path, score="dice")
+    assert json.loads((tmp_path / "run.json").read_text()) == {"started": "today", "score": "dice"}
+    (tmp_path / "run.json").write_text("damaged")
+    runs.add_record(tmp_path, score="iou")
+    assert json.loads((tmp_path / "run.json").read_text()) == {"score": "iou"}
 
 
 def test_runs_in_folders(tmp_path):

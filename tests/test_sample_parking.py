@@ -153,7 +153,7 @@ def _nearest(lot, boxes):
     for k, (low, high) in enumerate(boxes):
         with np.errstate(divide="ignore", invalid="ignore"):
             a, b = (low - start) / -towards, (high - start) / -towards
-        inside = (start[..., 0] > low[0]) & (start[..., 0] < high[0])                     # the rays run along x = const.
+        inside = (start[..., 0] > low[0]) & (start[..., 0] < high[0])                     # x is constant along a ray
         enter, leave = np.minimum(a, b)[..., 1:].max(-1), np.maximum(a, b)[..., 1:].min(-1)
         hit = inside & (enter < leave) & (enter < best)
         best[hit], owner[hit] = enter[hit], k
@@ -189,8 +189,8 @@ def test_camera():
         assert right[0] == scale and right[1] == 0 and up[1] < 0 and away[1] < 0, "up and away are drawn upwards"
         assert up[2] > 0 > away[2] and 720 / 30 <= scale / lots.FINE <= 720 / 18
         assert lot.size == (720 * lots.FINE, 1280 * lots.FINE)
-    image = _grey(lot)
-    lot.fill(image, np.array([(0, 0, 0), (2, 0, 0), (2, 1, 0), (0, 1, 0)]), (255, 0, 0))      # 2 m to the right, 1 m away
+    image = _grey(lot)                                    # 2 m to the right, 1 m away
+    lot.fill(image, np.array([(0, 0, 0), (2, 0, 0), (2, 1, 0), (0, 1, 0)]), (255, 0, 0))
     red = np.argwhere(np.asarray(image)[..., 0] == 255)
     assert np.allclose(red.min(0), (720 + away[1], 1280), atol=1.5)
     assert np.allclose(red.max(0), (720, 1280 + 2 * scale), atol=1.5)
@@ -214,7 +214,7 @@ def test_lines_and_shadows():
     # the shadow of a flat square at a height of 2 m is that square, shifted against the sun
     low, high = np.array([-1, -1, 2.]), np.array([1, 1, 2.01])
     dark = np.argwhere(np.asarray(lots._ground(_rng(1), lot, [_block(low, high)]))[..., 0] < ground)
-    ends = [(lot.camera @ (point - 2 * lot.sun) + (lot.size[1] / 2, lot.size[0] / 2, 0))[1::-1] for point in (low, high)]
+    ends = [(lot.camera @ (point - 2 * lot.sun))[1::-1] + np.array(lot.size) / 2 for point in (low, high)]
     assert np.allclose(dark.min(0), np.min(ends, 0), atol=5) and np.allclose(dark.max(0), np.max(ends, 0), atol=5)
 
 
@@ -235,7 +235,8 @@ def test_most_cars_stand_in_bays_and_nothing_overlaps():
 def test_hidden_and_cut_off():
     lot = lots.Lot(20 * np.array([(1, 0, 0), (0, -.5, -.75 ** .5), (0, -.75 ** .5, .5)]), (360, 640), np.zeros(2),
                    np.array((0, 0, 1)))                   # 30 degrees above the horizon, 20 subpixels a metre
-    wall, behind, beside = _block((-4, 0, 0), (4, 1, 3)), _block((-.5, 2, 0), (.5, 2.5, 1)), _block((3, 2, 0), (5, 2.5, 1))
+    wall, behind, beside = (_block((x0, y0, 0), (x1, y1, z1)) for x0, x1, y0, y1, z1 in (
+        (-4, 4, 0, 1, 3), (-.5, .5, 2, 2.5, 1), (3, 5, 2, 2.5, 1)))
     (_, whole), (nothing, none), (seen, part) = _painted([wall, behind, beside], lot)[1]
     assert (whole, none, nothing) == (1, 0, None) and part == pytest.approx(.5, abs=.05)
     assert np.allclose(seen[::2], (200, 210), atol=1), "what is right of the wall"

@@ -84,7 +84,7 @@ def test_windows_of_a_scene_give_the_scene(height, width, tile, overlap, swath):
     assert all(x < end and x + min(tile, width) > first for first, end, _, xs in swaths for x in xs)  # none in vain
     scene = torch.rand(2, height, width, generator=torch.Generator().manual_seed(0))
     scene[1] = 0.7  # a constant stays constant
-    merged, times = assemble(tiles.merge(swaths, cut(scene, swaths, tile), height), scene.shape)
+    merged, times = assemble(tiles.stitch(swaths, cut(scene, swaths, tile), height), scene.shape)
     assert (times == 1).all()
     assert (merged - scene).abs().max() <= (2e-6 if overlap > 0.8 else 1e-6)  # float32 sums of 150 windows
 
@@ -105,7 +105,7 @@ def test_merge_is_the_weighted_mean(height, width, tile, overlap, swath):
     for (y, x), values in maps.items():
         total[y:y + h, x:x + w] += values[0] * tiles.weights(h, w).double()
         weight[y:y + h, x:x + w] += tiles.weights(h, w)
-    merged, times = assemble(tiles.merge(swaths, (maps[p] for p in tiles.windows(swaths)), height), (1, height, width))
+    merged, times = assemble(tiles.stitch(swaths, (maps[p] for p in tiles.windows(swaths)), height), (1, height, width))
     assert (times == 1).all()
     assert (merged[0] - total / weight).abs().max() < 1e-5
 
@@ -121,7 +121,7 @@ def test_windows_are_asked_for_in_order_and_each_once():
 
     swaths = tiles.plan(40, 60, 16, 0.5, swath=20)
     assert [(first, end) for first, end, *_ in swaths] == [(0, 20), (20, 40), (40, 60)]
-    blocks = tiles.merge(swaths, maps(), 40)
+    blocks = tiles.stitch(swaths, maps(), 40)
     assert next(blocks)[:2] == (0, 0) and asked == [(0, x) for x in swaths[0][3]]
     list(blocks)
     assert asked == tiles.windows(swaths) and len(set(asked)) < len(asked)
@@ -147,7 +147,7 @@ def test_memory_does_not_grow_with_the_scene():
         swaths = tiles.plan(height, width, tile, 0.25, swath)
         values = torch.ones(bands, tile, tile)
         with Largest() as largest:
-            area = sum(block[0].numel() for _, _, block in tiles.merge(swaths, (values for _ in tiles.windows(swaths)),
+            area = sum(block[0].numel() for _, _, block in tiles.stitch(swaths, (values for _ in tiles.windows(swaths)),
                                                                        height))
         assert area == height * width
         peaks.append(largest.elements)

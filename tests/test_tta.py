@@ -66,9 +66,9 @@ def test_flips_and_turns_are_numpys_and_exact(names):
     for there, _, size in views_by_hand(names, 5, 8):
         want.setdefault(there(x.numpy()).tobytes(), (there(x.numpy()), size))
     for (matrix, size), (view, canvas) in zip(tta.tta_views(names, (5, 8)), want.values(), strict=True):
-        moved = tta.move(x, matrix, size)
+        moved = tta.warp_view(x, matrix, size)
         assert size == canvas and np.array_equal(moved, view)
-        assert torch.equal(tta.move(moved, np.linalg.inv(matrix), (5, 8)), x)
+        assert torch.equal(tta.warp_view(moved, np.linalg.inv(matrix), (5, 8)), x)
     assert len(want) == {(): 1, ("hflip", "vflip", "rot180"): 4}.get(names, min(2 ** len(names), 8))
 
 
@@ -96,10 +96,10 @@ def test_every_pass_is_a_resizing_before_a_flip_and_a_turn(stride):
     x = image(2, 2, 64, 80)
     passes, by_hand = tta.tta_views(ALL, (64, 80), stride=stride), views_by_hand(ALL, 64, 80, stride=stride)
     for (matrix, size), (there, back, canvas) in zip(passes, by_hand, strict=True):
-        view = tta.move(x, matrix, size)
+        view = tta.warp_view(x, matrix, size)
         assert size == canvas == tuple(view.shape[2:]) and size[0] % stride == size[1] % stride == 0
         assert np.allclose(view, there(x.numpy()), atol=1e-5)
-        restored = tta.move(view, np.linalg.inv(matrix), (64, 80))
+        restored = tta.warp_view(view, np.linalg.inv(matrix), (64, 80))
         assert np.allclose(restored, back(view.numpy()), atol=1e-5)
         corners = np.array([(0, 0), (80, 0), (80, 64), (0, 64)])
         moved = geometry.warp_points(corners, matrix)
@@ -176,7 +176,7 @@ FORMULAS = {"mean": lambda p: p.mean(0), "gmean": lambda p: p.prod(0) ** (1 / le
 @pytest.mark.parametrize("count", [1, 2, 12])
 @pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 4, 5), (6, 26)])
 def test_merges_are_numpys(count, shape):
-    assert list(tta.MERGES) == list(FORMULAS)
+    assert set(FORMULAS) <= set(tta.MERGES)
     probs = image(count, *shape) * (0.3 if count > 1 else 1)  # so that some sums are below 1
     probs[:, 0, 0] = 0
     for how, formula in FORMULAS.items():
@@ -194,12 +194,12 @@ def test_exclusive_classes_add_up_to_one():
         probs = (3 * image(*shape)).softmax(2)
         for how, formula in FORMULAS.items():
             want = formula(probs.double().numpy()) if how != "sum" else probs.double().numpy().sum(0)
-            found = tta.merge(probs, how, exclusive=True)
+            found = tta.merge(probs, how, single_label=True)
             assert np.allclose(found, want / want.sum(1, keepdims=True), atol=1e-6), how
-        assert torch.allclose(tta.merge(probs, "sum", exclusive=True), tta.merge(probs), atol=1e-6)
+        assert torch.allclose(tta.merge(probs, "sum", single_label=True), tta.merge(probs), atol=1e-6)
     disagreeing = torch.eye(2)[:, None]  # each sure of another class
-    assert torch.equal(tta.merge(disagreeing, "min", exclusive=True), torch.zeros(1, 2))
-    torch.testing.assert_close(tta.merge(disagreeing, "gmean", exclusive=True), torch.full((1, 2), 0.5))
+    assert torch.equal(tta.merge(disagreeing, "min", single_label=True), torch.zeros(1, 2))
+    torch.testing.assert_close(tta.merge(disagreeing, "gmean", single_label=True), torch.full((1, 2), 0.5))
 
 
 # ---- predict.py ------------------------------------------------------------------------------------------------------
@@ -393,10 +393,28 @@ def test_flags_that_do_not_fit(refused):
         refused(predict, "--task", "seg", "--tta", "--merge", merge, "--pseudo", 0.75, says="no run")
 
 
+class Halved(torch.nn.Module):
+    """Finds half of the first band, and remembers what it has seen."""
+    stride = 8
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(1)), []
+
+    def forward(self, x):
+        self.seen.append(x.shape)
+        return (x[:, :1] / 2).logit(1e-6)
+
+
 def test_at_another_size_maps_come_back():
     """A ramp survives both resizings but for its ends; the net sees the size that it was trained for."""
-    ramp = torch.linspace(0, 1, 60)[None, None, None].expand(2, 3, 40, 60)
-    seen = []
-    got = tta.at_size(lambda x: (seen.append(x.shape), x[:, :1] * 0.5)[1], ramp, 32)
-    assert seen == [(2, 3, 32, 32)] and got.shape == (2, 1, 40, 60)
+    ramp, net = torch.linspace(0, 1, 60)[None, None, None].expand(2, 3, 40, 60), Halved()
+    with torch.no_grad():
+        got = decide.segment(net, ramp, side=32)
+    assert net.seen == [(2, 3, 32, 32)] and got.shape == (2, 1, 40, 60)
     assert (got[..., 4:-4] - 0.5 * ramp[:, :1, :, 4:-4]).abs().max() < 0.01
+
+
+def test_unknown_merges_are_refused():
+    with pytest.raises(ValueError, match="median"):
+        tta.merge([torch.ones(1, 2)], "median")

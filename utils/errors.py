@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-# in the messages of collectives that lost their other side
+# words in the messages of collectives whose other side is gone
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "DistNetworkError",
         "DistStoreError", "DistBackendError")
 
@@ -37,7 +37,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def answers_for(flag):
-    """While it is entered, an OSError or ValueError is the fault of what the user gave to this flag."""
+    """While the block runs, an OSError or ValueError becomes a UserError about the value of this flag."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -45,7 +45,7 @@ def answers_for(flag):
 
 
 def one_line(error):
-    """The message of an error; of one that a loader worker passed on, without the worker's traceback."""
+    """The message of an error in one line, without the traceback of a loader worker that has passed it on."""
     text = str(error).strip()
     if text.startswith("Caught "):
         text = text.splitlines()[-1].partition("Error: ")[2]
@@ -53,50 +53,48 @@ def one_line(error):
 
 
 def cli(main):
-    """Runs a script's `main()` and ends the process: 0; 2 or 3 with one line on stderr; 130, 143 after a signal; 141
-    when nobody reads its output any more; 1 with a traceback for what is our fault."""
+    """Runs a script's `main()` and ends the process with an exit code: 0; 2 or 3 with one line on stderr for a
+    UserError or a NumericalError; 130 or 143 after a signal; 141 when nobody reads the output any more; 1 with a
+    traceback for every other error, which is a bug."""
     def stop(signum, frame):
         raise Stopped(signum)
 
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell (>&-): the next file opened would get its number
+        if getattr(sys, name) is None:  # closed by the shell (>&-): the next open file would get its number
             setattr(sys, name, open(os.devnull, "w"))
-    with contextlib.suppress(AttributeError):  # a stream of somebody else's
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files are any bytes
+    with contextlib.suppress(AttributeError):  # stdout may have been replaced
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
         main()
         print(end="", flush=True)
         return
-    except SystemExit:  # argparse has said what there is to say
+    except SystemExit:  # argparse has printed its message
         raise
     except BaseException as caught:
         error = caught
-    # nothing is left to be saved: another signal may end the process, and the death of workers is no news
-    deaf = False
-    while not deaf:
+    # nothing is left to save: another signal may end the process, and exits of workers are ignored from here on
+    signums = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT]
+    while signums:
         try:
-            for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, signal.SIG_DFL)
-            deaf = True
-        except BaseException:  # a handler's, that of torch for the next dead worker: it still came first
+            signal.signal(signums[-1], signal.SIG_DFL)
+            signums.pop()
+        except BaseException:  # raised by a handler that is still set, such as torch's for the next dead worker
             pass
-    # a failed process goes at once: the usual shutdown would wait for loader workers and for other ranks
+    # a failed process ends at once: the usual shutdown would wait for loader workers and for other ranks
     for child in multiprocessing.active_children():
         child.kill()
     text, code = _verdict(error)
-    try:
+    with contextlib.suppress(OSError):  # nobody reads the output
         print(end="", flush=True)
         if text:
             print(f"error: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # nobody listens
     os._exit(code)
 
 
 def _verdict(error):
-    """-> (one line or nothing, exit code); for a fault of ours the traceback, and 1."""
+    """-> (the line to print, or "", exit code); for a bug (the traceback, 1)."""
     text, trace = str(error), "".join(traceback.format_exception(error))
     if isinstance(error, Stopped):
         return "", error.code
@@ -106,14 +104,14 @@ def _verdict(error):
         error = UserError("out of memory; lower --bs or --imgsz, try --grad-checkpoint, or --tile for large images")
     elif text.startswith(("DataLoader worker", "DataLoader timed out")):
         error = UserError(f"{text.splitlines()[0].rstrip('. ')}; lower --workers, 0 loads in the main process")
-    elif isinstance(error, (EOFError, OSError)) and "_data_queue.get(" in trace:  # it died while handing over a batch
+    elif isinstance(error, (EOFError, OSError)) and "_data_queue.get(" in trace:  # it died while passing on a batch
         error = UserError("DataLoader worker exited unexpectedly; lower --workers, 0 loads in the main process")
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in trace for word in LOST):
         error = UserError(f"another process of this run has ended or hangs ({text.splitlines()[0]}); see its message, "
                           f"then go on with --resume")
-        time.sleep(2)  # torchrun ends this process first where it can: one line, not one per rank
+        time.sleep(2)  # torchrun ends this process before, if it can, so that one line is printed and not one per rank
     elif int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(2)  # the same, for what rank 0 has to say too
+        time.sleep(2)  # the same: rank 0 prints this error too
     if isinstance(error, UserError):
         return one_line(error), error.code
     return trace, 1

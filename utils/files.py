@@ -1,23 +1,26 @@
-"""Files and folders that appear whole or not at all. Everything but checkpoints is written by these functions."""
+"""Files: reading them, with one answer for those that cannot be read, and writing them whole or not at all. Everything
+but checkpoints is written by these functions."""
 import contextlib
 import csv
 import fcntl
 import json
-import math
 import os
+import reprlib
+import stat
 import tempfile
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 from utils.errors import UserError
 
 
-def check_absent(target):
-    """Raises UserError when something of that name exists."""
-    if os.path.lexists(target):
-        raise UserError(f"{target}: exists already; move it away or choose another --out")
+short = reprlib.Repr()
+short.maxstring = 200
+show = short.repr  # a value in a message stays short, and in one line
 
 
+# ---- reading ---------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def reading(path):
     """While the block runs, an OSError becomes a UserError which says that `path` cannot be read."""
@@ -25,6 +28,53 @@ def reading(path):
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check path and permissions") from None
+
+
+def read_bytes(path):
+    """The content of a regular file. Raises UserError."""
+    with reading(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
+            raise UserError(f"{path}: not a regular file; replace or remove it")
+        return Path(path).read_bytes()
+
+
+def read_json(path):
+    """A JSON file's content. Raises UserError for what is not JSON, and for a key that stands twice in one object."""
+    def unique(pairs):
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {show(twice)} stands twice in one object")
+        return entry
+
+    try:
+        return json.loads(read_bytes(path), object_pairs_hook=unique)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; replace it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); correct or replace it") from None
+
+
+def read_csv(path, remedy="replace it"):
+    """The rows of a CSV file in UTF-8, with or without byte order mark, also the empty ones. Raises UserError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not a readable CSV ({reason}); {remedy}") from None
+
+
+def same_name(name):
+    """A file's name in one Unicode form: archives from a Mac store accents and Hangul in another form."""
+    return unicodedata.normalize("NFC", name)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+def check_absent(target):
+    """Raises UserError when something of that name exists."""
+    if os.path.lexists(target):
+        raise UserError(f"{target}: exists already; move it away or choose another --out")
 
 
 @contextlib.contextmanager
@@ -49,9 +99,10 @@ def whole_folder(target):
     with writing(target):
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-") as scratch:  # a sibling: rename is atomic
-            os.mkdir(os.path.join(scratch, name))  # scratch itself is private
-            yield os.path.join(scratch, name)
-            os.rename(os.path.join(scratch, name), target)
+            whole = os.path.join(scratch, name)  # in it, because scratch itself has private permissions
+            os.mkdir(whole)
+            yield whole
+            os.rename(whole, target)
 
 
 @contextlib.contextmanager
@@ -77,15 +128,10 @@ def write_text(path, text):
 
 
 def write_json(path, value, indent=1):
-    """Writes plain values as strict JSON: NaN, which JSON does not have, becomes null. indent: None for one line."""
-    def strict(value):
-        if isinstance(value, dict):
-            return {key: strict(inside) for key, inside in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(inside) for inside in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    write_text(path, json.dumps(strict(value), indent=indent))
+    """Writes plain values as strict JSON: NaN and infinity, which JSON does not have, become null. indent: None for one
+    line."""
+    strict = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    write_text(path, json.dumps(strict, indent=indent))
 
 
 def write_csv(path, header, rows):
@@ -101,8 +147,3 @@ def locked(path):
     with open(path, "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
-
-
-def same_name(name):
-    """A file's name in one Unicode form: archives from a Mac store accents and Hangul in another form."""
-    return unicodedata.normalize("NFC", name)

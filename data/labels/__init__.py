@@ -14,19 +14,16 @@ import json
 import math
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from data import images
 from data.labels import coco, masks, voc, yolo
-from data.labels.records import show
 from utils.errors import UserError
-from utils.files import locked, whole_file, write_text
+from utils.files import locked, show, whole_file, write_text
 from utils.train import dist
 
 VERSION = 4  # of the kept result: to be raised when a reader finds something else in the same files
@@ -84,10 +81,9 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
 def with_names(extra, names, root):
     """The Labels of other data, their classes numbered as in `names`. UserError when they have boxes of other classes.
     """
-    used = sorted(set(np.concatenate(extra.classes).tolist()))
-    unknown = [extra.names[k] for k in used if extra.names[k] not in names]
+    unknown = {extra.names[k] for k in np.concatenate(extra.classes)} - set(names)
     if unknown:
-        raise UserError(f"{root}: has boxes of {unknown[0][:80]}, which --data does not have; rename or remove them")
+        raise UserError(f"{root}: has boxes of {min(unknown)[:80]}, which --data does not have; rename or remove them")
     number = np.array([names.index(name) if name in names else -1 for name in extra.names])
     return extra._replace(classes=[number[c] for c in extra.classes], names=names)
 
@@ -120,9 +116,7 @@ def _check(layout):
         raise UserError(f"{layout.root}: no images in its labels, or in its folders; check the path given to --data")
     files, held_out, stated = map(list, zip(*records.images))
     stamps = _stamps(layout.root, files)
-    with ThreadPoolExecutor(8) as pool:
-        sizes = list(tqdm(pool.map(lambda file: images.size(layout.root / file)[1:], files), desc="sizes",
-                          total=len(files), leave=False, disable=dist.rank() > 0))
+    sizes = images.in_threads(lambda file: images.size(layout.root / file)[1:], files, "sizes")
     category_of = {}
     for category, name in sorted(records.names.items()):
         if category_of.setdefault(name, category) != category:  # results are kept by name
@@ -146,7 +140,7 @@ def _sort_out(records, files, sizes, category_ids, place):
     for owner, category, box, label, number in records.boxes:
         height, width = sizes[owner]
         corners = [side * n for side, n in zip(box, (width, height) * 2)] if records.normalised else box
-        inside = tuple(min(max(side, 0.0), n) for side, n in zip(corners, (width, height) * 2))
+        inside = tuple(min(max(0.0, side), n) for side, n in zip(corners, (width, height) * 2))
         reasons = (not all(map(math.isfinite, corners)), category not in class_of,
                    min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE, (owner, category, inside) in seen)
         case = next(itertools.compress(DROPPED, reasons), None)

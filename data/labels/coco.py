@@ -5,14 +5,13 @@
                  or, as Roboflow exports it, a JSON among the images: DATA/train/_annotations.coco.json (and valid)
 """
 import functools
-import json
 import os
 from collections import Counter
 from pathlib import Path
 
-from data.labels.records import Layout, Records, list_files, part_of, read_bytes, show
+from data.labels.records import Layout, Records, list_files, part_of
 from utils.errors import UserError
-from utils.files import same_name
+from utils.files import read_json, same_name, show
 
 COMPETITION = "train/label/Train.json"
 TEST_INFORMATION = "Test_Images_Information.json"
@@ -177,28 +176,6 @@ def test_ids(root):
         found[name] = key
         ids.add(key)
     return found
-
-
-# ---- JSON ------------------------------------------------------------------------------------------------------------
-def read_json(path):
-    """A JSON file's content. Raises UserError for what is not JSON, and for what Python takes for JSON or ignores:
-    NaN, Infinity, and a key that stands twice in one object."""
-    def unique(pairs):
-        entry = dict(pairs)
-        if len(entry) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {show(twice)} stands twice in one object")
-        return entry
-
-    def no_number(text):
-        raise ValueError(f"{text} is no number of JSON")
-
-    try:
-        return json.loads(read_bytes(path), object_pairs_hook=unique, parse_constant=no_number)
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be labels; replace it") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); correct or replace it") from None
 
 
 def _entries(data, key, path, **fields):

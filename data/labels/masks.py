@@ -8,13 +8,11 @@ crops of large images only.
 import os
 
 import torch
-from tqdm import tqdm
 
 from data import images, seg
 from data.labels.records import Layout, Records
 from utils.errors import UserError
 from utils.ops.components import components
-from utils.train import dist
 
 VOID = 255  # in masks of classes above 1 this is no object; in binary masks it is the objects' value
 
@@ -30,14 +28,17 @@ def find(path):
 
 def read(layout):
     """Layout -> Records. UserError for a mask of another size than its image."""
-    boxes = []
-    for i, (file, label) in enumerate(zip(tqdm(layout.images, desc="masks", leave=False, disable=dist.rank() > 0),
-                                          layout.labels)):
+    def check(pair):
+        file, label = pair
         mask, size = seg.read_mask(layout.root / label, classes=256), images.size(layout.root / file)[1:]
         if tuple(mask.shape) != size:
             raise UserError(f"{layout.root / label}: is {tuple(mask.shape)} pixels, its image {file} is {size}; make "
                             f"them equal")
-        boxes += [(i, value, box, label, number) for number, (value, box) in enumerate(objects(mask.long()), 1)]
+        return objects(mask.long())
+
+    found = images.in_threads(check, list(zip(layout.images, layout.labels)), "masks")
+    boxes = [(i, value, box, label, number) for i, (label, parts) in enumerate(zip(layout.labels, found))
+             for number, (value, box) in enumerate(parts, 1)]
     values = {value for _, value, *_ in boxes}
     if values <= {1, VOID}:
         boxes, names = [(i, 1, *rest) for i, _, *rest in boxes], {1: "object"} if boxes else {}

@@ -6,18 +6,11 @@ that is understood but makes no sense stays in the records: data/labels drops it
 """
 import os
 import re
-import reprlib
-import stat
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 from utils.errors import UserError
-from utils.files import reading
-
-short = reprlib.Repr()
-short.maxstring = 200
-show = short.repr  # a value in a message stays short, and in one line
-
+from utils.files import read_bytes
 
 class Layout(NamedTuple):
     """The files of a data set. labels, images: names relative to `root`, sorted."""
@@ -72,14 +65,6 @@ def check_pairs(image_folder, images, label_folder, labels):
         remedy = f"convert {others[0]} to PNG or JPEG" if others else "add it"
         raise UserError(f"{label_folder / label_of[lone[0]]}: no image of that name in {image_folder} ({len(lone)} in "
                         f"total); {remedy}, or remove the label file")
-
-
-def read_bytes(path):
-    """The content of a regular file. Raises UserError."""
-    with reading(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
-            raise UserError(f"{path}: not a regular file; replace or remove it")
-        return Path(path).read_bytes()
 
 
 def read_lines(path):

@@ -7,8 +7,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from data import images
-from data.labels.records import Layout, Records, by_stem, check_pairs, list_files, read_bytes, read_lines, show
+from data.labels.records import Layout, Records, by_stem, check_pairs, list_files, read_lines
 from utils.errors import UserError
+from utils.files import read_bytes, show
 
 TEST, VAL = SETS = "ImageSets/Main/test.txt", "ImageSets/Main/val.txt"
 

@@ -6,13 +6,13 @@
 A line with the points of a polygon gives the box around it.
 """
 import csv
-import itertools
 import os
 import re
 
 from data import images
-from data.labels.records import Layout, Records, by_stem, check_pairs, list_files, read_lines, show
+from data.labels.records import Layout, Records, by_stem, check_pairs, list_files, read_lines
 from utils.errors import UserError
+from utils.files import show
 
 YAML = (".yaml", ".yml")
 NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "data.yaml")  # the first that exists names the classes
@@ -114,20 +114,20 @@ def _read_names(path):
 def _read_yaml(path):
     """The `names` of Ultralytics' data.yaml: [a, b], {0: a, 1: b}, or one a line, "- a" or "0: a"; [] without any. No
     other YAML is read, so that no package for YAML is needed."""
-    lines = [re.sub(r"(^|\s)#.*", "", line).rstrip() for line in read_lines(path)]
-    start = next((i for i, line in enumerate(lines) if re.match(r"names\s*:", line)), None)
-    if start is None:
+    text = "\n".join(re.sub(r"(^|\s)#.*", "", line).rstrip() for line in read_lines(path))
+    found = re.search(r"^names\s*:[ \t]*(.*)((?:\n(?:(?:\s|-\s|[\]}]).*)?)*)", text, re.MULTILINE)  # to the next key
+    if not found:
         return []
-    first, more = lines[start].partition(":")[2].strip(), lines[start + 1:]
+    first, more = found.groups()
     if first.startswith(("[", "{")):
-        text = " ".join([first[1:], *more]).partition({"[": "]", "{": "}"}[first[0]])[0].strip().removesuffix(",")
+        text = (first[1:] + more.replace("\n", " ")).partition({"[": "]", "{": "}"}[first[0]])[0]
+        text = text.strip().removesuffix(",")
         try:
             entries = next(csv.reader([text], quotechar="'" if "'" in text else '"', skipinitialspace=True), [])
         except csv.Error:  # such as a name of megabytes
             entries = []
     else:
-        block = itertools.takewhile(lambda line: not line or re.match(r"-\s|\s", line), more)
-        entries = [line.strip().removeprefix("-") for line in block if line]
+        entries = [line.strip().removeprefix("-") for line in more.splitlines() if line]
     names = []
     for entry in entries:
         number, name = re.fullmatch(r"(?:\s*(\d+)\s*:)?(.*)", entry).groups()

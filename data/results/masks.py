@@ -93,14 +93,15 @@ def _new_mask(file, folder):
     """The mask of an image file, open for writing, at the place on Earth of the image (if that has one)."""
     _, height, width = images.size(file)
     place = {}
-    if images.kind(file) == "GTiff":
+    if images.header(file).kind == "GTiff":
         with images.open_raster(file, sidecars=True) as source:
             points, crs = source.gcps  # such as Sentinel-1's
             place = {"gcps": points, "crs": crs} if points else {"crs": source.crs, "transform": source.transform}
-    with whole_file(folder / f"{file.stem}.tif") as temporary, rasterio.open(
-            temporary, "w", driver="GTiff", dtype="uint8", count=1, height=height, width=width, compress="deflate",
-            tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place) as mask:
-        yield mask
+    with whole_file(folder / f"{file.stem}.tif") as temporary:
+        with rasterio.open(temporary, "w", driver="GTiff", dtype="uint8", count=1, height=height, width=width,
+                           compress="deflate", tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place) as mask:
+            yield mask
+        rasterio.open(temporary, driver="GTiff").close()  # GDAL does not raise when the disk is full
 
 
 def _open_mask(file, out):

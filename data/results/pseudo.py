@@ -65,13 +65,13 @@ def _sound(rows):
     return rows[np.sort(first)]
 
 
-def write_classes(root, files, probs, names, exclusive, least):
+def write_classes(root, files, probs, names, single_label, least):
     """ROOT/train.csv and ROOT/train. probs (N, classes), numpy. Where an image has several classes, each must be
     present, or absent, with a probability of at least `least`; where it has one, the best must. -> number of images."""
-    certain = probs.max(1) >= least if exclusive else ((probs >= least) | (probs <= 1 - least)).all(1)
+    certain = probs.max(1) >= least if single_label else ((probs >= least) | (probs <= 1 - least)).all(1)
     kept = [(file, row) for file, row, good in zip(files, probs, certain) if good]
     link([file for file, _ in kept], root / "train")
-    header = ["name", "label"] if exclusive else ["name", *names]
+    header = ["name", "label"] if single_label else ["name", *names]
     write_csv(root / "train.csv", header, [
-        [file.name, *([names[row.argmax()]] if exclusive else (row > 0.5).astype(int))] for file, row in kept])
+        [file.name, *([names[row.argmax()]] if single_label else (row > 0.5).astype(int))] for file, row in kept])
     return len(kept)

@@ -1,5 +1,4 @@
 """What competitions and other programs read: detections as text and JSON, class probabilities as tables."""
-import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from PIL import Image
 from data import det, images
 from data.labels import coco
 from utils.errors import UserError
-from utils.files import same_name, whole_file, write_csv, write_json, write_text
+from utils.files import read_csv, same_name, whole_file, write_csv, write_json, write_text
 from utils.ops import boxes
 from utils.pictures import detection as pictures_det, sheets
 from utils.train import dist
@@ -107,22 +106,21 @@ def _share(*columns):
 def read_probabilities(path, names=None):
     """probabilities.csv of an earlier run -> its classes, {index: their probabilities}. names: the classes that it must
     have. UserError naming the file and the row."""
-    table = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
-        if header[1:] != (names or header[1:]) or len(set(header)) < len(header) or len(header) < 2:
-            raise UserError(f"{path}: has other columns than the classes of the rest; give one of this task")
-        for key, *values in rows:
+    rows = [row for row in read_csv(path, "give a probabilities.csv") if row]
+    if len(rows) < 2:
+        raise UserError(f"{path}: has no rows; give a probabilities.csv")
+    (_, *classes), table = rows[0], {}
+    if classes != (names or classes) or len(set(rows[0])) < len(rows[0]) or not classes:
+        raise UserError(f"{path}: has other columns than the classes of the rest; give one of this task")
+    for key, *values in rows[1:]:
+        try:
             values = np.array([float(value) for value in values])
-            if key in table or len(values) != len(header) - 1 or not ((values >= 0) & (values <= 1)).all():
-                raise UserError(f"{path}: the row {key} is damaged, or there twice; predict again")
-            table[key] = values
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise UserError(f"{path}: not a readable table of probabilities ({error}); give a probabilities.csv") from None
-    if not table:
-        raise UserError(f"{path}: has no rows; predict again")
-    return header[1:], table
+        except ValueError:
+            values = np.array([np.nan])
+        if key in table or len(values) != len(classes) or not ((values >= 0) & (values <= 1)).all():
+            raise UserError(f"{path}: the row {key} is damaged, or there twice; predict again")
+        table[key] = values
+    return classes, table
 
 
 def read_tables(paths, names=None, keys=None):
@@ -155,10 +153,10 @@ def index_of(name):
     return str(int(name)) if name.isdecimal() else name
 
 
-def write_classes(out, keys, probs, names, exclusive, thresholds):
+def write_classes(out, keys, probs, names, single_label, thresholds):
     """probs (N, classes) of the images `keys` -> submission.csv, of 0 and 1, and probabilities.csv in the folder `out`.
     thresholds: one, or one per class; of exclusive classes the most probable is there."""
-    decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if exclusive else (probs > thresholds).astype(int)
+    decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if single_label else (probs > thresholds).astype(int)
     for name, rows in {"submission.csv": decided.tolist(),
                        "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
         write_csv(out / name, ["index", *names], [[key, *row] for key, row in zip(keys, rows)])

@@ -1,6 +1,7 @@
 """Dirty-MNIST, second edition (DACON 2021): synthetic images of 10 to 14 different capital letters in heavy noise.
 
-    python -m data.samples.dirty_mnist --letters resources/mnist_data/train.csv --out resources/dirty_mnist_2nd --num 350000
+    python -m data.samples.dirty_mnist --letters resources/mnist_data/train.csv --num 350000 \
+        --out resources/dirty_mnist_2nd
     python -m data.samples.dirty_mnist --letters resources/mnist_data/test.csv --rows=-3000: --num 5000 \
         --out resources/val_dirty_mnist_2nd
 
@@ -31,7 +32,7 @@ from utils.files import whole_file, write_csv
 from utils.train.args import int_range
 
 SIDE, LARGEST = 28, 79  # pixels: side of a glyph; side of the box around a glyph turned by 45 degrees and doubled
-STREAM = 26             # ends the seeds, so that the augmentation, seeded with (seed, epoch, index), draws other numbers
+STREAM = 26             # ends the seeds: the augmentation, seeded with (seed, epoch, index), draws other numbers
 BLOCK = 16              # images made at once: few enough for the processor's cache
 HEADER = ["index", *string.ascii_lowercase]
 PLACED = np.dtype([(name, np.int64) for name in ("image", "letter", "glyph", "side", "x", "y")]
@@ -201,7 +202,8 @@ def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
 
 
 def _write_missing(synthesizer, out, indices, *, seed, digits, text):
-    """Writes those images that are missing -> the rows of all of them in the table of labels: index, 26 times 0 or 1."""
+    """Writes the missing ones of the images -> the rows of all of them in the table of labels: index, 26 times 0 or 1.
+    """
     head, _ = png_parts(np.empty((synthesizer.size,) * 2, np.uint8), text)
     paths = {i: out / f"{i:0{digits}d}.png" for i in indices}
     missing = [i for i, path in paths.items() if not _complete(path, head)]
@@ -250,8 +252,8 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--letters", metavar="FILE", help="the competition's CSV or EMNIST's idx, or .gz (default: letters of a font)")
-    add("--rows", type=row_range, default=":", metavar="A:B", help="use only these letters of the file, in the notation "
-        "of Python's slices; write --rows=-3000: for the last 3000")
+    add("--rows", type=row_range, default=":", metavar="A:B", help="use only these rows of the file, as in a Python "
+        "slice; write --rows=-3000: for the last 3000 (default: all)")
     add("--out", required=True, metavar="DIR", help="the folder of the images")
     add("--num", type=int_range(1), default=350_000, metavar="N", help="number of images (default: 350000)")
     add("--start-index", type=int_range(0), default=100_000, metavar="N", help="index of the first (default: 100000)")

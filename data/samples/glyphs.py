@@ -74,7 +74,7 @@ def _read_csv(path, content):
 
 
 def _read_idx(path):
-    """EMNIST's split "letters" counts from 1; its other splits hold digits (0-9), capitals (10-35) and small letters."""
+    """EMNIST's split "letters" counts from 1; its other splits hold digits (0-9), capitals (10-35), small letters."""
     images = path.with_name(path.name.replace("labels", "images").replace("idx1", "idx3"))
     targets = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     pixels, labels = _idx(images, 3), _idx(targets, 1).astype(np.int64)

@@ -15,20 +15,20 @@ from utils.files import whole_folder
 
 # A class: how often it is seen, its colours, and its parts: upright boxes (middle, length, width, lower end, upper end,
 # colour) in metres. The middle is on the object's axis, positive is forward. "own": the object's own colour.
-SEDAN = [(0, 4.7, 1.8, .2, .85, "own"), (-.3, 2.6, 1.7, .85, 1.35, "darkslategray"), (-.3, 1.9, 1.6, 1.35, 1.45, "own")]
+SEDAN = [(0, 4.7, 1.8, .2, .85, "own"), (-.3, 2.6, 1.7, .85, 1.35, "#2c3642"), (-.3, 1.9, 1.6, 1.35, 1.45, "own")]
 CLASSES = {                                              # category_id is the place in this table, from 1
     "sedan": (30, ("white", "white", "silver", "#222428", "gray", "navy", "firebrick"), SEDAN),
     "SUV": (20, ("white", "silver", "#222428", "gray", "navy", "firebrick"), [
-        (0, 4.6, 1.95, .3, 1.05, "own"), (-.5, 3.3, 1.85, 1.05, 1.55, "darkslategray"), (-.7, 2.9, 1.8, 1.55, 1.8, "own")]),
+        (0, 4.6, 1.95, .3, 1.05, "own"), (-.5, 3.3, 1.85, 1.05, 1.55, "#2c3642"), (-.7, 2.9, 1.8, 1.55, 1.8, "own")]),
     "van": (6, ("white", "silver", "#222428"), [
-        (0, 5.2, 2, .3, 1.2, "own"), (-.5, 4.2, 1.95, 1.2, 2.2, "own"), (1.9, .7, 1.8, 1.2, 1.8, "darkslategray")]),
+        (0, 5.2, 2, .3, 1.2, "own"), (-.5, 4.2, 1.95, 1.2, 2.2, "own"), (1.9, .7, 1.8, 1.2, 1.8, "#2c3642")]),
     "bus": (2, ("royalblue", "seagreen", "firebrick"), [
-        (0, 10.4, 2.5, .4, 1.4, "own"), (0, 10.4, 2.45, 1.4, 2.4, "darkslategray"), (0, 10.4, 2.5, 2.4, 3.1, "white")]),
+        (0, 10.4, 2.5, .4, 1.4, "own"), (0, 10.4, 2.45, 1.4, 2.4, "#2c3642"), (0, 10.4, 2.5, 2.4, 3.1, "white")]),
     "school bus": (1.5, ("gold",), [
-        (-.6, 6.8, 2.3, .4, 1.5, "own"), (-.6, 6.8, 2.25, 1.5, 2.2, "darkslategray"), (-.6, 6.8, 2.3, 2.2, 2.9, "own"),
+        (-.6, 6.8, 2.3, .4, 1.5, "own"), (-.6, 6.8, 2.25, 1.5, 2.2, "#2c3642"), (-.6, 6.8, 2.3, 2.2, 2.9, "own"),
         (3.4, 1.2, 1.9, .4, 1.4, "own"), (2, .3, 1.8, 2.9, 3.1, "red")]),
     "truck": (6, ("royalblue", "white", "seagreen", "firebrick"), [
-        (2.3, 1.7, 1.9, .4, 1.3, "own"), (2.2, 1.5, 1.9, 1.3, 2.2, "darkslategray"), (-.9, 4.6, 2.1, .6, 2.6, "silver")]),
+        (2.3, 1.7, 1.9, .4, 1.3, "own"), (2.2, 1.5, 1.9, 1.3, 2.2, "#2c3642"), (-.9, 4.6, 2.1, .6, 2.6, "silver")]),
     "taxi": (4, ("gold", "darkorange"), [*SEDAN, (-.3, .4, .7, 1.45, 1.7, "white")]),
     "adult": (15, ("firebrick", "royalblue", "white", "black", "olive", "tan"), [
         (0, .2, .34, 0, .85, "gray"), (0, .28, .52, .85, 1.45, "own"), (0, .24, .24, 1.45, 1.75, "peachpuff")]),
@@ -53,7 +53,7 @@ FACES = [(0, 1, 5, 4), (1, 3, 7, 5), (3, 2, 6, 7), (2, 0, 4, 6), (4, 5, 7, 6)]  
 
 
 class Lot(NamedTuple):
-    """A lot as the camera sees it. Its origin is in the middle of the image; x is to the right, y away, z up, in metres.
+    """A lot as the camera sees it. The origin is in the middle of the image; x points right, y away, z up, in metres.
 
     camera (3, 3): metres -> subpixels to the right, down, and towards the camera. size: (height, width) in subpixels.
     bay: (x, y) of a corner of a parking bay. sun: (x, y, 1), the direction to it.
@@ -70,7 +70,8 @@ class Lot(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """An object on the lot: its category, from 1; the corners (parts, 8, 3) of its boxes in metres; their RGB colours."""
+    """An object on the lot: its category, from 1; the corners (parts, 8, 3) of its boxes in metres; their colours.
+    """
     category: int
     corners: np.ndarray
     colours: np.ndarray
@@ -88,8 +89,9 @@ def make_thing(rng, name, x, y, heading):
     """An object of a class with its middle at (x, y); its heading is in radians, counter-clockwise from the x axis."""
     _, colours, parts = CLASSES[name]
     own, cos, sin = rng.choice(colours), np.cos(heading), np.sin(heading)
-    corners = np.array([[(middle + u * length, v * width, z) for z in (low, high) for u in (-.5, .5) for v in (-.5, .5)]
-                        for middle, length, width, low, high, _ in parts])
+    corners = np.array([
+        [(middle + u * length, v * width, z) for z in (low, high) for u in (-.5, .5) for v in (-.5, .5)]
+        for middle, length, width, low, high, _ in parts])
     corners = corners @ [[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]] + (x, y, 0)
     colours = [ImageColor.getrgb(own if colour == "own" else colour) for *_, colour in parts]
     return Thing(1 + list(CLASSES).index(name), corners, np.array(colours))
@@ -105,13 +107,16 @@ def _place(rng, lot, name):
 
 
 def populate(rng, lot, first):
-    """-> up to 15 things that do not overlap, the nearest to the camera first; one is certainly of the class `first`."""
+    """-> up to 15 things, the nearest to the camera first; one is of the class `first`. They do not overlap, and their
+    middles are in the image.
+    """
     shares, things, bounds = np.array([share for share, _, _ in CLASSES.values()]), [], []
     for name in [first, *rng.choice(list(CLASSES), rng.integers(4, 15), p=shares / shares.sum())]:
         for _ in range(60):                              # attempts to find a free place
             thing = make_thing(rng, name, *_place(rng, lot, name))
             low, high = thing.corners.min((0, 1))[:2], thing.corners.max((0, 1))[:2]
-            if not any((low < b).all() and (a < high).all() for a, b in bounds):
+            inside = abs(lot.camera[:2] @ thing.corners.mean((0, 1))) < np.array(lot.size[::-1]) / 2
+            if inside.all() and not any((low < b).all() and (a < high).all() for a, b in bounds):
                 things.append(thing)
                 bounds.append((low, high))
                 break
@@ -127,8 +132,9 @@ def _ground(rng, lot, things):
     y = ((np.arange(height)[:, None] - height / 2) / lot.camera[1, 1] - lot.bay[1]) % PERIOD
     asphalt[(y < 2 * DEPTH) & (x < .14) | (abs(y - DEPTH) < .07)] = 205
     ground, shadow = Image.fromarray(asphalt).convert("RGB"), Image.new("L", (width, height))
-    for corners in (corners for thing in things for corners in thing.corners):
-        for face in (corners - corners[:, 2:] * lot.sun)[FACES]:
+    for thing in things:
+        fallen = thing.corners - thing.corners[..., 2:] * lot.sun          # along the light to the ground
+        for face in fallen[:, FACES].reshape(-1, 4, 3):
             lot.fill(shadow, face, 255)
     dark = rng.uniform(.4, .9)
     ground.paste(ground.point(lambda value: int(dark * value)), mask=shadow.filter(ImageFilter.BoxBlur(FINE)))

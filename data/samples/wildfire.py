@@ -17,7 +17,6 @@ SPECTRA = {name: np.array(values, np.float32)[:, None, None] for name, values in
     roof=(.300, .320, .350, .380, .48, .640, .720),      # SWIR2 above SWIR1, but NIR is bright too: not a fire
     scar=(.026, .028, .032, .042, .055, .140, .195),     # SWIR2 / NIR as in a fire, but dark: an old burn
     water=(.060, .065, .060, .035, .015, .008, .005),
-    glint=(.420, .440, .450, .460, .48, .500, .490),     # the sun in the water
     cloud=(.560, .560, .550, .560, .60, .420, .330),
     fire=(.000, .000, .008, .040, .13, .480, 1.00)).items()}     # emitted per unit of heat: SWIR2 >> SWIR1 > NIR
 LAND = {  # cover: the lowest and highest level of noise above which it lies, the width of its border
@@ -59,19 +58,18 @@ def scene(rng, size, *, fraction):
     image *= np.exp(rng.uniform(.1, .3) * light / light.std() + .1 * _noise(rng, size, .7))
     water = _step(-height - rng.uniform(.9, 3), .04)
     _lay(image, water, SPECTRA["water"])
-    _lay(image, water * _step(_noise(rng, size, 1.5) - rng.uniform(1, 4), .7), SPECTRA["glint"])
 
     burning = np.zeros((size, size), bool)
     if fraction:
         fuel = _noise(rng, size, 1.8) - 9 * water
         excess = fuel - np.quantile(fuel, 1 - fraction)
         burning = excess >= 0
-        _lay(image, .85 * _step(excess + rng.uniform(.1, .6), .2), SPECTRA["scar"])
+        _lay(image, _step(excess + rng.uniform(.1, .6), .2), SPECTRA["scar"])
         heat = np.minimum(np.exp(rng.uniform(1.5, 4) * excess), 4) * _step(excess + .1, .2)
         image += heat * SPECTRA["fire"] * rng.uniform(.3, .6)
     cloud = _step(_noise(rng, size, 1.6) - rng.uniform(.6, 4), .6)
     image *= 1 - .55 * np.roll(cloud, (size // 20, size // 20), (0, 1))       # shadows fall away from the sun
-    _lay(image, .95 * cloud, SPECTRA["cloud"])
+    _lay(image, cloud, SPECTRA["cloud"])
 
     # The sensor: its scale differs between tiles far more than the noise does between pixels
     gain = np.exp(rng.uniform(np.log(.1), 0) + rng.normal(0, .35, (7, 1, 1)))

@@ -19,7 +19,8 @@ import predict
 import nets
 from tests.bench.timing import clock, in_turn, show, training_step
 from utils import losses
-from utils.train import dist, engine, optim
+from utils.train import dist, optim
+from utils.train.state import precision
 
 CLASSES, PLAIN, SAME = 26, "timm as it comes", "timm, same numerics"
 
@@ -44,7 +45,7 @@ def trainer(model, our_way, x, y, device):
         ema = optim.make_ema(model, 1000)
     else:
         optimizer, ema = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5), None
-    dtype = engine.precision("auto", device) if our_way else None
+    dtype = precision("auto", device) if our_way else None
 
     def loss():
         logits = model(x)
@@ -68,8 +69,8 @@ def predictors(name, x, device, compiled):
 
     arch = dict(name=name, in_chans=1, num_classes=CLASSES)
     state = {"task": "cls", "arch": {"kwargs": arch}, "bands": [1], "scale": 255.0, "imgsz": x.shape[2], "norm": None,
-             "classes": CLASSES, "exclusive": False, "args": {}, "model": make(name, True).state_dict()}
-    ours = engine.precision("auto", device) or torch.float32, torch.channels_last
+             "classes": CLASSES, "single_label": False, "args": {}, "model": make(name, True).state_dict()}
+    ours = precision("auto", device) or torch.float32, torch.channels_last
     made = {PLAIN: timed(make(name, False), torch.float32, torch.contiguous_format)}
     for compile in (False, True)[:1 + compiled]:
         made[SAME + ", --compile" * compile] = timed(make(name, False), *ours, compile)
@@ -91,7 +92,7 @@ def main():
     device = dist.setup(args.device)
     torch.backends.cudnn.benchmark = True  # as engine.seed_everything
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, precision "
-          f"{engine.precision('auto', device)}, {args.net}, {args.size} x {args.size}, batch {args.bs}")
+          f"{precision('auto', device)}, {args.net}, {args.size} x {args.size}, batch {args.bs}")
     torch.manual_seed(0)
     x, y = torch.randn(args.bs, 1, args.size, args.size), torch.randint(0, 2, (args.bs, CLASSES)).float()
 

@@ -21,7 +21,8 @@ from train_det import GAINS
 from utils.metrics.average_precision import DetectionAP
 from utils.losses import detection as losses_det
 from utils.ops import boxes
-from utils.train import dist, engine, optim
+from utils.train import dist, optim
+from utils.train.state import autocast, precision
 
 NAMES = ["red", "green", "blue"]
 OLD = "as in 2022"
@@ -61,7 +62,7 @@ def trainer(model, ours, raw, targets, device):
         optimizer, ema = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.937, nesterov=True, foreach=False,
                                          fused=False), None
     x = (raw.to(device).float() / 255).contiguous(memory_format=layout)
-    targets, dtype = targets.to(device), engine.precision("auto", device) if ours else None
+    targets, dtype = targets.to(device), precision("auto", device) if ours else None
     return training_step(lambda: loss_of(model, x, targets), model, optimizer, device, dtype=dtype, ema=ema)
 
 
@@ -102,7 +103,7 @@ def validate(model, raw, targets, device, bs):
     model.eval()
     for start in range(0, len(raw), bs):
         times = [clock(device)]
-        with torch.inference_mode(), engine.autocast(device, engine.precision("auto", device)):
+        with torch.inference_mode(), autocast(device, precision("auto", device)):
             rows = model((raw[start:start + bs].to(device).float() / 255).contiguous(memory_format=torch.channels_last))
             times.append(clock(device))
             found = boxes.nms(rows, conf=0.001, iou=0.65, max_det=300)
@@ -131,7 +132,7 @@ def main():
     args = parser.parse_args()
     device = dist.setup(args.device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, precision "
-          f"{engine.precision('auto', device)}, variant {args.variant}, {args.size} x {args.size}, batch {args.bs}")
+          f"{precision('auto', device)}, variant {args.variant}, {args.size} x {args.size}, batch {args.bs}")
     torch.manual_seed(0)
     arch = {"variant": args.variant, "num_classes": len(NAMES)}
     raw, targets = rectangles(args.images, args.size)

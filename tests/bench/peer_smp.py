@@ -20,6 +20,7 @@ from utils import losses
 from utils.metrics.segmentation import BinaryIoU
 from utils.ops import tta
 from utils.train import engine, optim
+from utils.train.state import State
 
 
 def main():
@@ -56,7 +57,7 @@ def main():
     optimizer = optim.make_optimizer("adamw", optim.param_groups(model, 0.01), lr=1e-3)
     schedule = optim.make_schedule("cosine", steps_per_epoch=len(loader), epochs=args.epochs)
     ema = optim.make_ema(model, len(loader) * args.epochs) if args.ema else None
-    state = engine.State(model, optimizer, schedule, device=device, ema=ema)
+    state = State(model, optimizer, schedule, device=device, ema=ema)
 
     def compute_loss(model, batch):
         logits = model(batch["image"])

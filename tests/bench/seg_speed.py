@@ -22,7 +22,8 @@ from data.samples.wildfire import wildfire
 from nets.unet import UNet
 from tests.bench.timing import clock, in_turn, show, training_step
 from utils import losses
-from utils.train import dist, engine, optim
+from utils.train import dist, optim
+from utils.train.state import precision, to_device
 
 
 def lovasz_loop(logits, masks):
@@ -49,7 +50,7 @@ def trainer(ours, batch, device):
     else:
         optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False, fused=False), None
     image = seg.add_mean_planes(batch["image"]).contiguous(memory_format=layout)
-    dtype = engine.precision("auto", device) if ours else None
+    dtype = precision("auto", device) if ours else None
 
 
     def loss():
@@ -97,7 +98,7 @@ def main():
     args = parser.parse_args()
     device = dist.setup(args.device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, precision "
-          f"{engine.precision('auto', device)}, {args.size} x {args.size} x 14, batch {args.bs}")
+          f"{precision('auto', device)}, {args.size} x {args.size} x 14, batch {args.bs}")
 
     with tempfile.TemporaryDirectory() as folder:
         wildfire(folder, train=2 * args.bs, test=0, size=args.size)
@@ -110,7 +111,7 @@ def main():
                 pass
             rate = len(data) / (time.perf_counter() - began)
             print(f"loader, one process, {'cache in RAM' if cache else 'from files'}: {rate:.0f} img/s")
-        batch = engine.to_device(batch, device)
+        batch = to_device(batch, device)
         raw = torch.stack([seg.images.read(image) for image, _ in paired])
 
     steps = {"as in 2024": trainer(False, batch, device), "ours": trainer(True, batch, device)}

@@ -65,8 +65,8 @@ def match_anchors(shape, boxes, anchors, stride, threshold):
     xy = xywh[target, :2]
     cell, limit = xy.floor(), xy.new_tensor((columns, rows))
     side = torch.where(xy - cell < 0.5, -1, 1)  # towards the nearer neighbour
-    near = [cell, cell + side * xy.new_tensor((1, 0)), cell + side * xy.new_tensor((0, 1))]
-    cell, target, anchor = torch.cat(near), target.repeat(3), anchor.repeat(3)
+    steps = xy.new_tensor([[[0, 0]], [[1, 0]], [[0, 1]]])
+    cell, target, anchor = (cell + side * steps).flatten(0, 1), target.repeat(3), anchor.repeat(3)
     inside = ((cell >= 0) & (cell < limit)).all(1)
     cell, target, anchor = cell[inside], target[inside], anchor[inside]
     (image, classes), (column, row) = boxes[target, :2].long().T, cell.long().T
@@ -115,10 +115,9 @@ def assign(scores, predicted, centres, strides, gt_boxes, gt_classes, mask, *, t
     best cell gets the box's highest IoU.
     """
     # a box narrower than a stride may contain no cell's centre: all count as at least two strides wide
-    middle, half = (gt_boxes[..., :2] + gt_boxes[..., 2:]) / 2, (gt_boxes[..., 2:] - gt_boxes[..., :2]) / 2
-    reach = torch.maximum(half[:, :, None], strides)  # (B, M, N, 2)
-    inside = ((centres - middle[:, :, None]).abs() < reach).all(-1) & mask[..., None]
-    overlap = iou(gt_boxes[:, :, None], predicted[:, None]).clamp(min=0) * inside  # (B, M, N)
+    middle, size = to_xywh(gt_boxes)[:, :, None].split(2, -1)
+    inside = ((centres - middle).abs() < torch.maximum(size / 2, strides)).all(-1) & mask[..., None]  # (B, M, N)
+    overlap = iou(gt_boxes[:, :, None], predicted[:, None]).clamp(min=0) * inside
     score = scores.transpose(1, 2).gather(1, gt_classes[..., None].expand(-1, -1, scores.shape[1]))
     align = score ** alpha * overlap ** beta * inside
     best = align.topk(min(topk, align.shape[-1]), dim=-1).indices

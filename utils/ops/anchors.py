@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------
@@ -19,9 +20,9 @@ class Points(NamedTuple):
 
 
 def cells(rows, columns, device):
-    """-> float32 (rows, columns, 2): the column and the row of every cell of a map."""
-    y, x = torch.arange(rows, device=device), torch.arange(columns, device=device)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).float()
+    """-> int64 (rows * columns, 2): the column and the row of every cell of a map, row by row."""
+    sides = (torch.arange(length, device=device) for length in (rows, columns))
+    return torch.cartesian_prod(*sides).flip(1)
 
 
 def decode_points(maps, strides, bins):
@@ -30,9 +31,9 @@ def decode_points(maps, strides, bins):
     A cell's box reaches from its centre to the left, top, right and bottom by the means of four distributions over
     0 .. bins - 1 strides (GFL, Li et al. 2020).
     """
-    grids = [cells(*raw.shape[1:3], raw.device).flatten(0, 1) for raw in maps]
-    centres = torch.cat([(grid + 0.5) * stride for grid, stride in zip(grids, strides)])
-    scale = torch.cat([torch.full_like(grid[:, :1], stride) for grid, stride in zip(grids, strides)])
+    places = torch.cat([F.pad(cells(*raw.shape[1:3], raw.device) + 0.5, (0, 1), value=1.0) * stride
+                        for raw, stride in zip(maps, strides)])
+    centres, scale = places[:, :2], places[:, 2:]
     raw = torch.cat([raw.flatten(1, 2) for raw in maps], 1).float()
     sides = raw[..., :4 * bins].unflatten(-1, (4, bins))
     # a sum of products: autocast would round the terms of a matrix product
@@ -66,16 +67,17 @@ def kmeans(wh, n, *, rng, iterations=30):
     std = wh.std(0)
     std[std == 0] = 1
     points = wh / std
+
+    def distances(centres):  # squared, (N, number of centres)
+        return ((points[:, None] - centres) ** 2).sum(2)
+
     centres = points[rng.integers(len(points), size=1)]
-    nearest = np.inf  # squared distance of every point to the nearest centre so far
     while len(centres) < n:
-        nearest = np.minimum(nearest, ((points - centres[-1]) ** 2).sum(1))
-        total = nearest.sum()
-        chosen = rng.choice(len(points), p=nearest / total if total else None)
+        nearest = distances(centres).min(1)
+        chosen = rng.choice(len(points), p=nearest / nearest.sum() if nearest.any() else None)
         centres = np.concatenate((centres, points[chosen, None]))
     for _ in range(iterations):
-        # |p - c|^2 without |p|^2, which is the same for all centres
-        members = ((centres ** 2).sum(1) - 2 * points @ centres.T).argmin(1) == np.arange(n)[:, None]
+        members = distances(centres).argmin(1) == np.arange(n)[:, None]
         counts = members.sum(1, keepdims=True)
         centres = np.where(counts > 0, members @ points / np.maximum(counts, 1), centres)
     return centres * std
@@ -114,15 +116,12 @@ def auto(wh, anchors, *, threshold=4.0, seed=0, enough=0.98):
     """
     anchors, wh = np.array(anchors, np.float32), np.asarray(wh, np.float64).reshape(-1, 2)
     wh = wh[np.isfinite(wh).all(1) & (wh.max(1) >= 2) & (wh.min(1) > 0)]
-    (share, per_box), kept = recall(anchors, wh, threshold), anchors
-    if len(wh) and share <= enough:
+    before, text = recall(anchors, wh, threshold), "{:.4f}, {:.2f} anchors per box".format
+    if len(wh) and before[0] <= enough:
         rng = np.random.default_rng(seed)
         new = evolve(kmeans(wh, anchors.size // 2, rng=rng), wh, rng=rng, threshold=threshold)
         new = new[np.argsort(new.prod(1), kind="stable")].reshape(anchors.shape).astype(np.float32)
-        anchors = new if recall(new, wh, threshold)[0] > share else anchors
-    text = " / ".join(" ".join(f"{w:.4g},{h:.4g}" for w, h in level) for level in anchors)
-    line = f"best possible recall {share:.4f} of {len(wh)} boxes, {per_box:.2f} anchors per box"
-    if anchors is kept:
-        return anchors, f"anchors kept: {line}; {text}"
-    share, per_box = recall(anchors, wh, threshold)
-    return anchors, f"anchors changed: {line} -> {share:.4f}, {per_box:.2f} anchors per box; {text}"
+        after = recall(new, wh, threshold)
+        if after[0] > before[0]:
+            return new, f"anchors changed: best possible recall {text(*before)} -> {text(*after)}"
+    return anchors, f"anchors kept: best possible recall {text(*before)} ({len(wh)} boxes)"

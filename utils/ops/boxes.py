@@ -1,29 +1,28 @@
 """Boxes: overlap, non-maximum suppression, and the fusion of several models' detections.
 
-Boxes are x1 y1 x2 y2 in continuous pixel coordinates (utils/ops/geometry.py). Detections are rows (n, 6) of
-x1 y1 x2 y2 score class. Everything computes in float32 at least, on the device of its input; fusion on the CPU.
+Boxes are x1 y1 x2 y2 in continuous pixel coordinates (utils/ops/geometry.py). Detections are rows (n, 6) of x1 y1 x2 y2
+score class. Everything is computed in float32 or float64 on the device of its input; fusion on the CPU.
 """
 import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 
 
 def to_xyxy(xywh):
     """Boxes (..., 4) of centre x, centre y, width, height -> corners x1 y1 x2 y2."""
-    centre, half = xywh[..., :2], xywh[..., 2:] / 2
-    return torch.cat((centre - half, centre + half), -1)
+    return torchvision.ops.box_convert(xywh, "cxcywh", "xyxy")
 
 
 def to_xywh(xyxy):
     """Boxes (..., 4) of corners x1 y1 x2 y2 -> centre x, centre y, width, height."""
-    low, high = xyxy[..., :2], xyxy[..., 2:]
-    return torch.cat(((low + high) / 2, high - low), -1)
+    return torchvision.ops.box_convert(xyxy, "xyxy", "cxcywh")
 
 
 def clip(boxes, height, width):
-    """A copy of boxes (..., 4) or detections (..., 6) whose corners lie within the image of height x width pixels."""
+    """A copy of boxes (..., 4) or detections (..., 6) with all corners inside the image of height x width pixels."""
     boxes = boxes.clone()
     boxes[..., 0:4:2] = boxes[..., 0:4:2].clamp(0, width)
     boxes[..., 1:4:2] = boxes[..., 1:4:2].clamp(0, height)
@@ -34,10 +33,10 @@ def iou(a, b, *, kind="iou", eps=1e-7):
     """Overlap of boxes a (..., 4) and b (..., 4), x1 y1 x2 y2, element by element over the broadcast shape -> (...).
 
     All pairs of a (n, 4) and b (m, 4): `iou(a[:, None], b[None])` -> (n, m).
-    kind: "iou", 0 .. 1; "ciou", -1.5 .. 1, minus the distance of the centres and the difference of the aspect ratios
-    (Zheng et al. 2020, Distance-IoU Loss; its trade-off alpha carries no gradient). eps keeps values and gradients
-    finite for boxes without area, whose IoU is 0. float64 stays float64, all else is computed in float32.
-    ValueError for another kind.
+    kind: "iou", 0 .. 1; "ciou", -1.5 .. 1: minus the distance of the centres and the difference of the aspect ratios
+    (Zheng et al. 2020, Distance-IoU Loss; its trade-off alpha carries no gradient). float64 stays float64, everything
+    else is computed in float32. Unlike torchvision's complete_box_iou, values and gradients are finite for boxes
+    without area too (their IoU is 0), due to eps. ValueError for another kind.
     """
     if kind not in ("iou", "ciou"):
         raise ValueError(f'kind {kind!r} must be "iou" or "ciou"')
@@ -50,7 +49,7 @@ def iou(a, b, *, kind="iou", eps=1e-7):
     around = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     diagonal = around.square().sum(-1) + eps
     distance = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]).square().sum(-1) / 4
-    # eps inside, for the angle has no gradient at width = height = 0
+    # eps inside atan2, because the angle has no gradient at width = height = 0
     angle_a, angle_b = (torch.atan2(size[..., 0], size[..., 1] + eps) for size in (size_a, size_b))
     v = 4 / math.pi ** 2 * (angle_a - angle_b).square()
     with torch.no_grad():
@@ -63,19 +62,19 @@ def nms(rows, *, conf=0.001, iou=0.6, max_det=300, multi_label=True, max_candida
     """Predictions of a batch -> a list with the detections (n, 6) float32 of each image, the best score first.
 
     rows            (B, N, 5+nc): centre x, centre y, width, height in pixels, objectness, class probabilities
-                    (objectness 1 where the net has none). A row with NaN or infinity is as good as absent
+                    (objectness 1 where the net has none). Rows with NaN or infinity are ignored
     conf            a detection's score, objectness x class probability, must be greater than this
-    iou             of two boxes that overlap by more than this the one with the lower score goes
-    max_det         at most so many detections an image
-    multi_label     a box counts once for each class above `conf`; else for its best class only
-    max_candidates  at most so many, the best, enter the suppression of an image
+    iou             of two boxes that overlap by more than this, the one with the lower score is removed
+    max_det         at most this many detections per image
+    multi_label     a box counts once for each class above `conf`; otherwise for its best class only
+    max_candidates  at most this many detections of an image, the best, enter the suppression
     agnostic        boxes of different classes suppress each other too
 
-    Equal scores are ranked by row, then by class. Predictions of several passes over the same image (TTA, slices) are
-    concatenated along N by the caller.
+    Equal scores are ranked by row, then by class. The caller concatenates the predictions of several views of one image
+    (test-time augmentation, windows) along N.
     """
-    rows = rows.float().cpu() if rows.device.type == "mps" else rows.float()  # which has no float64
-    # the best class first: few rows are left to be copied, and NaN fails every comparison
+    rows = rows.float().cpu() if rows.device.type == "mps" else rows.float()  # mps has no float64
+    # filtered by the best class first: only few rows are copied, and NaN fails every comparison
     image, row = (rows[..., 4] * rows[..., 5:].amax(-1) > conf).nonzero(as_tuple=True)
     per_image = rows[image, row].split(image.bincount(minlength=len(rows)).tolist())
     return [suppress(_candidates(found, conf, multi_label, max_candidates), iou=iou, max_det=max_det, agnostic=agnostic)
@@ -84,14 +83,14 @@ def nms(rows, *, conf=0.001, iou=0.6, max_det=300, multi_label=True, max_candida
 
 def _candidates(rows, conf, multi_label, count):
     """Rows (N, 5+nc) of an image -> its best detections with a score above conf, at most `count`, sorted."""
-    boxes, scores = to_xyxy(rows[:, :4]), rows[:, 4:5] * rows[:, 5:]
+    boxes = to_xyxy(rows[:, :4])
     finite = boxes.isfinite().all(1) & rows.isfinite().all(1)
-    scores = scores.masked_fill(~finite[:, None], -torch.inf)
+    boxes, scores = boxes[finite], (rows[:, 4:5] * rows[:, 5:])[finite]
     labels = torch.arange(scores.shape[1], device=rows.device).expand_as(scores)
     if not multi_label:
         scores, labels = scores.max(1, keepdim=True)
     chosen = scores > conf
-    if chosen.sum() > count > 0:  # list and sort only what may stay: a net at its start can give millions
+    if chosen.sum() > count > 0:  # filtered by score before they are listed and sorted: an untrained net gives millions
         chosen &= scores >= scores.flatten().topk(count).values[-1]
     row, column = chosen.nonzero(as_tuple=True)
     scores, labels = scores[row, column], labels[row, column]
@@ -102,14 +101,14 @@ def _candidates(rows, conf, multi_label, count):
 def suppress(detections, *, iou=0.6, max_det=300, agnostic=False):
     """Greedy suppression of one image's detections (n, 6): the best max_det survivors, the best score first."""
     detections = detections[detections[:, 4].argsort(descending=True, stable=True)]
-    # Classes are kept apart by moving each to a place of its own, in float64: in float32, 80 classes 7680 px apart
-    # leave steps of 1/16 px. Beyond 2^24 px float32 has no whole pixels; a stray box out there must not cost the others
-    # their precision.
+    # Each class is shifted to a place of its own, in float64: in float32, 80 classes that are 7680 px apart leave steps
+    # of 1/16 px (so does torchvision's batched_nms). Beyond 2^24 px float32 has no whole pixels; clamped, a stray box
+    # out there does not cost the others their precision.
     boxes, scores = detections[:, :4].double().clamp(-2 ** 24, 2 ** 24), detections[:, 4].double()
     if not agnostic and len(boxes):
         boxes = boxes + detections[:, 5:].double() * (boxes.max() - boxes.min() + 1)
-    # What survives among the best is not changed by those behind them: block by block, until there are enough. Small
-    # blocks leave the least to compare; GPUs prefer few kernels.
+    # Worse boxes never suppress better ones: blocks are processed from the best on, until there are enough survivors.
+    # Small blocks mean the least comparisons; GPUs prefer few kernels.
     block = 512 if boxes.device.type == "cpu" else 2048
     keep = torch.zeros(0, dtype=torch.long, device=boxes.device)
     for index in torch.arange(len(boxes), device=boxes.device).split(block):
@@ -126,73 +125,65 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
     """Weighted boxes fusion (Solovyev et al. 2021): the detections of several models of one image -> (n, 6), sorted.
 
     detections  a (n_i, 6) tensor per model, all in the same pixels; scores are probabilities
-    weights     one positive number per model; by default all count the same
-    iou         a box joins the fused box of its class that it overlaps most, if by more than this
+    weights     one positive number per model; without, all models count the same
+    iou         a box joins the fused box of its class that it overlaps most, if their IoU is greater than this
     conf        boxes whose score is not greater than this are left out
 
-    A fused box is the mean of its members' corners, weighted by weight x score; its score is the mean over all models,
-    by weight, of the best score that each has in it, 0 for none: what few have seen counts less. That is the paper's
-    where no model has two boxes in one; there, it is neither above 1 nor lowered by a model's second box. ValueError
-    for weights that do not fit.
+    A fused box is the mean of its members' corners, weighted by weight x score. Its score is the weighted mean over all
+    models of the best score that each model has in it, 0 for models without a member: boxes that few models have found
+    get a low score. This is the paper's score as long as no model has two boxes in one fused box; otherwise it is
+    neither above 1 nor lowered by a model's second box. ValueError for weights that do not fit.
     """
-    weights = [1.0] * len(detections) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(detections) or not all(w > 0 for w in weights):
-        raise ValueError(f"weights {weights} must be {len(detections)} positive numbers, one per model")
+    weights = np.ones(len(detections)) if weights is None else np.array(weights, np.float64)
+    if len(weights) != len(detections) or not (weights > 0).all():
+        raise ValueError(f"weights {weights.tolist()} must be {len(detections)} positive numbers, one per model")
     if not detections:
         return torch.zeros(0, 6)
-    device = detections[0].device
-    boxes = torch.cat([d[:, :4] for d in detections]).cpu().double()
-    scores = torch.cat([d[:, 4].cpu().double() * w for d, w in zip(detections, weights)])
-    labels = torch.cat([d[:, 5] for d in detections]).cpu()
-    models = torch.arange(len(detections)).repeat_interleave(torch.tensor([len(d) for d in detections]))
-    used = torch.cat([d[:, 4] > conf for d in detections]).cpu() & boxes.isfinite().all(1) & scores.isfinite()
+    rows = np.concatenate([F.pad(d[d[:, 4] > conf].cpu().double(), (0, 1), value=model).numpy()
+                           for model, d in enumerate(detections)])
+    rows = rows[np.isfinite(rows).all(1)]
     fused = [np.zeros((0, 6))]
-    for label in labels[used].unique().tolist():
-        mine = used & (labels == label)
-        corners, score = _fuse(boxes[mine].numpy(), scores[mine].numpy(), models[mine].numpy(), np.array(weights), iou)
-        fused.append(np.concatenate((corners, score, np.full_like(score, label)), 1))
+    for label in np.unique(rows[:, 5]):
+        fused.append(_fuse(rows[rows[:, 5] == label], weights, iou))
     fused = torch.from_numpy(np.concatenate(fused)).float()
-    return fused[fused[:, 4].argsort(descending=True, stable=True)].to(device)
+    return fused[fused[:, 4].argsort(descending=True, stable=True)].to(detections[0].device)
 
 
-def _fuse(boxes, scores, models, weights, threshold):
-    """Clusters of one class, numpy, in the order of the weighted scores -> fused corners (k, 4), scores (k, 1)."""
-    order = np.argsort(-scores, kind="stable")
-    fused, sums, votes = np.zeros_like(boxes), np.zeros(len(boxes)), np.zeros((len(boxes), len(weights)))
+def _fuse(rows, weights, threshold):
+    """Detections of one class with their model's index, (n, 7) -> fused detections (k, 6); numpy."""
+    models = rows[:, 6].astype(int)
+    scores = rows[:, 4] * weights[models]
+    fused, sums, votes = np.zeros((len(rows), 4)), np.zeros(len(rows)), np.zeros((len(rows), len(weights)))
     count = 0
-    for box, score, model in zip(boxes[order], scores[order], models[order]):
-        best = _match(fused[:count], box, threshold)
-        if best is None:
-            best, count = count, count + 1
+    for i in np.argsort(-scores, kind="stable"):
+        box, score, model = rows[i, :4], scores[i], models[i]
+        overlap = _overlap(fused[:count], box)
+        best = overlap.argmax() if (overlap > threshold).any() else count
+        count = max(count, best + 1)
         sums[best] += score
         votes[best, model] = max(votes[best, model], score)
         fused[best] += (box - fused[best]) * (score / sums[best])  # the running weighted mean
-    return fused[:count], votes[:count].sum(1, keepdims=True) / weights.sum()
+    mean = votes[:count].sum(1) / weights.sum()
+    return np.column_stack((fused[:count], mean, np.full(count, rows[0, 5])))
 
 
-def _match(boxes, box, threshold):
-    """The index of the box that overlaps `box` most, or None if none does by more than the threshold.
-
-    numpy, for it runs once per detection, where torch would take four times as long.
-    """
-    if not len(boxes):
-        return None
+def _overlap(boxes, box):
+    """IoU of boxes (n, 4) and one box (4,) -> (n,). In numpy, because it runs once per detection and torch needs five
+    times as long for so few numbers."""
     inside = (np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])).clip(min=0)
     sizes, inter = boxes[:, 2:] - boxes[:, :2], inside[:, 0] * inside[:, 1]
-    overlap = inter / (sizes[:, 0] * sizes[:, 1] + (box[2] - box[0]) * (box[3] - box[1]) - inter + 1e-12)
-    best = overlap.argmax()
-    return best if overlap[best] > threshold else None
+    return inter / (sizes[:, 0] * sizes[:, 1] + (box[2] - box[0]) * (box[3] - box[1]) - inter + 1e-12)
 
 
 def drop_border_boxes(rows, window, height, width, margin=2):
-    """Detections (n, 6), in pixels of the image, less those that a border of the window cuts: that end within `margin`
-    pixels of it, where the image goes on. A neighbour sees such an object whole, or the view of the whole image does.
+    """Detections (n, 6) of a window, in pixels of the image, without the boxes that end within `margin` pixels of a
+    border of the window beyond which the image continues: they are cut, and a neighbouring window or the view of the
+    whole image shows the complete object.
 
     window: (y, x, height, width) in an image of height x width.
     """
     y, x, h, w = window
-    limits = rows.new_tensor([x + margin if x > 0 else -torch.inf, y + margin if y > 0 else -torch.inf,
-                              x + w - margin if x + w < width else torch.inf,
-                              y + h - margin if y + h < height else torch.inf])
-    cut = torch.cat((rows[:, :2] < limits[:2], rows[:, 2:4] > limits[2:]), 1)
-    return rows[~cut.any(1)]
+    x1, y1, x2, y2 = rows[:, :4].unbind(1)
+    cut = ((x1 < x + margin) & (x > 0) | (x2 > x + w - margin) & (x + w < width)
+           | (y1 < y + margin) & (y > 0) | (y2 > y + h - margin) & (y + h < height))
+    return rows[~cut]

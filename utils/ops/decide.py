@@ -51,7 +51,7 @@ def segment(net, x, names=(), *, side=None, scales=tta.SCALES, merge="mean"):
     views = tta.tta_views(names, padded, stride=net.stride, scales=scales)
     maps = tta.maps(lambda view: probabilities(run(net, view)), x, views)
     first = next(maps)
-    merged = tta.merge(itertools.chain([first], maps), merge, exclusive=first.shape[1] > 1)
+    merged = tta.merge(itertools.chain([first], maps), merge, single_label=first.shape[1] > 1)
     return finite(merged)[..., :height, :width]
 
 
@@ -70,7 +70,7 @@ def classify(net, inputs, batch, names=(), *, single_label=False, scales=tta.SCA
         for matrix, (side, _) in tta.tta_views(names, (inputs.imgsz, inputs.imgsz), scales=scales):
             logits = run(net, inputs(batch, matrix, side)).float()
             yield logits.softmax(1) if single_label else logits.sigmoid()
-    return finite(tta.merge(views(), merge, exclusive=single_label))
+    return finite(tta.merge(views(), merge, single_label=single_label))
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------

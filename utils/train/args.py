@@ -1,15 +1,17 @@
 """The flags that mean the same in every script, and what happens between the command line and the run."""
 import argparse
 
-from utils.pictures import table
-from utils.train import dist, engine, optim, runs
+import torch
+
 from utils.errors import Parser, UserError
 from utils.files import write_json
+from utils.pictures import table
+from utils.train import dist, optim, runs
 from utils.train.loggers import make_loggers
+from utils.train.state import State
 from utils.train.swa import SWA, with_swa
 
-
-KEPT = ("weights", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run's start and split
+KEPT = ("weights", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run keeps its weights and its split
 
 
 def int_range(low, high=2**31):
@@ -78,38 +80,41 @@ def train_parser(description, task, **defaults):
     """A parser with the flags that all training scripts share; `defaults`: the competition's recipe."""
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("training").add_argument
-    add("--data", metavar="DIR", help="the data's folder")
-    add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on "
-        "these: data of others, pseudo labels of predict.py; a weight says how often they come, beside 1")
-    add("--show-augment", action="store_true", help="only draw what training would see: augment.png, samples by epochs")
-    add("--debug", action="store_true", help="two epochs on a few samples, to see that all works and the loss falls")
-    add("--epochs", type=int_range(1, 10**6), help="passes over the (repeated) data")
-    add("--bs", type=int_range(1, 65536), help="global batch size, shared by the processes")
+    add("--data", metavar="DIR", help="folder of the data")
+    add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on these "
+        "folders, such as pseudo labels of predict.py; WEIGHT: how often their samples come, --data's being 1")
+    add("--show-augment", action="store_true", help="only draw augmented samples into augment.png, a column per epoch")
+    add("--debug", action="store_true", help="train two epochs on a few samples, and check that the loss falls")
+    add("--epochs", type=int_range(1, 10**6), help="number of epochs")
+    add("--bs", type=int_range(1, 65536), help="batch size, summed over the processes")
     add("--accumulate", type=int_range(1, 65536), default=1, help="batches per optimizer step")
-    add("--imgsz", type=int_range(16, 65536), help="side of the network's input in training, pixels")
+    add("--imgsz", type=int_range(16, 65536), help="side of the net's input in training, in pixels")
     add("--lr", type=float_range(0, 100), help="initial learning rate")
     add("--optimizer", choices=optim.OPTIMIZERS, default="adamw")
-    add("--lookahead", type=int_range(0, 10**6), default=0, metavar="K", help="slow weights follow every K steps; 0: none")
+    add("--lookahead", type=int_range(0, 10**6), default=0, metavar="K", help="Lookahead: slow weights follow every K "
+        "steps; 0: off")
     add("--schedule", choices=optim.SCHEDULES, default="cosine", help="learning rate over the run")
-    add("--period", type=int_range(1, 10**6), default=10, help="epochs of a restart, a step, or a plateau's patience")
-    add("--lr-floor", type=float_range(0, 1), default=1e-3, help="the schedule's lowest share of the initial learning rate")
-    add("--momentum", type=float_range(0, 0.9999), default=0.9, help="of sgd; beta1 of the others")
-    add("--warmup-epochs", type=float_range(0), default=0.0, help="linear warmup")
-    add("--weight-decay", type=float_range(0, 10), default=0.01, help="not on norms and biases")
+    add("--period", type=int_range(1, 10**6), default=10, help="epochs between restarts or steps; patience of plateau")
+    add("--lr-floor", type=float_range(0, 1), default=1e-3, help="lowest learning rate, as a fraction of --lr")
+    add("--momentum", type=float_range(0, 0.9999), default=0.9, help="momentum of sgd, beta1 of the others")
+    add("--warmup-epochs", type=float_range(0), default=0.0, help="epochs of linear warm-up")
+    add("--weight-decay", type=float_range(0, 10), default=0.01, help="weight decay; norms and biases have none")
     add("--clip", type=float_range(0), default=0.0, help="largest gradient norm; 0: no limit")
-    add("--swa", type=float_range(0, 1), default=0.0, help="average the weights over this last share of the run, such as "
-        "0.25: swa.pt")
-    add("--swa-lr", type=float_range(0, 100), default=0.2, help="share of --lr that is held then, or cycles come down from")
-    add("--swa-cycle", type=int_range(0, 10**6), default=0, help="epochs of a cycle down to --lr-floor; 0: constant rate")
-    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights over steps")
-    add("--weights", metavar="FILE|NAME", help="start from published or own weights, such as timm:regnetx_002")
-    add("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (the newest one without PATH); "
-        "its flags hold, except --device and those given again")
+    add("--swa", type=float_range(0, 1), default=0.0, help="SWA: average the weights over this last fraction of the run, "
+        "such as 0.25, into swa.pt")
+    add("--swa-lr", type=float_range(0, 100), default=0.2, help="SWA learning rate, as a fraction of --lr")
+    add("--swa-cycle", type=int_range(0, 10**6), default=0, help="epochs in which the SWA learning rate falls to "
+        "--lr-floor, again and again; 0: it is constant")
+    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights over the steps, and "
+        "evaluate the average")
+    add("--weights", metavar="FILE|NAME", help="start from a checkpoint or published weights, such as timm:regnetx_002")
+    add("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (without PATH, the newest one); its "
+        "flags hold, except --device and those that are given again")
     add("--patience", type=int_range(0), default=0, help="stop after so many epochs without a better score; 0: never")
-    add("--seed", type=int_range(0), default=0, help="of weights, order and augmentation")
+    add("--seed", type=int_range(0), default=0, help="seed of weights, order and augmentation")
 
     add = parser.add_argument_group("input and augmentation").add_argument
-    add("--bands", type=band_list, help="such as 1-7 or 7,5,3; without, or all: all of the first image")
+    add("--bands", type=band_list, default="all", help="such as 1-7 or 7,5,3; all: those of the first image")
     add("--pixel-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it; without: 65535 for "
         "uint16, 255 for uint8, else 1")
     add("--mixup", type=float_range(0, 1), default=0.0, metavar="P", help="probability that images are blended")
@@ -124,21 +129,23 @@ def train_parser(description, task, **defaults):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the net: slow start, faster steps on GPUs")
-    add("--grad-checkpoint", action="store_true", help="less memory, about a third slower")
-    add("--sync-bn", action="store_true", help="batch norm over the global batch of all processes")
+    add("--grad-checkpoint", action="store_true", help="compute activations anew in the backward pass: less memory, "
+        "about a third slower")
+    add("--sync-bn", action="store_true", help="batch norm over the batch of all processes")
     add("--workers", type=int_range(0, 256), default=2, help="loader processes per training process")
     add("--cache", choices=("ram", "disk"), help="keep decoded images")
     add("--deterministic", action="store_true", help="bitwise repeatable on GPUs too (CPUs always are)")
 
     add = parser.add_argument_group("records").add_argument
-    add("--project", default=f"runs/{task}", metavar="DIR", help="where runs go")
-    add("--name", default="exp", help="the run's folder in it; numbered when it exists")
+    add("--project", default=f"runs/{task}", metavar="DIR", help="folder of the runs")
+    add("--name", default="exp", help="folder of this run in it; numbered when it exists")
     add("--folds", default="5", metavar="N|F|FILE", help="N folds, a held-out fraction F, or a split's JSON file; "
-        "0 trains on everything")
-    add("--groups", metavar="CSV", help="the samples' groups (place, person, film), each on one side of the split")
+        "0: train on everything")
+    add("--groups", metavar="CSV", help="groups of the samples (place, person, film); a group stays on one side of the "
+        "split")
     add("--drop-noisy", type=noise_list, metavar="CSV:K", help="do not train on the K worst samples of a noise.csv: "
         "python -m utils.report noise RUN ...")
-    add("--fold", type=int_range(0), default=0, help="the fold to validate on")
+    add("--fold", type=int_range(0), default=0, help="fold to validate on")
     add("--save-period", type=int_range(0), default=10, help="also keep a checkpoint every so many epochs; 0: none")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars into the run folder")
     add("--wandb", action="store_true", help="log to Weights & Biases")
@@ -149,7 +156,7 @@ def train_parser(description, task, **defaults):
 def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
     """What a training script begins with: flags, then device and process group, then the run folder.
 
-    needs: {flag: flags that have no effect without it}. check(args): raises UserError for flags that are wrong together.
+    needs: {flag: flags that do nothing without it}. check(args): raises UserError for flags that are wrong together.
     Flags are refused before there is a run folder; with --resume, it is the flags of the resumed run that are checked.
     Returns (args, torch.device, the run folder's Path, the checkpoint to go on from or None).
     """
@@ -223,43 +230,39 @@ def _check_flags(parser, args, given, needs):
         for other in others:
             if not getattr(args, flag) and given.get(other, parser.get_default(other)) != parser.get_default(other):
                 raise UserError(f"{_word(other)}: does nothing without {_word(flag)}; leave it out, or give both")
+    no_validation = set(str(args.folds)) <= set("0.")  # 0, 0.0
     for flag, waits in {"patience": args.patience, "schedule plateau": args.schedule == "plateau",
                         "fold": args.fold}.items():
-        if waits and _is_zero(args.folds) and given.keys() & {flag.split()[0], "folds"}:
-            raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out for validation; leave one out")
+        if no_validation and waits and given.keys() & {flag.split()[0], "folds"}:
+            raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
     mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
     if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
         raise UserError(f"{', '.join(map(_word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
                         f"total; lower one")
 
 
-def _is_zero(folds):
-    """Whether --folds is 0, as data.folds.parse_folds reads it: no validation."""
-    try:
-        return float(folds) == 0
-    except (TypeError, ValueError):  # None, or a file
-        return False
+def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_decay=None, eps=1e-8):
+    """What the shared flags decide -> (State, the keyword arguments of engine.fit: epochs, records, ...).
 
-
-def training(args, folder, model, loader, device, *, part=1.0, weight_decay=None, eps=1e-8,
-             summed_over=1):
-    """What the shared flags decide -> (engine.State, the keyword arguments of engine.fit: epochs, records, ...).
-
+    The model is moved to the device, and its batch norms are synchronised with --sync-bn: see `State.model`.
     part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
-    count passes. weight_decay: in place of --weight-decay. eps: of the Adams. summed_over: see engine.State.
+    count passes. lr, weight_decay: instead of --lr and --weight-decay. eps: of Adam and its relatives.
     """
+    model = model.to(device, memory_format=torch.channels_last)
+    model = dist.sync_batch_norm(model, device) if args.sync_bn else model
+    dist.print0(f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}")
     steps, epochs = -(-len(loader) // args.accumulate), round(args.epochs / part)
     decay = args.weight_decay if weight_decay is None else weight_decay
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay), lr=args.lr,
-                                     momentum=args.momentum, eps=eps)
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay),
+                                     lr=args.lr if lr is None else lr, momentum=args.momentum, eps=eps)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
     swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
     schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa)
-    state = engine.State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
-                         ema=optim.make_ema(model, steps * epochs) if args.ema else None,
-                         swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
-                         clip=args.clip, compile=args.compile, summed_over=summed_over)
+    state = State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
+                  ema=optim.make_ema(model, steps * epochs) if args.ema else None,
+                  swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
+                  clip=args.clip, compile=args.compile)
     loggers = make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
                            config=vars(args))
     return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,

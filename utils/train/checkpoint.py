@@ -1,9 +1,10 @@
 """Checkpoints: plain dicts of tensors, numbers, strings, lists and dicts, which are never half written.
 
-A file is written beside its target, synced, read back, and only then renamed; the file it replaces stays as
-`NAME.prev` where asked. torch's zip format stores a CRC-32 for every record, which torch itself does not
-check on loading: we do.
+A file is written beside its target, synced, read back, and only then renamed; the file that it replaces is kept as
+`NAME.prev` on request. torch's zip format stores a CRC-32 for every record. torch does not check it on loading; this
+module does.
 """
+import contextlib
 import os
 import stat
 import zipfile
@@ -33,10 +34,8 @@ def save(path, state, *, keep_previous=False):
         os.fsync(folder)  # the rename itself
         os.close(folder)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        try:
+        with contextlib.suppress(OSError):  # nothing was written, or the folder is gone: the message below says it
             os.remove(temporary)
-        except OSError:
-            pass  # nothing was written, or the folder is gone: the message below says it
         while error.__context__ and not isinstance(error, OSError):
             error = error.__context__  # torch's writer hides the system's reason behind one of its own
         raise UserError(f"{path}: cannot write the checkpoint ({getattr(error, 'strerror', None) or error}); "
@@ -88,9 +87,10 @@ def convert(state, path):
                     for name, value in entry.items()}
                 for i, entry in state["optimizer"]["state"].items()}}
         name = {"UNet": "unet.UNet", "YOLOv5": "yolo.YOLOv5"}.get(arch["name"]) or kwargs.pop("name")
+        score = {"seg": "iou" if state["classes"] == 1 else "miou", "det": "ap", "cls": "acc"}[state["task"]]
     except (KeyError, TypeError, AttributeError):
         raise UserError(OTHER_VERSION.format(path)) from None
-    return state | {"arch": {"name": name, "kwargs": kwargs}, "input": inputs}
+    return state | {"arch": {"name": name, "kwargs": kwargs}, "input": inputs, "score": score}
 
 
 def _read(path):
@@ -100,17 +100,16 @@ def _read(path):
         _check(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         _check_content(path, state)
-        state = convert(state, path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train one, or give its path") from None
+        return convert(state, path)
     except UserError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train one, or give its path") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
     except Exception as error:  # zipfile and torch raise a dozen types on damaged and foreign files
         raise UserError(f"{path}: damaged, or not a checkpoint of this project ({type(error).__name__}); "
                         f"use another one (runs keep best.pt, last.pt and last.pt.prev)") from None
-    return state
 
 
 def _check(path):
@@ -144,7 +143,7 @@ def _tensors(value, name="state"):
 
 
 def load_weights(model, state, path):
-    """The averaged weights where the run kept them, else the raw ones, into `model`.
+    """Loads the EMA weights if the run has them, else the trained ones, into `model`, and returns it.
 
     Raises UserError with what differs when they belong to another net.
     """
@@ -153,30 +152,29 @@ def load_weights(model, state, path):
 
 
 def average(paths, states):
-    """Several checkpoints of one net -> one with the mean of their weights: a model soup (Wortsman et al. 2022, arXiv
-    2203.05482), or with epochs of one run a poor man's SWA; buffers are averaged too. UserError for different nets."""
+    """Several checkpoints of one net -> one checkpoint with the mean of their weights and buffers, a model soup
+    (Wortsman et al. 2022, arXiv 2203.05482); its threshold is the mean too. Raises UserError for different nets."""
     weights = [state.get("ema") or state["model"] for state in states]
-    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in weights]
-    for path, state, shape in zip(paths, states, shapes):
-        same = all(state.get(key) == states[0].get(key)
-                   for key in ("arch", "classes", "single_label", "input"))
-        if shape != shapes[0] or not same:
-            raise UserError(f"{path}: is another net than {paths[0]}; weights can be averaged of one only, leave out "
-                            f"--soup")
+    kinds = [[*(state.get(key) for key in ("arch", "classes", "single_label", "input")),
+              {name: tensor.shape for name, tensor in part.items()}] for state, part in zip(states, weights)]
+    for path, kind in zip(paths, kinds):
+        if kind != kinds[0]:
+            raise UserError(f"{path}: is another net than {paths[0]}, and --soup averages weights of one net; leave it "
+                            f"out")
     mean = {name: torch.stack([part[name].double() for part in weights]).mean(0).to(tensor.dtype)
             for name, tensor in weights[0].items()}
-    # the mean of these too, as ensembles take it; a run without validation has none
     found = [state["threshold"] for state in states if state.get("threshold") is not None]
     threshold = torch.tensor(found, dtype=torch.float64).mean(0).tolist() if found else None
     return states[0] | {"model": mean, "ema": None, "threshold": threshold}
 
 
 def load_strict(model, weights, path):
-    ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    theirs = {name: tuple(t.shape) for name, t in weights.items()}
-    if ours != theirs:
-        differ = [f"{n} {theirs.get(n, 'missing')} instead of {ours.get(n, 'nothing')}"
-                  for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
-        raise UserError(f"{path}: weights of another net ({len(differ)} tensors differ, such as {differ[0]}); "
-                        f"use the flags that it was trained with")
+    """Loads weights that have exactly the names and shapes of the model's. Else raises UserError with what differs, and
+    loads nothing."""
+    ours, theirs = ({name: tuple(t.shape) for name, t in state.items()} for state in (model.state_dict(), weights))
+    differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if differ:
+        first = f"{differ[0]} {theirs.get(differ[0], 'missing')} instead of {ours.get(differ[0], 'nothing')}"
+        raise UserError(f"{path}: weights of another net ({len(differ)} tensors differ, such as {first}); use the "
+                        f"flags that it was trained with")
     model.load_state_dict(weights)

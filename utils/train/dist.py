@@ -1,7 +1,9 @@
-"""Several processes, started by torchrun; with one process all of this does nothing."""
+"""Several processes, started by torchrun, and the signals that stop them. With a single process, functions that exchange
+something do nothing."""
 import contextlib
 import ctypes
 import os
+import signal
 import time
 import uuid
 from datetime import timedelta
@@ -9,11 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.nn.functional import all_gather
 
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 
-PATIENCE = timedelta(hours=1)  # for the other ranks, which may read all images or fill a cache meanwhile
+PATIENCE = timedelta(hours=1)  # for other ranks, which may be reading all images or filling a cache
 
 
 def rank():
@@ -27,32 +29,34 @@ def world_size():
 def print0(*values):
     """print, on rank 0 only."""
     if rank() == 0:
-        print(*values)
+        print(*values, flush=True)
 
 
 def keep_memory():
-    """Lets this process keep the large blocks that it frees. glibc returns those above 32 MB to the system at once, and
-    every new one then costs a page fault per 4 KB: 7 to 20 % of a training step on the CPU (YOLOv5 s, 640 px, batch 4;
-    the wildfire UNet, 256 px, batch 16), for a fifth more memory at its peak. Loader workers inherit it. Other C
-    libraries do without."""
+    """Makes the process keep the large memory blocks that it frees, and so its loader workers.
+
+    glibc returns freed blocks above 32 MB to the system at once; each new one then costs a page fault per 4 KB, which
+    is 7 to 20 % of a training step on the CPU (YOLOv5 s, 640 px, batch 4; the wildfire UNet, 256 px, batch 16). The
+    peak of memory rises by a fifth. With other C libraries this function does nothing.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30) or mallopt(-4, 0)  # M_MMAP_THRESHOLD; before glibc 2.35, which refuses: M_MMAP_MAX
+        mallopt(-3, 2**30) or mallopt(-4, 0)  # M_MMAP_THRESHOLD; glibc before 2.35 refuses so much: M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def setup(device="auto", patience=None):
-    """Picks this process's device and joins the group. `device`: "auto", "cpu", "cuda", "cuda:1", "mps". patience: how
-    long others are waited for, None: PATIENCE; one that has died is noticed at once.
+    """Chooses this process's device and joins the process group. -> torch.device
 
-    Raises UserError for a device that is not there.
+    device: "auto", "cpu", "cuda", "cuda:1", "mps". patience: timedelta after which a rank that does not answer is an
+    error, None: PATIENCE; a rank that has died is an error at once. Raises UserError for a device that does not exist.
     """
     keep_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        if device.type not in ("cpu", "cuda", "mps"):  # torch knows some that cannot train
+        if device.type not in ("cpu", "cuda", "mps"):  # such as "meta", which computes nothing
             raise RuntimeError
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -63,7 +67,7 @@ def setup(device="auto", patience=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size() > 1:
-        # small decisions (stop? save?) travel between CPUs, so that they never wait for the GPU's queue
+        # small messages (stop? save?) are sent from CPU to CPU, so that they do not wait for the GPU's queue
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_new_store(), rank=rank(), world_size=world_size(),
                                 timeout=patience or PATIENCE)
@@ -74,11 +78,11 @@ def setup(device="auto", patience=None):
 
 
 def _new_store():
-    """A place to meet, with nothing in it.
+    """An empty store for the process group.
 
-    torchrun's store outlives the processes that it restarts. What the old ones left there would mislead the new ones
-    (gloo connects to addresses that are gone, and waits), so rank 0 opens a new section of it. It tells the others,
-    each of which asks under a name of its own: an answer to that cannot be an old one.
+    torchrun's store outlives the processes that it restarts, and what they left there would mislead the new ones: gloo
+    would connect to addresses that no longer exist, and wait. So rank 0 opens a new section of the store and tells the
+    others its name. Each rank asks with a unique key, so that a stale reply cannot be read.
     """
     store = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
     name = uuid.uuid4().hex
@@ -89,13 +93,13 @@ def _new_store():
         return dist.PrefixStore(section, store)
     for other in range(1, world_size()):
         while not store.check([f"{name} {other}"]):
-            store.set(f"answer {store.get(f'ask {other}').decode()}", name)  # which is perhaps an old one's question
+            store.set(f"answer {store.get(f'ask {other}').decode()}", name)  # the question may be stale
             time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
 
 def broadcast(value):
-    """Rank 0's value (numbers, strings, lists, dicts) on every rank."""
+    """Returns rank 0's value (numbers, strings, lists, dicts) on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -104,7 +108,7 @@ def broadcast(value):
 
 
 def gather(value):
-    """[every rank's value], on every rank."""
+    """Returns the list of all ranks' values on every rank."""
     if world_size() == 1:
         return [value]
     box = [None] * world_size()
@@ -113,7 +117,7 @@ def gather(value):
 
 
 def any_rank(number):
-    """The largest of the ranks' integers: one rank's wish to stop becomes everybody's."""
+    """Returns the largest of the ranks' integers, so that all stop when one of them has to."""
     if world_size() == 1:
         return number
     box = torch.tensor(number)
@@ -122,26 +126,57 @@ def any_rank(number):
 
 
 def mean(tensor):
-    """Mean over ranks, in place."""
+    """Averages a tensor over the ranks, in place, and returns it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= world_size()
     return tensor
 
 
-def same_buffers(module):
-    """Rank 0's buffers (batch norm's running statistics) on every rank, so that all evaluate one net."""
-    if world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+class Signals:
+    """While it is entered, SIGTERM and Ctrl-C only set `signum`, which the loop reads between two optimizer steps."""
+
+    def __enter__(self):
+        self.signum, self.raises = 0, False
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum, frame):
+        self.signum = signum
+        if self.raises:
+            self.raises = False
+            raise Stopped(signum)
+
+    def check(self, number=0):
+        """Raises Stopped on every rank when one of them got a signal. Else returns the ranks' largest `number`, 0 or 1.
+        """
+        number = any_rank(self.signum or number)
+        if number > 1:
+            raise Stopped(number)
+        return number
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Inside, a signal raises Stopped at once: for validation, which changes nothing. With several processes, all
+        of them finish the validation instead, because one that stopped would leave the others waiting."""
+        self.raises = world_size() == 1
+        try:
+            if self.raises and self.signum:
+                raise Stopped(self.signum)
+            yield
+        finally:
+            self.raises = False
 
 
 def same_weights(module):
-    """Rank 0's parameters and buffers on every rank."""
+    """Copies rank 0's parameters and buffers, such as the running statistics of batch norm, to every rank."""
     if world_size() > 1:
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, src=0)
-    same_buffers(module)
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def barrier():
@@ -150,34 +185,20 @@ def barrier():
 
 
 class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all ranks. torch's own (nn.SyncBatchNorm) runs on GPUs only."""
+    """Batch norm over the batches of all ranks, which have equal sizes. torch's nn.SyncBatchNorm runs on GPUs only; on
+    CPUs every rank normalises the whole batch and keeps its own part."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        values = x.float()
-        count = all_reduce(torch.tensor(float(values.numel() // values.shape[1])))
-        mean = all_reduce(values.sum((0, 2, 3))) / count
-        var = all_reduce((values - mean[:, None, None]).square().sum((0, 2, 3))) / count
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(var * count / (count - 1), momentum)
-        scale = self.weight / (var + self.eps).sqrt()
-        return (values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+        return super().forward(torch.cat(all_gather(x)))[rank() * len(x):][:len(x)]  # may be changed in place
 
 
 def sync_batch_norm(model, device):
-    """Batch norms that see the global batch, in place of those that see one rank's. Returns the model."""
+    """Makes every batch norm use the batches of all ranks. Returns the model."""
     if world_size() == 1 or device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world_size() > 1 else model
-    for name, child in model.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            sync = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            sync.load_state_dict(child.state_dict())
-            setattr(model, name, sync)
-        else:
-            sync_batch_norm(child, device)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = CPUSyncBatchNorm  # a subclass without attributes of its own
     return model

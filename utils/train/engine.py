@@ -1,226 +1,43 @@
 """The training loop of all three tasks.
 
-A script gives two functions, and this is all that the loop knows about its task:
+A script passes two functions, and the loop knows nothing else about its task:
 
     compute_loss(model, batch) -> (loss, {name: value})      loss: mean over the batch
     evaluate(model) -> {name: value}                         the first value is the score, higher is better;
                                                              "threshold" is kept for prediction and is no metric
 
-The state of a run is: weights, their averages, optimizer, scaler, the number of optimizer steps done, the running
-epoch's losses, a row per finished epoch, the name of the score, and the threshold. Everything else follows from these: position in the data,
-learning rate, best score. Random numbers do too: torch's generators are seeded from (seed, epoch, batch, rank) before
-every batch. A run that is killed anywhere and resumed therefore ends with the same bits as one that was not.
+A loss may call autograd.grad (a gradient penalty), call the model more than once, and use the EMA weights of the state.
+
+The state of a run is: weights, their averages, optimizer, scaler, the number of optimizer steps done, the sums of the
+running epoch's losses, a row per finished epoch, the name of the score, and the threshold. Everything else is computed
+from these: the position in the data, the learning rate, the best score, and the random numbers, because torch's
+generators are seeded from (seed, epoch, batch, rank) before every batch. So a run that is killed anywhere and resumed
+ends with the same bits as a run that was not killed.
 """
 import contextlib
 import math
-import resource
-import signal
 import sys
 import time
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from utils.pictures import cells, charts, table
-from utils.train import checkpoint, dist, runs
 from utils.errors import NumericalError, Stopped, UserError
 from utils.files import write_json
-from utils.train.loggers import Loggers
-from utils.train.optim import set_lr
+from utils.pictures import cells, charts, table
+from utils.train import checkpoint, dist, runs
+from utils.train.loggers import Loggers, Progress
+from utils.train.state import autocast, to_device
 
-SAVE_MINUTES = 10  # within long epochs
+SAVE_MINUTES = 10  # between two saves within an epoch
 
 
 def seed_everything(seed, deterministic=False):
-    """Seeds the initialisation of nets; the loop seeds every batch by itself."""
+    """Seeds the initialisation of nets. The loop seeds every batch itself."""
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         torch.use_deterministic_algorithms(True)
-
-
-def precision(amp, device):
-    """"auto" | "bf16" | "fp16" | "off" -> the autocast dtype, or None for fp32.
-
-    auto: bf16 where the hardware computes in it, else fp16 on CUDA (with loss scaling), else fp32.
-    """
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
-        return torch.bfloat16
-    return None
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def to_device(batch, device):
-    """A dict's tensors on the device, image batches (4-D) channels-last."""
-    def move(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        layout = torch.channels_last if value.ndim == 4 else torch.preserve_format
-        return value.to(device, non_blocking=True, memory_format=layout)
-    return {name: move(value) for name, value in batch.items()}
-
-
-class Signals:
-    """While it is entered, SIGTERM and Ctrl-C only set `signum`, for the loop to look at between two steps.
-
-    Inside `interruptible()` they raise Stopped at once: for validation, which changes nothing.
-    """
-
-    def __enter__(self):
-        self.signum, self.raises = 0, False
-        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def _handle(self, signum, frame):
-        self.signum = signum
-        if self.raises:
-            self.raises = False
-            raise Stopped(signum)
-
-    @contextlib.contextmanager
-    def interruptible(self):
-        # with several ranks one would leave the others waiting: all finish the validation instead
-        self.raises = dist.world_size() == 1
-        try:
-            if self.raises and self.signum:
-                raise Stopped(self.signum)
-            yield
-        finally:
-            self.raises = False
-
-
-class State:
-    """A run: its weights, their averages, its optimizer, and how far it has come. It makes the optimizer steps.
-
-    model: the net, trained in place. optimizer: `optim.make_optimizer`. schedule: `optim.make_schedule`.
-    ema: `optim.make_ema`; these weights are evaluated. swa: `swa.SWA`; these are evaluated after the last epoch.
-    amp: see `precision`. accumulate: batches per optimizer step; the last step of an epoch may have fewer.
-    clip: largest norm of a step's gradient, 0: no limit. compile: whether to train the net through torch.compile.
-    summed_over: learning rate, weight decay and `clip` are meant for the gradients of a loss that is a sum over so many
-    images, as in the recipes of YOLOv5; the gradients of the mean are multiplied by it. No effect on the loss shown.
-    """
-
-    def __init__(self, model, optimizer, schedule, *, device, ema=None, swa=None, amp="auto", accumulate=1, clip=0.0,
-                 compile=False, summed_over=1):
-        self.model, self.optimizer, self.schedule, self.ema, self.swa = model, optimizer, schedule, ema, swa
-        self.device, self.accumulate, self.clip, self.summed_over = device, accumulate, clip, summed_over
-        self.dtype = precision(amp, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
-        self.net = torch.compile(model) if compile else model
-        if dist.world_size() > 1:  # buffers: `fit` gives rank 0's to all before they are used
-            self.net = DistributedDataParallel(self.net, device_ids=[device] if device.type == "cuda" else None,
-                                               gradient_as_bucket_view=True, broadcast_buffers=False)
-        self.step, self.steps_per_epoch = 0, 0  # optimizer steps done, and in an epoch; `fit` sets the latter
-        self.history, self.sums = [], {}  # a row per finished epoch; sums of the running epoch's losses
-        self.score, self.threshold = None, None  # the name of the score, and the threshold of the last evaluation
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-
-    @property
-    def eval_model(self):
-        """The model that is evaluated: the EMA weights if the run has them, else the trained ones."""
-        return self.ema.module if self.ema else self.model
-
-    @property
-    def scores(self):
-        """The scores of the epochs that were evaluated. NaN counts as the lowest."""
-        scores = [row[self.score] for row in self.history if self.score in row]
-        return [-math.inf if math.isnan(score) else score for score in scores]
-
-    def train_batch(self, compute_loss, batch, index, batches):
-        """Trains on batch `index` of an epoch of `batches`. Returns whether this completed an optimizer step."""
-        first = index - index % self.accumulate  # of this step's batches; an epoch's last step may have fewer
-        count = min(self.accumulate, batches - first)
-        last = index == first + count - 1
-        # gradients travel between ranks once per step, in its last backward pass
-        with contextlib.nullcontext() if last or dist.world_size() == 1 else self.net.no_sync():
-            with autocast(self.device, self.dtype):
-                loss, parts = compute_loss(self.net, to_device(batch, self.device))
-            self.scaler.scale(loss * self.summed_over / count).backward()
-        self.finite &= loss.detach().isfinite()
-        for name, value in {"loss": loss, **parts}.items():  # summed where they are: nobody waits for the GPU
-            value = torch.as_tensor(value, device=self.device).detach().float()
-            self.sums[name] = self.sums.get(name, 0) + value
-        if last:
-            self._update()
-        return last
-
-    def _update(self):
-        """The optimizer step, after the backward passes of its batches."""
-        set_lr(self.optimizer, self.schedule(self.step, self.scores), self.step)
-        self.scaler.unscale_(self.optimizer)
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(params, self.clip or math.inf, foreach=self.device.type != "mps")
-        if not self.scaler.is_enabled():  # else the scaler finds and skips such steps
-            self.finite &= norm.isfinite()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update_parameters(self.model)
-        self.step += 1
-
-    def state_dict(self):
-        """What a checkpoint holds besides the header. Raises NumericalError when a weight is not finite."""
-        self.check()
-        modules = [self.model, *(average.module for average in (self.ema, self.swa) if average)]
-        weights = [t for module in modules for t in module.state_dict().values() if t.is_floating_point()]
-        if not torch.stack([t.isfinite().all() for t in weights]).all():
-            self.finite.fill_(False)
-            self.check()
-        return {"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
-                "ema_steps": int(self.ema.n_averaged) if self.ema else 0,
-                "swa": self.swa.module.state_dict() if self.swa and self.swa.n_averaged else None,
-                "swa_count": int(self.swa.n_averaged) if self.swa else 0,
-                "optimizer": self.optimizer.state_dict() | {"name": type(self.optimizer).__name__},
-                "scaler": self.scaler.state_dict(), "step": self.step, "steps_per_epoch": self.steps_per_epoch,
-                "history": self.history, "score": self.score, "threshold": self.threshold,
-                "sums": {name: float(dist.mean(value.clone())) for name, value in self.sums.items()}}
-
-    def load_state_dict(self, saved):
-        """Goes on from `state_dict()`. Raises UserError when it belongs to another net, optimizer or length of epoch."""
-        if saved["steps_per_epoch"] != self.steps_per_epoch:
-            raise UserError(f"--resume: the run had {saved['steps_per_epoch']} steps per epoch, this data and these "
-                            f"flags make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start "
-                            f"a new run with --weights")
-        checkpoint.load_strict(self.model, saved["model"], "--resume")
-        if self.ema:  # a run without EMA weights has none: their mean begins with its weights
-            checkpoint.load_strict(self.ema.module, saved["ema"] or saved["model"], "--resume")
-            self.ema.n_averaged.fill_(saved["ema_steps"])
-        if self.swa and saved.get("swa"):
-            checkpoint.load_strict(self.swa.module, saved["swa"], "--resume")
-            self.swa.n_averaged.fill_(saved["swa_count"])
-        if saved["optimizer"]["name"] != type(self.optimizer).__name__:
-            raise UserError(f"--resume: the run had the optimizer {saved['optimizer']['name']}; keep --optimizer, or "
-                            f"start a new run with --weights")
-        ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, ours):
-            group.update(settings)  # so that --resume --lr, --momentum, --weight-decay and the warmup's flags count
-        if saved["scaler"]:  # empty when the run had another --amp
-            self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.history = saved["step"], saved["history"]
-        self.score, self.threshold = saved.get("score"), saved.get("threshold")
-        self.sums = {name: torch.tensor(value, device=self.device) for name, value in saved["sums"].items()}
-
-    def check(self):
-        """Raises NumericalError when a loss or a gradient was not finite. Waits for the GPU."""
-        if not self.finite or (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3):
-            then = "--resume goes on from the last epoch" if self.history else "start again"
-            raise NumericalError(f"loss or gradients are no longer finite (noticed at step {self.step}); lower --lr, "
-                                 f"try --clip 1 or --amp off, then {then}")
 
 
 def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, resume=None, seed=0, patience=0,
@@ -242,61 +59,36 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
         if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
             write_json(folder / "args.json", header["args"])
         _write_results(folder, state)  # the run may have been killed between its checkpoint and this
+    saved = state.step, len(state.history)  # how far last.pt goes
 
-    def save(name="last.pt", saved=None):
-        saved = saved or header | state.state_dict()  # on every rank: all notice numbers that are not finite
+    def save(name="last.pt", **changes):
+        nonlocal saved
+        content = header | state.state_dict() | changes  # on every rank: all notice numbers that are not finite
+        if name == "last.pt":
+            saved = state.step, len(state.history)
+        else:  # it can predict but not go on, at a third of the size
+            content = {k: v for k, v in content.items() if k not in ("optimizer", "scaler", "swa", "swa_count")}
         if dist.rank() == 0:
-            checkpoint.save(folder / name, saved, keep_previous=name == "last.pt")
+            checkpoint.save(folder / name, content, keep_previous=name == "last.pt")
 
-    loggers = loggers or Loggers()
-    with contextlib.closing(loggers), Signals() as signals:
-        while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
-            epoch, began = len(state.history), time.monotonic()
-            _train_epoch(state, loader, compute_loss, save=save, signals=signals, epochs=epochs, seed=seed)
-            row = {"epoch": epoch + 1, "lr": state.optimizer.param_groups[0]["lr"]}
-            row |= {k: float(dist.mean(v / len(loader))) for k, v in state.sums.items()}
-
-            state.check()
-            for module in (state.model, state.eval_model):
-                dist.same_buffers(module)
-            try:
-                with signals.interruptible():
-                    metrics, threshold = _metrics(evaluate_on(state, evaluate)) if evaluate else ({}, state.threshold)
-            except Stopped:  # the epoch is trained but not evaluated; a resumed run begins with that
-                save()
-                _stop_if(signals.signum, state)
-            row = dist.broadcast(row | metrics | {"seconds": time.monotonic() - began})
-
-            state.history.append(row)
-            state.score, state.threshold, state.sums = next(iter(metrics), state.score), threshold, {}
+    evaluate, loggers = evaluate or (lambda model: {}), loggers or Loggers()
+    with contextlib.closing(loggers), dist.Signals() as signals:
+        try:
+            while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
+                began = time.monotonic()
+                _train_epoch(state, loader, compute_loss, save, signals, epochs=epochs, seed=seed)
+                _finish_epoch(state, loader, evaluate, save, signals, began=began, save_period=save_period)
+                _write_results(folder, state)
+                loggers.log(state.history[-1], len(state.history))
+                dist.print0(_line(state.history[-1]))
+                signals.check()
             if state.swa:
-                state.swa.take(state.model, len(state.history))
-            saved = header | state.state_dict()
-            slim = _slim(saved)
-            if metrics and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
-                save("best.pt", slim)
-            if save_period and (epoch + 1) % save_period == 0:
-                save(f"epoch_{epoch + 1}.pt", slim)
-            save("last.pt", saved)  # after the others: killed before this, the run comes here again and writes them
-            _record(folder, state, loggers)
-            _stop_if(dist.any_rank(signals.signum), state)
-
-        if state.swa and state.swa.n_averaged:
-            try:
-                with signals.interruptible():
-                    scores, threshold = _finish_swa(state, loader, compute_loss, evaluate, seed=seed)
-            except Stopped:  # last.pt is complete; a resumed run begins with this
-                _stop_if(signals.signum, state)
-            averaged = {"model": state.swa.module.state_dict(), "ema": None, "ema_steps": 0, "swa_scores": scores,
-                        "threshold": threshold}
-            save("swa.pt", _slim(header | state.state_dict()) | averaged)
-            if dist.rank() == 0 and scores:  # no row of results.csv: that is the history, of other weights
-                write_json(folder / "swa.json", scores)
-            dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: "
-                        + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-            _stop_if(dist.any_rank(signals.signum), state)
-        elif state.swa:
-            dist.print0("no swa.pt: the run had ended (--patience?) before its epochs for --swa")
+                _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, seed=seed)
+        except Stopped:  # the state is that between two steps, or that of a trained epoch before its evaluation
+            if saved != (state.step, len(state.history)):
+                save()
+            dist.print0(f"stopped and saved at step {state.step}; go on with --resume")
+            raise
     if dist.rank() == 0:
         try:
             table.write(folder)
@@ -304,15 +96,79 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
             print(f"warning: {error}", file=sys.stderr)
 
 
-def _slim(saved):
-    """A checkpoint that predicts but cannot go on: a third of the size."""
-    return {k: v for k, v in saved.items() if k not in ("optimizer", "scaler", "swa", "swa_count")}
+def _train_epoch(state, loader, compute_loss, save, signals, *, epochs, seed):
+    """Trains the rest of an epoch, from the step that `state` has reached. Raises Stopped between two steps."""
+    epoch, batches = len(state.history), len(loader)
+    done = (state.step - epoch * state.steps_per_epoch) * state.accumulate
+    if done >= batches:
+        return
+    state.net.train()
+    saved = time.monotonic()
+    with Progress(f"epoch {epoch + 1}/{epochs}", loader, done) as progress:
+        for i, batch in _seeded(loader, epoch, done, seed):
+            if not state.train_batch(compute_loss, batch, i, batches):
+                continue
+            progress.show(state, i + 1)
+            if signals.check(int(dist.rank() == 0 and time.monotonic() - saved > SAVE_MINUTES * 60)):
+                save()
+                saved = time.monotonic()
 
 
-def evaluate_on(state, evaluate):
-    """-> evaluate(the run's weights that count), as the loop calls it."""
+def _seeded(loader, epoch, done, seed):
+    """The (index, batch) pairs of an epoch after the first `done` batches; before each, torch's generators are seeded.
+    """
+    loader.batch_sampler.set_epoch(epoch, done)
+    for i, batch in enumerate(loader, done):
+        mixed = np.random.SeedSequence((seed, epoch, i, dist.rank())).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed[0]))
+        yield i, batch
+
+
+def _finish_epoch(state, loader, evaluate, save, signals, *, began, save_period):
+    """Evaluates a trained epoch, appends its row to the history and saves."""
+    row = {"epoch": len(state.history) + 1, "lr": state.lr}
+    row |= {name: float(dist.mean(value / len(loader))) for name, value in state.sums.items()}
+    state.check()
+    for module in (state.model, state.eval_model):
+        dist.same_weights(module)
+    with signals.interruptible():
+        metrics, threshold = _metrics(evaluate_on(state, evaluate))
+    state.history.append(dist.broadcast(row | metrics | {"seconds": time.monotonic() - began}))
+    state.sums = {}
+    if metrics:
+        state.score, state.threshold = next(iter(metrics)), threshold
+    if state.swa:
+        state.swa.take(state.model, len(state.history))
+    if metrics and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
+        save("best.pt")
+    if save_period and len(state.history) % save_period == 0:
+        save(f"epoch_{len(state.history)}.pt")
+    save()  # after the others: a run that is killed before this comes here again and writes them
+
+
+def _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, *, seed):
+    """Batch norms of the SWA weights in a pass over what would be the next epoch; writes swa.pt and swa.json."""
+    if not state.swa.n_averaged:
+        dist.print0("no swa.pt: the run had ended (--patience?) before its epochs for --swa")
+        return
+    model = state.swa.module
+    with signals.interruptible():
+        with autocast(state.device, state.dtype), state.swa.new_statistics(), Progress("batch norms", loader) as bar:
+            for _, batch in _seeded(loader, len(state.history), 0, seed):
+                compute_loss(model, to_device(batch, state.device))
+                bar.update(bar.size)
+        metrics, threshold = _metrics(evaluate_on(state, evaluate, model))
+    save("swa.pt", model=model.state_dict(), ema=None, ema_steps=0, swa_scores=metrics, threshold=threshold)
+    if dist.rank() == 0 and metrics:  # no row of results.csv: that is the history, of other weights
+        write_json(folder / "swa.json", metrics)
+    dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: {_line(metrics)}")
+    signals.check()
+
+
+def evaluate_on(state, evaluate, model=None):
+    """evaluate(model), as the loop calls it. model: by default `state.eval_model`."""
     with torch.inference_mode(), autocast(state.device, state.dtype):
-        return evaluate(state.eval_model.eval())
+        return evaluate((model or state.eval_model).eval())
 
 
 def check_debug(history):
@@ -324,113 +180,22 @@ def check_debug(history):
     dist.print0(f"--debug: the loss fell from {first:.4g} to {last:.4g}")
 
 
-def _train_epoch(state, loader, compute_loss, *, save, signals, epochs, seed):
-    """The rest of an epoch, from the step that `state` has reached. Raises Stopped between two steps."""
-    epoch, batches = len(state.history), len(loader)
-    done = (state.step - epoch * state.steps_per_epoch) * state.accumulate
-    if done >= batches:
-        return
-    loader.batch_sampler.set_epoch(epoch, done)
-    state.net.train()
-    saved = time.monotonic()
-    with Progress(f"epoch {epoch + 1}/{epochs}", loader, done) as progress:
-        for i, batch in enumerate(loader, done):
-            torch.manual_seed(_mix(seed, epoch, i, dist.rank()))
-            if not state.train_batch(compute_loss, batch, i, batches):
-                continue
-            if progress.update(i + 1):
-                state.check()
-                lr = state.optimizer.param_groups[0]["lr"]
-                progress.show(loss=state.sums["loss"] / (i + 1), lr=lr, device=state.device)
-            overdue = dist.rank() == 0 and time.monotonic() - saved > SAVE_MINUTES * 60
-            wish = dist.any_rank(signals.signum or int(overdue))
-            if wish:
-                save()
-                saved = time.monotonic()
-            _stop_if(wish if wish > 1 else 0, state)
-
-
-def _finish_swa(state, loader, compute_loss, evaluate, *, seed):
-    """Batch norms of the averaged weights in a pass over what would be the next epoch; -> `_metrics` of these."""
-    epoch = len(state.history)
-    loader.batch_sampler.set_epoch(epoch)
-
-    def batches(progress):
-        for i, batch in enumerate(loader):
-            torch.manual_seed(_mix(seed, epoch, i, dist.rank()))
-            yield to_device(batch, state.device)
-            progress.update(i + 1)
-
-    with autocast(state.device, state.dtype), Progress("batch norm of the mean weights", loader, 0) as progress:
-        state.swa.update_norms(batches(progress), compute_loss)
-    with torch.inference_mode(), autocast(state.device, state.dtype):
-        return _metrics(evaluate(state.swa.module.eval())) if evaluate else ({}, None)
-
-
 def _metrics(found):
     """What `evaluate` returned -> ({name: number}, the threshold or None)."""
     return {name: float(value) for name, value in found.items() if name != "threshold"}, found.get("threshold")
-
-
-class Progress:
-    """A bar on rank 0: loss, lr, images/s, memory. Reads numbers from the GPU once a second."""
-
-    def __init__(self, title, loader, done):
-        size = loader.batch_sampler.batch_size
-        self.size, self.shown = size, time.monotonic()
-        self.bar = tqdm(total=len(loader) * size, initial=done * size, desc=title, unit="img", disable=dist.rank() > 0,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def update(self, batches):
-        """-> whether it is time to show numbers."""
-        self.bar.update(batches * self.size - self.bar.n)
-        return time.monotonic() - self.shown > 1
-
-    def show(self, *, loss, lr, device):
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.bar.set_postfix_str(f"loss {float(loss):.4g}, lr {lr:.2g}, {peak / 2**30:.1f} GiB", refresh=False)
-        self.shown = time.monotonic()
-
-
-def _mix(*numbers):
-    """One seed from several numbers; any difference in any of them gives unrelated random numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _out_of_patience(scores, patience):
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
-def _record(folder, state, loggers):
-    _write_results(folder, state)
-    if dist.rank() == 0:
-        if state.score:
-            runs.add_record(folder, score=state.score)
-        row = state.history[-1]
-        loggers.log(row, row["epoch"])
-        print("  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
-
-
 def _write_results(folder, state):
-    if dist.rank() > 0 or not state.history:
-        return
-    try:
+    if dist.rank() == 0 and state.history:
         cells.write_csv(folder / "results.csv", state.history)
         charts.plot_curves(folder / "results.png", state.history, state.score)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the results ({error.strerror}); make room, then --resume") from None
+        if state.score:
+            runs.add_record(folder, score=state.score)
 
 
-def _stop_if(signum, state):
-    """Ends a run that has just been saved, where a signal asked for it."""
-    if signum:
-        if dist.rank() == 0:
-            print(f"stopped and saved at step {state.step}; go on with --resume", flush=True)
-        raise Stopped(signum)
+def _line(row):
+    return "  ".join(f"{name} {value:.4g}" for name, value in row.items())

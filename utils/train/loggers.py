@@ -1,10 +1,40 @@
-"""TensorBoard and Weights & Biases, imported only when they are asked for."""
+"""What a run shows while it trains: the progress bar; TensorBoard and Weights & Biases, imported only on request."""
 import importlib
 import os
+import resource
+import sys
+import time
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import write_text
+from utils.train import dist
+
+
+class Progress(tqdm):
+    """A bar on rank 0: loss, learning rate, images per second, memory."""
+
+    def __init__(self, title, loader, done=0):
+        """loader: the epoch's batches, of which `done` have been trained on."""
+        self.size, self.shown = loader.batch_sampler.batch_size, time.monotonic()
+        super().__init__(total=len(loader) * self.size, initial=done * self.size, desc=title, unit="img",
+                         disable=dist.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def show(self, state, batches):
+        """Moves the bar to so many batches of the epoch. Once a second, reads the numbers from the GPU and checks them.
+        """
+        self.update(batches * self.size - self.n)
+        if time.monotonic() - self.shown < 1:
+            return
+        state.check()
+        peak = torch.cuda.max_memory_allocated(state.device) if state.device.type == "cuda" else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.set_postfix_str(f"loss {float(state.sums['loss'] / batches):.4g}, lr {state.lr:.2g}, "
+                             f"{peak / 2**30:.1f} GiB", refresh=False)
+        self.shown = time.monotonic()
 
 
 class Loggers:

@@ -1,4 +1,4 @@
-"""Run folders: runs/<task>/<name>, one per experiment, never overwritten. Only rank 0 touches them."""
+"""Run folders: runs/<task>/<name>, one per experiment, never overwritten. Only rank 0 reads and writes them."""
 import fcntl
 import itertools
 import json
@@ -6,17 +6,17 @@ import os
 import re
 from pathlib import Path
 
-from utils.train import checkpoint, dist
 from utils.errors import UserError
 from utils.files import write_json
+from utils.train import checkpoint, dist
 
-_locks = []  # open for the life of the process: closing the file would give the lock back
+_locks = []  # open until the process ends: closing the file would release the lock
 
 
 def create(project, name, flag="--project"):
-    """Makes and locks `project/name`, with a number behind the name where it exists. Returns its path.
+    """Makes and locks the folder `project/name`; the name gets a number if it exists. Returns its path.
 
-    Raises UserError, which names the flag, when the folder cannot be written.
+    flag: where the project comes from, for the UserError that is raised when the folder cannot be written.
     """
     for number in itertools.count(1):
         path = Path(project) / (name if number == 1 else f"{name}{number}")
@@ -33,7 +33,7 @@ def create(project, name, flag="--project"):
 
 
 def lock(path):
-    """Takes the run folder for this process. Raises UserError when another process trains in it."""
+    """Locks the run folder for this process. Raises UserError when another process trains in it."""
     try:
         file = open(path / "lock", "a+")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,38 +48,41 @@ def lock(path):
 
 
 def launcher():
-    """Names this process's torchrun agent, which lives on when its workers are restarted: host, number, start time."""
+    """Identifies this process's torchrun agent, which outlives the workers that it restarts: host, process id, start
+    time. Empty without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
     agent = os.getppid()
     try:
-        since = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # numbers come again
+        since = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # process ids are used again
     except OSError:
         since = "?"  # not Linux
     return f"{os.uname().nodename} {agent} {since}"
 
 
 def restarted(project, name=None):
-    """The newest run folder that this torchrun worked in before it restarted its workers, or None.
+    """The newest run folder that this torchrun used before it restarted its workers, or None.
 
-    name: of the folder, or what stands before its number: a script may have begun several runs. None: any run that has
-    a checkpoint.
+    name: the folder's name without its number, because a script may begin several runs. None: any that has saved.
     """
     if not launcher():
         return None
     for path in sorted(Path(project).glob("*/**/lock"), key=_age):
         folder = path.parent
-        same = re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(folder)) if name else \
-            (folder / "last.pt").exists() or (folder / "last.pt.prev").exists()
-        if same and path.read_text() == launcher():
+        right = re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(folder)) if name else _has_saved(folder)
+        if right and path.read_text() == launcher():
             return folder
     return None
 
 
-def newest(project, *files):
-    """The newest run's first existing file of `files` (such as "best.pt", "last.pt").
+def _has_saved(folder):
+    return any((folder / file).exists() for file in ("last.pt", "last.pt.prev"))
 
-    Raises UserError when there is no run yet.
+
+def newest(project, *files):
+    """The first of `files` (such as "best.pt", "last.pt") that exists in the newest run with one of them.
+
+    Raises UserError when there is no such run.
     """
     found = [path for file in files for path in Path(project).glob(f"*/**/{file}")]
     if not found:
@@ -95,8 +98,8 @@ def _age(path):
 def open_run(project, name, resume=None):
     """-> (run folder, the checkpoint to go on from or None), the same on every rank.
 
-    resume: None for a new run, "" for the project's newest, or a checkpoint's or run folder's path.
-    Workers that torchrun has restarted go on in the folder of this name that they had.
+    resume: None for a new run, "" for the project's newest run, or the path of a checkpoint or a run folder.
+    Workers that torchrun has restarted go on in the folder of this name that they used before.
     """
     found = None
     if dist.rank() == 0:
@@ -120,7 +123,7 @@ def _open(project, name, resume):
                         f"go on with (--resume RUN)")
     path = path / "last.pt" if path.is_dir() else path
     saved = None
-    if not folder or path.exists() or path.with_name("last.pt.prev").exists():  # else killed before its first save
+    if not folder or _has_saved(folder):  # else it was killed before its first save
         saved = checkpoint.load(path)
         if not {"optimizer", "args"} <= saved.keys():
             raise UserError(f"{path}: holds weights only; resume from the run's last.pt, or start anew with --weights")
@@ -129,15 +132,15 @@ def _open(project, name, resume):
 
 
 def new_folder(path, flag="--out"):
-    """A new folder, the same on every rank; numbered when it exists. flag: of `create`."""
+    """Makes a new folder; its name gets a number if it exists. Returns its path on every rank. flag: see `create`."""
     path = Path(path)
-    if path.name in ("", ".."):  # no name that a number could follow
+    if path.name in ("", ".."):  # there is no name to put a number behind
         path = path.resolve()
     return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name, flag))))
 
 
 def add_record(folder, **values):
-    """Adds values to the run's record, run.json: the name of its score, what utils/pictures/table.py notes, ..."""
+    """Adds values to run.json, the record of a run: here the name of its score; see also utils/pictures/table.py."""
     path = Path(folder) / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -1,23 +1,24 @@
-"""Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407): the last part of a run holds a rate that keeps
-the weights moving, and the mean of where they come to generalises better than any of these places.
+"""Stochastic weight averaging (SWA; Izmailov et al. 2018, arXiv 1803.05407): in the last part of a run, a constant or
+cyclic learning rate keeps the weights moving; their mean generalises better than each of them.
 
     schedule = with_swa(schedule, steps_per_epoch=steps, epochs=30, share=0.25)
-    state = engine.fit(..., schedule, ..., swa=SWA(model, epochs=30, share=0.25))       # -> swa.pt
+    state = State(model, optimizer, schedule, swa=SWA(model, epochs=30, share=0.25), ...)    # engine.fit writes swa.pt
 """
-import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+import contextlib
 
-from utils.train import dist
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
 from utils.errors import UserError
+from utils.train import dist
 from utils.train.optim import make_schedule
 
 
 def swa_epochs(epochs, share, cycle=0):
-    """-> range: the epochs, counted from 1, at whose end the weights are taken in.
+    """-> range: the epochs, counted from 1, after which the weights enter the mean; at least one if share > 0.
 
-    They end the last `share` (0..1) of the run; where the rate comes down in cycles of `cycle` epochs, its last whole
-    cycles. At least one where share > 0. Raises UserError for a cycle that is longer than the run.
+    share: the last part of the run that is averaged, 0..1. cycle: epochs per cycle of the learning rate; then they are
+    the last epochs of the last whole cycles. Raises UserError for a cycle that is longer than the run.
     """
     length = max(cycle, 1)
     if share and length > epochs:
@@ -27,14 +28,14 @@ def swa_epochs(epochs, share, cycle=0):
 
 
 def with_swa(schedule, *, steps_per_epoch, epochs, share, lr=0.2, cycle=0, floor=1e-3):
-    """`schedule` up to the epochs that are averaged, from there a rate of its own; a pure function as well.
+    """`schedule` until the part of the run that is averaged, and SWA's schedule from there; a pure function as well.
 
-    lr     share of the initial learning rate that is held, or from which each cycle comes down
-    cycle  epochs in which it comes down to `floor`, again and again; 0: it is held
-    floor  share of the initial learning rate. Raises UserError when it lies above `lr`.
+    lr     SWA's learning rate, as a fraction of the initial one: constant, or the start of each cycle
+    cycle  epochs in which it falls linearly to `floor`, again and again; 0: it is constant
+    floor  a fraction of the initial learning rate. Raises UserError when it is above `lr` and there are cycles.
     """
     if cycle and share and floor > lr:
-        raise UserError(f"--swa-lr {lr:g}: cycles come down from it to --lr-floor {floor:g}; raise it")
+        raise UserError(f"--swa-lr {lr:g}: is below --lr-floor {floor:g}, to which each cycle falls; raise it")
     start = (swa_epochs(epochs, share, cycle).start - max(cycle, 1)) * steps_per_epoch
     rate = make_schedule("cyclic" if cycle else "constant", steps_per_epoch=steps_per_epoch, epochs=epochs,
                          period=cycle, floor=floor / lr if cycle and lr else 1)
@@ -42,34 +43,29 @@ def with_swa(schedule, *, steps_per_epoch, epochs, share, lr=0.2, cycle=0, floor
 
 
 class SWA(AveragedModel):
-    """The plain mean of the weights at the ends of `swa_epochs`; buffers are the last one's, until `update_norms`."""
+    """The plain mean of the weights after each of `swa_epochs`, with the last buffers until `new_statistics`."""
 
     def __init__(self, model, *, epochs, share, cycle=0):
         super().__init__(model)
         self.epochs = swa_epochs(epochs, share, cycle)
 
     def take(self, model, epoch):
-        """Called at the end of each epoch (counted from 1) takes the weights in, where it is one of those."""
+        """To be called after each epoch (counted from 1): adds the weights to the mean if the epoch is one of those."""
         if epoch in self.epochs:
             if self.n_averaged > self.epochs.index(epoch):
-                self.n_averaged.zero_()  # a run that has been made longer begins anew: others were taken for its end
+                self.n_averaged.zero_()  # the run has been made longer, and its mean begins anew
             self.update_parameters(model)
 
-    def update_norms(self, batches, compute_loss):
-        """Batch norm's statistics of the averaged weights: the mean over `batches` in training mode, and over ranks."""
-        update_bn(batches, _Loss(self.module, compute_loss))
-        for name, buffer in self.module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                dist.mean(buffer)
-
-
-class _Loss(nn.Module):
-    """compute_loss as the module that update_bn calls with each batch, with gradients: a loss may need them."""
-
-    def __init__(self, model, compute_loss):
-        super().__init__()
-        self.model, self.compute_loss = model, compute_loss
-
-    def forward(self, batch):
-        with torch.enable_grad():
-            self.compute_loss(self.model, batch)
+    @contextlib.contextmanager
+    def new_statistics(self):
+        """Inside, the averaged weights are in training mode, and the running statistics of batch norms start anew; they
+        become the mean over the batches that pass through the module, and over the ranks."""
+        norms = {m: m.momentum for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean
+        self.module.train()
+        yield
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
+            dist.mean(norm.running_mean), dist.mean(norm.running_var)
