@@ -291,7 +291,7 @@ def test_statistics_of_known_labels(tmp_path, texts):
     assert [text for text in texts if text in ("a", "c", "b")] == ["a", "c", "b"]  # most frequent first
     place = texts.index("boxes")
     assert texts[place + 1:place + 4] == ["28", "12", "0"]
-    squares = [tuple(picture[8 + 22 * (2 + r) + 11, 8 + 5]) for r in range(3)]  # the more, the darker
+    squares = [tuple(picture[8 + 22 * (2 + r) + 11, 8 + 5].tolist()) for r in range(3)]  # the more, the darker
     assert squares[0] == LINE and sum(squares[0]) < sum(squares[1]) < sum(squares[2]) == 3 * 255
     assert {"40 boxes", "median 10 x 20, 0 empty", "mean 5.71, most 10, none in 3"} <= set(texts)
 

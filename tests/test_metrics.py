@@ -325,18 +325,18 @@ def test_average_precisions_is_scikit_learns():
 
 def test_labels_by_hand():
     metric = Accuracy(3)
-    metric.update(torch.tensor([[.9, .2, .6], [.1, .8, .4]]), torch.tensor([[1., 0, 0], [0, 1, 0]]))
-    metric.update(torch.tensor([[.3, .7, .5]]), torch.tensor([[1., 1, 0]]))
+    metric.update(torch.tensor([[.9, .2, .6], [.1, .8, .4]]), torch.tensor([[1., 0, 0], [0, 1, 0]]), torch.arange(2))
+    metric.update(torch.tensor([[.3, .7, .5]]), torch.tensor([[1., 1, 0]]), torch.arange(2, 3))
     scores = metric.reduce().compute()
     assert scores == pytest.approx({"acc": 7 / 9, "exact": 1 / 3, "map": 1.0})
     assert [c["images"] for c in metric.per_class()] == [2, 2, 0]
     assert metric.per_class()[0]["acc"] == pytest.approx(2 / 3)
     unsure = Accuracy(3, single_label=True)
-    unsure.update(torch.tensor([[0.4, 0.3, 0.3]] * 4), torch.tensor([[1, 0, 0]] * 4))
+    unsure.update(torch.tensor([[0.4, 0.3, 0.3]] * 4), torch.tensor([[1, 0, 0]] * 4), torch.arange(4))
     assert unsure.compute()["acc"] == 1 and [row["acc"] for row in unsure.per_class()] == [1, 1, 1]
     one = Accuracy(3, single_label=True)
-    one.update(torch.tensor([[.4, .3, .3], [.2, .3, .5], [.1, .8, .1]]), torch.eye(3)[[0, 2, 2]])
+    one.update(torch.tensor([[.4, .3, .3], [.2, .3, .5], [.1, .8, .1]]), torch.eye(3)[[0, 2, 2]], torch.arange(3))
     assert one.compute()["acc"] == pytest.approx(2 / 3)
     assert np.isnan(Accuracy(3).compute()["acc"])
     with pytest.raises(ValueError):
-        Accuracy(3).update(torch.zeros(2, 3), torch.zeros(2, 4))
+        Accuracy(3).update(torch.zeros(2, 3), torch.zeros(2, 4), torch.arange(2))

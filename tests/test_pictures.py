@@ -114,7 +114,7 @@ def test_shades_go_from_white_to_the_colour():
 
 
 def test_error_map_codes():
-    truth, prediction = torch.tensor([[0, 2, 0, 2, 1]]), torch.tensor([[0, 2, 1, 0, 3]])
+    truth, prediction = np.array([[0, 2, 0, 2, 1]]), np.array([[0, 2, 1, 0, 3]])
     assert error_map(truth, prediction).tolist() == [[0, 1, 2, 3, 4]]
     colours = list(ERRORS.values())
     assert [int(np.argmax(colour)) for colour in colours[:3]] == [1, 0, 2]  # green, red, blue

@@ -319,7 +319,7 @@ def test_flags_as_text():
     new = {"lr": 1e-05, "ema": False, "compile": True, "loss": [["bce", 0.5], ["lovasz", 1.0]], "decoder": [16],
            "weights": "my net.pt", "bs": 8, "weight_decay": 0.05, "bands": None, "later": 3}
     assert flags(new, old) == ("--lr 1e-05 --no-ema --compile --loss bce=0.5 lovasz=1 --decoder 16 "
-                               "--weights 'my net.pt' --bs 8 --weight-decay 0.05 --bands none --later 3")
+                               "--weights 'my net.pt' --bs 8 --weight-decay 0.05 --bands None --later 3")
 
 
 def test_what_a_run_was_started_with_comes_back(tmp_path):

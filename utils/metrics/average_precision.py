@@ -92,7 +92,7 @@ class DetectionAP:
         kept = [rows[rows[:, 4] >= score] for rows in self.detections]
         detections, gt_boxes = _joined(kept, 6), _joined(self.gt_boxes, 5)
         predicted, actual = detections[:, 5].astype(int), gt_boxes[:, 4].astype(int)
-        _, d, t, overlap = _pairs(kept, self.gt_boxes, iou, across_classes=True)
+        d, t, overlap = _pairs(kept, self.gt_boxes, iou, across_classes=True)
         order = np.lexsort((-detections[d, 4], predicted[d] != actual[t], -overlap))
         matched = order[_greedy(d[order], t[order])]
         label_of = np.full(len(detections), self.classes)
@@ -106,15 +106,14 @@ class DetectionAP:
         """The rows of samples.csv, one per image: name, score (the F1 of the image's boxes, class by class, with the
         detections from `best_threshold` on; 1 where nothing is and nothing is found), and the numbers of its
         ground-truth boxes, detections and hits."""
-        threshold, rows = self.best_threshold(iou)[0], []
+        threshold = self.best_threshold(iou)[0]
         kept = [rows[rows[:, 4] >= threshold] for rows in self.detections]
-        image, d, t, overlap = _pairs(kept, self.gt_boxes, iou)
+        d, t, overlap = _pairs(kept, self.gt_boxes, iou)
         order = np.lexsort((-overlap, d, -_joined(kept, 6)[d, 4]))  # each, the best first, takes the highest IoU
-        hits = np.bincount(image[order[_greedy(d[order], t[order])]], minlength=len(kept)).tolist()
-        for file, n, m, hit in zip(files, map(len, kept), map(len, self.gt_boxes), hits):
-            rows.append({"name": str(file), "score": 2 * hit / (n + m) if n + m else 1.0, "boxes": m, "detections": n,
-                         "hits": hit})
-        return rows
+        image = np.repeat(np.arange(len(kept)), np.array([len(rows) for rows in kept], int))
+        hits = np.bincount(image[d[order][_greedy(d[order], t[order])]], minlength=len(kept)).tolist()
+        return [{"name": str(file), "score": 2 * hit / (n + m) if n + m else 1.0, "boxes": m, "detections": n, "hits": hit}
+                for file, n, m, hit in zip(files, map(len, kept), map(len, self.gt_boxes), hits)]
 
     def _evaluate(self, ious, areas):
         """-> per class: scores (n,), the highest first, of equal ones in the order of the images; hits and counted
@@ -129,7 +128,7 @@ class DetectionAP:
         inside, gt_inside = ((low <= size) & (size <= high) for size in (
             (rows[:, 2:4] - rows[:, :2]).prod(1, keepdims=True) for rows in (detections, gt_boxes)))
         ious = np.minimum(ious, 1 - 1e-10)  # COCO's: 1 shall be reached in spite of rounding
-        _, d, t, overlap = _pairs(self.detections, self.gt_boxes, ious.min())
+        d, t, overlap = _pairs(self.detections, self.gt_boxes, ious.min())
         order = np.lexsort((-t, -overlap, d, -detections[d, 4]))  # of equal IoUs the last box
         d, t, reached, wanted = d[order], t[order], overlap[order, None, None] >= ious, gt_inside[t[order], :, None]
         # all boxes in the range first: who gets one of them does not depend on the others
@@ -170,10 +169,9 @@ def _joined(rows_of, columns):
 
 
 def _pairs(detections, gt_boxes, least, across_classes=False):
-    """Lists of the boxes of images -> all pairs in one image and class with IoU >= least > 0: the image, the number of
-    the detection and that of the ground-truth box, through all images, and the IoU, each (p,)."""
-    found = [np.zeros((4, 0))]
-    n, m = (np.cumsum([0, *map(len, kept)]) for kept in (detections, gt_boxes))
+    """Lists of the boxes of images -> all pairs in one image and class with IoU >= least > 0: the number of the
+    detection and of the ground-truth box, through all images, and the IoU, each (p,)."""
+    found, n, m = [np.zeros((3, 0))], *(np.cumsum([0, *map(len, kept)]) for kept in (detections, gt_boxes))
     for start in range(0, len(detections), 16):
         a, b = (pad_sequence(kept[start:start + 16], batch_first=True, padding_value=np.nan)  # whose IoU is NaN
                 for kept in (detections, gt_boxes))
@@ -182,9 +180,9 @@ def _pairs(detections, gt_boxes, least, across_classes=False):
         if not across_classes:
             near &= a[:, :, None, 5] == b[:, None, :, 4]
         image, d, t = near.numpy().nonzero()
-        found.append((image + start, d + n[image + start], t + m[image + start], overlap[image, d, t]))
-    *places, overlap = np.concatenate(found, 1)
-    return *np.int64(places), overlap
+        found.append((d + n[start + image], t + m[start + image], overlap[image, d, t]))
+    d, t, overlap = np.concatenate(found, 1)
+    return d.astype(int), t.astype(int), overlap
 
 
 def _greedy(d, t, allowed=None):

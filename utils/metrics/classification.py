@@ -22,13 +22,12 @@ class Accuracy:
         self.rows = [np.zeros((0, 2 * classes + 1))]  # probabilities, labels, index
 
     @torch.no_grad()
-    def update(self, probs, labels, index=None):
-        """probs (B, C) 0..1, labels (B, C) 0 or 1; index (B,): the images' numbers, for samples(). ValueError when the
-        shapes differ."""
+    def update(self, probs, labels, index):
+        """probs (B, C) 0..1, labels (B, C) 0 or 1; index (B,): the images' numbers. ValueError when the shapes differ.
+        """
         if probs.shape != labels.shape or probs.shape[1] != self.classes:
             raise ValueError(f"probs {tuple(probs.shape)} and labels {tuple(labels.shape)} must both be "
                              f"(B, {self.classes})")
-        index = torch.full((len(probs),), -1) if index is None else index
         columns = [t.cpu().double() for t in (probs, labels, index[:, None])]  # mps has no doubles
         self.rows.append(torch.cat(columns, 1).numpy())
 
@@ -51,10 +50,10 @@ class Accuracy:
         probs, labels, predicted, _ = self._columns()
         if not len(probs):
             return {"acc": float("nan"), "map": float("nan")}
-        right = predicted == labels
-        map_ = {"map": float(np.nanmean(average_precisions(probs, labels))) if labels.any() else float("nan")}
+        right, found = predicted == labels, average_precisions(probs, labels)[labels.any(0)]
         exact = float(right.all(1).mean())
-        return {"acc": exact} | map_ if self.single_label else {"acc": float(right.mean()), "exact": exact} | map_
+        scores = {"acc": exact} if self.single_label else {"acc": float(right.mean()), "exact": exact}
+        return scores | {"map": float(found.mean()) if len(found) else float("nan")}
 
     def per_class(self):
         """C dicts {"acc", "ap", "images"}: share of right labels, average precision, images that have the class."""

@@ -14,7 +14,7 @@ from utils.pictures.sheets import FAINT, GAP, INK, font, join, label, swatch
 WIDEST = 300  # pixels of a column of a picture
 
 
-def _names(rows):
+def column_names(rows):
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
@@ -23,7 +23,7 @@ def _columns(rows):
     def text(value):
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
-    columns = {name: [row.get(name) for row in rows] for name in _names(rows)}
+    columns = {name: [row.get(name) for row in rows] for name in column_names(rows)}
     return [([name, *map(text, values)], all(isinstance(value, (int, float, type(None))) for value in values))
             for name, values in columns.items()]
 
@@ -31,7 +31,7 @@ def _columns(rows):
 def as_csv(rows):
     """CSV text; floats have six significant digits, integers are exact."""
     file = io.StringIO()
-    table = csv.DictWriter(file, _names(rows), lineterminator="\n")
+    table = csv.DictWriter(file, column_names(rows), lineterminator="\n")
     table.writeheader()
     table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     return file.getvalue()

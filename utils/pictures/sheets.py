@@ -110,9 +110,11 @@ def overlay(rgb, mask, *, palette=PALETTE, alpha=0.45):
     mask = to_numpy(mask).astype(np.int64)
     colours = np.asarray(palette)[(mask - 1) % len(palette)]
     blend = np.round((1 - alpha) * rgb + alpha * colours)
-    padded = np.pad(mask, 1, mode="edge")
-    sides = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
-    edge = np.any([side != mask for side in sides], axis=0)
+    edge = np.zeros(mask.shape, bool)
+    for lines, outline in ((mask, edge), (mask.T, edge.T)):
+        change = lines[1:] != lines[:-1]
+        outline[1:] |= change
+        outline[:-1] |= change
     return np.where((mask > 0)[..., None], np.where(edge[..., None], colours, blend), rgb).astype(np.uint8)
 
 
@@ -123,11 +125,10 @@ def shade(values, colour):
 
 
 def error_map(truth, prediction):
-    """Class maps (H, W) -> (H, W): 0 both background, 1 right class, 2 false positive, 3 false negative, 4 wrong class.
+    """Arrays of classes (H, W) -> (H, W): 0 both background, 1 right class, 2 false positive, 3 false negative, 4 wrong class.
 
     Code k takes the k-th colour of ERRORS.
     """
-    truth, prediction = to_numpy(truth), to_numpy(prediction)
     conditions = [(truth == 0) & (prediction == 0), prediction == truth, truth == 0, prediction == 0]
     return np.select(conditions, [0, 1, 2, 3], 4)
 

@@ -57,7 +57,7 @@ def flags(chosen, defaults):
     def word(value):
         if isinstance(value, list):
             return "=".join(map(word, value))  # a term of --loss and its weight
-        return f"{value:g}" if isinstance(value, float) else shlex.quote("none" if value is None else str(value))
+        return f"{value:g}" if isinstance(value, float) else shlex.quote(str(value))
 
     def text(flag, value):
         flag = flag.replace("_", "-")
