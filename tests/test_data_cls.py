@@ -433,7 +433,7 @@ def test_images_made_on_the_fly(tmp_path):
     keys = [key for batch in loader.batch_sampler for key in batch]
     for key, image, label, index, matrix in zip(
             keys, *(np.concatenate([b[name] for b in first]) for name in ("image", "label", "index", "matrix"))):
-        wanted, letters = source.synthesizer.one(key, 3)
+        (wanted,), (letters,) = source.synthesizer.batch([key], 3)
         assert np.array_equal(image, wanted) and np.array_equal(label, letters) and index == key[1] % 5
         assert 10 <= label.sum() <= 14
         turn, _ = augment.random_affine(np.random.default_rng((3, *key)), 96, p_affine=0, p_cutout=0)
