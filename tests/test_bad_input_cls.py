@@ -135,7 +135,7 @@ def test_letters_that_cannot_be_used(refused, tmp_path):
     pixels, letters = glyphs.render(1)
     rows = [",".join([chr(65 + k), *map(str, row)]) for k, row in zip(letters, pixels.reshape(26, -1)) if k != 7]
     (tmp_path / "letters.csv").write_text("\n".join([",".join(["letter", *glyphs.COLUMNS]), *rows, ""]))
-    train(refused, *flags, "letters.csv", says="have no H")
+    train(refused, *flags, "letters.csv", says="no glyph of H")
     small = write_dirty(tmp_path / "small", train=6, test=0, side=40, classes=26)
     train(refused, "--data", small, "--synthesize", "letters.csv", says=["00000.png: is 40 pixels high", "79"])
     colours = write_dirty(tmp_path / "colours", train=6, test=0, side=80, classes=26)
