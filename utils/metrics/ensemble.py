@@ -20,10 +20,8 @@ def average(probs, weights):
 
 
 def adds_up(probs):
-    """Whether every row of a table of probabilities (N, C) adds up to 1, to the precision of its digits."""
-    digits = next(d for d in range(1, 9) if d == 8 or np.allclose(np.round(probs, d), probs, rtol=0, atol=1e-12))
-    rounded = np.clip(0.5 * 10.0 ** -digits * probs.shape[1], 1e-5, 0.1)
-    return bool((abs(probs.sum(1) - 1) < rounded + 1e-9).all())
+    """Whether every row of a table of probabilities (N, C) adds up to 1, within the rounding of two digits."""
+    return bool((abs(probs.sum(1) - 1) < 0.005 * probs.shape[1] + 1e-9).all())
 
 
 def hits(probs, labels, single_label=False, thresholds=0.5):
@@ -39,11 +37,9 @@ def fit_weights(probs, labels, single_label):
 
     Coordinate ascent from equal weights: of all changes of one weight the best is made, until none is better. Better is
     more `hits` at threshold 0.5, or as many with more equal weights (a lower sum of squares of the shares); where two
-    changes are alike the earlier member's. Never worse than equal weights on these images. ValueError for other shapes.
+    changes are alike the earlier member's. Never worse than equal weights on these images.
     """
     probs, labels = np.asarray(probs, np.float64), np.asarray(labels)
-    if probs.ndim != 3 or not len(probs) or probs.shape[1:] != labels.shape:
-        raise ValueError(f"probs {probs.shape} must be (members, *labels.shape), labels are {labels.shape}")
 
     def value(weights):
         shares = np.array(weights) / sum(weights)
@@ -63,11 +59,8 @@ def fit_thresholds(probs, labels):
 
     Every way to divide a class's scores is tried: below the lowest, between each two neighbours, above the highest.
     The threshold is the middle of the best gap; 0.5 where that is as good, else of several the one nearest to 0.5.
-    ValueError for other shapes.
     """
     probs, labels = np.asarray(probs, np.float64), np.asarray(labels) > 0.5
-    if probs.ndim != 2 or probs.shape != labels.shape:
-        raise ValueError(f"probs {probs.shape} and labels {labels.shape} must both be (images, classes)")
     found = []
     for scores, positive in zip(probs.T, labels.T):
         values = np.unique([0, *scores, 1])
