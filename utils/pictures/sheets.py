@@ -125,7 +125,8 @@ def shade(values, colour):
 
 
 def error_map(truth, prediction):
-    """Arrays of classes (H, W) -> (H, W): 0 both background, 1 right class, 2 false positive, 3 false negative, 4 wrong class.
+    """Arrays of classes (H, W) -> (H, W): 0 both background, 1 right class, 2 false positive, 3 false negative, 4 wrong
+    class.
 
     Code k takes the k-th colour of ERRORS.
     """

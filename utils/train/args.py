@@ -100,8 +100,8 @@ def train_parser(description, task, **defaults):
     add("--warmup-epochs", type=float_range(0), default=0.0, help="epochs of linear warm-up")
     add("--weight-decay", type=float_range(0, 10), default=0.01, help="weight decay; norms and biases have none")
     add("--clip", type=float_range(0), default=0.0, help="largest gradient norm; 0: no limit")
-    add("--swa", type=float_range(0, 1), default=0.0, help="SWA: average the weights over this last fraction of the run, "
-        "such as 0.25, into swa.pt")
+    add("--swa", type=float_range(0, 1), default=0.0, help="SWA: average the weights over this last fraction of the "
+        "run, such as 0.25, into swa.pt")
     add("--swa-lr", type=float_range(0, 100), default=0.2, help="SWA learning rate, as a fraction of --lr")
     add("--swa-cycle", type=int_range(0, 10**6), default=0, help="epochs in which the SWA learning rate falls to "
         "--lr-floor, again and again; 0: it is constant")

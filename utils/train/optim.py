@@ -56,23 +56,29 @@ class AdamP(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, delta=delta,
                                       wd_ratio=wd_ratio))
 
-    def __init__(self, params, **options):
-        super().__init__(params, **options)
-        self.register_step_pre_hook(AdamP._remember)
-        self.register_step_post_hook(AdamP._project)
-
     @torch.no_grad()
-    def _remember(self, *_):
-        self.before = [(group, p, p.clone()) for group in self.param_groups for p in group["params"] if p.ndim > 1]
+    def step(self, closure=None):
+        """One step; -> the closure's loss, or None. Parameters without a gradient stay as they are."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._move(p, group)
+        return loss
 
-    @torch.no_grad()
-    def _project(self, *_):
-        for group, p, old in self.before:
-            if p.grad is not None:
-                decay = group["lr"] * group["weight_decay"]
-                update, ratio = project(old, p.grad, p - old * (1 - decay))
-                p.copy_(old * (1 - decay * ratio) + update)
-        self.before = []
+    def _move(self, p, group):
+        (beta1, beta2), lr, state, ratio = group["betas"], group["lr"], self.state[p], 1.0
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state["step"] += 1
+        state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        root = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+        update = state["exp_avg"] / root / (1 - beta1 ** state["step"])
+        if p.ndim > 1:
+            update, ratio = project(p, p.grad, update, group["delta"], group["wd_ratio"])
+        p.mul_(1 - lr * group["weight_decay"] * ratio).sub_(update, alpha=lr)
 
 
 def project(weight, grad, update, delta=0.1, wd_ratio=0.1):
