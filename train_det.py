@@ -258,7 +258,7 @@ def experiment(args, device, folder, resume):
 
         metric = DetectionAP(len(names))
         found = val_data.detect(val_loader, predict, iou=VALIDATION["iou"], max_det=VALIDATION["max_det"])
-        metric.update(found, gt_boxes)
+        metric.update(found, [rows.roll(-1, 1) for rows in gt_boxes])
         return metric
 
     def evaluate(model):
@@ -310,7 +310,7 @@ def draw_weights(samples, image_weights):
     """How often each sample is drawn: by its weight, and with --image-weights by `class_balance`; None: all alike."""
     weights = np.array([sample.weight for sample in samples])
     if image_weights:
-        weights *= class_balance([sample.boxes[:, 4] for sample in samples])
+        weights *= class_balance([sample.boxes[:, 0] for sample in samples])
     return weights if np.ptp(weights) else None
 
 
@@ -327,14 +327,14 @@ def random_size(x, boxes, change, stride):
     of their side, the same on all ranks."""
     low, high = (int(x.shape[2] * (1 + f * change)) // stride for f in (-1, 1))
     side = dist.broadcast(int(torch.randint(max(low, 1), high + 1, ()))) * stride
-    factors = boxes.new_tensor([1] + [side / x.shape[2]] * 4 + [1])
+    factors = boxes.new_tensor([1, 1] + [side / x.shape[2]] * 4)
     return F.interpolate(x, (side, side), mode="bilinear"), boxes * factors
 
 
 def fit_anchors(head, samples, args):
     """Gives the head anchors that fit the boxes of the samples as the net sees them, where its own do not."""
     strides = torch.tensor(head.strides)[:, None, None]
-    wh = [(sample.boxes[:, 2:4] - sample.boxes[:, :2]) * args.imgsz / max(sample.size) for sample in samples]
+    wh = [(sample.boxes[:, 3:] - sample.boxes[:, 1:3]) * args.imgsz / max(sample.size) for sample in samples]
     pixels, line = anchors.auto(np.concatenate(wh), (head.anchors * strides).numpy(), threshold=args.anchor_threshold,
                                 seed=args.seed)
     head.anchors.copy_(torch.as_tensor(pixels) / strides)
@@ -345,7 +345,7 @@ def draw_labels(folder, data, samples, augmented, names, batch_size):
     """Draws the first batch as the net sees it, train_batch.png, and statistics of all boxes, labels.png."""
     batch = det.collate([data[0, i] for i in range(batch_size)])
     pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
-    boxes, classes, sizes = zip(*((s.boxes[:, :4], s.boxes[:, 4], s.size) for s in samples))
+    boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
     charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
 
 

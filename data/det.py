@@ -36,7 +36,7 @@ class Input(images.Input):
 class Sample(NamedTuple):
     """An image with its boxes, or a window of an image."""
     file: Path
-    boxes: np.ndarray     # float64 (n, 5): x1, y1, x2, y2, class, in pixels of the image or window
+    boxes: np.ndarray     # float64 (n, 5): class, x1, y1, x2, y2, in pixels of the image or window
     size: tuple           # (height, width)
     window: tuple = None  # (y, x, height, width) in the file; None: the whole image
     weight: float = 1.0   # how often the sample is drawn, compared with the others
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 def samples(data, indices, weight=1.0):
     """Some images of data.labels.Labels -> list of Sample."""
-    return [Sample(data.files[i], np.column_stack((data.boxes[i], data.classes[i])), data.sizes[i], weight=weight)
+    return [Sample(data.files[i], np.column_stack((data.classes[i], data.boxes[i])), data.sizes[i], weight=weight)
             for i in indices]
 
 
@@ -57,17 +57,17 @@ def cut(samples, tile, overlap):
         windows = tiles.cover(sample.size, tile, overlap)
         found += [] if windows else [sample]
         for y, x, height, width in windows:
-            rows = crop(sample.boxes, sample.boxes[:, :4] - [x, y, x, y], (0, 0, width, height))
+            rows = crop(sample.boxes, sample.boxes[:, 1:] - [x, y, x, y], (0, 0, width, height))
             found.append(sample._replace(boxes=rows, size=(height, width), window=(y, x, height, width)))
     return found
 
 
 def crop(rows, moved, area):
-    """rows (n, 5) of box and class; moved (n, 4): where the boxes are now -> the rows (m, 5) of those boxes that are
+    """rows (n, 5) of class and box; moved (n, 4): where the boxes are now -> the rows (m, 5) of those boxes that are
     still visible in the area (x1, y1, x2, y2), clipped to it."""
     clipped = moved.clip([*area[:2]] * 2, [*area[2:]] * 2)
     keep = augment.visible(moved, clipped)
-    return np.column_stack((clipped[keep], rows[keep, 4]))
+    return np.column_stack((rows[keep, 0], clipped[keep]))
 
 
 def rect(size, imgsz, stride, pad=0.5):
@@ -131,7 +131,7 @@ class DetData(Dataset):
     """Training: `data[(epoch, index)]` -> an augmented picture imgsz x imgsz, which depends on (seed, epoch, index)
     only:
         {"image": (H, W, C) in the file's numbers, uint8 or float32,
-         "boxes": float32 (n, 5) of x1, y1, x2, y2, class in pixels of the picture,
+         "boxes": float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the picture,
          "colour": float32 (C, C), still to be applied by `Input`, "index": int}
 
     samples: list of Sample. bands: from 1; None: all. mosaic, mixup: probabilities, mixup blends a mosaic with a second
@@ -190,7 +190,7 @@ class DetData(Dataset):
         rows = []
         for source, k, matrix, cell in zip(sources, chosen, matrices, cells):
             matrix, drawn = paste(source, matrix, canvas, cell)
-            moved = warp_boxes(self.labels[k][:, :4], matrix @ self.pictures.matrices[k])
+            moved = warp_boxes(self.labels[k][:, 1:], matrix @ self.pictures.matrices[k])
             rows.append(crop(self.labels[k], moved, drawn))
         return canvas, np.concatenate(rows).astype(np.float32)
 
@@ -204,7 +204,7 @@ def new_canvas(like, shape):
 
 def collate(samples):
     """Samples of DetData or TiledImages -> a batch: {"image": (B, C, H, W) channels-last, "boxes": float32 (n, 6) of
-    position in the batch, x1, y1, x2, y2, class, "colour" stacked; everything else as lists, which stay on the CPU}."""
+    position in the batch, class, x1, y1, x2, y2, "colour" stacked; everything else as lists, which stay on the CPU}."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
     if len({image.dtype for image in batch["image"]}) > 1:  # stacking in a loader worker would not convert them
         batch["image"] = [image.float() for image in batch["image"]]
@@ -217,7 +217,7 @@ def collate(samples):
 def gt_boxes(batch):
     """The boxes of a collated batch, image by image: B tensors (n, 5) of x1, y1, x2, y2, class."""
     rows = batch["boxes"]
-    return [rows[rows[:, 0] == i, 1:] for i in range(len(batch["image"]))]
+    return [rows[rows[:, 0] == i, 1:].roll(-1, 1) for i in range(len(batch["image"]))]
 
 
 def move(rows, matrix):
@@ -231,10 +231,10 @@ class TiledImages(Dataset):
 
     `data[k]` -> view k, letterboxed:
         {"image": (height, width, C) in the file's numbers, uint8 or float32; "index": k,
-         "boxes": the image's `boxes`, float32 (n, 5) of x1, y1, x2, y2, class in pixels of the view,
+         "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the view,
          "matrix": float64 (3, 3), from pixels of the file to pixels of the view}
-    boxes: the same in pixels of the file, per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width)
-    per file; `data.shapes`: the same per view. UserError for a file without the bands.
+    boxes: the same in pixels of the file, per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: the same
+    per view. UserError for a file without the bands.
     """
 
     def __init__(self, files, boxes=None, *, bands, imgsz, stride, tile=None, overlap=0.25, cache=None):
@@ -264,7 +264,8 @@ class TiledImages(Dataset):
         matrix, _ = paste(image, matrix, canvas, (0, 0, width, height))
         y, x = window[:2] if window else (0, 0)
         matrix = matrix @ self.pictures.matrices[k] @ translate(-x, -y)
-        return {"image": canvas.permute(1, 2, 0), "boxes": move(self.boxes[i], matrix), "matrix": matrix, "index": k}
+        return {"image": canvas.permute(1, 2, 0), "boxes": move(self.boxes[i].roll(-1, 1), matrix).roll(1, 1),
+                "matrix": matrix, "index": k}
 
     def detect(self, loader, predict, *, iou, max_det, weights=None):
         """-> per file the detections (n, 6) within the image, in its pixels, the same on every rank.

@@ -22,7 +22,7 @@ def write_images(folder, sizes, *, bands=3):
         y, x = rng.integers(0, h - bh), rng.integers(0, w - bw)
         image[y:y + bh, x:x + bw] = COLOURS[i % 6]
         Image.fromarray(image).save(folder / f"{i}.png")
-        samples.append(Sample(folder / f"{i}.png", np.array([[x, y, x + bw, y + bh, i % 6]], np.float64), (h, w)))
+        samples.append(Sample(folder / f"{i}.png", np.array([[i % 6, x, y, x + bw, y + bh]], np.float64), (h, w)))
     return samples
 
 
@@ -37,7 +37,7 @@ def seen(image, k):
 
 def check(sample, tolerance=0.75):
     """Every box that the sample claims is where the pixels say, within `tolerance` pixels; returns their number."""
-    for *box, label in sample["boxes"].tolist():
+    for label, *box in sample["boxes"].tolist():
         strength = seen(sample["image"], int(label))
         inside = np.zeros(strength.shape, bool)
         x1, y1, x2, y2 = (int(np.floor(v)) if i < 2 else int(np.ceil(v)) for i, v in enumerate(box))
@@ -98,7 +98,7 @@ def test_rotated_boxes_contain_their_pixels(tmp_path):
     data = DetData(write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), degrees=30, shear=8, scale=0.2)
     for i in range(30):
         sample = data[0, i]
-        for x1, y1, x2, y2, label in sample["boxes"].tolist():
+        for label, x1, y1, x2, y2 in sample["boxes"].tolist():
             ys, xs = np.nonzero(seen(sample["image"], int(label)) > .6)
             assert xs.min() >= x1 - 1 and xs.max() + 1 <= x2 + 1 and ys.min() >= y1 - 1 and ys.max() + 1 <= y2 + 1
             assert xs.max() + 1 - xs.min() >= .5 * (x2 - x1)
@@ -118,10 +118,10 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(tmp_path):
 def test_close_mosaic(tmp_path):
     data = DetData(write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5, translate=0, scale=0, flip_lr=0,
                    hsv=(0, 0, 0))
-    assert {int(label) for i in range(6) for label in data[4, i]["boxes"][:, 4] if int(label) != i}  # others' boxes
+    assert {int(label) for i in range(6) for label in data[4, i]["boxes"][:, 0] if int(label) != i}  # others' boxes
     for epoch in (5, 9):
         for i in range(6):
-            assert data[epoch, i]["boxes"][:, 4].tolist() == [i]
+            assert data[epoch, i]["boxes"][:, 0].tolist() == [i]
 
 
 def views(samples, **options):
@@ -140,8 +140,8 @@ def test_letterbox_and_back(tmp_path, monkeypatch, cache):
         view = data[i]
         assert tuple(view["image"].shape[:2]) == data.shapes[i] and view["index"] == i
         assert check(view) == 1
-        restored = det.move(view["boxes"][:, :4], np.linalg.inv(view["matrix"]))
-        np.testing.assert_allclose(restored, sample.boxes[:, :4], rtol=0, atol=1e-3)  # pixels of the file
+        restored = det.move(view["boxes"][:, 1:], np.linalg.inv(view["matrix"]))
+        np.testing.assert_allclose(restored, sample.boxes[:, 1:], rtol=0, atol=1e-3)  # pixels of the file
 
 
 def test_views_of_large_images_come_back_together(tmp_path):
@@ -167,9 +167,9 @@ def test_views_of_large_images_come_back_together(tmp_path):
 
     loader = [collate([data[k]]) for k in torch.randperm(len(data)).tolist()]
     results = data.detect(loader, predict, iou=0.6, max_det=300, weights=[1, 3])
-    for rows, want in zip(results, (small[0].boxes, np.column_stack((truths, range(3))), small[1].boxes)):
+    for rows, want in zip(results, (small[0].boxes, np.column_stack((range(3), truths)), small[1].boxes)):
         rows = rows[rows[:, 5].argsort()]
-        assert np.abs(rows[:, :4].numpy() - want[:, :4]).max() <= 1 and rows[:, 5].tolist() == want[:, 4].tolist()
+        assert np.abs(rows[:, :4].numpy() - want[:, 1:]).max() <= 1 and rows[:, 5].tolist() == want[:, 0].tolist()
         assert rows[:, 4].tolist() == pytest.approx([(0.8 + 3 * 0.4) / 4] * len(want))
     assert [len(rows) for rows in data.detect(loader, predict, iou=0.6, max_det=2, weights=[1, 3])] == [1, 2, 1]
 
@@ -219,11 +219,11 @@ def test_images_of_other_kinds(tmp_path):
     pixels[:, 10:30, 20:50] = 60000
     with rasterio.open(file, "w", driver="GTiff", count=5, height=40, width=60, dtype="uint16") as out:
         out.write(pixels)
-    data = DetData([Sample(file, np.array([[20.0, 10, 50, 30, 0]]), (40, 60))], bands=[1, 5], imgsz=96, **PLAIN)
+    data = DetData([Sample(file, np.array([[0, 20.0, 10, 50, 30]]), (40, 60))], bands=[1, 5], imgsz=96, **PLAIN)
     sample = data[0, 0]
     assert sample["image"].dtype == torch.float32 and sample["image"].shape == (96, 96, 2)
     assert sample["image"].max() == 60000 and sample["image"].min() == 0 and sample["colour"].shape == (2, 2)
-    (x1, y1, x2, y2, _), = sample["boxes"].tolist()
+    (_, x1, y1, x2, y2), = sample["boxes"].tolist()
     ys, xs = np.nonzero(sample["image"][..., 0].numpy() > 30000)
     assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - (x1, y1, x2, y2)).max() <= 1
 

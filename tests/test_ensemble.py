@@ -114,6 +114,12 @@ def test_the_order_of_members_is_their_names_only():
     assert len(set(found)) > 1 and found.tolist() == turned.tolist()
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (0, 5, 3), (2, 5, 4), (2, 4, 3)])
+def test_weights_of_other_shapes(shape):
+    with pytest.raises(ValueError, match="members"):
+        ensemble.fit_weights(np.zeros(shape), np.zeros((5, 3)), False)
+
+
 # ---- thresholds ------------------------------------------------------------------------------------------------------
 def best_by_trial(scores, labels):
     """-> most hits of any threshold 0..1 (all scores, their neighbours and both ends are tried)."""
@@ -162,8 +168,10 @@ def test_neighbouring_numbers_are_kept_apart():
             assert ensemble.hits(scores, np.array(labels), False, found) == 2 or labels == [[1], [1]] and low < 0.5
 
 
-def test_thresholds_of_no_images():
+def test_thresholds_of_no_images_and_of_other_shapes():
     assert ensemble.fit_thresholds(np.zeros((0, 3)), np.zeros((0, 3))).tolist() == [0.5] * 3
+    with pytest.raises(ValueError, match="images, classes"):
+        ensemble.fit_thresholds(np.zeros((4, 3)), np.zeros((4, 2)))
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

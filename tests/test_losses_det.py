@@ -21,7 +21,7 @@ def scene(seed, *, images=3, size=96, classes=4, most=6):
         for _ in range(rng.integers(0, most)):
             w, h = np.exp(rng.uniform(math.log(4), math.log(90), 2))
             x1, y1 = rng.uniform(0, size - min(w, size - 1)), rng.uniform(0, size - min(h, size - 1))
-            rows.append([i, x1, y1, min(x1 + w, size), min(y1 + h, size), label])
+            rows.append([i, rng.integers(classes), x1, y1, min(x1 + w, size), min(y1 + h, size)])
     rng.shuffle(rows)
     return torch.tensor(rows, dtype=torch.float64).view(-1, 6)
 
@@ -63,7 +63,7 @@ def slow_anchor_loss(maps, rows, anchors=ANCHORS, *, threshold=4.0, box=.05, obj
     for m, level, stride, balance in zip(maps, anchors.tolist(), (8, 16, 32, 64), balances):
         height, width, classes = m.shape[2], m.shape[3], m.shape[4] - 5
         target, boxes, labels = np.zeros(m.shape[:4]), [], []
-        for image, x1, y1, x2, y2, label in rows.tolist():
+        for image, label, x1, y1, x2, y2 in rows.tolist():
             x, y, w, h = (x1 + x2) / 2 / stride, (y1 + y2) / 2 / stride, (x2 - x1) / stride, (y2 - y1) / stride
             for a, (aw, ah) in enumerate(level):
                 if max(w / aw, aw / w, h / ah, ah / h) >= threshold:
@@ -150,7 +150,7 @@ def test_one_class_has_no_class_loss():
 
 
 def test_a_box_at_the_border_stays_inside():
-    row = torch.tensor([[0, 88.0, 88, 96, 96, 0]], dtype=torch.float64)
+    row = torch.tensor([[0, 0, 88.0, 88, 96, 96]], dtype=torch.float64)
     index, sizes, relative, _ = match_anchors((1, 3, 12, 12, 9), row, ANCHORS[0], 8, 4.0)
     _, anchor, j, i = np.unravel_index(index.numpy(), (1, 3, 12, 12))
     assert len(j) and int(j.max()) == 11 and int(i.max()) == 11 and torch.equal(sizes, ANCHORS[0][anchor])
@@ -187,7 +187,7 @@ def slow_free_loss(maps, rows, *, topk=3, alpha=.5, beta=6.0, box=7.5, dfl=1.5, 
         mine = [r[1:] for r in rows.tolist() if r[0] == image]
         claims = {}
         found = [decode(c, image) for c in cells]
-        for g, (*truth, label) in enumerate(mine):
+        for g, (label, *truth) in enumerate(mine):
             cx, cy = (truth[0] + truth[2]) / 2, (truth[1] + truth[3]) / 2
             hw, hh = (truth[2] - truth[0]) / 2, (truth[3] - truth[1]) / 2
             inside = [n for n, (x, y, s, _) in enumerate(cells)
@@ -237,7 +237,7 @@ def test_free_loss_without_boxes():
 
 def test_every_box_is_assigned_however_small():
     """A box of 3 pixels between the cells' centres still has cells."""
-    rows = torch.tensor([[0, 14.6, 14.6, 17.4, 17.4, 1]], dtype=torch.float64)
+    rows = torch.tensor([[0, 1, 14.6, 14.6, 17.4, 17.4]], dtype=torch.float64)
     _, parts = free_loss(free_maps(0, images=1), rows, STRIDES, BINS)
     assert parts["box"] > 0
 
@@ -256,8 +256,8 @@ def test_pad_keeps_boxes_with_their_images():
     boxes, classes, mask = pad(rows, 5)
     for image in range(5):
         mine = rows[rows[:, 0] == image]
-        assert torch.equal(boxes[image][mask[image]], mine[:, 1:5])
-        assert torch.equal(classes[image][mask[image]], mine[:, 5].long())
+        assert torch.equal(boxes[image][mask[image]], mine[:, 2:])
+        assert torch.equal(classes[image][mask[image]], mine[:, 1].long())
     assert not mask[4].any()
 
 

@@ -279,6 +279,11 @@ def test_masks_of_other_types_and_half_of_an_object():
     predicted = torch.tensor([[[1, 0, 0, 1, 0, 0]]], dtype=torch.bool)
     row, = reviewed(truth, predicted, ignore=-1).samples(["a"])
     assert row == {"name": "a", "score": 2 / 5, "area": 5, "predicted": 2, "objects": 2, "found": 1}
+    for wrong in (truth[:, 0], truth[..., :5]):
+        with pytest.raises(ValueError, match="must both be"):
+            SampleIoU().update([0], predicted, wrong)
+    with pytest.raises(ValueError):
+        SampleIoU().update([0, 1], predicted, truth)
 
 
 def test_ranks_are_gathered(monkeypatch):

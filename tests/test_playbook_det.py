@@ -91,7 +91,7 @@ def test_training_maps_classes_by_name_and_draws_by_weight(script, tmp_path, lot
     assert names == ["adult", "sedan", "bus"]
     for file, rows, size, _, weight in samples[4:]:
         label, box = lots[1][file.name]
-        assert [names[int(i)] for i in rows[:, 4]] == [NAMES[label]] and rows[0, :4] == pytest.approx(box, abs=1.5)
+        assert [names[int(i)] for i in rows[:, 0]] == [NAMES[label]] and rows[0, 1:] == pytest.approx(box, abs=1.5)
         assert size == (96, 96) and weight == 4
     assert [sample.file.parent.parent.parent.name for sample in samples] == ["DATA"] * 4 + ["pseudo"] * 5
     sampler, count = loaders[0].batch_sampler, Counter()
@@ -102,7 +102,7 @@ def test_training_maps_classes_by_name_and_draws_by_weight(script, tmp_path, lot
     monkeypatch.setattr(train_det, "train_loader", lambda *_, weights, **options: loaders.append(weights) or stop())
     with pytest.raises(Stopped):  # both together: their product
         script(train_det, *flags, "--extra-data", "out/pseudo:4", "--image-weights")
-    classes = [sample.boxes[:, 4] for sample in sources[1][0]]
+    classes = [sample.boxes[:, 0] for sample in sources[1][0]]
     balance = np.array([sum(1 / sum((other == k).sum() for other in classes) for k in c) for c in classes])
     balance += balance[balance > 0].min() / 10
     product = balance * ([1] * 4 + [4] * 5)
@@ -199,7 +199,7 @@ def test_cut_agrees_with_a_plain_loop():
     corners = [rng.random((n, 2, 2)) * size[::-1] for n, size in zip((40, 12, 25, 0, 60), sizes)]
     corners[4][:10, 1] = corners[4][:10, 0] + rng.random((10, 2)) * 15  # small ones, which a window shows whole
     boxes = [np.concatenate((c.min(1), c.max(1).clip(max=size[::-1])), 1) for c, size in zip(corners, sizes)]
-    rows = [np.column_stack((b, np.arange(len(b)) + 1000 * i)) for i, b in enumerate(boxes)]
+    rows = [np.column_stack((np.arange(len(b)) + 1000 * i, b)) for i, b in enumerate(boxes)]
     samples = [det.Sample(f"{i}.png", r.copy(), size, weight=i) for i, (r, size) in enumerate(zip(rows, sizes))]
     got = det.cut(samples, tile=64, overlap=0.25)
     want = [(i, window) for i, size in enumerate(sizes) for window in tiles.cover(size, 64, 0.25) or [None]]
@@ -211,10 +211,10 @@ def test_cut_agrees_with_a_plain_loop():
         if window is None:  # small boxes too, as in an image that was never cut
             assert (sample.boxes == rows[i]).all()
             continue
-        kept, k = plain_cut(boxes[i], window), sample.boxes[:, 4].astype(int)
+        kept, k = plain_cut(boxes[i], window), sample.boxes[:, 0].astype(int)
         assert k.tolist() == [1000 * i + j for j, _ in kept]
-        assert sample.boxes[:, :4] == pytest.approx(np.array([box for _, box in kept]).reshape(-1, 4))
-        sides = [b[:, 2:] - b[:, :2] for b in (sample.boxes[:, :4], boxes[i][k % 1000])]
+        assert sample.boxes[:, 1:] == pytest.approx(np.array([box for _, box in kept]).reshape(-1, 4))
+        sides = [b[:, 2:] - b[:, :2] for b in (sample.boxes[:, 1:], boxes[i][k % 1000])]
         whole |= set(k[np.isclose(*sides).all(1)].tolist())
     small = {1000 * i + j for i in (0, 2, 3, 4) for j, (w, h) in enumerate(boxes[i][:, 2:] - boxes[i][:, :2])
              if 2 < min(w, h) and max(w, h) <= 0.25 * 64 and max(w, h) < 100 * min(w, h)}
@@ -238,7 +238,7 @@ def scenes(folder):
         pixels_of[folder / name] = decoded
         low = rng.random((12, 2)) * np.subtract(size[::-1], 20)
         high = low + 5 + rng.random((12, 2)) * 15
-        samples.append(det.Sample(folder / name, np.column_stack((low, high, rng.integers(0, 3, 12))), size))
+        samples.append(det.Sample(folder / name, np.column_stack((rng.integers(0, 3, 12), low, high)), size))
     return samples, pixels_of
 
 
@@ -268,7 +268,7 @@ def test_a_window_shows_the_files_pixels(tmp_path, monkeypatch, cache):
         dy, dx = (64 - height) // 2, (64 - width) // 2
         picture = found["image"][dy:dy + height, dx:dx + width].numpy().astype(np.float32)
         assert np.abs(picture - want).max() <= (2 if sample.file.suffix == ".jpg" else 0), sample
-        assert found["boxes"].numpy() == pytest.approx(sample.boxes + [dx, dy, dx, dy, 0], abs=1e-4)
+        assert found["boxes"].numpy() == pytest.approx(sample.boxes + [0, dx, dy, dx, dy], abs=1e-4)
     assert not cache or not reads
 
 
@@ -392,7 +392,7 @@ def test_windows_have_their_images_weight(script, tmp_path, monkeypatch):
         script(train_det, *flags, "--head", "anchor")
     samples = seen.pop()
     assert [sample.size for sample in samples] == [(64, 64)] * 24 + [(40, 56)] * 8
-    assert all(((0 <= s.boxes[:, :4]) & (s.boxes[:, :4] <= [*s.size[::-1]] * 2)).all() for s in samples)
+    assert all(((0 <= s.boxes[:, 1:]) & (s.boxes[:, 1:] <= [*s.size[::-1]] * 2)).all() for s in samples)
     monkeypatch.setattr(train_det, "train_loader", lambda data, *_, weights, **options: seen.append((data, weights))
                         or stop())
     for more in ([], ["--image-weights"]):
@@ -400,7 +400,7 @@ def test_windows_have_their_images_weight(script, tmp_path, monkeypatch):
             script(train_det, *flags, *more)
     (data, weights), (_, balanced) = seen
     assert weights.tolist() == [1.0] * 24 + [3.0] * 8 and len(data) == 32  # four images of six windows
-    classes = [rows[:, 4] for rows in data.labels]
+    classes = [rows[:, 0] for rows in data.labels]
     assert balanced == pytest.approx(weights * train_det.class_balance(classes))
 
 

@@ -215,8 +215,8 @@ def test_boxes_of_the_noisy_images(script, parking, finder, monkeypatch):  # noq
                 for x, y, w, h in [item["bbox"]]]
         want = {k: np.array([box for box, kind in true if kind == k]) for k in {kind for _, kind in true}}
         want = {k: (*some.min(0)[:2], *some.max(0)[2:]) for k, some in want.items()}
-        assert sorted(found[:, 4]) == sorted(want) and (len(true) > len(want)) == (n == 9)
-        assert all(np.abs(np.subtract(box, want[k])).max() <= 2 for *box, k in found)
+        assert sorted(found[:, 0]) == sorted(want) and (len(true) > len(want)) == (n == 9)
+        assert all(np.abs(np.subtract(box, want[k])).max() <= 2 for k, *box in found)
 
 
 def test_classes_of_the_noisy_images(script, dirty, monkeypatch):

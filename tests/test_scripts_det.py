@@ -569,8 +569,8 @@ def test_boxes_are_resized_with_the_batch(script, parking, monkeypatch):
         loss(state.model, batch)
         side, targets = seen[-1]
         sides.add(side)
-        assert torch.equal(targets[:, [0, 5]], batch["boxes"][:, [0, 5]])
-        torch.testing.assert_close(targets[:, 1:5], batch["boxes"][:, 1:5] * (side / 64))
+        assert torch.equal(targets[:, :2], batch["boxes"][:, :2])
+        torch.testing.assert_close(targets[:, 2:], batch["boxes"][:, 2:] * (side / 64))
     assert sides == {32, 64, 96}
 
 
@@ -580,7 +580,7 @@ def test_anchors_are_fitted_to_boxes_as_the_net_sees_them(monkeypatch):
     new = np.arange(18, dtype=np.float32).reshape(3, 3, 2)
     monkeypatch.setattr(train_det.anchors, "auto", lambda *args, **options: seen.append((args, options)) or (new, ""))
     args = SimpleNamespace(imgsz=320, anchor_threshold=2.91, seed=5)
-    boxes = [np.array([[0, 0, 10, 20.0, 1], [3, 4, 8, 5, 0]]), np.zeros((0, 5)), np.array([[5, 5, 105, 25.0, 2]])]
+    boxes = [np.array([[1, 0, 0, 10, 20.0], [0, 3, 4, 8, 5]]), np.zeros((0, 5)), np.array([[2, 5, 5, 105, 25.0]])]
     samples = [det.Sample("", rows, size) for rows, size in zip(boxes, [(40, 80), (9, 9), (200, 100)])]
     train_det.fit_anchors(head, samples, args)
     [((wh, old), options)] = seen

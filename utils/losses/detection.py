@@ -1,6 +1,6 @@
 """Detection losses: they assign ground-truth boxes to cells of the maps and compare the cells' outputs with them.
 
-Ground-truth `boxes` are rows (n, 6): position of the image in the batch, x1, y1, x2, y2 in pixels, class. Sums over
+Ground-truth `boxes` are rows (n, 6): position of the image in the batch, class, x1, y1, x2, y2 in pixels. Sums over
 boxes are divided by counts over all ranks, so that several processes compute the same gradient as one process.
 """
 import torch
@@ -59,7 +59,7 @@ def match_anchors(shape, boxes, anchors, stride, threshold):
     nearer horizontal and the nearer vertical neighbour.
     """
     rows, columns = shape[2:4]
-    xywh = to_xywh(boxes[:, 1:5]) / stride
+    xywh = to_xywh(boxes[:, 2:]) / stride
     ratio = xywh[:, None, 2:] / anchors
     target, anchor = (torch.maximum(ratio, 1 / ratio).amax(-1) < threshold).nonzero(as_tuple=True)
     xy = xywh[target, :2]
@@ -69,7 +69,7 @@ def match_anchors(shape, boxes, anchors, stride, threshold):
     cell, target, anchor = (cell + side * steps).flatten(0, 1), target.repeat(3), anchor.repeat(3)
     inside = ((cell >= 0) & (cell < limit)).all(1)
     cell, target, anchor = cell[inside], target[inside], anchor[inside]
-    (image, classes), (column, row) = boxes[target][:, [0, 5]].long().T, cell.long().T
+    (image, classes), (column, row) = boxes[target, :2].long().T, cell.long().T
     index = ((image * len(anchors) + anchor) * rows + row) * columns + column
     relative = torch.cat((xywh[target, :2] - cell, xywh[target, 2:]), 1)
     return index, anchors[anchor], relative, classes
@@ -148,7 +148,7 @@ def pad(boxes, batch):
     rows = boxes[boxes[:, 0].argsort(stable=True), 1:].split(counts)
     # one row more, so that M is at least 1
     padded = pad_sequence([*rows, boxes.new_zeros(1, 5)], batch_first=True, padding_value=-1)[:batch]
-    return padded[..., :4], padded[..., 4].long().clamp(min=0), padded[..., 4] >= 0
+    return padded[..., 1:], padded[..., 0].long().clamp(min=0), padded[..., 0] >= 0
 
 
 def _bce(logits, target, pos_weight, gamma):

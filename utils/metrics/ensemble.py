@@ -20,8 +20,10 @@ def average(probs, weights):
 
 
 def adds_up(probs):
-    """Whether every row of a table of probabilities (N, C) adds up to 1, within the rounding of two digits."""
-    return bool((abs(probs.sum(1) - 1) < 0.005 * probs.shape[1] + 1e-9).all())
+    """Whether every row of a table of probabilities (N, C) adds up to 1, to the precision of its digits."""
+    digits = next(d for d in range(1, 9) if d == 8 or np.allclose(np.round(probs, d), probs, rtol=0, atol=1e-12))
+    rounded = np.clip(0.5 * 10.0 ** -digits * probs.shape[1], 1e-5, 0.1)
+    return bool((abs(probs.sum(1) - 1) < rounded + 1e-9).all())
 
 
 def hits(probs, labels, single_label=False, thresholds=0.5):
@@ -37,9 +39,11 @@ def fit_weights(probs, labels, single_label):
 
     Coordinate ascent from equal weights: of all changes of one weight the best is made, until none is better. Better is
     more `hits` at threshold 0.5, or as many with more equal weights (a lower sum of squares of the shares); where two
-    changes are alike the earlier member's. Never worse than equal weights on these images.
+    changes are alike the earlier member's. Never worse than equal weights on these images. ValueError for other shapes.
     """
     probs, labels = np.asarray(probs, np.float64), np.asarray(labels)
+    if probs.ndim != 3 or not len(probs) or probs.shape[1:] != labels.shape:
+        raise ValueError(f"probs {probs.shape} must be (members, *labels.shape), labels are {labels.shape}")
 
     def value(weights):
         shares = np.array(weights) / sum(weights)
@@ -59,8 +63,11 @@ def fit_thresholds(probs, labels):
 
     Every way to divide a class's scores is tried: below the lowest, between each two neighbours, above the highest.
     The threshold is the middle of the best gap; 0.5 where that is as good, else of several the one nearest to 0.5.
+    ValueError for other shapes.
     """
     probs, labels = np.asarray(probs, np.float64), np.asarray(labels) > 0.5
+    if probs.ndim != 2 or probs.shape != labels.shape:
+        raise ValueError(f"probs {probs.shape} and labels {labels.shape} must both be (images, classes)")
     found = []
     for scores, positive in zip(probs.T, labels.T):
         values = np.unique([0, *scores, 1])
@@ -88,19 +95,17 @@ def read(path, checkpoints, names, single_label, *, flags=""):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         weights = {str(Path(name).resolve()): weight for name, weight in dict(found["weights"]).items()}
         thresholds = dict(found["thresholds"])
-        numbers = (*weights.values(), *thresholds.values())
-        if not all(0 <= value <= 1e9 for value in numbers) or not sum(weights.values()):
+        if not all(0 <= value <= 1e9 for value in (*weights.values(), *thresholds.values())) or not sum(weights.values()):
             raise ValueError("a number is out of range")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a fitted ensemble ({type(error).__name__}: {error}); give the ensemble.json of "
                         f"--fit-weights") from None
     given = [str(Path(checkpoint).resolve()) for checkpoint in checkpoints]
-    for what, fitted, now in (("checkpoints", sorted(weights), sorted(given)),
-                              ("flags", found.get("flags", flags), flags),
+    for what, fitted, now in (("checkpoints", sorted(weights), sorted(given)), ("flags", found.get("flags", flags), flags),
                               ("classes", sorted(thresholds), [] if single_label else sorted(names))):
         if fitted != now:
-            raise UserError(f"{path}: was fitted with the {what} {fitted!r}, not {now!r}; give the same, or fit anew "
-                            f"with --fit-weights")
+            raise UserError(f"{path}: was fitted with the {what} {fitted!r}, not {now!r}; give the same, or fit anew with "
+                            f"--fit-weights")
     return [weights[checkpoint] for checkpoint in given], \
         0.5 if single_label else np.array([thresholds[name] for name in names])
 

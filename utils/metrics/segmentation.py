@@ -160,7 +160,10 @@ class SampleIoU:
     @torch.no_grad()
     def update(self, index, predicted, truth):
         """index (B,), the images' numbers; predicted, truth (B,H,W), class indices (bool or 0 and 1 where there is
-        one class)."""
+        one class). ValueError when the shapes differ."""
+        if predicted.shape != truth.shape or truth.ndim != 3 or len(index) != len(truth):
+            raise ValueError(f"predictions {tuple(predicted.shape)} and truth {tuple(truth.shape)} must both be "
+                             f"(B,H,W), with {len(index)} images")
         valid = _valid(truth, self.ignore)
         for number, p, t in zip(index, (predicted * valid).cpu(), (truth * valid).cpu()):
             right, objects = (p == t) & (t > 0), components(t)

@@ -119,7 +119,8 @@ def _density(xs, ys, x, y, axis, **texts):
     plot = Plot((300, 300), x, y, x_ticks=axis, y_ticks=axis, **texts)
     ends = [(TOP, plot.bottom), (plot.left, plot.right)]
     columns, rows = plot.place(xs, ys)
-    counts, *_ = np.histogram2d(rows.clip(*ends[0]), columns.clip(*ends[1]), 20, ends)
+    bins = round(min(30, max(8, (len(xs) / 10) ** 0.5)))  # few boxes, large bins: the picture is not to show noise
+    counts, *_ = np.histogram2d(rows.clip(*ends[0]), columns.clip(*ends[1]), bins, ends)
     plot.heat_map(shade((counts / max(counts.max(), 1)) ** 0.4, LINE))
     return plot.image
 
