@@ -84,12 +84,13 @@ def default_scale(files, bands):
     to 0..1."""
     file, white = files[0], images.default_scale(files)
     pixels = images.read_picture(file, bands, shape=reduced(images.size(file)[1:], 1024)).numpy()
+    dtype = images.header(file).dtype
     if pixels.min() < 0:  # decibels, for example, would all become 0
-        raise UserError(f"{file}: has {images.header(file).dtype} pixels down to {pixels.min():g}, and everything below "
+        raise UserError(f"{file}: has {dtype} pixels down to {pixels.min():g}, and everything below "
                         f"0 becomes black; add a number to the pixels of all images so that they begin at 0, or accept "
                         f"it with --pixel-scale")
     if pixels.max() > white:
-        raise UserError(f"{file}: has {images.header(file).dtype} pixels up to {pixels.max():g}, and nothing says which "
+        raise UserError(f"{file}: has {dtype} pixels up to {pixels.max():g}, and nothing says which "
                         f"value is white; give it with --pixel-scale")
     return white
 
@@ -233,8 +234,8 @@ class TiledImages(Dataset):
         {"image": (height, width, C) in the file's numbers, uint8 or float32; "index": k,
          "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the view,
          "matrix": float64 (3, 3), from pixels of the file to pixels of the view}
-    boxes: the same in pixels of the file, per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width) per file; `data.shapes`: the same
-    per view. UserError for a file without the bands.
+    boxes: the same in pixels of the file, per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width)
+    per file; `data.shapes`: the same per view. UserError for a file without the bands.
     """
 
     def __init__(self, files, boxes=None, *, bands, imgsz, stride, tile=None, overlap=0.25, cache=None):

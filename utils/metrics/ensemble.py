@@ -95,17 +95,19 @@ def read(path, checkpoints, names, single_label, *, flags=""):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         weights = {str(Path(name).resolve()): weight for name, weight in dict(found["weights"]).items()}
         thresholds = dict(found["thresholds"])
-        if not all(0 <= value <= 1e9 for value in (*weights.values(), *thresholds.values())) or not sum(weights.values()):
+        numbers = (*weights.values(), *thresholds.values())
+        if not all(0 <= number <= 1e9 for number in numbers) or not sum(weights.values()):
             raise ValueError("a number is out of range")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a fitted ensemble ({type(error).__name__}: {error}); give the ensemble.json of "
                         f"--fit-weights") from None
     given = [str(Path(checkpoint).resolve()) for checkpoint in checkpoints]
-    for what, fitted, now in (("checkpoints", sorted(weights), sorted(given)), ("flags", found.get("flags", flags), flags),
+    for what, fitted, now in (("checkpoints", sorted(weights), sorted(given)),
+                              ("flags", found.get("flags", flags), flags),
                               ("classes", sorted(thresholds), [] if single_label else sorted(names))):
         if fitted != now:
-            raise UserError(f"{path}: was fitted with the {what} {fitted!r}, not {now!r}; give the same, or fit anew with "
-                            f"--fit-weights")
+            raise UserError(f"{path}: was fitted with the {what} {fitted!r}, not {now!r}; give the same, or fit anew "
+                            f"with --fit-weights")
     return [weights[checkpoint] for checkpoint in given], \
         0.5 if single_label else np.array([thresholds[name] for name in names])
 

@@ -136,7 +136,7 @@ def error_map(truth, prediction):
 
 # ---- sheets ----------------------------------------------------------------------------------------------------------
 def fit(picture, max_side):
-    """A picture scaled so that its longer side fits max_side: down smoothly, up by a whole factor with visible pixels."""
+    """A picture scaled so that its longer side fits max_side: down smoothly, up by a whole factor (pixels are seen)."""
     height, width = picture.shape[:2]
     zoom = max_side / max(height, width)
     zoom, how = (int(zoom), Image.Resampling.NEAREST) if zoom >= 1 else (zoom, Image.Resampling.LANCZOS)
