@@ -15,10 +15,11 @@ MOST = 20  # classes in a legend
 
 
 def class_name(names, k):
-    """The name of class k in one line of ASCII, all that Pillow's own font has: accents are dropped, and a name without
-    ASCII is replaced by the number of the class."""
+    """The name of class k in one line of ASCII, all that Pillow's own font has: accents are dropped, and a name in
+    another script is replaced by the number of the class."""
     text = unicodedata.normalize("NFKD", " ".join(str(names[k]).split())) if 0 <= k < len(names) else ""
-    return text.encode("ascii", "ignore").decode() or f"class {k}"
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    return text if text and text.isascii() else f"class {k}"
 
 
 def colour_of(k):
