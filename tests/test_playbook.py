@@ -324,7 +324,7 @@ def test_copies_of_validation_images_in_extra_data(script, tmp_path, monkeypatch
     assert [(tmp_path / file) for file, _ in found] == files[2:] + stay + others
     assert list(weights) == [1.0] * 4 + [3.0] * 4 + [5.0] * 6
     with monkeypatch.context() as patch:  # the labels that the same files have without the copies
-        patch.setattr(module.folds, "unseen", lambda files, *_: list(range(len(files))))
+        patch.setattr(module.folds, "without_copies", lambda files, *_: list(range(len(files))))
         with pytest.raises(Stopped):
             script(module, *flags, "more", "other")
     label_of = {tmp_path / file: label for file, label in training_set(module, seen[-1][0])}

@@ -637,7 +637,8 @@ def test_the_other_padding_is_refused(tmp_path, monkeypatch, efficientnet):
 
 def first_edition(task, arch, **more):
     """A checkpoint of the first edition, with the keys that reading weights needs."""
-    of_task = {"seg": {"mean_planes": False, "classes": 1}, "cls": {"norm": [[0.5], [0.5]], "exclusive": True, "classes": ["a", "b"]}}
+    of_task = {"seg": {"mean_planes": False, "classes": 1},
+               "cls": {"norm": [[0.5], [0.5]], "exclusive": True, "classes": ["a", "b"]}}
     return {"task": task, "arch": arch, "bands": [1], "scale": 255.0, "imgsz": 32, **of_task[task], **more}
 
 
