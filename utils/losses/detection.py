@@ -5,7 +5,6 @@ boxes are divided by counts over all ranks, so that several processes compute th
 """
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from utils.losses import focus
 from utils.ops.anchors import decode_points
@@ -143,12 +142,15 @@ def distribution_focal(logits, target):
 
 def pad(boxes, batch):
     """Rows (n, 6) of `batch` images, padded to M >= 1 rows per image -> boxes (batch, M, 4), classes (batch, M), mask
-    (batch, M): False for padding."""
-    counts = boxes[:, 0].long().bincount(minlength=batch).tolist()
-    rows = boxes[boxes[:, 0].argsort(stable=True), 1:].split(counts)
-    # one row more, so that M is at least 1
-    padded = pad_sequence([*rows, boxes.new_zeros(1, 5)], batch_first=True, padding_value=-1)[:batch]
-    return padded[..., 1:], padded[..., 0].long().clamp(min=0), padded[..., 0] >= 0
+    (batch, M): False for padding. No loop over images: a GPU would wait for each."""
+    boxes = boxes[boxes[:, 0].argsort(stable=True)]
+    image = boxes[:, 0].long()
+    count = image.bincount(minlength=batch)
+    slot = torch.arange(len(image), device=boxes.device) - (count.cumsum(0) - count)[image]
+    padded = boxes.new_zeros(batch, max(1, int(count.max())), 6)
+    padded[image, slot] = boxes
+    padded[image, slot, 0] = 1
+    return padded[..., 2:], padded[..., 1].long(), padded[..., 0] > 0
 
 
 def _bce(logits, target, pos_weight, gamma):
