@@ -121,8 +121,8 @@ def test_a_signal_in_validation_lets_all_ranks_finish_it(tmp_path, straight):
 def test_an_error_on_one_rank_ends_both(tmp_path, rank, fault, code):
     began = time.monotonic()
     runs = world(tmp_path, *RUN, "--fault", fault, "--fault-rank", rank)
-    codes = [run.wait(20) for run in runs]
-    assert time.monotonic() - began < 15
+    codes = [run.wait(60) for run in runs]
+    assert time.monotonic() - began < 60
     assert code in (codes[rank], codes[1 - rank]) and 0 not in codes
     lines = errors(*runs)
     assert 1 <= len(lines) <= 2
@@ -138,7 +138,7 @@ def test_a_rank_that_hangs_is_noticed(tmp_path, rank):
     """SIGSTOP; with 3 s of patience instead of 10 minutes."""
     runs = world(tmp_path, *RUN, "--fault", "stop@batch:5", "--fault-rank", rank, PATIENCE=3)
     began = time.monotonic()
-    assert runs[1 - rank].wait(30) == 2 and 3 < time.monotonic() - began < 20
+    assert runs[1 - rank].wait(90) == 2 and 3 < time.monotonic() - began < 60
     assert len(errors(runs[1 - rank])) == 1 and "has ended or hangs" in errors(runs[1 - rank])[0]
     runs[rank].send(signal.SIGKILL, group=True)
 
@@ -162,7 +162,7 @@ def restarted(tmp_path, straight, rank, fault):
     """One SIGKILL under `torchrun --max-restarts 1`."""
     run = torchrun(tmp_path, *RUN, "--every-step", "--fault", fault, "--fault-rank", rank,
                    flags=("--nproc_per_node", 2, "--max-restarts", 1, "--master_port", free_port()))
-    assert run.wait(120) == 0, run.err
+    assert run.wait(240) == 0, run.err
     assert run.out.count("started") == 4
     # where torchrun is slow to end it, the process that is left says whom it misses
     assert all("another process of this run has ended" in line for line in errors(run)) and len(errors(run)) <= 1
@@ -190,7 +190,7 @@ def test_two_agents_survive_a_kill(tmp_path, straight, rank):
     """The agent of the other process restarts it without counting that as a restart."""
     runs = agents(tmp_path, "--every-step", "--fault", "kill@batch:12", "--fault-rank", rank)
     for run in runs:
-        assert run.wait(120) == 0, run.err
+        assert run.wait(240) == 0, run.err
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["exp"]
     assert close(straight, tmp_path / "exp" / "last.pt", 1e-5)  # each agent's process has all cores: other sums
 
@@ -206,7 +206,7 @@ def test_torchrun_says_an_error_once(tmp_path):
     run = torchrun(tmp_path, *RUN, "--fault", "error@batch:5", "--fault-rank", 1,
                    flags=("--nproc_per_node", 2, "--master_port", free_port()))
     began = time.monotonic()
-    assert run.wait(60) == 1 and time.monotonic() - began < 40
+    assert run.wait(120) == 1 and time.monotonic() - began < 120
     assert errors(run) == ["error: toy batch: an error to order; order another"]
     gone(run, 2)
 
@@ -216,7 +216,7 @@ def test_sigterm_to_torchrun_saves(tmp_path, straight):
     run.until("epoch 1")
     began = time.monotonic()
     run.send(signal.SIGTERM)
-    assert run.wait(30) not in (0, -signal.SIGKILL) and time.monotonic() - began < 10
+    assert run.wait(60) not in (0, -signal.SIGKILL) and time.monotonic() - began < 60
     assert "stopped and saved at step" in run.out and errors(run) == []
     toys(tmp_path, "--resume")
     same_run(straight, tmp_path / "exp" / "last.pt")
@@ -226,7 +226,7 @@ def test_sigterm_to_torchrun_saves(tmp_path, straight):
 def test_two_agents_train_together(tmp_path, straight):
     runs = agents(tmp_path)
     for run in runs:
-        assert run.wait(90) == 0, run.err
+        assert run.wait(240) == 0, run.err
     assert sorted("epoch 4" in run.out for run in runs) == [False, True]  # one of them is rank 0
     assert close(straight, tmp_path / "exp" / "last.pt", 1e-5)  # each may have more threads, which round otherwise
 
