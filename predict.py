@@ -38,6 +38,7 @@ from utils.train.state import precision, to_device
 
 INPUT = {"seg": seg.Input, "det": det.Input, "cls": cls.Input}
 TEST_FOLDER = {"seg": seg.test_folder, "det": labels.test_folder, "cls": cls.test_folder}
+NEEDED = {"seg": (), "det": ("category_ids",), "cls": ("single_label",)}  # of a checkpoint, beside what all have
 OVERLAP = 0.25  # of neighbouring windows, if the training had no --overlap
 
 
@@ -98,7 +99,6 @@ def parse_args():
     add("--ensemble", "cls", metavar="JSON", help="an earlier ensemble.json, for the same checkpoints and views")
     args = parser.parse_args()
     flags.check_task(args, {flag: (tasks, parser.get_default(flag)) for flag, tasks in only.items()})
-    flags.check_views(args)
     args.conf = (0.25 if args.detector else 0.01) if args.conf is None else args.conf
     return args
 
@@ -133,6 +133,7 @@ def load_members(args, task, device, paths, states):
         try:
             net, inputs, classes = nets.build(state["arch"]), INPUT[task](**state["input"]), state["classes"]
             np.broadcast_to(np.asarray(state.get("threshold") or 0.5, float), np.size(classes))
+            [state["args"]["data"], *(state[key] for key in NEEDED[args.task])]
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(checkpoint.OTHER_VERSION.format(path) + f" ({error})") from None
         if classes != states[0]["classes"]:

@@ -145,10 +145,10 @@ def test_letters_that_cannot_be_used(refused, tmp_path):
 
 
 @pytest.mark.parametrize("flag, values", [
-    ("net", ["efficientnetv2_x", "resnet50", ""]), ("bands", ["0-3", "x"]), ("scale", ["0", "-1", "nan"]),
+    ("bands", ["0-3", "x"]), ("pixel-scale", ["0", "-1", "nan"]), ("cutout-size", ["0", "1", "nan"]),
     ("synthesize-count", ["0", "x"]), ("subset", ["1", "-5", "0.5"]), ("val-interval", ["0", "1.1", "nan"]),
     ("loss", ["x", "bce=-1", "bce=x", ""]), ("label-smoothing", ["1"]), ("drop", ["1", "-0.1"]), ("drop-path", ["1"]),
-    ("flip", ["1.1"]), ("degrees", ["181", "-1"]), ("p-affine", ["2"]), ("cutout", ["1", "-0.1"]), ("imgsz", ["15"]),
+    ("flip", ["1.1"]), ("degrees", ["181", "-1"]), ("p-affine", ["2"]), ("cutout", ["1.1", "-0.1"]), ("imgsz", ["15"]),
     ("bs", ["0"]), ("accumulate", ["0"])])
 def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -158,6 +158,13 @@ def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
             train_cls.main()
         out, err = capsys.readouterr()
         assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and f"--{flag}" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("net", ["efficientnetv2_x", "resnet50", "", "os.system", "blocks.relu", "mine.Mine"])
+def test_nets_that_are_not_there(refused, root, tmp_path, net):
+    """Refused before data is read and before there is a run folder."""
+    train(refused, "--data", "nowhere", f"--net={net}", says=["--net", "no such net"])
     assert not (tmp_path / "runs").exists()
 
 

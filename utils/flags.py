@@ -10,6 +10,7 @@ def check_task(args, known):
         used = args.task in tasks or args.detector and flag in ("imgsz", "conf", "iou", "max_det")
         if vars(args)[flag] != default and not used:
             raise UserError(f"--{flag.replace('_', '-')}: does nothing for --task {args.task}; leave it out")
+    check_views(args)
 
 
 def check_views(args):
