@@ -116,7 +116,7 @@ def test_prediction_writes_the_submission_and_georeferenced_masks(script, wildfi
 
 def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     state = checkpoint.load(trained / "best.pt")
-    args, cpu = Namespace(amp="off", compile=False), torch.device("cpu")
+    args, cpu = Namespace(task="seg", amp="off", compile=False), torch.device("cpu")
     path = sorted((wildfire / "test_img").iterdir())[0]
     raw = images.read(path, state["input"]["bands"])[None]
     with torch.inference_mode():
