@@ -422,7 +422,8 @@ def test_the_true_net_on_training_images(script, tmp_path, parking):
     net.load_state_dict(state["model"])
     file = parking / "train/images/003.jpg"
     with torch.inference_mode():
-        [member] = predict.load_members(Namespace(amp="off", compile=False), "det", torch.device("cpu"), [path], [state])
+        args = Namespace(task="det", amp="off", compile=False)
+        [member] = predict.load_members(args, "det", torch.device("cpu"), [path], [state])
         view = det.TiledImages([file], bands=[1, 2, 3], imgsz=64, stride=member.net.stride)[0]
         raw = view["image"].permute(2, 0, 1)[None]
         want = box_tools.nms(net(raw.float() / 255), **limits)
