@@ -182,7 +182,7 @@ def _class_folders(root, least):
 
 def with_names(extra, table, root):
     """The Samples of other data with the classes of `table`, in that order; classes that it lacks are absent from its
-    images. UserError when it has classes that `table` does not have, or several labels per image where that has one."""
+    images. UserError when it has classes unknown to `table`, or several labels per image where `table` has one."""
     unknown = [name for name in extra.names if name not in table.names]
     if unknown or table.single_label and not extra.single_label:
         what = f"has the class {unknown[0][:80]}" if unknown else "has one label per image or several"
@@ -327,7 +327,7 @@ class Input(images.Input):
         """A batch of `collate`, whose images have the input's bands -> (B, C, side, side) float32, placed by the
         batch's matrices in one resampling, erased squares black.
 
-        view: matrix of a view of test-time augmentation, after the batch's own; side: of its canvas; None: imgsz.
+        view: matrix of a test-time view, applied after the batch's own matrix. side: the canvas's; None means imgsz.
         """
         side = side or self.imgsz
         x = geometry.warp(self.scaled(batch["image"]), view @ batch["matrix"], (side, side), border="reflect")

@@ -103,7 +103,7 @@ def reduced(size, limit):
 
 class Pictures:
     """`pictures[i]` -> image i, or its window, (C, H, W) uint8 or float32, bands last in memory, its long side at most
-    `limit`: reduced as it is read, kept by data.cache.Cache (`cache`: "ram", "disk" or None).
+    `limit`. Larger images are reduced on reading; data.cache.Cache keeps them (`cache`: "ram", "disk" or None).
 
     sizes: (height, width) in the files; windows: (y, x, height, width) or None. `pictures.sizes`: (height, width) of
     what is read; `pictures.matrices`: from pixels of the image or window to pixels of what is read.

@@ -15,7 +15,7 @@ def for_labels(images, labels, *, p_mixup=0.0, p_cutmix=0.0, p_snapmix=0.0, heat
     """The batch that a classifier trains on: images (B,C,H,W), labels (B,K) -> images, soft labels (B,K), which bce,
     focal and cross_entropy of utils.losses take.
 
-    p_mixup, p_cutmix, p_snapmix: probabilities, batch by batch, of which at most one happens. heat: a function that
+    p_mixup, p_cutmix, p_snapmix: probabilities per batch; a batch gets at most one of the three. heat: a function that
     returns `cam` of the unmixed images, for snapmix. p_gridmask: probability, image by image.
     """
     kind = _one_of(mixup=p_mixup, cutmix=p_cutmix, snapmix=p_snapmix)
@@ -148,8 +148,8 @@ def heat(net, weight, images, labels):
 def mixed_labels(labels, perm, lam_a, lam_b=None):
     """labels (B,K) of 0 .. 1 and the other results of a mixing function -> soft labels (B,K) fp32.
 
-    They are lam_a times the labels of image i plus lam_b times those of image perm[i], at most 1: two images of one
-    class do not make more than this class. lam_b: 1 - lam_a by default. Of a map of pixels the mean is taken, which is
+    Target i is lam_a * labels[i] + lam_b * labels[perm[i]], at most 1: two images of one class do not make more than
+    this class. lam_b: 1 - lam_a by default. Of a map of pixels the mean is taken, which is
     CutMix's lam.
     """
     labels, lam_a = labels.float(), lam_a.flatten(1).mean(1, keepdim=True)

@@ -53,7 +53,7 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
     the same as another. Rank 0 prints how many and the first, and writes all to a text file in `cache`; more than 1 %
     are a UserError unless allow_bad. cache: the folder in which the result is kept, None: it is not kept.
 
-    Classes are the categories that the files declare, sorted by id, else those that occur.
+    Classes are the declared categories, sorted by id. Files that declare none: the categories of their boxes.
     """
     layout = _find(Path(path))
     key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]

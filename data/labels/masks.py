@@ -1,4 +1,4 @@
-"""Boxes of the objects in segmentation masks, so that a detector trains on a segmentation data set as it is.
+"""Boxes of the objects in segmentation masks, so that a detector trains on an unchanged segmentation data set.
 
     DATA/train_img/*.tif   DATA/train_mask/*.tif        python train_det.py --data DATA
 

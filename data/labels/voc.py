@@ -28,8 +28,8 @@ def find(path):
 
 
 def read(layout):
-    """Layout -> Records without the images of test.txt; those of val.txt are held out. The categories are the names'
-    numbers in sorted order."""
+    """Layout -> Records. Images of test.txt are left out, images of val.txt held out. Category ids number the sorted
+    class names."""
     found, boxes, label_of = [], [], by_stem(layout.labels, layout.root)
     # the first words of the lines: "000005", or "000005 -1"
     test, val = ({line.split()[0] for line in read_lines(layout.root / name) if line.strip()}

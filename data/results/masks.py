@@ -1,4 +1,4 @@
-"""The masks of segmentation as GeoTIFFs, and what is made of them: pictures, polygons, labels to train on, y_pred.pkl.
+"""The masks of segmentation as GeoTIFFs, with pictures, polygons, labels to train on and y_pred.pkl made of them.
 
     OUT/masks/NAME.tif   OUT/overlays/NAME.png   OUT/polygons/NAME.geojson   OUT/y_pred.pkl
     OUT/pseudo/train_mask/NAME.tif   OUT/pseudo/train_img/NAME.tif (a link)
@@ -68,7 +68,7 @@ class MaskWriter:
         self.write(file, [(0, 0, *maps)])
 
     def finish(self, files):
-        """Writes what is made of all masks, once they are written: y_pred.pkl of the wildfire competition, a pickle of
+        """Writes the files that need all masks: y_pred.pkl of the wildfire competition, a pickle of
         {file name: uint8 mask (H, W)} without large scenes, and the links to the images of pseudo labels."""
         pixels = {file: math.prod(images.size(file)[1:]) for file in files}
         small = [file for file in files if pixels[file] <= MAX_PICKLED[0]]

@@ -29,7 +29,7 @@ from data import labels, seg
 from utils.metrics.average_precision import DetectionAP
 
 BASE = {
-    "water": "train_seg.py --data {data}/water --scale 10000 --groups {data}/water/groups.csv --imgsz 64 --bs 8 "
+    "water": "train_seg.py --data {data}/water --pixel-scale 10000 --groups {data}/water/groups.csv --imgsz 64 --bs 8 "
              "--epochs 8 --repeat 1 --schedule cosine --loss lovasz_elu bce=1 --gain 1 --decoder 64 48 32 16",
     "bccd": "train_det.py --data {data}/bccd --variant n --imgsz 160 --bs 16 --epochs 15",
     "letters": "train_cls.py --data {out}/glyphs --groups {out}/glyphs/writers.csv --folds 5 --net repvgg_a0 --loss ce "
@@ -40,7 +40,7 @@ SCORE = {"water": "iou", "bccd": "ap", "letters": "acc"}
 TASK = {"water": "seg", "bccd": "det", "letters": "cls"}
 ROWS = {
     "water": ["", "--loss dice focal", "--loss dice topk", "--loss lovasz_elu", "--gain 0", "--mixup 0.5",
-              "--cutmix 0.5", "--gridmask 0.5", "--p-object 0.5", "--presence 0.5", "--lookahead 5", "--swa 0.25",
+              "--cutmix 0.5", "--gridmask 0.5", "--p-object 0.5", "--aux-cls 0.5", "--lookahead 5", "--swa 0.25",
               "--swa 0.5 --swa-cycle 2", "--optimizer adamp", "--encoder efficientnetv2_b0", "--cutout 0.5",
               "--label-smoothing 0.1", "--optimizer radam", "--no-ema", "--schedule restarts",
               "--encoder repvgg_a0", *(f"--encoder hrnet_{w}" for w in ("w18_small", "w18", "w32")), "--resize",
@@ -65,7 +65,7 @@ PREDICT = {  # with the baseline's weights of each seed; EPOCHS: its last three,
     "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40",
                 "--weights EPOCHS", "--weights EPOCHS --soup"],
 }
-DETECTOR = "train_det.py --data {data}/water --band-scale 10000 --variant n --imgsz 128 --bs 16 --epochs 20"
+DETECTOR = "train_det.py --data {data}/water --pixel-scale 10000 --variant n --imgsz 128 --bs 16 --epochs 20"
 TOGETHER = {  # with the weights of all seeds at once
     "water": ["", "--soup", "--tta hflip vflip"], "bccd": ["", "--tta hflip scale"], "letters": ["", "--soup"]}
 SIZES = {"water": "--imgsz 96", "bccd": "--imgsz 192", "letters": "--imgsz 40"}  # also a row of the first table
