@@ -93,11 +93,16 @@ def _paths(project):
     return f"{project}/log{random.getrandbits(60):x}"
 
 
+def _forkserver():
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch._dynamo", "tests.toy"])
+    return context
+
+
 def start(project, *argv, **env):
     """Starts the toy script with `--project project` and the flags."""
     os.environ.update(ENV)
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch._dynamo", "tests.toy"])
+    context = _forkserver()
     out = _paths(project)
     env = {k: str(v) for k, v in env.items()}
     process = context.Process(target=_child, args=(("--project", project, *argv), out, env))
@@ -121,6 +126,22 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def two_ranks(target, folder, seconds):
+    """Runs target(folder, rank, port) in two processes, which must end well within so many seconds each."""
+    context, port = _forkserver(), free_port()
+    os.environ.update(ENV)
+    ranks = [context.Process(target=target, args=(folder, rank, port)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(seconds)
+            assert process.exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 def world(project, *argv, size=2, **env):

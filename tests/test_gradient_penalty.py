@@ -5,7 +5,6 @@ The gradient penalty is that of Drucker & LeCun 1992: the squared gradient of ea
 import math
 import os
 import signal
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from data.loader import train_loader
 from nets.blocks import recompute
 from nets.unet import UNet
 from nets.yolo import YOLOv5
-from tests.harness import ENV, differences, free_port, read
+from tests.harness import ENV, differences, read, two_ranks
 from tests.test_engine import CPU, train
 from tests.test_swa import averaged
 from tests.toy import Data, Net
@@ -243,19 +242,7 @@ def losses_of_two(folder, rank, port):
 
 def test_two_processes(tmp_path):
     """They train the net that one process trains; with batch norms, whose statistics change between the two views."""
-    context, port = get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["pytest", "torch._dynamo", "tests.toy"])
-    os.environ.update(ENV)
-    ranks = [context.Process(target=losses_of_two, args=(tmp_path, rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    try:
-        for process in ranks:
-            process.join(120)
-            assert process.exitcode == 0
-    finally:
-        for process in ranks:
-            process.kill()
+    two_ranks(losses_of_two, tmp_path, 120)
     torch.manual_seed(0)
     train(tmp_path / "one", net=Net(norm="none", dropout=0), compute_loss=twice, optimizer="sgd", lr=0.05, accumulate=3,
           evaluate=None)

@@ -5,14 +5,13 @@ import json
 import math
 import os
 import signal
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
 
 from data.loader import train_loader
-from tests.harness import ENV, differences, free_port, read
+from tests.harness import ENV, differences, read, two_ranks
 from tests.test_engine import CPU, given_scores, train
 from tests.toy import Data, Net
 from utils.pictures import charts
@@ -330,19 +329,7 @@ def rank_of_two(folder, rank, port):
 
 def test_two_processes(tmp_path):
     """Norms over both ranks' halves of the batches, the same on both; stopped and resumed, the same bits."""
-    context, port = get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["pytest", "torch._dynamo", "tests.toy"])
-    os.environ.update(ENV)
-    ranks = [context.Process(target=rank_of_two, args=(tmp_path, rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    try:
-        for process in ranks:
-            process.join(60)
-            assert process.exitcode == 0
-    finally:
-        for process in ranks:
-            process.kill()
+    two_ranks(rank_of_two, tmp_path, 60)
     saved = torch.load(tmp_path / "straight" / "swa.pt", weights_only=True)["model"]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
