@@ -40,11 +40,12 @@ def main():
 
     paired = seg.pairs(Path(args.data) / "train_img", Path(args.data) / "train_mask")
     bands = list(range(1, 8))
-    facts = seg.scan(list(paired.values()), bands=bands)
+    _, areas, _ = seg.scan(list(paired.values()), bands=bands)
     groups = folds.read_groups(args.groups, list(paired)) if args.groups else None
-    fold_of = folds.assign(list(paired), [0.2] * 5, strata=folds.area_strata([f["area"] for f in facts]), groups=groups)
+    fold_of = folds.assign(list(paired), [0.2] * 5, strata=folds.area_strata(areas), groups=groups)
     train, val = ([n for n, k in fold_of.items() if (k == args.fold) is held_out] for held_out in (False, True))
-    options = dict(bands=bands, scale=args.scale, cache="ram")
+    inputs = seg.Input(bands, args.scale, args.imgsz, mean_planes=False)
+    options = dict(bands=bands, cache="ram")
     data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, seed=args.seed, gain=args.gain,
                        **options)
     loader = train_loader(data, args.bs, seed=args.seed)
@@ -60,14 +61,14 @@ def main():
     state = State(model, optimizer, schedule, device=device, ema=ema)
 
     def compute_loss(model, batch):
-        logits = model(batch["image"])
+        logits = model(inputs(batch["image"]))
         return losses.lovasz_hinge(logits, batch["mask"], elu=True) + args.bce * losses.bce(logits, batch["mask"]), {}
 
     def evaluate(model, flips=False):
         metric = BinaryIoU()
         for batch in val_loader:
             batch = engine.to_device(batch, device)
-            x = batch["image"]
+            x = inputs(batch["image"])
             passes = tta.tta_views(("hflip", "vflip") if flips else (), x.shape[2:])
             metric.update(tta.merge(tta.maps(lambda x: model(x).float().sigmoid(), x, passes)), batch["mask"])
         return metric.compute()

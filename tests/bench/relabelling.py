@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.results.submissions import write_rows
+from utils.files import write_csv
 from tests.bench.playbook import SCORE, campaign, predict, run_prediction, run_training, table, write_glyphs
 from utils.pictures import review
 
@@ -57,7 +57,7 @@ def write(task, items, root):
         if task == "water":
             link(label, f"water/train_mask/{image.name}")
     if task == "water":
-        write_rows(root / "water/groups.csv", ["id", "group"], [(image.stem, group) for image, _, group in items])
+        write_csv(root / "water/groups.csv", ["id", "group"], [(image.stem, group) for image, _, group in items])
     elif task == "bccd":
         (root / "bccd/train/label").mkdir(parents=True, exist_ok=True)
         (root / "bccd/train/label/Train.json").write_text(json.dumps({
@@ -65,8 +65,8 @@ def write(task, items, root):
             "annotations": [a | {"image_id": i} for i, (_, label, _) in enumerate(items) for a in label[1]],
             "categories": items[0][1][2]}))
     else:
-        write_rows(root / "glyphs/train.csv", ["name", "label"], [(image.stem, letter) for image, letter, _ in items])
-        write_rows(root / "glyphs/writers.csv", ["name", "writer"], [
+        write_csv(root / "glyphs/train.csv", ["name", "label"], [(image.stem, letter) for image, letter, _ in items])
+        write_csv(root / "glyphs/writers.csv", ["name", "writer"], [
             (f"train/{image.name}", writer) for image, _, writer in items])
     return root
 
@@ -112,7 +112,7 @@ def measure(task, seed, data, out):
     write(task, right, root / "right"), write(task, wrong, root / "wrong")
     folds = [train(f"wrong{k}", "wrong", f"--folds 3 --fold {k}") for k in range(3)]
     ranked = review.rank_samples(folds)
-    write_rows(root / "noise.csv", list(ranked[0]), [list(row.values()) for row in ranked])
+    write_csv(root / "noise.csv", list(ranked[0]), [list(row.values()) for row in ranked])
     worst = f"{root}/noise.csv:{len(chosen)}"
     anew = []
     for fold in folds:
