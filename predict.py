@@ -33,7 +33,7 @@ from utils.metrics import ensemble
 from utils.ops import boxes, decide, tta
 from utils.pictures import review, table
 from utils.train import checkpoint, dist, runs
-from utils.train.args import float_range, int_range, noise_list
+from utils.train.args import float_range, fraction, int_range, noise_list
 from utils.train.state import precision, to_device
 
 INPUT = {"seg": seg.Input, "det": det.Input, "cls": cls.Input}
@@ -75,7 +75,7 @@ def parse_args():
     add("--compile", action="store_true", help="torch.compile the net: starts half a minute later, then runs faster")
     add("--workers", type=int_range(0, 256), default=2, help="loader processes per process")
     add("--project", metavar="DIR", help="where to look for the newest run; without: runs/TASK")
-    add("--threshold", type=float_range(0, 1), help="probability above which a pixel or a class is positive, score "
+    add("--threshold", type=fraction, help="probability above which a pixel or a class is positive, score "
         "from which a box is drawn; without: the best of the validation, which checkpoints store")
     add("--pseudo", type=float_range(0.5, 1), metavar="P", help="also write pseudo labels for --extra-data: what has "
         "this probability; other pixels are ignored, other boxes are background, other images are left out (cls)")
@@ -88,8 +88,8 @@ def parse_args():
     add("--detector", "seg", metavar="PATH", help="a checkpoint of train_det.py, for which --imgsz, --conf, --iou and "
         "--max-det are: only its boxes, a little enlarged, are segmented")
     add("--imgsz", "det cls", type=int_range(32, 65536), help="side of the net's input; without: as trained")
-    add("--conf", "det", type=float_range(0, 1), help="lowest score of a detection; without: 0.01, --detector 0.25")
-    add("--iou", "det", type=float_range(0, 1), default=0.7, help="boxes that overlap by more suppress each other")
+    add("--conf", "det", type=fraction, help="lowest score of a detection; without: 0.01, --detector 0.25")
+    add("--iou", "det", type=fraction, default=0.7, help="boxes that overlap by more suppress each other")
     add("--max-det", "det", type=int_range(1, 100000), default=300, help="most detections per image")
     add("--max-mb", "det", type=float_range(0.001), default=20.0, help="largest submission.json, 10^6 bytes")
     add("--ensemble-weights", "det cls", type=float_range(1e-6), nargs="+", metavar="W", help="of checkpoints, tables")
@@ -197,9 +197,7 @@ def predict_seg(args, device, members):
     tile = args.tile or (2**31 if first.inputs.resize else 2 * max(member.inputs.imgsz for member in members))
     overlap = OVERLAP if args.overlap is None else args.overlap
     sizes = {file: images.size(file) for file in files}
-    for file, (count, *_) in sizes.items():
-        if count < bands[-1]:
-            raise UserError(f"{file}: has {count} bands, the net needs band {bands[-1]}; choose another --source")
+    images.check_bands(files, bands)
     unsure = pseudo.unsure_value(first.state["classes"], first.state["args"].get("ignore")) if args.pseudo else None
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, decide.SEGMENTATION_VIEWS)
@@ -277,7 +275,7 @@ def predict_det(args, device, members):
     dropped = submissions.write_boxes(out, files, views.sizes, results, ids=ids, category_ids=category_ids,
                                       max_mb=args.max_mb)
     if args.overlays:
-        submissions.draw_boxes(out / "overlays", files, views.sizes, results, names=names, threshold=threshold,
+        submissions.draw_boxes(out / "overlays", files, results, names=names, threshold=threshold,
                                bands=members[0].inputs.bands)
     if dist.rank() == 0:
         if args.pseudo:
@@ -343,7 +341,7 @@ def predict_cls(args, device, members):
     _, _, tables = submissions.read_tables(args.probs or (), names, keys)
     known, answers = cls.held_out(paths, [m.state for m in members]) if args.fit_weights else ([], None)
     for member in members:
-        cls.check_bands(known + files, member.inputs.bands)
+        images.check_bands(known + files, member.inputs.bands)
     out = new_folder(args, members[0].path)
 
     found = [class_probabilities(args, device, member, known + files) for member in members]

@@ -24,13 +24,11 @@ from utils.metrics.classification import Accuracy
 from utils.ops import decide
 from utils.pictures import review, sheets
 from utils.train import dist, engine
-from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
+from utils.train.args import (check_batch, float_range, fraction, int_range, loss_term, setup_run, train_parser,
+                              training, word)
 
-LOSSES = {  # (logits (B, C), labels (B, C), smoothing) -> mean over the batch
-    "bce": lambda z, y, s: losses.bce(z, y, smoothing=s),
-    "focal": lambda z, y, s: losses.focal(z, y, smoothing=s),
-    "ce": lambda z, y, s: losses.cross_entropy(z, y, smoothing=s),
-}
+# (logits (B, C), labels (B, C), smoothing=...) -> mean over the batch
+LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
 
 
 def make_parser():
@@ -55,12 +53,12 @@ def make_parser():
     add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
     add("--rot90", action=BooleanOptionalAction, default=True, help="random quarter turns")
-    add("--flip", type=float_range(0, 1), default=0.0, help="probability of each flip")
+    add("--flip", type=fraction, default=0.0, help="probability of each flip")
     add("--degrees", type=float_range(0, 180), default=15.0, help="largest rotation")
-    add("--p-affine", type=float_range(0, 1), default=0.5, help="probability of a small shift, scale and rotation")
-    add("--cutmix", type=float_range(0, 1), default=0.0, metavar="P", help="probability that a batch gets boxes of "
+    add("--p-affine", type=fraction, default=0.5, help="probability of a small shift, scale and rotation")
+    add("--cutmix", type=fraction, default=0.0, metavar="P", help="probability that a batch gets boxes of "
         "other images")
-    add("--snapmix", type=float_range(0, 1), default=0.0, metavar="P", help="the same, with labels weighted by the "
+    add("--snapmix", type=fraction, default=0.0, metavar="P", help="the same, with labels weighted by the "
         "net's class activation maps")
     return parser
 
@@ -81,13 +79,11 @@ def check_flags(args):
     if args.synthesize:
         for flag in ("extra_data", "subset", "drop_noisy"):
             if getattr(args, flag):
-                raise UserError(f"--{flag.replace('_', '-')}: not with --synthesize, which trains on no files; leave "
-                                f"one out")
+                raise UserError(f"{word(flag)}: not with --synthesize, which trains on no files; leave one out")
     arch, drop = describe_net(args, 1, 2)
     with torch.device("meta"), answers_for("--net"):
         net = nets.build(arch, **drop)
-    if args.imgsz <= getattr(net, "strides", [1])[-1] and args.bs == dist.world_size():
-        raise UserError(f"--imgsz {args.imgsz} --bs {args.bs}: batch norm would see a single pixel; raise one of them")
+    check_batch(args, getattr(net, "strides", [1])[-1])
 
 
 def load_samples(args, folder, resume):
@@ -154,21 +150,17 @@ def main():
     if not single_label and "ce" in dict(terms):
         raise UserError("--loss ce: is for a single label per image, this data has several; take bce or focal")
     bands = args.bands or images.default_bands(data.files)
-    cls.check_bands(data.files + files, bands)
+    images.check_bands(data.files + files, bands)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     source = synthetic_source(args, data, bands, device) if args.synthesize else cls.Images(files, labels, **options)
     train_data = cls.AugmentedImages(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip,
                                      degrees=args.degrees, p_affine=args.p_affine, p_cutout=args.cutout,
                                      cutout_size=args.cutout_size)
-    parts, batches = round(1 / args.val_interval), -(-len(train_data) // args.bs)
-    parts = min(parts, batches) if args.debug else parts
-    if parts > batches:
-        raise UserError(f"--val-interval {args.val_interval:g}: with {len(train_data)} images, the validation interval "
-                        f"is shorter than one batch; raise it, or lower --bs")
+    parts = min(round(1 / args.val_interval), -(-len(train_data) // args.bs))  # an epoch has a batch at least
     on_gpu = args.synthesize and device.type == "cuda"  # images are made there: no workers, no pinned memory
     loader = train_loader(train_data, args.bs, workers=0 if on_gpu else args.workers, seed=args.seed,
                           device="cpu" if on_gpu else device, parts=parts, same=args.debug, collate=cls.collate,
-                          weights=weights if set(weights) - {1.0} else None)
+                          weights=weights)
     if val:
         val_images = cls.Images([data.files[i] for i in val], data.labels[val], **options)
         val_data = cls.AugmentedImages(val_images, args.imgsz)
@@ -183,7 +175,7 @@ def main():
 
     # ---- net ----
     arch, drop = describe_net(args, len(bands), len(names))
-    model = nets.build(arch, **drop, **{"grad_checkpoint": True} if args.grad_checkpoint else {})
+    model = nets.build(arch, **drop, grad_checkpoint=args.grad_checkpoint)
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     frequencies = (data.labels if args.synthesize else labels).mean(0)
     init_classifier(linear, frequencies, single_label)
@@ -204,8 +196,15 @@ def main():
     def compute_loss(model, batch):
         x, labels = mixed(batch)
         logits = model(x)
-        parts = {f"{name}_loss": weight * LOSSES[name](logits, labels, args.label_smoothing) for name, weight in terms}
+        parts = {f"{name}_loss": weight * LOSSES[name](logits, labels, smoothing=args.label_smoothing)
+                 for name, weight in terms}
         return sum(parts.values()), parts if len(parts) > 1 else {}
+
+    def draw_augmented(epoch):  # labels above 1 % are written below
+        x, labels = mixed(engine.to_device(cls.collate([train_data[epoch, i] for i in range(8)]), device))
+        return [sheets.to_rgb(image) for image in x], [
+            " ".join(name if share > 0.99 else f"{name} {share:.2f}" for name, share in zip(names, row) if share > 0.01)
+            for row in labels.tolist()]
 
     # ---- validation ----
     def evaluate_metric(model):
@@ -222,8 +221,7 @@ def main():
 
     # ---- training ----
     if args.show_augment:
-        return save_augmentations(folder / "augment.png", train_data, names,
-                                  lambda batch: mixed(engine.to_device(batch, device)))
+        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.rank() == 0 else None
     if dist.rank() == 0:
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
@@ -237,20 +235,6 @@ def main():
         engine.check_debug(state.history)
     if val:
         write_report(state, evaluate_metric, names, folder, [data.files[i] for i in val], bands)
-
-
-def save_augmentations(path, data, names, mixed, samples=8, epochs=6):
-    """Draws a sheet of what is trained on: a row per image, a column per epoch; labels above 1 % are written below."""
-    columns, captions = [], []
-    for epoch in range(epochs):
-        images, labels = mixed(cls.collate([data[epoch, i] for i in range(samples)]))
-        columns.append([sheets.to_rgb(image) for image in images])
-        captions.append([" ".join(name if share > 0.99 else f"{name} {share:.2f}" for name, share in zip(names, row)
-                                  if share > 0.01) for row in labels.tolist()])
-    if dist.rank() == 0:
-        sheets.contact_sheet(path, list(zip(*columns)), captions=list(zip(*captions)),
-                             titles=[f"epoch {k + 1}" for k in range(epochs)])
-        print(path)
 
 
 def init_classifier(linear, shares, single_label):

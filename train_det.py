@@ -11,7 +11,6 @@ import dataclasses
 import math
 import os
 import sys
-import time
 from argparse import BooleanOptionalAction
 
 import numpy as np
@@ -30,7 +29,7 @@ from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.ops import anchors, decide
 from utils.pictures import charts, detection as pictures, review, sheets, table
 from utils.train import dist, engine, optim
-from utils.train.args import begin_run, float_range, int_range, setup_run, train_parser, training
+from utils.train.args import begin_run, float_range, fraction, int_range, setup_run, train_parser, training
 
 YOLO = "yolo.YOLOv5"
 AUGMENT = ("mosaic", "grid", "mixup", "hsv", "degrees", "translate", "scale", "shear", "flip_ud", "flip_lr")
@@ -82,17 +81,17 @@ def make_parser():
     add("--autoanchor", action=BooleanOptionalAction, help="fit new anchors where the net's anchors do "
         "not fit the data (anchor)")
     add = parser.add_argument_group("augmentation").add_argument
-    add("--mosaic", type=float_range(0, 1), default=1.0, help="probability; --mixup blends two mosaics")
+    add("--mosaic", type=fraction, default=1.0, help="probability; --mixup blends two mosaics")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
     add("--close-mosaic", type=int_range(0), default=0, help="number of last epochs without mosaic")
-    add("--hsv", type=float_range(0, 1), nargs=3, metavar=("H", "S", "V"), help="largest change of hue, "
+    add("--hsv", type=fraction, nargs=3, metavar=("H", "S", "V"), help="largest change of hue, "
         "saturation, value")
     add("--degrees", type=float_range(0, 180), default=0.0, help="largest rotation")
-    add("--translate", type=float_range(0, 1), help="largest shift, share of the size")
+    add("--translate", type=fraction, help="largest shift, share of the size")
     add("--scale", type=float_range(0, 0.99), help="zoom by 1 - F to 1 + F")
     add("--shear", type=float_range(0, 80), default=0.0, help="largest shear, degrees")
-    add("--flip-ud", type=float_range(0, 1), default=0.0, help="probability")
-    add("--flip-lr", type=float_range(0, 1), default=0.5, help="probability")
+    add("--flip-ud", type=fraction, default=0.0, help="probability")
+    add("--flip-lr", type=fraction, default=0.5, help="probability")
     add = parser.add_argument_group("loss").add_argument
     for name, what in {"box": "boxes' CIoU", "dfl": "distances' distributions (free)", "obj": "objectness (anchor)",
                        "cls": "classes"}.items():
@@ -202,7 +201,7 @@ def experiment(args, device, folder, resume):
     # ---- net ----
     inputs = det.Input(bands, scale, args.imgsz)
     arch = describe_net(args, len(names), len(bands))
-    model = nets.build(arch, **{"grad_checkpoint": True} if args.grad_checkpoint else {})
+    model = nets.build(arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:
         if dist.rank() == 0:  # other machines need not have the file: the first stage's lies on one
             with answers_for("--weights"):
@@ -262,10 +261,9 @@ def experiment(args, device, folder, resume):
         return metric
 
     def evaluate(model):
-        began, metric = time.monotonic(), average_precision(model)
+        metric = average_precision(model)
         threshold, _ = metric.best_threshold()
-        return metric.compute() | {"val_seconds": time.monotonic() - began,
-                                   "threshold": decide.THRESHOLD["det"] if math.isnan(threshold) else threshold}
+        return metric.compute() | {"threshold": decide.THRESHOLD["det"] if math.isnan(threshold) else threshold}
 
     # ---- training ----
     if args.show_augment:
@@ -307,11 +305,11 @@ def load_samples(args, folder):
 
 
 def draw_weights(samples, image_weights):
-    """How often each sample is drawn: by its weight, and with --image-weights by `class_balance`; None: all alike."""
+    """How often each sample is drawn: by its weight, and with --image-weights by `class_balance`."""
     weights = np.array([sample.weight for sample in samples])
     if image_weights:
         weights *= class_balance([sample.boxes[:, 0] for sample in samples])
-    return weights if np.ptp(weights) else None
+    return weights
 
 
 def class_balance(classes):
@@ -367,26 +365,20 @@ def check_debug(history, head):
         engine.check_debug(history)
 
 
-def draw_sample(file, bands, truth, found, threshold, names):
+def draw_sample(file, bands, truth, found, names):
     """-> an image, at most 1920 pixels wide and high, with its labels drawn in, and with its detections drawn in."""
-    size = images.size(file)[1:]
-    shape = det.reduced(size, 1920)  # a larger scene may be too large to be read
-    rgb, zoom = sheets.to_rgb(images.read_picture(file, bands, shape=shape)), max(shape) / max(size)
-    found = found[found[:, 4] >= threshold]
+    image, zoom = images.thumbnail(file, bands, 1920)  # a larger scene may be too large to be read
+    rgb = sheets.to_rgb(image)
     return [pictures.draw_boxes(rgb, truth[:, :4] * zoom, truth[:, 4].long(), names),
             pictures.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
 
 
-def make_tables(metric, scores, classes, names):
-    """The results -> {title: rows} for `review.write_review`: AP and number of boxes by class and by area."""
-    boxes = torch.cat(metric.gt_boxes)
-    area = (boxes[:, 2:4] - boxes[:, :2]).prod(1)
+def make_tables(scores, classes, names):
+    """The results -> {title: rows} for `review.write_review`: AP and number of boxes by class, AP by area."""
     by_class = [{"class": pictures.class_name(names, k), "AP": c["ap"], "AP50": c["ap50"], "boxes": c["truths"]}
                 for k, c in enumerate(classes)]
-    by_size = [{"size": name.removeprefix("ap_"), "pixels": f"{low} to {high}" if high < 1e10 else f"from {low}",
-                "AP": scores[name], "boxes": int(((low <= area) & (area <= high)).sum())}
-               for name, (low, high) in AREAS.items() if name != "ap"]
-    return {"Classes": by_class, "Boxes by area": by_size}
+    by_area = [{"size": name.removeprefix("ap_"), "AP": scores[name]} for name in AREAS if name != "ap"]
+    return {"Classes": by_class, "Boxes by area": by_area}
 
 
 def write_report(state, average_precision, names, folder, files, bands):
@@ -400,10 +392,10 @@ def write_report(state, average_precision, names, folder, files, bands):
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
 
     def draw(chosen):
-        return [draw_sample(files[i], bands, metric.gt_boxes[i], metric.detections[i], threshold, names)
-                for i in chosen]
+        kept = (metric.detections[i][metric.detections[i][:, 4] >= threshold] for i in chosen)
+        return [draw_sample(files[i], bands, metric.gt_boxes[i], rows, names) for i, rows in zip(chosen, kept)]
 
-    review.write_review(folder, metric.samples(files), draw, tables=make_tables(metric, scores, classes, names),
+    review.write_review(folder, metric.samples(files), draw, tables=make_tables(scores, classes, names),
                         titles=("labels", "detections"), max_side=640)
     charts.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     charts.confusion_matrix(folder / "confusion.png", metric.confusion(), names)

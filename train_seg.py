@@ -22,24 +22,25 @@ from utils.metrics.segmentation import BinaryIoU, MeanIoU, SampleIoU
 from utils.ops import decide, tiles
 from utils.pictures import review, sheets
 from utils.train import dist, engine
-from utils.train.args import float_range, int_range, loss_term, setup_run, train_parser, training
+from utils.train.args import (check_batch, float_range, fraction, int_range, loss_term, setup_run, train_parser,
+                              training)
 
-BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore, label smoothing) -> mean over the batch
-    "lovasz_elu": lambda z, y, ignore, s: losses.lovasz_hinge(z, y, elu=True, ignore=ignore),
-    "lovasz": lambda z, y, ignore, s: losses.lovasz_hinge(z, y, ignore=ignore),
-    "bce": lambda z, y, ignore, s: losses.bce(z, y, smoothing=s, ignore=ignore),
-    "dice": lambda z, y, ignore, s: losses.dice(z, y, ignore=ignore),
-    "focal": lambda z, y, ignore, s: losses.focal(z, y, smoothing=s, ignore=ignore),
-    "topk": lambda z, y, ignore, s: losses.top_k(z, y, ignore=ignore),
+BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore=...) -> mean over the batch
+    "lovasz_elu": functools.partial(losses.lovasz_hinge, elu=True),
+    "lovasz": losses.lovasz_hinge,
+    "bce": losses.bce,
+    "dice": losses.dice,
+    "focal": losses.focal,
+    "topk": losses.top_k,
 }
 MULTICLASS = {  # the same for logits (B, classes, H, W) and masks of class indices
-    "lovasz": lambda z, y, ignore, s: losses.lovasz_softmax(z, y, ignore=ignore),
-    "ce": lambda z, y, ignore, s: losses.cross_entropy(z, y, smoothing=s, ignore=ignore),
-    "dice": lambda z, y, ignore, s: losses.dice_softmax(z, y, ignore=ignore),
-    "focal": lambda z, y, ignore, s: losses.focal_softmax(z, y, ignore=ignore),
-    "topk": lambda z, y, ignore, s: losses.top_k_softmax(z, y, ignore=ignore),
+    "lovasz": losses.lovasz_softmax,
+    "ce": losses.cross_entropy,
+    "dice": losses.dice_softmax,
+    "focal": losses.focal_softmax,
+    "topk": losses.top_k_softmax,
 }
-SMOOTHED = {"bce", "focal"}, {"ce"}  # the losses of BINARY and of MULTICLASS that take --label-smoothing
+SMOOTHED = losses.bce, losses.focal, losses.cross_entropy  # those that take --label-smoothing, as smoothing=...
 
 
 def make_parser():
@@ -58,8 +59,8 @@ def make_parser():
     add("--gain", type=float_range(0, 10), default=0.0, help="random brightness, octaves either way")
     add("--aux-cls", type=float_range(0), default=0.0, metavar="WEIGHT", help="loss weight of an auxiliary head that "
         "predicts which classes an image contains and sets the masks of absent classes to 0; 0: no head")
-    add("--p-object", type=float_range(0, 1), default=0.0, help="probability that a crop is laid over an object")
-    add("--cutmix", type=float_range(0, 1), default=0.0, metavar="P", help="probability that a batch gets boxes of "
+    add("--p-object", type=fraction, default=0.0, help="probability that a crop is laid over an object")
+    add("--cutmix", type=fraction, default=0.0, metavar="P", help="probability that a batch gets boxes of "
         "other images")
     add("--loss", nargs="+", type=loss_term(BINARY | MULTICLASS), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
@@ -84,7 +85,7 @@ def describe_net(args, in_chans):
 
 def check_flags(args):
     """Refuses flags that are right alone and wrong together. A resumed run may keep flags without effect."""
-    known, smoothed = (BINARY, SMOOTHED[0]) if args.classes == 1 else (MULTICLASS, SMOOTHED[1])
+    known = BINARY if args.classes == 1 else MULTICLASS
     for name, _ in args.loss or ():
         if name not in known:
             raise UserError(f"--loss {name}: not for --classes {args.classes}; choose from {', '.join(known)}")
@@ -98,13 +99,13 @@ def check_flags(args):
         raise UserError("--p-object: is for crops, --resize makes none; leave one out")
     if args.aux_cls and args.net != "unet.UNet":
         raise UserError("--aux-cls: is a head of the UNet; leave it out")
+    smoothed = {name for name, loss in known.items() if loss in SMOOTHED}
     if args.label_smoothing and args.loss and not smoothed & dict(args.loss).keys() and args.resume is None:
         raise UserError(f"--label-smoothing: does nothing without a --loss of {', '.join(sorted(smoothed))}; leave it "
                         f"out, or add one")
     with torch.device("meta"), answers_for("--net, --encoder, --decoder:"):
-        stride = nets.build(describe_net(args, in_chans=1)).stride
-    if args.imgsz <= stride and args.bs == dist.world_size():
-        raise UserError(f"--imgsz {args.imgsz} --bs {args.bs}: batch norm would see a single pixel; raise one of them")
+        net = nets.build(describe_net(args, in_chans=1))
+    check_batch(args, net.stride)
 
 
 def load_samples(args, folder):
@@ -121,7 +122,7 @@ def load_samples(args, folder):
     train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
     samples, weights = data.pick(train), [1.0] * len(train)
     for more, weight in args.extra_data:
-        extra = seg.read(more, bands=args.bands or list(range(1, data.bands + 1)), **masks)
+        extra = seg.read(more, bands=data.bands, **masks)
         chosen = folds.spread(folds.without_copies(extra.images, [data.images[i] for i in val], more), few)
         samples, weights = samples + extra.pick(chosen), weights + [weight] * len(chosen)
     return data, val, samples, weights
@@ -133,15 +134,14 @@ def main():
 
     # ---- samples ----
     data, val, samples, weights = load_samples(args, folder)
-    bands = args.bands or list(range(1, data.bands + 1))
-    options = dict(bands=bands, classes=args.classes, ignore=args.ignore, cache=args.cache)
+    options = dict(bands=data.bands, classes=args.classes, ignore=args.ignore, cache=args.cache)
     of, windows = tiles.of_images(samples.sizes, functools.partial(tiles.cover, tile=args.tile, overlap=args.overlap))
     weights = [weights[i] for i in of]
     repeat = 1 if args.debug else args.repeat
     train_data = seg.SegData([samples.pairs[i] for i in of], windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
                              gain=args.gain, p_object=args.p_object, resize=args.resize, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device, same=args.debug,
-                          weights=weights * repeat if set(weights) - {1.0} else None)
+                          weights=weights * repeat)
     if val:
         of, windows = tiles.of_images([data.sizes[i] for i in val], functools.partial(tiles.partition, tile=args.tile))
         val_tiles = data.pick([val[i] for i in of])
@@ -153,12 +153,12 @@ def main():
                                  workers=args.workers, device=device)
 
     # ---- input ----
-    inputs = seg.Input(bands, args.pixel_scale or images.default_scale(samples.images + data.images), args.imgsz,
+    inputs = seg.Input(data.bands, args.pixel_scale or images.default_scale(samples.images + data.images), args.imgsz,
                        mean_planes=args.mean_planes, resize=args.resize)
 
     # ---- net ----
     arch = describe_net(args, inputs.channels)
-    model = nets.build(arch, **{"grad_checkpoint": True} if args.grad_checkpoint else {})
+    model = nets.build(arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
@@ -167,6 +167,8 @@ def main():
     # ---- loss ----
     known = BINARY if args.classes == 1 else MULTICLASS
     terms = args.loss or [(name, 1.0) for name in (("lovasz_elu", "bce") if args.classes == 1 else ("lovasz", "ce"))]
+    options_of = {name: {"ignore": args.ignore} | ({"smoothing": args.label_smoothing} if loss in SMOOTHED else {})
+                  for name, loss in known.items()}
 
     def mixed(batch):
         return mix.for_masks(batch["image"], batch["mask"], p_mixup=args.mixup, p_cutmix=args.cutmix,
@@ -176,13 +178,19 @@ def main():
         image, targets = mixed(batch)
         logits = model(inputs(image))
         logits, present = logits if args.aux_cls else (logits, None)
-        parts = {f"{name}_loss": weight * sum(share * known[name](logits, mask, args.ignore, args.label_smoothing)
+        parts = {f"{name}_loss": weight * sum(share * known[name](logits, mask, **options_of[name])
                                               for mask, share in targets) for name, weight in terms}
         if args.aux_cls:
             parts["aux_cls_loss"] = args.aux_cls * sum(
                 share * losses.bce(present, seg.present(mask, args.classes, args.ignore), ignore=seg.UNKNOWN)
                 for mask, share in targets)
         return sum(parts.values()), parts if len(parts) > 1 else {}
+
+    def draw_augmented(epoch):
+        indices = range(min(8, len(train_data.paired)))
+        image, [(masks, _), *_] = mixed(torch.utils.data.default_collate([train_data[epoch, i] for i in indices]))
+        return ([sheets.overlay(sheets.to_rgb(x), mask) for x, mask in zip(image, masks)],
+                [train_data.paired[i][0].name for i in indices])
 
     # ---- validation ----
     def evaluate(model, views=(), per_sample=None):
@@ -200,7 +208,7 @@ def main():
 
     # ---- training ----
     if args.show_augment:
-        return save_augmentations(folder / "augment.png", train_data, mixed)
+        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.rank() == 0 else None
     if dist.rank() == 0:
         print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val else 0} to validate")
         batch = torch.utils.data.default_collate([train_data[0, i] for i in range(min(args.bs, 8))])
@@ -213,18 +221,6 @@ def main():
         engine.check_debug(state.history)
     if val:
         write_report(state, evaluate, inputs, val_data, folder, [image for image, _ in val_tiles.pairs])
-
-
-def save_augmentations(path, data, mixed, samples=8, epochs=6):
-    """Draws a sheet of what is trained on: a row per tile, a column per epoch, labels drawn in."""
-    columns = []
-    for epoch in range(epochs):
-        batch = torch.utils.data.default_collate([data[epoch, i] for i in range(min(samples, len(data)))])
-        image, [(masks, _), *_] = mixed(batch)
-        columns.append([sheets.overlay(sheets.to_rgb(x), mask) for x, mask in zip(image, masks)])
-    if dist.rank() == 0:
-        sheets.contact_sheet(path, list(zip(*columns)), titles=[f"epoch {k + 1}" for k in range(epochs)])
-        print(path)
 
 
 def write_report(state, evaluate, inputs, data, folder, files):

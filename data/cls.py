@@ -197,7 +197,7 @@ def held_out(paths, states):
 
     Only images that no member was trained on are fair to all: UserError where the runs held out different ones.
     """
-    found = []
+    found = {}
     for path, state in zip(paths, states):
         settings, split = state["args"], Path(path).parent / "folds.json"
         if not {"data", "labels", "images", "fold"} <= settings.keys():
@@ -209,13 +209,14 @@ def held_out(paths, states):
         if table.names != state["classes"]:
             raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
         names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split
-        out = {name for name, fold in folds.read_split(split, names).items() if fold == settings["fold"]}
-        found.append({file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
-                      if name in out})
-        if found[-1].keys() != found[0].keys():
+        fold_of = folds.read_split(split, names)
+        out = {file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
+               if fold_of[name] == settings["fold"]}
+        found = found or out
+        if out.keys() != found.keys():
             raise UserError(f"{path}: its run held out other images than that of {paths[0]}; give --ensemble-weights "
                             f"instead of --fit-weights (equal ones for the folds of one split)")
-    files, labels = zip(*found[0].values())
+    files, labels = zip(*found.values())
     return list(files), np.stack(labels)
 
 
@@ -231,16 +232,6 @@ def strata(labels):
     frequency = labels.sum(0)
     rarest = np.where(labels > 0, frequency, np.inf).argmin(1)
     return [(int(n), int(c)) for n, c in zip(labels.sum(1), rarest)]
-
-
-def check_bands(files, bands):
-    """UserError for an image without the bands."""
-    def check(file):
-        if not images.has_bands(file, bands):
-            raise UserError(f"{file}: has {images.size(file)[0]} bands, band {max(bands)} is asked for; leave it out, "
-                            f"or train with other --bands")
-
-    images.in_threads(check, files)
 
 
 class Images(Dataset):

@@ -83,7 +83,7 @@ def default_scale(files, bands):
     """`images.default_scale`. UserError if pixels of the first file are above it or below 0: the net's input is clamped
     to 0..1."""
     file, white = files[0], images.default_scale(files)
-    pixels = images.read_picture(file, bands, shape=reduced(images.size(file)[1:], 1024)).numpy()
+    pixels = images.thumbnail(file, bands, 1024)[0].numpy()
     dtype = images.header(file).dtype
     if pixels.min() < 0:  # decibels, for example, would all become 0
         raise UserError(f"{file}: has {dtype} pixels down to {pixels.min():g}, and everything below "
@@ -93,12 +93,6 @@ def default_scale(files, bands):
         raise UserError(f"{file}: has {dtype} pixels up to {pixels.max():g}, and nothing says which "
                         f"value is white; give it with --pixel-scale")
     return white
-
-
-def reduced(size, limit):
-    """size (height, width) -> the same shape with the long side at most `limit`."""
-    factor = min(1, limit / max(size))
-    return tuple(max(1, round(side * factor)) for side in size)
 
 
 class Pictures:
@@ -111,7 +105,7 @@ class Pictures:
 
     def __init__(self, files, sizes, windows, *, bands, limit, cache=None):
         self.files, self.windows, self.bands = files, windows, bands
-        self.sizes = [reduced(size, limit) for size in sizes]
+        self.sizes = [images.reduced(size, limit) for size in sizes]
         self.matrices = [scale(new[1] / old[1], new[0] / old[0]) for new, old in zip(self.sizes, sizes)]
         self.cache = Cache(files, self.read, cache, variant=("bands last", bands, limit, windows))
 
@@ -242,10 +236,7 @@ class TiledImages(Dataset):
         self.files, self.imgsz = files, imgsz
         self.boxes = boxes or [torch.zeros(0, 5)] * len(files)
         self.sizes = [images.size(file)[1:] for file in files]
-        for file in files:
-            if not images.has_bands(file, bands):
-                raise UserError(f"{file}: has {images.size(file)[0]} bands, band {max(bands)} is asked for; leave it "
-                                f"out, or train with other --bands")
+        images.check_bands(files, bands)
         # (the file's index, window (y, x, height, width) or None)
         self.views = [(i, window) for i, size in enumerate(self.sizes)
                       for window in [None, *tiles.cover(size, tile, overlap)]]

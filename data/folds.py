@@ -167,28 +167,22 @@ def spread(indices, count):
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------
-def leak_warnings(train, val, *, groups=None, shown=3):
+def leak_warnings(train, val, *, groups=None):
     """Lines to print when the validation files are not new to the training; [] for a clean split.
 
     train, val: image files of the two sides. groups: {file: its group}. A file of equal pixels on both sides is found
     (see images.digest), in another format, compression or with other metadata too, and so is a group on both sides.
-    `shown` examples each. Raises UserError for a file that cannot be read. For one process only: it reads files.
+    Raises UserError for a file that cannot be read. For one process only: it reads files.
     """
-    lines = []
-
-    def warn(what, examples):
-        if examples:
-            lines.append(f"warning: {len(examples)} {what}; the score will be too good")
-            lines.extend(f"  {example}" for example in examples[:shown])
-        if len(examples) > shown:
-            lines.append(f"  and {len(examples) - shown} more")
-
-    warn(f"of {len(val)} validation files are copies of training files (remove them, or give a file and its copies one "
-         f"group)", [f"{held} = {seen}" for held, seen in _copies(train, val)])
-    if groups:
-        seen_of, held_of = ({groups[path]: path for path in reversed(side)} for side in (train, val))
-        warn("groups are on both sides of the split (make a new one with the groups)",
-             [f"{group}: {held_of[group]}, {seen_of[group]}" for group in sorted(seen_of.keys() & held_of, key=str)])
+    lines, copies = [], _copies(train, val)
+    if copies:
+        lines.append(f"warning: {len(copies)} of {len(val)} validation files are copies of training files, such as "
+                     f"{copies[0][0]} = {copies[0][1]}; the score will be too good (remove them, or give a file and "
+                     f"its copies one group)")
+    seen, held = ({groups[path] for path in side} if groups else set() for side in (train, val))
+    if seen & held:
+        lines.append(f"warning: {len(seen & held)} groups are on both sides of the split, such as "
+                     f"{min(seen & held, key=str)}; the score will be too good (make a new split with the groups)")
     return lines
 
 

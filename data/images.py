@@ -180,7 +180,7 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
 
     bands: counted from 1, None: all. window: (row, column, height, width); of a GeoTIFF only the window is read.
     shape: (height, width) to reduce to by nearest pixels. missing: the value for pixels that a GeoTIFF declares to hold
-    no data; None leaves them. Raises UserError naming the file.
+    no data; None leaves them and NaN. Raises UserError naming the file.
     """
     kind, (count, height, width), *_ = header(path)
     y, x, h, w = window or (0, 0, height, width)
@@ -206,37 +206,26 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
             image = image[:, y:y + h, x:x + w].copy()
         if shape:
             image = nearest(image, shape)
-    return _check(image, path)
+    return _check(image, path, finite=missing is not None)
 
 
 def digest(path, middle=None):
-    """-> 16 bytes that are equal for equal pixels: equal in shape, dtype and every bit, whatever the format and the
-    compression. Where pixels are indices, the colours count too. Of a JPEG beyond MAX_VALUES the file's bytes count.
+    """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever the
+    format and the compression. Where pixels are indices, the colours count too.
 
-    middle: only this number of rows in the middle counts. All bands are read, in pieces (a JPEG as a whole), so memory
-    does not grow with the scene. Numbers that `read` refuses are fine. Raises UserError naming the file.
+    middle: only this number of rows in the middle counts. All bands are read, in pieces (a PNG or JPEG as a whole), so
+    memory does not grow with the scene. Raises UserError naming the file.
     """
-    hashed = hashlib.blake2b(digest_size=16)
-
-    def add(shape, read):
-        count, height, width = shape
-        rows = min(middle or height, height)
-        first = (height - rows) // 2
-        # the shape alone decides, so that every format is cut alike; a power of two, like the tiles in files
-        step = 1 << max(1, STRIP // (count * width)).bit_length() - 1
-        for row in range(first, first + rows, step):
-            pixels = read(row, min(row + step, first + rows))
-            hashed.update(f"{shape} {pixels.dtype}".encode())
-            hashed.update(pixels.ravel().view(np.uint8))
-
-    if header(path).kind != "JPEG":
-        with open_raster(path) as file:
-            add((file.count, *file.shape), lambda first, stop: file.read(window=((first, stop), (0, file.width))))
-    elif math.prod(size(path)) > MAX_VALUES:
-        hashed.update(Path(path).read_bytes())
-    else:
-        image = _decode(path, None)
-        add(image.shape, lambda first, stop: image[:, first:stop])
+    hashed, shape = hashlib.blake2b(digest_size=16), size(path)
+    count, height, width = shape
+    rows = min(middle or height, height)
+    first = (height - rows) // 2
+    # the shape alone decides, so that every format is cut alike; a power of two, like the tiles in files
+    step = 1 << max(1, STRIP // (count * width)).bit_length() - 1
+    for row in range(first, first + rows, step):
+        pixels = read(path, window=(row, 0, min(step, first + rows - row), width), missing=None).numpy()
+        hashed.update(f"{shape} {pixels.dtype}".encode())
+        hashed.update(pixels.ravel().view(np.uint8))
     colours = None if middle else header(path).palette
     if colours is not None:
         hashed.update(colours.numpy().ravel())
@@ -267,9 +256,15 @@ def colour_bands(path):
     return count - 1 if header(path).kind == "PNG" and count in (2, 4) else count
 
 
-def has_bands(path, bands):
-    """Whether `read_picture` can give these bands of the file."""
-    return size(path)[0] >= max(bands) or colour_bands(path) == 1 and list(bands) == [1, 2, 3]
+def check_bands(files, bands):
+    """UserError for a file of which `read_picture` cannot give these bands."""
+    def check(path):
+        count = size(path)[0]
+        if count < max(bands) and not (colour_bands(path) == 1 and list(bands) == [1, 2, 3]):
+            raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; leave it out, or train with "
+                            f"other --bands")
+
+    in_threads(check, files)
 
 
 def default_bands(files):
@@ -288,6 +283,19 @@ def resize(image, size):
     bytes_here = image.dtype == torch.uint8 and image.device.type == "cpu"  # GPUs resize no bytes
     small = F.interpolate((image if bytes_here else image.float())[None], size, mode="bilinear", antialias=True)[0]
     return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
+
+
+def reduced(size, limit):
+    """size (height, width) -> the same shape with the long side at most `limit`."""
+    factor = min(1, limit / max(size))
+    return tuple(max(1, round(side * factor)) for side in size)
+
+
+def thumbnail(path, bands, limit):
+    """-> `read_picture` with the long side at most `limit` pixels, and the factor by which it is smaller."""
+    full = size(path)[1:]
+    shape = reduced(full, limit)
+    return read_picture(path, bands, shape=shape), max(shape) / max(full)
 
 
 def nearest(image, size):
@@ -339,12 +347,12 @@ def _cut_off(jpeg):
 _decode_once = functools.lru_cache(maxsize=1)(_decode)  # for the windows of one large picture
 
 
-def _check(array, path):
+def _check(array, path, finite):
     if array.dtype.kind == "c":
         raise UserError(f"{path}: has complex pixels; save their amplitudes, or remove the file")
     if array.dtype not in (np.uint8, np.uint16, np.int16, np.int32, np.float32):
         array = array.astype(np.float32)
-    if array.dtype == np.float32 and not np.isfinite(array).all():
+    if finite and array.dtype == np.float32 and not np.isfinite(array).all():
         raise UserError(f"{path}: has NaN or infinite pixels; fill them (0 counts as no data), or remove the file")
     return torch.from_numpy(array)
 

@@ -20,13 +20,13 @@ class EpochBatches:
     index modulo their size). The global batches do not depend on the number of ranks.
 
     parts: an epoch is one of `parts` parts of the permutation, so `parts` epochs see every sample once. weights: how
-    often each sample is drawn, relative to the others; they are drawn with replacement instead of permuted. same: every
-    epoch is the first one, so that their losses compare.
+    often each sample is drawn, relative to the others; unless all are equal, samples are drawn with replacement instead
+    of permuted. same: every epoch is the first one, so that their losses compare.
     """
 
     def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None, same=False):
         self.size, self.batch_size, self.seed, self.parts = size, batch_size, seed, parts
-        self.shares = None if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
+        self.shares = np.divide(weights, np.sum(weights)) if weights is not None and len(np.unique(weights)) > 1 else None
         self.same, self.epoch, self.skip = same, 0, 0
 
     def set_epoch(self, epoch, skip=0):

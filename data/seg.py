@@ -23,12 +23,12 @@ UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
 
 class Samples(NamedTuple):
     """Pairs of image and mask. A list per column: names, (image path, mask path), (height, width), pixels of an object;
-    bands: how many the images have."""
+    bands: those to read, from 1."""
     names: list
     pairs: list
     sizes: list
     areas: list
-    bands: int
+    bands: list
 
     @property
     def images(self):
@@ -43,13 +43,16 @@ class Samples(NamedTuple):
 
 
 def read(root, *, bands=None, classes=1, ignore=None):
-    """The training samples of a data folder, checked: sizes, band counts, mask values. -> Samples
+    """The training samples of a data folder, checked: sizes, bands, mask values. -> Samples
 
-    bands: those that will be read; None: all. classes, ignore: of `read_mask`. Raises UserError naming the file.
+    bands: those that will be read; None: `images.default_bands`. classes, ignore: of `read_mask`. Raises UserError
+    naming the file.
     """
     matched = pairs(Path(root) / "train_img", Path(root) / "train_mask")
-    sizes, areas, counts = scan(matched.values(), bands=bands, classes=classes, ignore=ignore)
-    return Samples(list(matched), list(matched.values()), sizes, areas, counts[0])
+    files = [image for image, _ in matched.values()]
+    bands = bands or images.default_bands(files)
+    images.check_bands(files, bands)
+    return Samples(list(matched), list(matched.values()), *scan(matched.values(), classes, ignore), bands)
 
 
 def test_folder(root):
@@ -93,35 +96,25 @@ def read_mask(path, classes=1, ignore=None, window=None):
         values = torch.unique(mask)
     values = [v for v in values.tolist() if v != ignore]
     top = max(classes - 1, 1)
-    wrong = [v for v in values if v != int(v) or not 0 <= v <= top]
+    wrong = [v for v in values if v not in range(top + 1)]
     if wrong:
         raise UserError(f"{path}: has the value {wrong[0]:g}; masks hold 0 to {top}, see --classes and --ignore")
     return mask.to(torch.uint8)
 
 
-def scan(paired, *, bands=None, classes=1, ignore=None):
-    """Checks every (image, mask) -> [(height, width)], [pixels of an object], [band count], in their order.
+def scan(paired, classes=1, ignore=None):
+    """Checks the mask of every (image, mask) -> [(height, width)], [pixels of an object], in their order.
 
-    Raises UserError for an image without the bands, a mask of another size than its image, a wrong mask value, and,
-    where `bands` is None, images with different band counts.
+    Raises UserError for a mask of another size than its image, and for a wrong mask value.
     """
     def check(item):
         image, mask = item
-        count, *size = images.size(image)
-        if bands and max(bands) > count:
-            raise UserError(f"{image}: has {count} bands, --bands asks for {max(bands)}; choose others")
-        labels = read_mask(mask, classes, ignore)
-        if list(labels.shape) != size:
-            raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} is {tuple(size)}; make them "
-                            f"equal")
-        return tuple(size), int(objects(labels, ignore).sum()), count
+        size, labels = images.size(image)[1:], read_mask(mask, classes, ignore)
+        if tuple(labels.shape) != size:
+            raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} is {size}; make them equal")
+        return size, int(objects(labels, ignore).sum())
 
-    paired = list(paired)
-    sizes, areas, counts = map(list, zip(*images.in_threads(check, paired, "check")))
-    other = next((i for i, count in enumerate(counts) if count != counts[0]), None)
-    if bands is None and other is not None:
-        raise UserError(f"{paired[other][0]}: has {counts[other]} bands, others {counts[0]}; choose --bands")
-    return sizes, areas, counts
+    return map(list, zip(*images.in_threads(check, list(paired), "check")))
 
 
 def objects(mask, ignore=None):
@@ -191,7 +184,7 @@ class SegData(Dataset):
         windows = windows or [None] * len(paired)
         image_files, mask_files = ([pair[side] for pair in paired] for side in (0, 1))
         places = tuple(windows) if any(windows) else ()
-        self.images = Cache(image_files, lambda i: images.read(image_files[i], bands, window=windows[i]), cache,
+        self.images = Cache(image_files, lambda i: images.read_picture(image_files[i], bands, window=windows[i]), cache,
                             variant=(bands, *places))
         self.masks = Cache(mask_files, lambda i: read_mask(mask_files[i], classes, ignore, windows[i]), cache,
                            variant=(classes, ignore, *places))
@@ -241,9 +234,9 @@ class Tiles(Dataset):
 
     def __getitem__(self, i):
         if not self.windows:
-            image = images.read(self.files[i], self.bands)
+            image = images.read_picture(self.files[i], self.bands)
             return {"image": image.float(), "index": i}  # images of a batch may differ in dtype
-        return {"image": images.read(self.files[0], self.bands, window=self.windows[i]), "index": i}
+        return {"image": images.read_picture(self.files[0], self.bands, window=self.windows[i]), "index": i}
 
 
 def predict_windows(file, part, bands, predict, *, tile, overlap, bs, workers=0):

@@ -28,9 +28,10 @@ NAMES = tuple(_PUBLISHED)
 def build(arch, **options):
     """{"name": of NAMES, or "module.Class" of this package, "kwargs": {...}}, as checkpoints have it, -> the net.
 
-    options: further keyword arguments of the class that only training needs, such as grad_checkpoint=True. The name
-    comes from flags and from files, so it never leads out of this package. Raises ValueError for a name that is no net
-    here, TypeError for keyword arguments that the class does not have.
+    options: further keyword arguments of the class that only training needs, such as grad_checkpoint=True; those that
+    are off are not passed, because not every class has them. The name comes from flags and from files, so it never
+    leads out of this package. Raises ValueError for a name that is no net here, TypeError for keyword arguments that the
+    class does not have.
     """
     path, defaults = _PUBLISHED.get(arch["name"], (arch["name"], {}))
     module, _, name = path.rpartition(".")
@@ -43,7 +44,7 @@ def build(arch, **options):
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == f"nets.{module}"):
         raise ValueError(f"{path}: no such net; give mine.Mine for class Mine in nets/mine.py, or one of "
                          f"{', '.join(NAMES)}")
-    return found(**defaults | arch["kwargs"], **options)
+    return found(**defaults | arch["kwargs"], **{name: value for name, value in options.items() if value})
 
 
 def make(name, in_chans=3, num_classes=None, **kwargs):

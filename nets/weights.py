@@ -4,12 +4,12 @@ Nothing in a file is executed. `torch.load(weights_only=True)` builds tensors an
 other class or function that a file names; `read_module` and `read_safetensors` read the formats that it refuses.
 """
 import json
+import math
 import os
 import re
 import zipfile
 from urllib.error import URLError
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -109,21 +109,22 @@ def read_safetensors(path):
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
               "U8": torch.uint8, "BOOL": torch.bool}
-    data = np.fromfile(path, np.uint8)
+    with open(path, "rb") as file:
+        data = bytearray(file.read())
     try:
-        start = 8 + int(data[:8].view("<u8")[0])
+        start = 8 + int.from_bytes(data[:8], "little")
         if start > len(data):
             raise ValueError("its header is cut off")
-        header, state = json.loads(data[8:start].tobytes()), {}
+        header, state = json.loads(data[8:start]), {}
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last <= len(data) - start:
-                raise ValueError(f"{name} lies outside the file")
-            raw = torch.from_numpy(data[start + first:start + last].copy())
-            dtype = dtypes[entry["dtype"]]
-            state[name] = (raw.view(dtype) if len(raw) else raw.to(dtype)).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            dtype, shape, (first, last) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            count = math.prod(shape)
+            if last - first != count * dtype.itemsize or first < 0:
+                raise ValueError(f"{name} has the shape {shape} and {last - first} bytes")
+            state[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first).reshape(shape) \
+                if count else torch.empty(shape, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
     return state
 

@@ -109,7 +109,6 @@ def test_a_refused_resume_leaves_the_run_as_it_was(refused, command, root):
 
 def test_shares_of_what_happens_instead_of_one_another(refused, root):
     train(refused, "--data", root, "--mixup", 0.5, "--cutmix", 0.3, "--snapmix", 0.3, says=["--snapmix", "exceed 1"])
-    train(refused, "--data", root, "--val-interval", 0.1, says=["--val-interval 0.1", "shorter than one batch"])
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

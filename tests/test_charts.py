@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
 from utils.errors import UserError
@@ -206,28 +205,23 @@ def cells(picture, count, left):
     return picture[48 + places][:, left + places].astype(int)
 
 
-def left_edge(picture):
-    """The matrix's first column: a line of the grid's colour from row 48 on."""
-    return int(np.argmax((near(picture, (232, 235, 239), 0)[48:140]).all(0)))
-
-
 def test_matrix_colours_are_shares_of_the_row(tmp_path, texts):
     matrix = np.array([[90, 10, 0, 0], [200, 200, 200, 200], [0, 0, 0, 0], [0, 0, 5, 0]])
     confusion_matrix(tmp_path / "a.png", matrix, ["a", "b", "c"])
     picture = read(tmp_path / "a.png")
-    colour = cells(picture, 4, left_edge(picture))
+    colour = cells(picture, 4, 170)
     white = (colour == 255).all(-1)
     np.testing.assert_array_equal(white, matrix == 0)
     assert (colour[3, 2] == BEST).all() and near(colour[0, 0], LINE, 25)  # all of the row; nine tenths of it
     assert (colour[1, 0] == colour[1, 2]).all() and (colour[1, 0] == colour[1, 3]).all()
     assert colour[1, 1, 2] > colour[1, 1, 0] and colour[1, 0, 0] > colour[1, 0, 2]  # right: blue; wrong: orange
     assert colour[0, 1].sum() > colour[1, 0].sum() > colour[3, 2].sum()  # the larger the share, the darker
-    assert [t for t in texts if "%" in t] == ["90\n90%", "10\n10%"] + ["200\n25%"] * 4 + ["5\n100%"]
+    assert [t for t in texts if t in ("90", "10", "200", "5")] == ["90", "10"] + ["200"] * 4 + ["5"]
     assert [text for text in texts if text in ("a  0", "b  1", "c  2", "background  3", *"0123")] == [
         "a  0", "b  1", "c  2", "background  3", *"0123"]
     texts.clear()
     confusion_matrix(tmp_path / "b.png", matrix * 7, ["a", "b", "c"])
-    np.testing.assert_array_equal(cells(read(tmp_path / "b.png"), 4, left_edge(picture)), colour)
+    np.testing.assert_array_equal(cells(read(tmp_path / "b.png"), 4, 170), colour)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 14, 30, 80, 400])
@@ -238,13 +232,13 @@ def test_matrices_of_any_size(tmp_path, texts, classes):
     confusion_matrix(tmp_path / "a.png", matrix, names)
     picture = read(tmp_path / "a.png")
     assert 200 < picture.shape[1] < 1500 and picture.shape[0] < 1500
-    shown = [k for k in range(classes + 1) if classes <= 80 or k % 6 == 0]  # every sixth of 400
+    shown = [k for k in range(classes + 1) if classes <= 80 or k % 3 == 0]  # every third of 400
     assert [text for text in texts if text.split("  ")[0] in (*names, "background")] == [
         f"{name}  {k}" for k, name in enumerate([*names, "background"]) if k in shown]
-    counts = [text for text in texts if text.split("\n")[0].isdigit()]
+    counts = [text for text in texts if text.isdigit()]
     assert len(counts) == len(shown) + (np.count_nonzero(matrix) if classes <= 30 else 0)
     if 0 < classes <= 80:
-        colour = cells(picture, classes + 1, left_edge(picture))
+        colour = cells(picture, classes + 1, 170)
         assert ((colour == 255).all(-1) == (matrix == 0)).all()
 
 
@@ -284,16 +278,13 @@ def test_statistics_of_known_labels(tmp_path, texts):
     rows, columns = np.nonzero(blue(sizes))  # four decades, 0.01 to 100 %: width 10 -> 0.75, height 20 -> 0.83
     assert columns.min() <= 0.75 * 300 <= columns.max() + 1 and len(columns) < 40 ** 2
     assert rows.min() <= (1 - 0.825) * 300 <= rows.max()
-    images = inside(picture, left, 378 + 48, 674, 200)
-    bars = [blue(images)[:, round((n + 0.5) / 11 * 674)].sum() for n in range(11)]
-    assert bars[1:10] == [0] * 9 and bars[0] / bars[10] == pytest.approx(3 / 4, abs=0.02)
     assert "2 of 3 classes occur" in texts
     assert [text for text in texts if text in ("a", "c", "b")] == ["a", "c", "b"]  # most frequent first
     place = texts.index("boxes")
     assert texts[place + 1:place + 4] == ["28", "12", "0"]
     squares = [tuple(picture[8 + 22 * (2 + r) + 11, 8 + 5].tolist()) for r in range(3)]  # the more, the darker
     assert squares[0] == LINE and sum(squares[0]) < sum(squares[1]) < sum(squares[2]) == 3 * 255
-    assert {"40 boxes", "median 10 x 20, 0 empty", "mean 5.71, most 10, none in 3"} <= set(texts)
+    assert {"40 boxes, 7 images", "median 10 x 20, 0 empty"} <= set(texts)
 
 
 def test_statistics_of_small_and_empty_boxes(tmp_path, texts):
@@ -315,7 +306,7 @@ def test_statistics_of_any_size(tmp_path, texts, classes, images):
     label_statistics(tmp_path / "a.png", boxes, [rng.integers(0, classes, n) for n in counts], [(640, 640)] * images,
                      names)
     picture = read(tmp_path / "a.png")
-    assert 800 < picture.shape[1] < 1000 and 650 <= picture.shape[0] <= 740
+    assert 800 < picture.shape[1] < 1000 and 370 <= picture.shape[0] <= 740
     assert sum(text in names for text in texts) == min(classes, 30)
 
 

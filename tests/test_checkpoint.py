@@ -122,7 +122,7 @@ def test_falls_back_to_the_previous_with_a_warning(tmp_path, capsys):
 def test_stale_temporary_file_is_ignored_and_overwritten(tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(path, small(1))
-    Path(f"{path}.tmp").write_bytes(b"left by a killed process" * 10000)
+    (tmp_path / ".new-last.pt").write_bytes(b"left by a killed process" * 10000)
     assert checkpoint.load(path)["step"] == 1
     checkpoint.save(path, small(2), keep_previous=True)
     assert checkpoint.load(path)["step"] == 2

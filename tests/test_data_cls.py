@@ -179,9 +179,9 @@ def test_two_images_of_one_name(tmp_path):
 
 def test_bands_are_checked_in_every_file(tmp_path):
     files = [write_image(tmp_path / f"{i}.png", size=(8 + i, 9)) for i in range(3)]
-    cls.check_bands(files, [1])
+    images.check_bands(files, [1])
     with pytest.raises(UserError, match="0.png: has 1 bands, band 3 is asked for; leave it out"):
-        cls.check_bands(files, [1, 3])
+        images.check_bands(files, [1, 3])
 
 
 # ---- folds and subsets -----------------------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ def test_pictures_of_all_kinds_are_rgb(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "inks.jpg", quality=100)
     files = [tmp_path / name for name in ("grey.png", "rgb.png", "palette.png", "inks.jpg")]
     bands = images.default_bands(files)
-    cls.check_bands(files, bands)
+    images.check_bands(files, bands)
     assert bands == [1, 2, 3]
     data = cls.Images(files, np.zeros((4, 2), np.float32), bands=bands)
     grey, full, palette, inks = (data[i]["image"].permute(1, 2, 0).numpy() for i in range(4))

@@ -7,6 +7,7 @@ from PIL import Image
 from data import augment, det, images
 from data.det import DetData, Sample, TiledImages, collate, rect
 from tests.test_images import png
+from utils.errors import UserError
 from utils.ops import geometry
 
 COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [250, 10, 250], [10, 250, 250]])
@@ -270,7 +271,10 @@ def test_opacity_is_no_band_unless_asked_for(tmp_path):
     Image.fromarray(rgba[..., :2].copy(), "LA").save(tmp_path / "la.png")
     rgba, la = tmp_path / "rgba.png", tmp_path / "la.png"
     assert images.default_bands([rgba, la]) == images.default_bands([la, rgba]) == [1, 2, 3]
-    assert images.default_bands([la]) == [1] and images.has_bands(la, [1, 2, 3]) and not images.has_bands(la, [3])
+    assert images.default_bands([la]) == [1]
+    images.check_bands([la, rgba], [1, 2, 3])
+    with pytest.raises(UserError, match="la.png: has 2 bands, band 3 is asked for"):
+        images.check_bands([rgba, la], [3])
     assert torch.equal(images.read_picture(rgba, [1, 2, 3]), images.read(rgba)[:3])
     assert torch.equal(images.read_picture(rgba, [1, 2, 3, 4]), images.read(rgba))
     assert torch.equal(images.read_picture(la, [1, 2, 3]), images.read(la)[:1].expand(3, -1, -1))

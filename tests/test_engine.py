@@ -19,7 +19,7 @@ from tests.toy import Data, Faults, Net, make_evaluate, make_loss
 from utils.errors import NumericalError, Stopped, UserError
 from utils.pictures import charts
 from utils.train import checkpoint, dist, engine, optim
-from utils.train.loggers import Loggers, Progress
+from utils.train.loggers import Progress
 from utils.train.state import State, autocast, precision
 
 CPU = torch.device("cpu")
@@ -217,7 +217,7 @@ def test_best_is_the_first_best(tmp_path, scores, best, epochs):
 def test_boards_are_closed_however_the_run_ends(tmp_path, faults):
     """They flush once in a while only, and what they have lost no resumed run sends again."""
     told = []
-    loggers = Loggers([(lambda row, step: told.append(step), lambda: told.append("closed"))])
+    loggers = [(lambda row, step: told.append(step), lambda: told.append("closed"))]
     with contextlib.suppress(NumericalError, Stopped):
         train(tmp_path, epochs=1, loggers=loggers, faults=faults)
     assert told == ([] if faults else [1]) + ["closed"]

@@ -242,9 +242,9 @@ def test_a_fault_of_ours_shows_where(tmp_path):
 
 
 @pytest.mark.parametrize("fault, code, words", [
-    ("full@write:700", 2, [".pt: cannot write the checkpoint (No space left on device); make room"]),
+    ("full@write:700", 2, [".pt: cannot be written (No space left on device); make room"]),
     ("full@replace:7", 2, ["No space left on device", "exp", "--resume"]),
-    ("full@fsync:5", 2, [".pt: cannot write the checkpoint (No space left on device); make room"]),
+    ("full@fsync:5", 2, [".pt: cannot be written (No space left on device); make room"]),
     ("nan@batch:9", 3, ["no longer finite", "--lr"]), ("inf@batch:9", 3, ["no longer finite", "--lr"]),
     ("memory@batch:9", 2, ["out of memory", "--bs"]), ("error@eval:4", 2, ["toy eval: an error to order"])])
 def test_a_run_that_fails_goes_on_from_its_last_save(tmp_path, straight, fault, code, words):

@@ -3,6 +3,7 @@
 Mixing, pseudo labels, extra data and splits are in test_playbook.py.
 """
 import csv
+import functools
 import json
 from argparse import Namespace
 from fractions import Fraction
@@ -196,13 +197,14 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
         want = values(flat[:, 0] if classes == 1 else flat, y[valid].astype(float), s)
         assert want.keys() | {"lovasz", "lovasz_elu"} >= known.keys() and len(want) == 4
         for name, loss in known.items():
+            loss = functools.partial(loss, ignore=255, **{"smoothing": s} if loss in train_seg.SMOOTHED else {})
             logits = torch.from_numpy(z.copy()).requires_grad_()
-            value = loss(logits, mask, 255, s)
+            value = loss(logits, mask)
             value.backward()
             outside = ~torch.from_numpy(valid)[:, None].expand_as(logits)
             assert (logits.grad[outside] == 0).all() and (logits.grad != 0).any(), name
             other = torch.where(outside, 40.0, logits.detach())
-            assert float(loss(other, mask, 255, s)) == pytest.approx(float(value), abs=1e-9), name
+            assert float(loss(other, mask)) == pytest.approx(float(value), abs=1e-9), name
             if name in want:
                 assert float(value) == pytest.approx(want[name], abs=1e-6), (name, s)
 
@@ -211,14 +213,21 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
                                             (3, {"dice": 1, "topk": 3, "focal": 1, "ce": 0.5})])
 def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms):
     root = write_wildfire(tmp_path / "data", train=4, test=1, size=(32, 32), classes=classes)
-    known, seen = train_seg.BINARY if classes == 1 else train_seg.MULTICLASS, []
+    known, seen, smoothed = train_seg.BINARY if classes == 1 else train_seg.MULTICLASS, {}, []
     for name in terms:
-        monkeypatch.setitem(known, name, lambda *args, loss=known[name]: seen.append(args[2:]) or loss(*args))
+        def loss(*args, name=name, real=known[name], **options):
+            seen[name] = options
+            return real(*args, **options)
+        smoothed += [loss] if known[name] in train_seg.SMOOTHED else []
+        monkeypatch.setitem(known, name, loss)
+    monkeypatch.setattr(train_seg, "SMOOTHED", smoothed)
     script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--classes", classes, "--ignore", 255, "--label-smoothing",
            0.1, "--loss", *(f"{name}={weight}" for name, weight in terms.items()))
     row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
     assert row["loss"] == pytest.approx(sum(row[f"{name}_loss"] for name in terms), rel=1e-5)  # weighted
-    assert all(0 < row[f"{name}_loss"] < 10 * weight for name, weight in terms.items()) and set(seen) == {(255, 0.1)}
+    assert all(0 < row[f"{name}_loss"] < 10 * weight for name, weight in terms.items())
+    assert seen == {name: {"ignore": 255} | ({"smoothing": 0.1} if name == ("focal" if classes == 1 else "ce") else {})
+                    for name in terms}
 
 
 def test_smoothing_without_a_loss_that_smooths(script, refused, small):
@@ -465,21 +474,21 @@ def test_debug(script, small, capsys):
 
 # ---- large images ----------------------------------------------------------------------------------------------------
 def test_large_images_are_learned_and_judged_in_windows(script, refused, tmp_path, monkeypatch):
-    root, read, sides = write_wildfire(tmp_path / "Wildfire", train=3, test=1, size=(80, 100)), images.read, []
+    root, read, sides = write_wildfire(tmp_path / "Wildfire", train=3, test=1, size=(80, 100)), images.read_picture, []
 
     def spy(path, *args, **options):
         pixels = read(path, *args, **options)
-        sides.append(max(pixels.shape[1:])) if "train_img" in str(path) else None
+        sides.append(max(pixels.shape[1:]))
         return pixels
 
-    monkeypatch.setattr(images, "read", spy)
+    monkeypatch.setattr(images, "read_picture", spy)
     flags = ["--data", root, *TRAIN, "--tile", 48]
     script(train_seg, *flags, "--overlap", 0.5)
     assert max(sides) == 48  # never a whole image
     with open("runs/seg/exp/samples.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     [held_out] = {row["name"] for row in rows}
-    mask = read(held_out.replace("img", "mask")).numpy()[0]
+    mask = images.read(held_out.replace("img", "mask")).numpy()[0]
     assert len(rows) == 2 * 3 and sum(int(row["area"]) for row in rows) == mask.sum() > 0
     scores = [[int(row[name]) for name in ("area", "predicted")] + [float(row["score"])] for row in rows]
     right = sum(score * (area + predicted) / (1 + score) for area, predicted, score in scores)

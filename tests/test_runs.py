@@ -245,5 +245,5 @@ def test_runs_in_folders(tmp_path):
 
 def test_results_that_find_no_place(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="choose another --out"):
+    with pytest.raises(UserError, match="file.out: the folder cannot be made .Not a directory.; choose another one"):
         runs.new_folder(tmp_path / "file" / "out")

@@ -261,10 +261,10 @@ def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, dirty, monke
     script(train_cls, *flags, "--name", "straight")
     loss, count = train_cls.LOSSES["bce"], iter(range(100))
 
-    def stopping(*args):
+    def stopping(*args, **options):
         if next(count) in (1, 7):  # amid the first accumulations of both epochs
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*args)
+        return loss(*args, **options)
 
     monkeypatch.setitem(train_cls.LOSSES, "bce", stopping)
     with pytest.raises(Stopped):

@@ -270,13 +270,7 @@ def test_review_has_tables(script, parking, monkeypatch):
     assert [row["class"] for row in by_class] == ["sedan", "bus", "adult"]
     for row, want in zip(by_class, results["classes"].values()):
         assert [row["AP"], row["AP50"], row["boxes"]] == [want["ap"], want["ap50"], want["truths"]]
-    held_out = [int(Path(name).stem) for name, fold in split_of("exp").items() if fold == 0]
-    labels = json.loads((parking / "train/label/Train.json").read_text())["annotations"]
-    areas = np.array([box["area"] for box in labels if box["image_id"] in held_out])
-    limits = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 1e9)}
-    assert {row["size"]: row["boxes"] for row in by_size} == {
-        name: ((low <= areas) & (areas <= high)).sum() for name, (low, high) in limits.items()}
-    assert [row["pixels"] for row in by_size] == ["0 to 1024", "1024 to 9216", "from 9216"]
+    assert [row["size"] for row in by_size] == ["small", "medium", "large"]
     for row in by_size:
         want = results["last"][f"ap_{row['size']}"]
         assert row["AP"] == want if want is not None else math.isnan(row["AP"])

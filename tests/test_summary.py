@@ -21,7 +21,7 @@ from utils.pictures import cells, table
 from utils.train import checkpoint, runs
 from utils.train.args import loss_term, setup_run, train_parser
 from utils.errors import UserError
-from utils.pictures.table import flags, render, tables, write_note
+from utils.pictures.table import flags, render, tables
 
 COLUMNS = ("run", "date", "metric", "best", "epoch", "last", "swa", "minutes", "commit", "flags")
 DEFAULTS = {"lr": 0.001, "ema": True, "bs": 64, "loss": None, "name": "exp", "project": "runs/seg", "resume": None}
@@ -329,7 +329,7 @@ def test_what_a_run_was_started_with_comes_back(tmp_path):
     for argv in (typed, ["--bands", "all", "--lr", "1e-3"]):
         free()
         _, _, folder, _ = setup_run(parser, ["--project", str(tmp_path), "--device", "cpu", *argv])
-        write_note(folder, vars(parser.parse_args([])))
+        runs.record_start(folder, vars(parser.parse_args([])))
     found = rows(tmp_path)
     assert set(found["exp"]["flags"][2:].split(" --")) == {"lr 0.01", "no-ema", "compile", "loss bce=0.5 dice=2",
                                                            "device cpu"}
@@ -345,14 +345,14 @@ def git(folder, *words):
 
 def test_the_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    assert table.commit(tmp_path) == "" and table.commit(tmp_path / "missing") == ""
+    assert runs.commit(tmp_path) == "" and runs.commit(tmp_path / "missing") == ""
     git(tmp_path, "init", "-q")
-    assert table.commit(tmp_path) == ""  # a repository without any
+    assert runs.commit(tmp_path) == ""  # a repository without any
     (tmp_path / "code.py").write_text("1")
     git(tmp_path, "add", "-A"), git(tmp_path, "commit", "-q", "-m", "x"), git(tmp_path, "tag", "-a", "v1", "-m", "x")
-    assert table.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") != ""
+    assert runs.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") != ""
     (tmp_path / "code.py").write_text("2")
-    assert table.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") + "-dirty"
+    assert runs.commit(tmp_path) == git(tmp_path, "rev-parse", "--short", "HEAD") + "-dirty"
 
 
 def test_git_that_is_missing_or_hangs(tmp_path, monkeypatch):
@@ -361,25 +361,25 @@ def test_git_that_is_missing_or_hangs(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        assert table.commit(tmp_path) == ""
+        assert runs.commit(tmp_path) == ""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert table.commit(tmp_path) == ""
+    assert runs.commit(tmp_path) == ""
 
 
 def test_a_resumed_run_keeps_its_date_and_the_defaults_that_it_began_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "commit", lambda folder: "abc")
-    write_note(tmp_path, {"lr": 1})
+    monkeypatch.setattr(runs, "commit", lambda folder: "abc")
+    runs.record_start(tmp_path, {"lr": 1})
     first = json.loads((tmp_path / "run.json").read_text())
     assert first == {"started": first["started"], "commit": "abc", "defaults": {"lr": 1}}
     assert abs(time.mktime(time.strptime(first["started"], "%Y-%m-%d %H:%M")) - time.time()) < 200
     (tmp_path / "run.json").write_text(json.dumps(first | {"started": "2020-01-01 00:00"}))
-    monkeypatch.setattr(table, "commit", lambda folder: "def")
-    write_note(tmp_path, {"lr": 2, "new": 3})  # a flag that there was not
+    monkeypatch.setattr(runs, "commit", lambda folder: "def")
+    runs.record_start(tmp_path, {"lr": 2, "new": 3})  # a flag that there was not
     again = json.loads((tmp_path / "run.json").read_text())
     assert again == {"started": "2020-01-01 00:00", "defaults": {"lr": 1, "new": 3}, "commit": "def"}
     with pytest.raises(UserError, match="run.json: cannot be written"):
         (tmp_path / "file").write_text("")
-        write_note(tmp_path / "file", {})
+        runs.record_start(tmp_path / "file", {})
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """Files: reading them, with one answer for those that cannot be read, and writing them whole or not at all. Everything
-but checkpoints is written by these functions."""
+is written by these functions."""
 import contextlib
 import csv
 import fcntl
@@ -49,9 +49,7 @@ def read_json(path):
 
     try:
         return json.loads(read_bytes(path), object_pairs_hook=unique)
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply; replace it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); correct or replace it") from None
 
 
@@ -77,8 +75,11 @@ def check_absent(target):
         raise UserError(f"{target}: exists already; move it away or choose another --out")
 
 
+ROOM = "make room, or choose another folder"
+
+
 @contextlib.contextmanager
-def writing(path, remedy="make room, or choose another folder"):
+def writing(path, remedy=ROOM):
     """While the block runs, an OSError becomes a UserError which says that `path` cannot be written."""
     try:
         yield
@@ -106,13 +107,13 @@ def whole_folder(target):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path, remedy=ROOM):
     """Yields a temporary name in the same folder, which becomes `path` only when the block ends without an error. Makes
     the folder. Raises UserError when the file cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".new-{path.name}")  # same suffix: Pillow takes the format from it
     try:
-        with writing(path):
+        with writing(path, remedy):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             os.replace(temporary, path)

@@ -2,6 +2,7 @@
 import os
 
 from utils.errors import UserError
+from utils.train.args import word
 
 
 def check_task(args, known):
@@ -9,7 +10,7 @@ def check_task(args, known):
     for flag, (tasks, default) in known.items():
         used = args.task in tasks or args.detector and flag in ("imgsz", "conf", "iou", "max_det")
         if vars(args)[flag] != default and not used:
-            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --task {args.task}; leave it out")
+            raise UserError(f"{word(flag)}: does nothing for --task {args.task}; leave it out")
     check_views(args)
 
 
@@ -31,11 +32,10 @@ def check_ensemble(args, paths):
     """Whether the flags of an ensemble go together. paths: the checkpoints; none: --probs without --weights."""
     for flag in () if paths else ("source", "noisy", "tta", "soup", "pseudo", "fit_weights", "ensemble", "imgsz"):
         if getattr(args, flag) not in (None, False):
-            raise UserError(f"--{flag.replace('_', '-')}: does nothing for --probs without --weights; leave it out")
+            raise UserError(f"{word(flag)}: does nothing for --probs without --weights; leave it out")
     if args.noisy and (args.source or len(paths) > 1):
         raise UserError("--noisy: is for one checkpoint, instead of --source; give one --weights and no --source")
-    given = [f"--{flag.replace('_', '-')}" for flag in ("fit_weights", "ensemble", "ensemble_weights")
-             if getattr(args, flag)]
+    given = [word(flag) for flag in ("fit_weights", "ensemble", "ensemble_weights") if getattr(args, flag)]
     if len(given) > 1:
         raise UserError(f"{given[0]}, {given[1]}: both say how the checkpoints are weighted; leave one out")
     if args.fit_weights and len(set(map(os.path.realpath, paths))) < len(paths):

@@ -166,8 +166,7 @@ def _report(path, found, file, allow_bad):
             see = f"; all in {file}"
     for kind, places in cases.items():
         what = "found" if kind in (CLIPPED, RESIZED) else "left out"
-        line = f"{path}: {kind}: {len(places)} {what}, first {places[0]}{see}"
-        dist.print0(line.encode(errors="backslashreplace").decode())
+        dist.print0(f"{path}: {kind}: {len(places)} {what}, first {places[0]}{see}")
     dropped = {kind: len(cases[kind]) for kind in DROPPED if kind in cases}
     count = sum(dropped.values())
     if count > MAX_DROPPED * found["total"] and not allow_bad:

@@ -120,20 +120,16 @@ def _locator(root, folders):
             return {}
 
     def locate(name, place):
-        inside, name = False, name if "/" in name else name.replace("\\", "/")  # Label Studio's on Windows
+        name = name if "/" in name else name.replace("\\", "/")  # Label Studio's on Windows
         for base in folders:
             path = os.path.relpath(os.path.join(top, base, name), top)  # `name` may be absolute
-            if path == ".." or path.startswith("../"):
-                continue
-            inside = True
             folder, file = os.path.split(path)
-            file = names(folder).get(same_name(file))
-            if file and name:
+            file = names(folder).get(same_name(file)) if name and path.split("/")[0] != ".." else None
+            if file:
                 return os.path.join(folder, file)
-        if folders and not inside:
-            raise UserError(f"{place}: {show(name)} leads out of {root}; move the image into it, correct file_name")
         looked = ", ".join(folder or "." for folder in folders)
-        raise UserError(f"{place}: no image {show(name)} in {root} (looked in {looked}); add it, or remove the entry")
+        raise UserError(f"{place}: no image {show(name)} in {root} (looked in {looked}); add it, correct file_name, or "
+                        f"remove the entry")
     return locate
 
 
@@ -162,20 +158,18 @@ def _corners(box, crowd, place):
 def test_ids(root):
     """{name of an image file, by `same_name`: image id} from ROOT/Test_Images_Information.json: {"images": [{"id",
     "file_name"}]}, or that list alone. {} where there is no such file. Raises UserError."""
-    path, found, ids = Path(root) / TEST_INFORMATION, {}, set()
+    path = Path(root) / TEST_INFORMATION
     if not os.path.lexists(path):
-        return found
+        return {}
     data = read_json(path)
     data = {"images": data} if type(data) is list else data
-    for place, _, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,)):
-        name = same_name(os.path.basename(name.replace("\\", "/")))
-        if name in found:
-            raise UserError(f"{place}: {show(name)} is listed twice; remove one")
-        if key in ids:
-            raise UserError(f"{place}: the id {show(key)} stands for two images; correct one")
-        found[name] = key
-        ids.add(key)
-    return found
+    found = [(same_name(os.path.basename(name.replace("\\", "/"))), key)
+             for _, _, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,))]
+    for what, values in zip(("file_name", "id"), zip(*found)):
+        twice, count = Counter(values).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{path}: the {what} {show(twice)} stands there {count} times; correct it")
+    return dict(found)
 
 
 def _entries(data, key, path, **fields):

@@ -7,12 +7,12 @@ crops of large images only.
 """
 import os
 
-import torch
+import numpy as np
+from rasterio import features
 
 from data import images, seg
 from data.labels.records import Layout, Records
 from utils.errors import UserError
-from utils.ops.components import components
 
 VOID = 255  # in masks of classes above 1 this is no object; in binary masks it is the objects' value
 
@@ -34,7 +34,7 @@ def read(layout):
         if tuple(mask.shape) != size:
             raise UserError(f"{layout.root / label}: is {tuple(mask.shape)} pixels, its image {file} is {size}; make "
                             f"them equal")
-        return objects(mask.long())
+        return objects(mask)
 
     found = images.in_threads(check, list(zip(layout.images, layout.labels)), "masks")
     boxes = [(i, value, box, label, number) for i, (label, parts) in enumerate(zip(layout.labels, found))
@@ -49,10 +49,11 @@ def read(layout):
 
 
 def objects(mask):
-    """mask (H, W), integers -> [(value, (x1, y1, x2, y2))] of its connected parts with a value above 0, in pixels."""
-    numbers = components(mask)
-    y, x = numbers.nonzero(as_tuple=True)
-    part, start = numbers[y, x] - 1, torch.zeros(int(numbers.max()), dtype=torch.long)
-    columns = [start.scatter_reduce(0, part, values, how, include_self=False) for values, how in (
-        (mask[y, x], "amax"), (x, "amin"), (y, "amin"), (x + 1, "amax"), (y + 1, "amax"))]
-    return [(value, tuple(map(float, box))) for value, *box in torch.stack(columns, 1).tolist()]
+    """mask (H, W), integers -> [(value, (x1, y1, x2, y2))] of its connected parts with a value above 0, in pixels. Two
+    pixels are connected when they touch, at a corner too."""
+    values = mask.numpy().astype(np.int32)
+    found = []
+    for outline, value in features.shapes(values, mask=values > 0, connectivity=8):
+        x, y = zip(*outline["coordinates"][0])
+        found.append((int(value), (min(x), min(y), max(x), max(y))))
+    return found

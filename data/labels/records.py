@@ -60,11 +60,8 @@ def check_pairs(image_folder, images, label_folder, labels):
     label_of = by_stem(labels, label_folder)
     lone = sorted(label_of.keys() - by_stem(images, image_folder).keys())
     if lone:
-        path = image_folder / lone[0]
-        others = [name for name in list_files(path.parent, "") if os.path.splitext(name)[0] == path.name]
-        remedy = f"convert {others[0]} to PNG or JPEG" if others else "add it"
         raise UserError(f"{label_folder / label_of[lone[0]]}: no image of that name in {image_folder} ({len(lone)} in "
-                        f"total); {remedy}, or remove the label file")
+                        f"total); add it as PNG, JPEG or TIFF, or remove the label file")
 
 
 def read_lines(path):

@@ -15,7 +15,7 @@ from PIL import Image
 from rasterio import features
 from rasterio.windows import Window
 
-from data import det, images
+from data import images
 from data.results import pseudo
 from utils.files import whole_file, write_json
 from utils.pictures import sheets
@@ -47,10 +47,9 @@ class MaskWriter:
                     target.write(values, 1, window=Window(x, y, *values.shape[::-1]))
         with _open_mask(file, self.out) as mask:
             if self.overlays:
-                reduced = det.reduced(mask.shape, 1024)
-                rgb = sheets.to_rgb(images.read(file, self.overlays, shape=reduced))
-                with whole_file(self.out / "overlays" / f"{file.stem}.png") as temporary:
-                    Image.fromarray(sheets.overlay(rgb, mask.read(1, out_shape=reduced))).save(temporary)
+                image, _ = images.thumbnail(file, self.overlays, 1024)
+                shown = sheets.overlay(sheets.to_rgb(image), mask.read(1, out_shape=image.shape[1:]))
+                sheets.save_image(self.out / "overlays" / f"{file.stem}.png", Image.fromarray(shown))
             if self.polygons:
                 write_json(self.out / "polygons" / f"{file.stem}.geojson", polygons(mask, file.stem), indent=None)
 

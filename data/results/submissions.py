@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import det, images
+from data import images
 from data.labels import coco
 from utils.errors import UserError
-from utils.files import read_csv, same_name, whole_file, write_csv, write_json, write_text
+from utils.files import read_csv, same_name, write_csv, write_json, write_text
 from utils.ops import boxes
 from utils.pictures import detection as pictures_det, sheets
 from utils.train import dist
@@ -86,15 +86,13 @@ def write_boxes(out, files, sizes, results, *, ids, category_ids, max_mb):
     return dropped
 
 
-def draw_boxes(folder, files, sizes, results, *, names, bands, threshold, limit=1920):
+def draw_boxes(folder, files, results, *, names, bands, threshold, limit=1920):
     """Writes FOLDER/NAME.jpg: the images, at most `limit` pixels a side, with their detections of at least this score.
     Every rank draws its share."""
-    for file, size, rows in _share(files, sizes, results):
-        rows, shape = rows[rows[:, 4] >= threshold], det.reduced(size, limit)
-        rgb = sheets.to_rgb(images.read_picture(file, bands, shape=shape))
-        rgb = pictures_det.draw_boxes(rgb, rows[:, :4] * (max(shape) / max(size)), rows[:, 5].long(), names, rows[:, 4])
-        with whole_file(folder / f"{file.stem}.jpg") as temporary:
-            Image.fromarray(rgb).save(temporary, quality=90)
+    for file, rows in _share(files, results):
+        rows, (image, zoom) = rows[rows[:, 4] >= threshold], images.thumbnail(file, bands, limit)
+        rgb = pictures_det.draw_boxes(sheets.to_rgb(image), rows[:, :4] * zoom, rows[:, 5].long(), names, rows[:, 4])
+        sheets.save_image(folder / f"{file.stem}.jpg", Image.fromarray(rgb), quality=90)
 
 
 def _share(*columns):

@@ -18,26 +18,22 @@ from utils.train.args import int_range
 
 
 def main():
-    folders = {"letters": "resources", "wildfire": "Wildfire", "parking": "DATA"}
+    makers = {"letters": (letters, "resources"), "wildfire": (wildfire, "Wildfire"), "parking": (parking, "DATA")}
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", choices=folders, help="write only this data set (default: all)")
+    add("--only", choices=makers, help="write only this data set (default: all)")
     add("--out", default=".", metavar="DIR", help="parent of the new folders (default: the working directory)")
     add("--train", type=int_range(1), default=48, metavar="N", help="training pictures in each data set (default: 48)")
     add("--test", type=int_range(0), default=12, metavar="N", help="test pictures in each data set (default: 12)")
     add("--size", type=int_range(64), default=256, metavar="N", help="side of a wildfire tile in pixels (default: 256)")
     add("--seed", type=int_range(0), default=0, metavar="N", help="another seed gives other pictures (default: 0)")
     args = parser.parse_args()
-    wanted = [args.only] if args.only else list(folders)
-    for task in wanted:                                   # before minutes are spent on the others
-        check_absent(os.path.join(args.out, folders[task]))
-    counts = dict(train=args.train, test=args.test, seed=args.seed)
-    if "letters" in wanted:
-        print(letters(args.out, **counts))
-    if "wildfire" in wanted:
-        print(wildfire(args.out, size=args.size, **counts))
-    if "parking" in wanted:
-        print(parking(args.out, **counts))
+    wanted = [args.only] if args.only else list(makers)
+    for name in wanted:                                   # before minutes are spent on the others
+        check_absent(os.path.join(args.out, makers[name][1]))
+    for name in wanted:
+        size = {"size": args.size} if name == "wildfire" else {}
+        print(makers[name][0](args.out, train=args.train, test=args.test, seed=args.seed, **size))
 
 
 if __name__ == "__main__":

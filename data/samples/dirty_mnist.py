@@ -11,24 +11,26 @@ the flags of the recipe, not on --workers or --num. `Synthetic` makes such image
 and no image is written to disk.
 """
 import argparse
-import csv
+import contextlib
 import functools
 import json
 import os
 import string
-import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from data.loader import eval_loader
 from data.samples import glyphs
 from utils.errors import Parser, UserError, cli
-from utils.files import whole_file, write_csv
+from utils.files import read_csv, write_csv
+from utils.pictures.sheets import save_image
 from utils.train.args import int_range
 
 SIDE, LARGEST = 28, 79  # pixels: side of a glyph; side of the box around a glyph turned by 45 degrees and doubled
@@ -43,15 +45,14 @@ class Synthesizer:
     """The competition's recipe for images.
 
     pixels (N, 28, 28) uint8 and letters (N,) 0..25: the glyphs, as returned by `glyphs.read`. size: image side in
-    pixels. counts: smallest and largest number of letters in an image. noise: the background is uniform in 0..noise,
-    inclusive, whole numbers. The letters are the same on every device; the noise is the same on all CPUs, and differs
-    on a GPU. Raises UserError if a letter has no glyph or a number is out of range.
+    pixels, at least LARGEST. counts: smallest and largest number of letters in an image, 1 to 26. noise: the background
+    is uniform in 0..noise, inclusive, whole numbers. The letters are the same on every device; the noise is the same
+    on all CPUs, and differs on a GPU. Raises UserError if a letter has no glyph.
     """
 
     def __init__(self, pixels, letters, *, size=256, counts=(10, 14), noise=254, device="cpu"):
-        if size < LARGEST or not 1 <= counts[0] <= counts[1] <= 26 or not 0 <= noise <= 255:
-            raise UserError(f"--size {size} --letters-per-image {counts[0]} {counts[1]} --noise {noise}: out of range; "
-                            f"give a size of at least {LARGEST}, two numbers from 1 to 26 in order, and 0 to 255")
+        if counts[0] > counts[1]:
+            raise UserError(f"--letters-per-image {counts[0]} {counts[1]}: the smaller number comes first; turn them")
         self.available = np.bincount(letters, minlength=26)
         if not self.available.all():
             missing = "".join(string.ascii_uppercase[i] for i in np.flatnonzero(self.available == 0))
@@ -162,24 +163,6 @@ class Synthetic(torch.utils.data.Dataset):
 
 
 # ---- the files -----------------------------------------------------------------------------------------------------
-def _chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png_parts(image, text):
-    """Grey image (H, W) uint8 array -> (first bytes, the rest) of an uncompressed PNG, as noise cannot be compressed.
-
-    The first bytes hold the size and the comment `text`. libpng takes 60 times as long: it tries its filters on every
-    row.
-    """
-    height, width = image.shape
-    rows = np.zeros((height, 1 + width), np.uint8)  # each begins with its filter: none
-    rows[:, 1:] = image
-    head = (b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-            + _chunk(b"tEXt", b"Comment\0" + text.encode("latin-1")))
-    return head, _chunk(b"IDAT", zlib.compress(rows, 0)) + _chunk(b"IEND", b"")
-
-
 def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
     """Writes images start ... start + num - 1 to `out`/{index}.png and adds their labels to the table `out`_answer.csv.
 
@@ -189,7 +172,7 @@ def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
     """
     s, answers = synthesizer, f"{os.path.normpath(out)}_answer.csv"
     letters = zlib.crc32(s.pixels.cpu().numpy().tobytes() + s.available.tobytes())
-    recipe = {"seed": seed, "counts": s.counts, "noise": s.noise, "letters": f"{letters:08x}"}
+    recipe = {"seed": seed, "size": s.size, "counts": s.counts, "noise": s.noise, "letters": f"{letters:08x}"}
     others = _other_rows(answers, start, start + num)  # read before an hour's work, not after
     job = functools.partial(_write_missing, s, Path(out), seed=seed, digits=digits, text=json.dumps(recipe))
     rows = []
@@ -209,42 +192,41 @@ def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
 def _write_missing(synthesizer, out, indices, *, seed, digits, text):
     """Writes the missing ones of the images -> the rows of all of them in the table of labels: index, 26 times 0 or 1.
     """
-    head, _ = png_parts(np.empty((synthesizer.size,) * 2, np.uint8), text)
-    paths = {i: out / f"{i:0{digits}d}.png" for i in indices}
-    missing = [i for i, path in paths.items() if not _complete(path, head)]
+    paths, comment = {i: out / f"{i:0{digits}d}.png" for i in indices}, PngInfo()
+    comment.add_text("Comment", text)
+    missing = [i for i, path in paths.items() if not _complete(path, text)]
     if missing:
         for i, image in zip(missing, synthesizer.batch(missing, seed)[0].cpu().numpy()):
-            with whole_file(paths[i]) as new:
-                new.write_bytes(b"".join(png_parts(image[0], text)))
+            # not compressed, as noise cannot be
+            save_image(paths[i], Image.fromarray(image[0]), pnginfo=comment, compress_level=0)
     return [[i, *label] for i, label in zip(indices, synthesizer.draw(indices, seed)[1].int().tolist())]
 
 
-def _complete(path, head):
-    """Whether the file exists and is complete. Raises UserError if it begins with another head."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+def _complete(path, text):
+    """Whether the file exists and is complete. Raises UserError if its comment is another one than `text`."""
+    if not path.exists() or not path.stat().st_size:
         return False
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the folder") from None
-    if content[:len(head)] != head[:len(content)]:
+    recipe, complete = None, False
+    with contextlib.suppress(OSError, SyntaxError):  # what Pillow raises for damaged files
+        with Image.open(path, formats=("PNG",)) as image:
+            recipe = image.text.get("Comment")
+            image.load()
+            complete = True
+    if recipe != text:
         raise UserError(f"{path}: exists already, made with other letters or flags; choose another --out or "
                         f"--start-index")
-    return content.endswith(_chunk(b"IEND", b""))
+    return complete
 
 
 def _other_rows(path, start, stop):
     """The rows of a table of labels whose indices are not start ... stop - 1: the competition's own, for instance."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
-        if header == HEADER and all(len(row) == len(HEADER) for row in rows):
-            return [row for row in rows if not start <= int(row[0]) < stop]
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return []
-    except (OSError, ValueError, csv.Error):
-        pass
-    raise UserError(f"{path}: exists already and is no table of index and a to z; move it away or choose another --out")
+    header, *rows = [row for row in read_csv(path) if row] or [[]]
+    if header != HEADER or not all(len(row) == len(HEADER) and row[0].isdecimal() for row in rows):
+        raise UserError(f"{path}: exists already and is no table of index and a to z; move it away or choose another "
+                        f"--out")
+    return [row for row in rows if not start <= int(row[0]) < stop]
 
 
 def row_range(text):

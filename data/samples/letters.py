@@ -1,26 +1,17 @@
 """A small Dirty-MNIST, second edition (DACON 2021), of letters drawn with a font; see data/samples/__main__.py."""
-import csv
 import os
 import string
 
-import numpy as np
-
 from data.samples import glyphs
 from data.samples.dirty_mnist import HEADER, Synthesizer, write
-from utils.files import whole_folder
+from utils.files import whole_folder, write_csv
 
 
-def _write_rows(path, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-
-
-def write_glyphs(path, pixels, letters, digits=None):
-    """The competition's CSV: id, digit (shown by the faint pixels; train.csv only), letter, 0 ... 783."""
-    columns = {"id": range(1, len(letters) + 1)} | ({} if digits is None else {"digit": digits})
-    columns["letter"] = [string.ascii_uppercase[letter] for letter in letters]
-    fronts, pixels = zip(*columns.values()), pixels.reshape(len(pixels), -1).tolist()
-    _write_rows(path, [[*columns, *glyphs.COLUMNS], *([*front, *values] for front, values in zip(fronts, pixels))])
+def write_glyphs(path, pixels, letters):
+    """The competition's CSV: id, letter, 0 ... 783 (its train.csv also has the digit that the faint pixels show)."""
+    rows = zip(letters, pixels.reshape(len(pixels), -1).tolist())
+    write_csv(path, ["id", "letter", *glyphs.COLUMNS],
+              [[i, string.ascii_uppercase[letter], *values] for i, (letter, values) in enumerate(rows, 1)])
 
 
 def letters(out, *, train=48, test=12, seed=0):
@@ -36,11 +27,10 @@ def letters(out, *, train=48, test=12, seed=0):
         for folder in ("mnist_data", "dirty_mnist_2nd", "test_dirty_mnist_2nd"):
             os.mkdir(os.path.join(root, folder))
         known, unknown = glyphs.render(20, seed=2 * seed), glyphs.render(10, seed=2 * seed + 1)
-        digits = np.random.default_rng(seed).integers(10, size=len(known[1]))
-        write_glyphs(os.path.join(root, "mnist_data", "train.csv"), *known, digits)
+        write_glyphs(os.path.join(root, "mnist_data", "train.csv"), *known)
         write_glyphs(os.path.join(root, "mnist_data", "test.csv"), *unknown)
         write(Synthesizer(*known), os.path.join(root, "dirty_mnist_2nd"), train, start=0, seed=seed, digits=5)
         write(Synthesizer(*unknown), os.path.join(root, "test_dirty_mnist_2nd"), test, start=first, seed=seed, digits=5)
         rows = [[index] + [0] * 26 for index in range(first, first + test)]
-        _write_rows(os.path.join(root, "sample_submission.csv"), [HEADER, *rows])
+        write_csv(os.path.join(root, "sample_submission.csv"), HEADER, rows)
     return target

@@ -53,10 +53,8 @@ def scene(rng, size, *, fraction):
     image = np.broadcast_to(SPECTRA["forest"], (7, size, size)).copy()
     for name, (low, high, width) in LAND.items():
         _lay(image, _step(_noise(rng, size, 1.7) - rng.uniform(low, high), width), SPECTRA[name] * rng.uniform(.7, 1.6))
-    height = _noise(rng, size, 2.4)
-    light = np.gradient(height, axis=0) + np.gradient(height, axis=1)         # the sun is in the upper left
-    image *= np.exp(rng.uniform(.1, .3) * light / light.std() + .1 * _noise(rng, size, .7))
-    water = _step(-height - rng.uniform(.9, 3), .04)
+    image *= np.exp(.1 * _noise(rng, size, .7))
+    water = _step(_noise(rng, size, 2.4) - rng.uniform(.9, 3), .04)
     _lay(image, water, SPECTRA["water"])
 
     burning = np.zeros((size, size), bool)
@@ -68,14 +66,13 @@ def scene(rng, size, *, fraction):
         heat = np.minimum(np.exp(rng.uniform(1.5, 4) * excess), 4) * _step(excess + .1, .2)
         image += heat * SPECTRA["fire"] * rng.uniform(.3, .6)
     cloud = _step(_noise(rng, size, 1.6) - rng.uniform(.6, 4), .6)
-    image *= 1 - .55 * np.roll(cloud, (size // 20, size // 20), (0, 1))       # shadows fall away from the sun
     _lay(image, cloud, SPECTRA["cloud"])
 
     # The sensor: its scale differs between tiles far more than the noise does between pixels
     gain = np.exp(rng.uniform(np.log(.1), 0) + rng.normal(0, .35, (7, 1, 1)))
     image = image * rng.normal(1, .04, image.shape) + rng.normal(0, .006, image.shape) + rng.uniform(0, .1, (7, 1, 1))
     quality = 2720 + 4 * (water > .5) + 4080 * (cloud > .4)
-    others = [quality, 900 + 250 * height, 22000 + 900 * _noise(rng, size, .5) - 500 * height]
+    others = [quality, *(9000 + 900 * _noise(rng, size, slope) for slope in (2, 1))]
     image = np.concatenate([image * gain * 45000, others])
     return np.clip(np.rint(image), 0, 65535).astype(np.uint16), (burning & (cloud < .4)).astype(np.uint8)
 

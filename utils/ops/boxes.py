@@ -5,7 +5,6 @@ score class. Everything is computed in float32 or float64 on the device of its i
 """
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -134,45 +133,37 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
     get a low score. This is the paper's score as long as no model has two boxes in one fused box; otherwise it is
     neither above 1 nor lowered by a model's second box. ValueError for weights that do not fit.
     """
-    weights = np.ones(len(detections)) if weights is None else np.array(weights, np.float64)
+    weights = torch.ones(len(detections)) if weights is None else torch.as_tensor(weights)
+    weights = weights.double()
     if len(weights) != len(detections) or not (weights > 0).all():
         raise ValueError(f"weights {weights.tolist()} must be {len(detections)} positive numbers, one per model")
     if not detections:
         return torch.zeros(0, 6)
-    rows = np.concatenate([F.pad(d[d[:, 4] > conf].cpu().double(), (0, 1), value=model).numpy()
-                           for model, d in enumerate(detections)])
-    rows = rows[np.isfinite(rows).all(1)]
-    fused = [np.zeros((0, 6))]
-    for label in np.unique(rows[:, 5]):
-        fused.append(_fuse(rows[rows[:, 5] == label], weights, iou))
-    fused = torch.from_numpy(np.concatenate(fused)).float()
+    rows = torch.cat([F.pad(d[d[:, 4] > conf].cpu().double(), (0, 1), value=model)
+                      for model, d in enumerate(detections)])
+    rows = rows[rows.isfinite().all(1)]
+    fused = [torch.zeros(0, 6)]
+    for label in rows[:, 5].unique():
+        fused.append(_fuse(rows[rows[:, 5] == label], weights, iou).float())
+    fused = torch.cat(fused)
     return fused[fused[:, 4].argsort(descending=True, stable=True)].to(detections[0].device)
 
 
 def _fuse(rows, weights, threshold):
-    """Detections of one class with their model's index, (n, 7) -> fused detections (k, 6); numpy."""
-    models = rows[:, 6].astype(int)
+    """Detections of one class with the index of their model, (n, 7) float64 -> fused detections (k, 6)."""
+    models = rows[:, 6].long()
     scores = rows[:, 4] * weights[models]
-    fused, sums, votes = np.zeros((len(rows), 4)), np.zeros(len(rows)), np.zeros((len(rows), len(weights)))
-    count = 0
-    for i in np.argsort(-scores, kind="stable"):
-        box, score, model = rows[i, :4], scores[i], models[i]
-        overlap = _overlap(fused[:count], box)
-        best = overlap.argmax() if (overlap > threshold).any() else count
+    fused, sums, count = torch.zeros_like(rows[:, :4]), torch.zeros_like(scores), 0
+    votes = rows.new_zeros(len(rows), len(weights))  # the best score of each model in each fused box
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        overlap = iou(fused[:count], rows[i, :4], eps=1e-12)
+        best = int(overlap.argmax()) if (overlap > threshold).any() else count
         count = max(count, best + 1)
-        sums[best] += score
-        votes[best, model] = max(votes[best, model], score)
-        fused[best] += (box - fused[best]) * (score / sums[best])  # the running weighted mean
+        sums[best] += scores[i]
+        votes[best, models[i]] = torch.maximum(votes[best, models[i]], scores[i])
+        fused[best] += (rows[i, :4] - fused[best]) * (scores[i] / sums[best])  # the running weighted mean
     mean = votes[:count].sum(1) / weights.sum()
-    return np.column_stack((fused[:count], mean, np.full(count, rows[0, 5])))
-
-
-def _overlap(boxes, box):
-    """IoU of boxes (n, 4) and one box (4,) -> (n,). In numpy, because it runs once per detection and torch needs five
-    times as long for so few numbers."""
-    inside = (np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])).clip(min=0)
-    sizes, inter = boxes[:, 2:] - boxes[:, :2], inside[:, 0] * inside[:, 1]
-    return inter / (sizes[:, 0] * sizes[:, 1] + (box[2] - box[0]) * (box[3] - box[1]) - inter + 1e-12)
+    return torch.column_stack((fused[:count], mean, rows[0, 5].expand(count)))
 
 
 def drop_border_boxes(rows, window, height, width, margin=2):

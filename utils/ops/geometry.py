@@ -73,44 +73,42 @@ def paste(image, matrix, canvas, cell):
     changed by up to half a pixel, so that a rectangle of whole pixels is drawn to one of whole pixels: that is resized
     with antialiasing, several times faster than the general `warp`, which all other matrices take.
     """
-    limits = [(max(round(cell[i]), 0), min(round(cell[i + 2]), canvas.shape[2 - i])) for i in (0, 1)]  # x, y
+    sides, low = np.array(image.shape[2:0:-1]), np.rint(cell[:2]).clip(0)  # x, y; so are all pairs below
+    high = np.minimum(np.rint(cell[2:]), canvas.shape[2:0:-1])
     if abs(matrix[0, 1]) > 1e-9 or abs(matrix[1, 0]) > 1e-9:
-        return matrix, _paste_warped(image, matrix, canvas, limits)
-    snapped, source, target = np.eye(3), [], []  # source, target: first and end pixel along x and y
-    for i, side in enumerate((image.shape[2], image.shape[1])):
-        factor, start = float(matrix[i, i]), float(matrix[i, 2])  # single numbers of numpy are slow
-        low, high = sorted((start, start + factor * side))
-        low, high = max(round(low), limits[i][0]), min(round(high), limits[i][1])
-        ends = sorted(round(min(max((edge - start) / factor, 0), side)) for edge in (low, high))
-        if high <= low or ends[1] <= ends[0]:
-            return matrix, np.zeros(4)
-        factor = math.copysign((high - low) / (ends[1] - ends[0]), factor)
-        snapped[i, i], snapped[i, 2] = factor, low - factor * ends[factor < 0]
-        source.append(ends)
-        target.append((low, high))
-    (left, right), (top, bottom) = source
-    (x1, x2), (y1, y2) = target
+        return matrix, _paste_warped(image, matrix, canvas, low, high)
+    factor, start = matrix.diagonal()[:2], matrix[:2, 2]
+    ends = np.rint(np.sort([start, start + factor * sides], 0))
+    target = np.stack((np.maximum(ends[0], low), np.minimum(ends[1], high)))  # first and end pixels on the canvas
+    source = np.sort(np.rint(((target - start) / factor).clip(0, sides)), 0)  # and of the image
+    if (target[1] <= target[0]).any() or (source[1] <= source[0]).any():
+        return matrix, np.zeros(4)
+    factor = np.copysign((target[1] - target[0]) / (source[1] - source[0]), factor)
+    snapped = scale(*factor)
+    snapped[:2, 2] = target[0] - factor * np.where(factor < 0, source[1], source[0])
+    (left, top), (right, bottom) = source.astype(int)
+    (x1, y1), (x2, y2) = target.astype(int).tolist()
     part = image[:, top:bottom, left:right]
     if part.shape[1:] != (y2 - y1, x2 - x1):
         batch = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # part[None] would not count as channels-last: slower
         part = F.interpolate(batch, (y2 - y1, x2 - x1), mode="bilinear", antialias=True)[0]
-    axes = [2 - i for i in (0, 1) if matrix[i, i] < 0]
+    axes = [2 - i for i in (0, 1) if factor[i] < 0]
     canvas[:, y1:y2, x1:x2] = part.flip(axes) if axes else part
-    return snapped, np.array((x1, y1, x2, y2), np.float64)
+    return snapped, target.ravel()
 
 
-def _paste_warped(image, matrix, canvas, limits):
-    """`paste` with a general matrix. limits: first and end pixel along x and y. -> the rectangle that was drawn."""
+def _paste_warped(image, matrix, canvas, low, high):
+    """`paste` with a general matrix. low, high: first and end pixel (x, y). -> the rectangle that was drawn."""
     around = warp_boxes([[0, 0, image.shape[2], image.shape[1]]], matrix)[0]
-    (x1, x2), (y1, y2) = [(max(math.floor(around[i]), low), min(math.ceil(around[i + 2]), high))
-                          for i, (low, high) in enumerate(limits)]
+    drawn = np.concatenate((np.maximum(np.floor(around[:2]), low), np.minimum(np.ceil(around[2:]), high)))
+    x1, y1, x2, y2 = drawn.astype(int).tolist()
     if x2 <= x1 or y2 <= y1:
         return np.zeros(4)
     to_part, size = translate(-x1, -y1) @ matrix, (y2 - y1, x2 - x1)
     inside = warp(torch.ones_like(image[:1]), to_part, size, mode="nearest") > 0
     part = canvas[:, y1:y2, x1:x2]
     part.copy_(torch.where(inside, warp(image, to_part, size, border="reflect"), part))
-    return np.array((x1, y1, x2, y2), np.float64)
+    return drawn
 
 
 def warp(image, matrix, size, *, mode="bilinear", border="constant", fill=0):

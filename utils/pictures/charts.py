@@ -8,8 +8,8 @@ from PIL import ImageDraw
 
 from utils.pictures import cells
 from utils.pictures.detection import class_name
-from utils.pictures.plots import BEST, GRID, LINE, TOP, Plot, limits, ticks
-from utils.pictures.sheets import INK, PALETTE, font, join, save_image, shade
+from utils.pictures.plots import BEST, LINE, TOP, Plot, limits, ticks
+from utils.pictures.sheets import INK, PALETTE, font, join, save_image, shade, text_line
 
 MOST = 20  # classes with a colour of their own
 
@@ -69,49 +69,45 @@ def confusion_matrix(path, matrix, names):
     """Writes the confusion matrix as a heat map: each cell's share of its row, right ones blue and wrong ones orange.
 
     matrix: (C + 1, C + 1) counts, row: ground truth, column: prediction, the last of both is the background (row: false
-    positives; column: missed). names: of the C classes. Counts, and in large cells shares, are written where they fit.
+    positives; column: missed). names: of the C classes. Counts are written where they fit.
     """
     count = len(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     right, wrong = (shade(shares ** 0.6, colour) for colour in (LINE, BEST))  # small shares are to be seen, too
-    labels = [f"{class_name(names, k)}  {k}" for k in range(count - 1)] + [f"background  {count - 1}"]
     cell = max(3, min(96, 880 // count))
-    size, step = min(13, max(9, cell)), 1 if cell >= 9 else 6  # of the labels; all of them would overlap
+    size, step = min(13, max(9, cell)), -(-9 // cell)  # of the labels; all of them would overlap
+    labels = [*(f"{class_name(names, k)}  {k}" for k in range(count - 1)), f"background  {count - 1}"]
     plot = Plot((cell * count, cell * count), (0, count), (count, 0), title="truth (rows), prediction (columns)",
-                note="right: blue, wrong: orange", left=min(170, math.ceil(max(map(font(size).getlength, labels))) + 16),
+                note="right: blue, wrong: orange", left=170, text_size=size,
                 x_ticks=[(k + 0.5, str(k)) for k in range(0, count, step)],
-                y_ticks=[(k + 0.5, labels[k]) for k in range(0, count, step)], text_size=size)
-    pixels = np.where(np.eye(count, dtype=bool)[..., None], right, wrong).repeat(cell, 0).repeat(cell, 1)
-    if cell >= 9:
-        pixels[::cell] = pixels[:, ::cell] = GRID
-    plot.heat_map(pixels)
-    draw, size = ImageDraw.Draw(plot.image), max(8, min(14, cell // 3))
+                y_ticks=[(k + 0.5, labels[k]) for k in range(0, count, step)])
+    plot.heat_map(np.where(np.eye(count, dtype=bool)[..., None], right, wrong))
+    draw = ImageDraw.Draw(plot.image)
     for r, c in np.argwhere(matrix > 0) if cell >= 18 else ():
-        text = f"{matrix[r, c]:.0f}" + f"\n{shares[r, c]:.0%}" * (cell >= 50)
-        if draw.multiline_textbbox((0, 0), text, font(size))[2] <= cell - 4:
-            draw.text(plot.place(c + 0.5, r + 0.5), text, "white" if shares[r, c] > 0.7 else INK, font(size), "mm",
-                      align="center")
+        text = f"{matrix[r, c]:.0f}"
+        if draw.textlength(text, font(size)) <= cell - 4:
+            text_line(draw, plot.place(c + 0.5, r + 0.5), text, size=size, anchor="mm",
+                      fill="white" if shares[r, c] > 0.7 else INK)
     save_image(path, plot.image)
 
 
 def label_statistics(path, boxes, classes, sizes, names):
-    """Writes one picture of a data set's labels: instances per class, where the boxes' centres are, how large the boxes
-    are, and how many an image has.
+    """Writes one picture of a data set's labels: instances per class, where the boxes' centres are, and how large the
+    boxes are.
 
     boxes: per image an array (n, 4); classes: per image (n,); sizes: per image (height, width); names: of all classes.
     """
-    per_image = np.array([len(rows) for rows in boxes])
-    size = np.repeat(np.array(sizes)[:, ::-1], per_image, 0)
+    size = np.repeat(np.array(sizes)[:, ::-1], [len(rows) for rows in boxes], 0)
     every = np.concatenate(boxes)
     centre, extent = ((every[:, :2] + every[:, 2:]) * 50 / size).T, ((every[:, 2:] - every[:, :2]) * 100 / size).T
     counts = np.bincount(np.concatenate(classes).astype(int), minlength=len(names))
     axis, decades = [(0, "0"), (50, "50"), (100, "100")], [(p, f"{10.0 ** p:g}") for p in range(-2, 3)]
-    centres = _density(*centre, (0, 100), (100, 0), axis, title="x and y of the centres, %", note=f"{len(every):,} boxes")
+    centres = _density(*centre, (0, 100), (100, 0), axis, title="x and y of the centres, %",
+                       note=f"{len(every):,} boxes, {len(boxes):,} images")
     note = "median {:.2g} x {:.2g}".format(*np.median(extent, 1)) if len(every) else ""
     extents = _density(*np.log10(extent.clip(0.01)), (-2, 2), (-2, 2), decades, title="width and height, %",
                        note=note + f", {(extent <= 0).any(0).sum():,} empty")
-    right = join([join([centres, extents], 0), _images_per_count(per_image)], 1)
-    save_image(path, join([_instances(counts, names), right], 0))
+    save_image(path, join([_instances(counts, names), centres, extents], 0))
 
 
 def _density(xs, ys, x, y, axis, **texts):
@@ -125,23 +121,9 @@ def _density(xs, ys, x, y, axis, **texts):
     return plot.image
 
 
-def _instances(counts, names, most=20, least=10):
-    """The number of instances of the classes, of many classes of the most frequent and of the rarest."""
-    order = np.argsort(-counts, kind="stable")
-    order = order if len(order) <= most + least else np.append(order[:most], order[-least:])
+def _instances(counts, names, most=30):
+    """The number of instances of the classes, of many classes of the most frequent."""
+    order = np.argsort(-counts, kind="stable")[:most]
     colours = map(tuple, shade(counts[order] / max(1, counts.max()), LINE).tolist())
     return cells.as_picture(f"{np.count_nonzero(counts)} of {len(counts)} classes occur",
                             [{"class": class_name(names, k), "boxes": int(counts[k])} for k in order], [*colours])
-
-
-def _images_per_count(per_image):
-    """How many images have 0, 1, 2, ... boxes, in at most 70 bars."""
-    most = per_image.max()
-    counts, edges = np.histogram(per_image, min(70, most + 1), (-0.5, most + 0.5))
-    x, y, gap = (-0.5, most + 0.5), (0, counts.max() * 1.05), 0.08 * (edges[1] - edges[0])
-    plot = Plot((674, 200), x, y, title="images by number of boxes", x_ticks=ticks(*x, whole=True),
-                y_ticks=ticks(*y, whole=True),
-                note=f"mean {per_image.mean():.3g}, most {most:,}, none in {np.sum(per_image == 0):,}")
-    for i in np.flatnonzero(counts):
-        plot.bar(edges[i] + gap, 0, edges[i + 1] - gap, counts[i], LINE)
-    return plot.image

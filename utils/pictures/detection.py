@@ -58,14 +58,14 @@ def _draw_tags(draw, tags, width, height):
             break
         wide = min(math.ceil(draw.textlength(text, font(size))) + 6, width)
         x = min(left, width - wide)
-        free = [y for y in (top - tall, top, bottom + 1, bottom + 1 - tall)
-                if 0 <= y <= height - tall and not taken[y:y + tall, x:x + wide].any()]
-        if free:
-            y = free[0]
+        for y in (top - tall, top, bottom + 1, bottom + 1 - tall):
+            if not 0 <= y <= height - tall or taken[y:y + tall, x:x + wide].any():
+                continue
             taken[y:y + tall, x:x + wide] = True
             draw.rectangle([x, y, x + wide - 1, y + tall - 1], colour)
             text_line(draw, (x + 3, y + tall / 2), text, size=size, width=wide - 5,
                       fill=INK if np.dot(colour, (0.299, 0.587, 0.114)) > 110 else "white")
+            break
 
 
 def detection_sheet(path, images, gt_boxes, predictions=None, *, names, limit=8, score=0.25, max_side=400):

@@ -1,4 +1,4 @@
-"""A plot: axes with a grid, and the lines, bars and heat maps in them, drawn with Pillow."""
+"""A plot: axes with a grid, and the lines and heat maps in them, drawn with Pillow."""
 import math
 
 import numpy as np
@@ -50,11 +50,6 @@ class Plot:
                     draw.line([*points[i - 1], *points[i]], colour, width * FINE)
                 draw.circle(points[i].tolist(), 0.75 * width * FINE, colour)
         self.image = big.reduce(FINE)
-
-    def bar(self, x0, y0, x1, y1, colour):
-        """A filled rectangle from the lower left to the upper right corner."""
-        (left, bottom), (right, top) = (map(round, self.place(x, y)) for x, y in ((x0, y0), (x1, y1)))
-        ImageDraw.Draw(self.image).rectangle([left, min(top, bottom - 1), right - 1, bottom - 1], colour)
 
     def heat_map(self, colours):
         """Cells (rows, columns, 3) uint8 that fill the axes."""

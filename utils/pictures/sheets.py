@@ -63,10 +63,10 @@ def join(images, axis):
     return joined
 
 
-def save_image(path, image):
-    """Writes a Pillow image, whole or not at all. Raises UserError when it cannot be written."""
+def save_image(path, image, **options):
+    """Writes a Pillow image, whole or not at all. options: of its `save`. Raises UserError if it cannot be written."""
     with whole_file(path) as temporary:
-        image.save(temporary)
+        image.save(temporary, **options)
 
 
 def to_numpy(values):
@@ -176,6 +176,14 @@ def draw_sheet(rows, *, titles=(), captions=(), legend=None, max_side=256):
         across = max(1, sum(widths) // max(entry.width for entry in entries))
         strips += [entries[i:i + across] for i in range(0, len(entries), across)]
     return ImageOps.expand(join([join(strip, 0) for strip in strips], 1), (GAP, GAP, 0, 0), "white")
+
+
+def augmentation_sheet(path, draw, epochs=6):
+    """Writes what is trained on: a row per sample, a column per epoch. draw: epoch -> pictures, and a text for each."""
+    columns, captions = zip(*map(draw, range(epochs)))
+    contact_sheet(path, list(zip(*columns)), captions=list(zip(*captions)),
+                  titles=[f"epoch {k + 1}" for k in range(epochs)])
+    print(path)
 
 
 def segmentation_row(image, mask, prob=None, *, ignore=None):

@@ -12,43 +12,17 @@ import json
 import math
 import os
 import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import locked, write_json, writing
+from utils.files import locked, writing
 from utils.pictures import cells
 
 RECORDS = ("args.json", "results.csv")  # a folder with one of them is a run
 TASKS = ("seg", "det", "cls")  # projects of these names share a table
 WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
 OLD_SCORES = ("iou", "miou", "ap", "acc")  # of the first edition's runs, whose run.json does not name the score
-
-
-def write_note(folder, defaults):
-    """Writes run.json into the run's folder: {"started", "commit", "defaults"}. A resumed run keeps all but the commit:
-    its flags are to be compared with the defaults that it began with.
-
-    defaults: {flag: value}, such as vars(parser.parse_args([])). Raises UserError when it cannot be written.
-    """
-    path = Path(folder) / "run.json"
-    old = _read(path, _parse_json) or {}
-    began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
-    write_json(path, old | {"started": old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
-                            "commit": commit(Path(__file__).parent), "defaults": defaults | began})
-
-
-def commit(folder):
-    """The short hash of the git commit in `folder`, with "-dirty" behind it when files differ from it; "" without one.
-    """
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]  # no tags: the hash only
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
 
 
 def flags(chosen, defaults):

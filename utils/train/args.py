@@ -5,7 +5,6 @@ import torch
 
 from utils.errors import Parser, UserError
 from utils.files import write_json
-from utils.pictures import table
 from utils.train import dist, optim, runs
 from utils.train.loggers import make_loggers
 from utils.train.state import State
@@ -32,6 +31,9 @@ def _range(convert, name, low, high):
         return value
     parse.__name__ = name  # argparse shows it
     return parse
+
+
+fraction = float_range(0, 1)  # argparse type: a probability, or a share of something
 
 
 def band_list(text):
@@ -95,12 +97,12 @@ def train_parser(description, task, **defaults):
         "steps; 0: off")
     add("--schedule", choices=optim.SCHEDULES, default="cosine", help="learning rate over the run")
     add("--period", type=int_range(1, 10**6), default=10, help="epochs between restarts or steps; patience of plateau")
-    add("--lr-floor", type=float_range(0, 1), default=1e-3, help="lowest learning rate, as a fraction of --lr")
+    add("--lr-floor", type=fraction, default=1e-3, help="lowest learning rate, as a fraction of --lr")
     add("--momentum", type=float_range(0, 0.9999), default=0.9, help="momentum of sgd, beta1 of the others")
     add("--warmup-epochs", type=float_range(0), default=0.0, help="epochs of linear warm-up")
     add("--weight-decay", type=float_range(0, 10), default=0.01, help="weight decay; norms and biases have none")
     add("--clip", type=float_range(0), default=0.0, help="largest gradient norm; 0: no limit")
-    add("--swa", type=float_range(0, 1), default=0.0, help="SWA: average the weights over this last fraction of the "
+    add("--swa", type=fraction, default=0.0, help="SWA: average the weights over this last fraction of the "
         "run, such as 0.25, into swa.pt")
     add("--swa-lr", type=float_range(0, 100), default=0.2, help="SWA learning rate, as a fraction of --lr")
     add("--swa-cycle", type=int_range(0, 10**6), default=0, help="epochs in which the SWA learning rate falls to "
@@ -117,10 +119,10 @@ def train_parser(description, task, **defaults):
     add("--bands", type=band_list, default="all", help="such as 1-7 or 7,5,3; all: those of the first image")
     add("--pixel-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it; without: 65535 for "
         "uint16, 255 for uint8, else 1")
-    add("--mixup", type=float_range(0, 1), default=0.0, metavar="P", help="probability that images are blended")
-    add("--gridmask", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses a grid "
+    add("--mixup", type=fraction, default=0.0, metavar="P", help="probability that images are blended")
+    add("--gridmask", type=fraction, default=0.0, metavar="P", help="probability that an image loses a grid "
         "of squares")
-    add("--cutout", type=float_range(0, 1), default=0.0, metavar="P", help="probability that an image loses one square")
+    add("--cutout", type=fraction, default=0.0, metavar="P", help="probability that an image loses one square")
     add("--cutout-size", type=float_range(0.01, 0.99), default=0.5, help="side of that square, share of the image's")
     add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="share of the labels that is spread evenly "
         "over the classes")
@@ -190,9 +192,9 @@ def begin_run(parser, args, given=None, check=lambda args: None):
         stored["device"] = args.device  # it may be another machine
         for flag, value in given.items():
             if flag in KEPT and value != stored.get(flag):
-                raise UserError(f"{_word(flag)}: a resumed run keeps its own; leave it out, or start a new run")
+                raise UserError(f"{word(flag)}: a resumed run keeps its own; leave it out, or start a new run")
             if flag != "resume" and value != stored.get(flag):
-                dist.print0(f"{_word(flag)}: {value} instead of the run's {stored.get(flag)}")
+                dist.print0(f"{word(flag)}: {value} instead of the run's {stored.get(flag)}")
         args = argparse.Namespace(**vars(args) | stored | given)
         check(args)
     if args.debug:
@@ -200,12 +202,12 @@ def begin_run(parser, args, given=None, check=lambda args: None):
     if dist.rank() == 0:
         if not resume:  # else engine.fit writes them, when it has accepted the checkpoint
             write_json(folder / "args.json", vars(args))
-        table.write_note(folder, vars(parser.parse_args([])))
+        runs.record_start(folder, vars(parser.parse_args([])))
         print(f"resuming: {folder} at step {resume['step']}" if resume else f"run: {folder}")
     return args, folder, resume
 
 
-def _word(flag):
+def word(flag):
     """The flag as it stands on the command line."""
     return f"--{flag.replace('_', '-')}"
 
@@ -222,6 +224,12 @@ def _present_names(flags):
     return flags | renamed
 
 
+def check_batch(args, stride):
+    """UserError where a batch would have a single pixel in the coarsest map of a net of this stride."""
+    if args.imgsz <= stride and args.bs == dist.world_size():
+        raise UserError(f"--imgsz {args.imgsz} --bs {args.bs}: batch norm would see a single pixel; raise one of them")
+
+
 def _check_flags(parser, args, given, needs):
     """UserError for flags that the processes cannot share, and for given ones that have no effect beside the others."""
     if args.bs % dist.world_size():
@@ -229,7 +237,7 @@ def _check_flags(parser, args, given, needs):
     for flag, others in needs.items():
         for other in others:
             if not getattr(args, flag) and given.get(other, parser.get_default(other)) != parser.get_default(other):
-                raise UserError(f"{_word(other)}: does nothing without {_word(flag)}; leave it out, or give both")
+                raise UserError(f"{word(other)}: does nothing without {word(flag)}; leave it out, or give both")
     no_validation = set(str(args.folds)) <= set("0.")  # 0, 0.0
     for flag, waits in {"patience": args.patience, "schedule plateau": args.schedule == "plateau",
                         "fold": args.fold}.items():
@@ -237,7 +245,7 @@ def _check_flags(parser, args, given, needs):
             raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
     mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
     if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
-        raise UserError(f"{', '.join(map(_word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
+        raise UserError(f"{', '.join(map(word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
                         f"total; lower one")
 
 

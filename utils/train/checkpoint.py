@@ -4,42 +4,41 @@ A file is written beside its target, synced, read back, and only then renamed; t
 `NAME.prev` on request. torch's zip format stores a CRC-32 for every record. torch does not check it on loading; this
 module does.
 """
-import contextlib
 import os
 import stat
 import zipfile
+from pathlib import Path
 
 import torch
 
 from utils.errors import UserError
+from utils.files import whole_file, writing
 
+REMEDY = "make room or mend the folder, then go on with --resume"
 OTHER_VERSION = "{}: made by another version of this project; use that, or train again"
 
 
 def save(path, state, *, keep_previous=False):
     """Writes `state` so that at every moment a valid file stands at `path` (or, while two renames are under
     way, at `path + ".prev"`). Raises UserError when the disk is full or not writable; the old file stays."""
-    path = os.fspath(path)
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _check(temporary)
-        if keep_previous and os.path.exists(path):
-            os.replace(path, f"{path}.prev")
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    path = Path(path)
+    with writing(path, REMEDY):
+        folder = os.open(path.parent, os.O_RDONLY)  # an error if it is gone
+        with whole_file(path, REMEDY) as temporary:
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                _check(temporary)
+            except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
+                while error.__context__ and not isinstance(error, OSError):
+                    error = error.__context__  # torch's writer hides the system's reason behind one of its own
+                raise error if isinstance(error, OSError) else OSError(str(error))
+            if keep_previous and path.exists():
+                os.replace(path, f"{path}.prev")
         os.fsync(folder)  # the rename itself
         os.close(folder)
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        with contextlib.suppress(OSError):  # nothing was written, or the folder is gone: the message below says it
-            os.remove(temporary)
-        while error.__context__ and not isinstance(error, OSError):
-            error = error.__context__  # torch's writer hides the system's reason behind one of its own
-        raise UserError(f"{path}: cannot write the checkpoint ({getattr(error, 'strerror', None) or error}); "
-                        f"make room or mend the folder, then go on with --resume") from None
 
 
 def load(path):

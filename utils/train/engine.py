@@ -26,7 +26,7 @@ from utils.errors import NumericalError, Stopped, UserError
 from utils.files import write_json
 from utils.pictures import cells, charts, table
 from utils.train import checkpoint, dist, runs
-from utils.train.loggers import Loggers, Progress
+from utils.train.loggers import Progress
 from utils.train.state import autocast, to_device
 
 SAVE_MINUTES = 10  # between two saves within an epoch
@@ -41,7 +41,7 @@ def seed_everything(seed, deterministic=False):
 
 
 def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, resume=None, seed=0, patience=0,
-        save_period=10, loggers=None):
+        save_period=10, loggers=()):
     """Trains `state` until it has `epochs` rows of history.
 
     loader: batches as dicts of tensors, with `batch_sampler.set_epoch(epoch, skip)`; see data/loader.py.
@@ -71,15 +71,18 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
         if dist.rank() == 0:
             checkpoint.save(folder / name, content, keep_previous=name == "last.pt")
 
-    evaluate, loggers = evaluate or (lambda model: {}), loggers or Loggers()
-    with contextlib.closing(loggers), dist.Signals() as signals:
+    evaluate = evaluate or (lambda model: {})
+    with contextlib.ExitStack() as stack, dist.Signals() as signals:
+        for _, close in loggers:
+            stack.callback(close)
         try:
             while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
                 began = time.monotonic()
                 _train_epoch(state, loader, compute_loss, save, signals, epochs=epochs, seed=seed)
                 _finish_epoch(state, loader, evaluate, save, signals, began=began, save_period=save_period)
                 _write_results(folder, state)
-                loggers.log(state.history[-1], len(state.history))
+                for log, _ in loggers:
+                    log(state.history[-1], len(state.history))
                 dist.print0(_line(state.history[-1]))
                 signals.check()
             if state.swa:

@@ -37,23 +37,6 @@ class Progress(tqdm):
         self.shown = time.monotonic()
 
 
-class Loggers:
-    """Forwards rows to every sink, a (log(row, step), close()) pair; with no sink it does nothing."""
-
-    def __init__(self, sinks=()):
-        self.sinks = list(sinks)
-
-    def log(self, row, step):
-        """row: {name: number}. step: int, never smaller than the last one."""
-        for log, _ in self.sinks:
-            log(row, step)
-
-    def close(self):
-        """Flushes and ends every sink."""
-        for _, close in self.sinks:
-            close()
-
-
 def _optional(module, name, package):
     """The object `name` of an optional package, or a UserError that says what to install."""
     try:  # a folder that only happens to be called "wandb" imports as an empty package: hence AttributeError
@@ -63,7 +46,8 @@ def _optional(module, name, package):
 
 
 def make_loggers(run_dir, *, tensorboard=False, wandb=False, config=None):
-    """Loggers that write TensorBoard events to run_dir and a W&B run, each when asked for; only rank 0 should ask.
+    """-> [(log(row, step), close())] for TensorBoard events in run_dir and for a W&B run, each when asked for; only rank
+    0 should ask. row: {name: number}; step: int, never smaller than the last one.
 
     config: dict of plain values that W&B shows. The W&B run has the folder's name, the project is WANDB_PROJECT or the
     folder above the run's; WANDB_MODE=offline works without an account or a network. The run's id
@@ -89,4 +73,4 @@ def make_loggers(run_dir, *, tensorboard=False, wandb=False, config=None):
             raise UserError(f"--wandb: W&B did not start ({message}); `wandb login`, or WANDB_MODE=offline") from error
         write_text(kept, run.id)
         sinks.append((lambda row, step: run.log(row, step=step), run.finish))
-    return Loggers(sinks)
+    return sinks

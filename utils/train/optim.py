@@ -57,15 +57,12 @@ class AdamP(torch.optim.Optimizer):
                                       wd_ratio=wd_ratio))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step; -> the closure's loss, or None. Parameters without a gradient stay as they are."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
+    def step(self):
+        """One step. Parameters without a gradient stay as they are."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._move(p, group)
-        return loss
 
     def _move(self, p, group):
         (beta1, beta2), lr, state, ratio = group["betas"], group["lr"], self.state[p], 1.0

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import time
 from pathlib import Path
 
 from utils.errors import UserError
@@ -13,11 +15,9 @@ from utils.train import checkpoint, dist
 _locks = []  # open until the process ends: closing the file would release the lock
 
 
-def create(project, name, flag="--project"):
-    """Makes and locks the folder `project/name`; the name gets a number if it exists. Returns its path.
-
-    flag: where the project comes from, for the UserError that is raised when the folder cannot be written.
-    """
+def create(project, name):
+    """Makes and locks the folder `project/name`; the name gets a number if it exists. Returns its path. Raises
+    UserError when it cannot be made."""
     for number in itertools.count(1):
         path = Path(project) / (name if number == 1 else f"{name}{number}")
         try:
@@ -25,9 +25,9 @@ def create(project, name, flag="--project"):
         except FileExistsError:
             if path.parent.is_dir():
                 continue
-            raise UserError(f"{path.parent}: not a folder; choose another {flag}") from None
+            raise UserError(f"{path.parent}: not a folder; choose another one") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot make the run folder ({error.strerror}); choose another {flag}") from None
+            raise UserError(f"{path}: the folder cannot be made ({error.strerror}); choose another one") from None
         lock(path)
         return path
 
@@ -131,20 +131,45 @@ def _open(project, name, resume):
     return path.parent, saved
 
 
-def new_folder(path, flag="--out"):
-    """Makes a new folder; its name gets a number if it exists. Returns its path on every rank. flag: see `create`."""
+def new_folder(path):
+    """Makes a new folder; its name gets a number if it exists. Returns its path on every rank."""
     path = Path(path)
     if path.name in ("", ".."):  # there is no name to put a number behind
         path = path.resolve()
-    return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name, flag))))
+    return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name))))
+
+
+# ---- run.json, the record of a run, for the table of runs (utils/pictures/table.py) ----------------------------------
+def read_record(folder):
+    """The values in a run's run.json; {} where there is none yet, or where it is damaged."""
+    try:
+        return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8")) | {}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def add_record(folder, **values):
-    """Adds values to run.json, the record of a run: here the name of its score; see also utils/pictures/table.py."""
-    path = Path(folder) / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none yet, or it is damaged
-        record = {}
+    """Adds values to run.json: here the name of the run's score. Raises UserError when it cannot be written."""
+    record = read_record(folder)
     if not record.items() >= values.items():
-        write_json(path, record | values)
+        write_json(Path(folder) / "run.json", record | values)
+
+
+def record_start(folder, defaults):
+    """Adds {"started", "commit", "defaults"} to run.json. A resumed run keeps all but the commit: its flags are to be
+    compared with the defaults that it began with. defaults: {flag: value}, such as vars(parser.parse_args([]))."""
+    old = read_record(folder)
+    began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
+    add_record(folder, started=old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
+               commit=commit(Path(__file__).parent), defaults=defaults | began)
+
+
+def commit(folder):
+    """The short hash of the git commit in `folder`, with "-dirty" behind it when files differ from it; "" without one.
+    """
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]  # no tags: the hash only
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
