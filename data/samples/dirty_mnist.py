@@ -209,7 +209,7 @@ def _complete(path, text):
     recipe, complete = None, False
     with contextlib.suppress(OSError, SyntaxError):  # what Pillow raises for damaged files
         with Image.open(path, formats=("PNG",)) as image:
-            recipe = image.text.get("Comment")
+            recipe = image.info.get("Comment")
             image.load()
             complete = True
     if recipe != text:
