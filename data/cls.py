@@ -197,7 +197,7 @@ def held_out(paths, states):
 
     Only images that no member was trained on are fair to all: UserError where the runs held out different ones.
     """
-    found = {}
+    found = None
     for path, state in zip(paths, states):
         settings, split = state["args"], Path(path).parent / "folds.json"
         if not {"data", "labels", "images", "fold"} <= settings.keys():
@@ -212,7 +212,7 @@ def held_out(paths, states):
         fold_of = folds.read_split(split, names)
         out = {file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
                if fold_of[name] == settings["fold"]}
-        found = found or out
+        found = out if found is None else found
         if out.keys() != found.keys():
             raise UserError(f"{path}: its run held out other images than that of {paths[0]}; give --ensemble-weights "
                             f"instead of --fit-weights (equal ones for the folds of one split)")

@@ -180,7 +180,7 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
 
     bands: counted from 1, None: all. window: (row, column, height, width); of a GeoTIFF only the window is read.
     shape: (height, width) to reduce to by nearest pixels. missing: the value for pixels that a GeoTIFF declares to hold
-    no data; None leaves them and NaN. Raises UserError naming the file.
+    no data; with None they keep their numbers, and NaN stays. Raises UserError naming the file.
     """
     kind, (count, height, width), *_ = header(path)
     y, x, h, w = window or (0, 0, height, width)
@@ -211,21 +211,23 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
 
 def digest(path, middle=None):
     """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever the
-    format and the compression. Where pixels are indices, the colours count too.
+    format and the compression. Where pixels are indices, the colours count too. Of a JPEG beyond MAX_VALUES the bytes of
+    the file count.
 
     middle: only this number of rows in the middle counts. All bands are read, in pieces (a PNG or JPEG as a whole), so
     memory does not grow with the scene. Raises UserError naming the file.
     """
-    hashed, shape = hashlib.blake2b(digest_size=16), size(path)
-    count, height, width = shape
-    rows = min(middle or height, height)
-    first = (height - rows) // 2
-    # the shape alone decides, so that every format is cut alike; a power of two, like the tiles in files
-    step = 1 << max(1, STRIP // (count * width)).bit_length() - 1
-    for row in range(first, first + rows, step):
-        pixels = read(path, window=(row, 0, min(step, first + rows - row), width), missing=None).numpy()
-        hashed.update(f"{shape} {pixels.dtype}".encode())
-        hashed.update(pixels.ravel().view(np.uint8))
+    kind, (count, height, width), dtype, *_ = header(path)
+    if kind == "JPEG" and count * height * width > MAX_VALUES:
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+    hashed = hashlib.blake2b(f"{count, height, width, dtype}".encode(), digest_size=16)
+    whole = kind != "GTiff" and _decode(path, None)
+    first = (height - min(middle or height, height)) // 2
+    step = max(1, STRIP // (count * width))  # the shape alone decides, so that every format is cut alike
+    for row in range(first, height - first, step):
+        rows = min(step, height - first - row)
+        pixels = whole[:, row:row + rows] if kind != "GTiff" else read(path, window=(row, 0, rows, width), missing=None)
+        hashed.update(np.asarray(pixels).ravel().view(np.uint8))
     colours = None if middle else header(path).palette
     if colours is not None:
         hashed.update(colours.numpy().ravel())

@@ -104,7 +104,7 @@ def classes(path_or_name):
 def expectations(path_or_name, content=None):
     """How weights were trained: {"mean", "std"} of images in 0...1 and, if it is known, an EfficientNetV2's "padding".
 
-    content: of the file. Published files are in EXPECTS, our own checkpoints state it. For other files it is inferred:
+    content: what the file holds. Published files are in EXPECTS, our own checkpoints state it. For other files it is inferred:
     torchvision's names imply the padding, and the widths tell timm's EfficientNetV2 S, M, L and torchvision's L, which
     were trained on -1...1; all others with ImageNet's mean and deviation. (timm's B3 has both kinds; -1...1 is assumed.)
     """

@@ -69,7 +69,7 @@ def confusion_matrix(path, matrix, names):
     """Writes the confusion matrix as a heat map: each cell's share of its row, right ones blue and wrong ones orange.
 
     matrix: (C + 1, C + 1) counts, row: ground truth, column: prediction, the last of both is the background (row: false
-    positives; column: missed). names: of the C classes. Counts are written where they fit.
+    positives; column: missed). names: the names of the C classes. The counts are written where they fit.
     """
     count = len(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

@@ -64,7 +64,8 @@ def join(images, axis):
 
 
 def save_image(path, image, **options):
-    """Writes a Pillow image, whole or not at all. options: of its `save`. Raises UserError if it cannot be written."""
+    """Writes a Pillow image, whole or not at all. options: keyword arguments of its method `save`. Raises UserError if
+    the file cannot be written."""
     with whole_file(path) as temporary:
         image.save(temporary, **options)
 
@@ -179,7 +180,8 @@ def draw_sheet(rows, *, titles=(), captions=(), legend=None, max_side=256):
 
 
 def augmentation_sheet(path, draw, epochs=6):
-    """Writes what is trained on: a row per sample, a column per epoch. draw: epoch -> pictures, and a text for each."""
+    """Writes what is trained on: a row per sample, a column per epoch. draw: a function of the epoch
+    that returns the pictures, and a text for each of them."""
     columns, captions = zip(*map(draw, range(epochs)))
     contact_sheet(path, list(zip(*columns)), captions=list(zip(*captions)),
                   titles=[f"epoch {k + 1}" for k in range(epochs)])

@@ -23,7 +23,7 @@ def save(path, state, *, keep_previous=False):
     way, at `path + ".prev"`). Raises UserError when the disk is full or not writable; the old file stays."""
     path = Path(path)
     with writing(path, REMEDY):
-        folder = os.open(path.parent, os.O_RDONLY)  # an error if it is gone
+        os.stat(path.parent)  # an error if it is gone: whole_file would make it anew
         with whole_file(path, REMEDY) as temporary:
             try:
                 with open(temporary, "wb") as file:
@@ -37,6 +37,7 @@ def save(path, state, *, keep_previous=False):
                 raise error if isinstance(error, OSError) else OSError(str(error))
             if keep_previous and path.exists():
                 os.replace(path, f"{path}.prev")
+        folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the rename itself
         os.close(folder)
 

@@ -18,7 +18,7 @@ class Progress(tqdm):
     """A bar on rank 0: loss, learning rate, images per second, memory."""
 
     def __init__(self, title, loader, done=0):
-        """loader: the epoch's batches, of which `done` have been trained on."""
+        """loader: the batches of the epoch. done: how many of them the net has been trained on."""
         self.size, self.shown = loader.batch_sampler.batch_size, time.monotonic()
         super().__init__(total=len(loader) * self.size, initial=done * self.size, desc=title, unit="img",
                          disable=dist.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 30)

@@ -58,7 +58,7 @@ class AdamP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One step. Parameters without a gradient stay as they are."""
+        """Makes one step. Parameters without a gradient stay as they are."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
