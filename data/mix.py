@@ -46,8 +46,8 @@ def for_masks(images, masks, *, p_mixup=0.0, p_cutmix=0.0, p_gridmask=0.0, p_cut
 def random_erase(images, *, p_gridmask=0.0, p_cutout=0.0, cutout_size=0.5):
     """images (B,C,H,W) -> the same after `gridmask` and `cutout`, with probabilities image by image. cutout_size: side
     of the square, share of the shorter side of the image."""
-    images = gridmask(images, p=p_gridmask)[0] if p_gridmask else images
-    return cutout(images, cutout_size, p=p_cutout)[0] if p_cutout else images
+    images = gridmask(images, p=p_gridmask) if p_gridmask else images
+    return cutout(images, cutout_size, p=p_cutout) if p_cutout else images
 
 
 def _one_of(**probabilities):
@@ -163,8 +163,8 @@ def cutout(images, size=0.5, *, p=1.0):
     """Sets a square of every image to 0 (DeVries and Taylor 2017, arXiv 1708.04552), the mean of normalised images.
 
     size: its side, share of the shorter side of the image. Its centre lies anywhere, and it is clipped to the image.
-    p: probability, image by image. images (B,C,H,W) -> images, erased (B,1,H,W) bool. Labels and masks stay, as in the
-    paper: the net learns to infer what it does not see.
+    p: probability, image by image. images (B,C,H,W) -> images. Labels and masks stay, as in the paper: the net learns to
+    infer what it does not see.
     """
     height, width = images.shape[2:]
     side = torch.full((len(images),), max(1, round(size * min(height, width))), device=images.device)
@@ -180,7 +180,7 @@ def gridmask(images, *, period=(0.4, 1.0), ratio=(0.5, 0.7), degrees=180.0, p=1.
              1 - (1 - ratio)^2 of the image is kept (the paper: 0.6, which keeps 84 %)
     degrees  the grid is rotated by up to this angle either way, about the image's centre
     p        probability, image by image; the paper lets it grow to 0.8 during training
-    images (B,C,H,W) -> images, erased (B,1,H,W) bool. Labels and masks stay, as in `cutout`.
+    images (B,C,H,W) -> images. Labels and masks stay, as in `cutout`.
     """
     height, width = images.shape[2:]
 
@@ -249,6 +249,6 @@ def _resized(images, source, target):
 
 
 def _erase(images, erased, p):
-    """Sets the pixels `erased` (B,1,H,W) to 0, with probability p image by image -> images, erased (B,1,H,W) bool."""
-    erased = erased & (torch.rand(len(images), 1, 1, 1, device=images.device) < p)
-    return torch.where(erased, 0, images), erased  # masked_fill would not keep channels-last
+    """images (B,C,H,W) -> the same with the pixels `erased` (B,1,H,W) at 0, with probability p image by image."""
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < p
+    return torch.where(erased & chosen, 0, images)  # masked_fill would not keep channels-last

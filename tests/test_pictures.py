@@ -1,12 +1,15 @@
 """utils/pictures/sheets.py: colours by their formulas, and the sheets pixel by pixel."""
+import functools
 import math
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from utils.pictures.sheets import (ERRORS, INK, PALETTE, contact_sheet, error_map, overlay, segmentation_sheet, shade,
                                    to_rgb)
+from utils.pictures import sheets
 
 
 def read(path):
@@ -28,6 +31,12 @@ def scene(count=2, side=32):
     probs = torch.zeros(count, 1, side, side)
     probs[:, :, :side // 4] = 0.9
     return images, masks, probs
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sheets show pictures of 32 pixels as they are."""
+    monkeypatch.setattr(sheets, "contact_sheet", functools.partial(contact_sheet, max_side=32))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -153,23 +162,23 @@ def test_contact_sheet_titles_captions_and_legend(tmp_path):
     assert near(full, (255, 0, 0), 0).sum() == 121 and near(full[-22:], (0, 0, 255), 0).sum() == 121
 
 
-def test_training_sheet_is_image_and_label(tmp_path):
+def test_training_sheet_is_image_and_label(tmp_path, small):
     images, masks, _ = scene()
-    segmentation_sheet(tmp_path / "a.png", images, masks, max_side=32)
+    segmentation_sheet(tmp_path / "a.png", images, masks)
     sheet = read(tmp_path / "a.png")
     assert sheet.shape == (30 + 2 * 40, 8 + 2 * 40, 3)
     for i in range(2):
         top, rgb = 30 + i * 40, to_rgb(images[i])
         np.testing.assert_array_equal(sheet[top:top + 32, 8:40], rgb)
         np.testing.assert_array_equal(sheet[top:top + 32, 48:80], overlay(rgb, masks[i]))
-    segmentation_sheet(tmp_path / "b.png", *(v[:1].repeat(9, 1, 1, 1) for v in (images, masks[:, None])), max_side=32)
+    segmentation_sheet(tmp_path / "b.png", *([v[0]] * 9 for v in (images, masks)))
     assert read(tmp_path / "b.png").shape == (30 + 5 * 40, 8 + 4 * 40, 3)  # nine pairs: two abreast, five rows
 
 
-def test_validation_sheet_binary(tmp_path):
+def test_validation_sheet_binary(tmp_path, small):
     images, masks, probs = scene()
     masks[0, 0, :] = 255  # no label in the first line: neither truth nor error
-    segmentation_sheet(tmp_path / "a.png", images, masks[:, None], probs, ignore=255, limit=1, max_side=32)
+    segmentation_sheet(tmp_path / "a.png", images[:1], masks, probs, ignore=255)
     sheet = read(tmp_path / "a.png")
     assert sheet.shape == (30 + 40 + 4 * 22, 8 + 4 * 40, 3)  # a title, one row, and a legend as narrow as this
     _, truth, shown, errors = (sheet[30:62, left:left + 32] for left in (8, 48, 88, 128))
@@ -186,12 +195,12 @@ def test_validation_sheet_binary(tmp_path):
     assert (errors[20:, :] == grey[20:, :, None]).all() and (errors[0] == grey[0][:, None]).all()
 
 
-def test_validation_sheet_of_classes(tmp_path):
+def test_validation_sheet_of_classes(tmp_path, small):
     images, masks, _ = scene(1)
     masks[0, 20:, 20:] = 2
     wrong = torch.where(masks == 1, 3, masks)
     logits = torch.nn.functional.one_hot(wrong, 4).permute(0, 3, 1, 2) * 5.0
-    segmentation_sheet(tmp_path / "a.png", images[:, 4:], masks, logits, max_side=32)
+    segmentation_sheet(tmp_path / "a.png", images[:, 4:], masks, logits)
     sheet = read(tmp_path / "a.png")
     shown, errors = sheet[30:62, 88:120], sheet[30:62, 128:160]
     np.testing.assert_array_equal(shown, overlay(to_rgb(images[0, 4:]), wrong[0]))

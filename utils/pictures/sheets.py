@@ -192,34 +192,33 @@ def segmentation_row(image, mask, prob=None, *, ignore=None):
     """-> pictures of one image, all of its size: image, label; with prob also prediction and errors. As in
     `segmentation_sheet`."""
     rgb = to_rgb(image)
-    mask = to_numpy(mask).reshape(rgb.shape[:2])
-    truth = np.where(mask == ignore, 0, mask).astype(np.int64)
+    mask = to_numpy(mask)
+    truth = np.where(mask == ignore, 0, mask)
     row = [rgb, overlay(rgb, truth)]
     if prob is None:
         return row
     prob = to_numpy(prob)
-    if prob.ndim == 3 and len(prob) > 1:
+    if len(prob) > 1:
         prediction = prob.argmax(0)
         shown = overlay(rgb, prediction)
     else:
-        prob = prob.reshape(truth.shape)
-        prediction = (prob > 0.5).astype(np.int64)
-        shown = overlay(shade(prob, INK), prediction, alpha=0)
+        prediction = prob[0] > 0.5
+        shown = overlay(shade(prob[0], INK), prediction, alpha=0)
     errors = np.where(mask == ignore, 0, error_map(truth, prediction))
     grey = np.repeat(rgb.mean(-1, keepdims=True), 3, -1).astype(np.uint8)
     return [*row, shown, overlay(grey, errors, palette=list(ERRORS.values()), alpha=0.7)]
 
 
-def segmentation_sheet(path, images, masks, probs=None, *, ignore=None, limit=16, max_side=256):
+def segmentation_sheet(path, images, masks, probs=None, *, ignore=None):
     """Writes image | label (the first training batch) or, with probs, image | truth | prediction | errors.
 
-    images: B of (C, H, W). masks: B of (H, W) or (1, H, W), integers, 0 background, `ignore` no label.
-    probs: B of (H, W) or (1, H, W), the foreground's probability, drawn white to black with the outline at 0.5; or
-    (K, H, W) with K > 1, one per class (logits do as well), drawn as the class map. At most `limit` images are drawn.
+    images: B of (C, H, W). masks: B of (H, W), integers, 0 background, `ignore` no label. probs: B of (K, H, W); the
+    foreground's probability (K = 1) is drawn white to black with the outline at 0.5, several classes (logits do as
+    well) as the class map. At most 16 images are drawn.
     """
     rows = [segmentation_row(image, masks[i], None if probs is None else probs[i], ignore=ignore)
-            for i, image in enumerate(images[:limit])]
+            for i, image in enumerate(images[:16])]
     if probs is None:
-        contact_sheet(path, abreast(rows), titles=["image", "label"], max_side=max_side)
+        contact_sheet(path, abreast(rows), titles=["image", "label"])
     else:
-        contact_sheet(path, rows, titles=["image", "truth", "prediction", "errors"], legend=ERRORS, max_side=max_side)
+        contact_sheet(path, rows, titles=["image", "truth", "prediction", "errors"], legend=ERRORS)
