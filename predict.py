@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import nets
-from data import cls, det, images, labels, seg
+from data import cls, det, images, labels, seg, units
 from data.loader import eval_loader
 from data.results import masks, pseudo, submissions
 from nets.blocks import fuse
@@ -164,7 +164,9 @@ def all_bands(members):
 def find_sources(args, members):
     """The image files to predict: --source, or the test images of the first training's data."""
     default = TEST_FOLDER[args.task](members[0].state["args"]["data"])
-    return images.find_sources(args.source, default, members[0].inputs.pixel_scale)
+    files = images.find_sources(args.source, default)
+    units.check(files, members[0].inputs)
+    return files
 
 
 def new_folder(args, path):
@@ -198,13 +200,12 @@ def predict_seg(args, device, members):
     overlap = OVERLAP if args.overlap is None else args.overlap
     sizes = {file: images.size(file) for file in files}
     images.check_bands(files, bands)
-    unsure = pseudo.unsure_value(first.state["classes"], first.state["args"].get("ignore")) if args.pseudo else None
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, decide.SEGMENTATION_VIEWS)
     parts = find_parts(args, device, files) if args.detector else {}
     out = new_folder(args, members[0].path)
     writer = masks.MaskWriter(out, overlays=first.inputs.bands if args.overlays else None, polygons=args.polygons,
-                              unsure=unsure)
+                              pseudo=bool(args.pseudo))
 
     def predict(raw):
         """Images (B, len(bands), H, W) in the files' numbers -> the mean probabilities (B, K, H, W) of the members."""
@@ -213,12 +214,12 @@ def predict_seg(args, device, members):
             raw = raw[torch.arange(args.bs) % count]
         raw = raw.to(device, non_blocking=True)
         total = sum(decide.segment(m.net, m.inputs(raw, bands), side=m.inputs.side, **views) for m in members)
-        return (total / len(members))[:count]
+        return decide.background(total / len(members), images.void(raw))[:count]
 
     def maps(probs):
         """Probabilities (B, K, H, W) -> [class maps (B, H, W) uint8, and with --pseudo those of the labels]."""
         mask = decide.masks(probs, threshold).cpu()
-        return [mask.numpy(), *([pseudo.sure_mask(probs, mask, args.pseudo, unsure).numpy()] if args.pseudo else [])]
+        return [mask.numpy(), *([pseudo.sure_mask(probs, mask, args.pseudo).numpy()] if args.pseudo else [])]
 
     def pieces(file, part):
         """Yields (row, column, class map (h, w), labels) of a part (y, x, height, width) of an image."""
@@ -247,7 +248,7 @@ def predict_seg(args, device, members):
     if dist.rank() == 0:
         writer.finish(files)
         if args.pseudo:
-            print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'} --ignore {unsure}")
+            print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'}")
         print(f"{len(files)} images: {out}")
 
 

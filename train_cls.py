@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import nets
-from data import cls, folds, images, mix
+from data import cls, folds, images, mix, units
 from data.loader import eval_loader, train_loader
 from data.samples import dirty_mnist
 from nets import pretrained
@@ -171,7 +171,7 @@ def main():
     with answers_for("--weights"):
         mean, std = (resume["input"][k] for k in ("mean", "std")) if resume else \
             pretrained.normalisation(args.weights, len(bands))
-    inputs = cls.Input(bands, args.pixel_scale or images.default_scale(data.files + files), args.imgsz, mean, std)
+    inputs = cls.Input(bands, imgsz=args.imgsz, mean=mean, std=std, **units.choose(files, bands, args.pixel_scale))
 
     # ---- net ----
     arch, drop = describe_net(args, len(bands), len(names))
@@ -225,7 +225,7 @@ def main():
     if dist.rank() == 0:
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
-        shown = [sheets.to_rgb(x) for x in cls.Input(bands, inputs.pixel_scale, args.imgsz)(batch)]
+        shown = [sheets.to_rgb(x) for x in dataclasses.replace(inputs, mean=(0.0,), std=(1.0,))(batch)]
         sheets.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
     header = {"task": "cls", "arch": arch, "classes": names, "single_label": single_label,
               "input": dataclasses.asdict(inputs), "args": vars(args)}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import nets
-from data import det, folds, images, labels, mix
+from data import det, folds, images, labels, mix, units
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS
@@ -189,7 +189,6 @@ def experiment(args, device, folder, resume):
     data, val, samples = load_samples(args, folder)
     names, files = data.names, [data.files[i] for i in val]
     bands = args.bands or images.default_bands(data.files)
-    scale = args.pixel_scale or det.default_scale([sample.file for sample in samples] + files, bands)
     reading = dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
     samples = det.cut(samples, args.tile, args.overlap)
     train_data = det.DetData(samples, seed=args.seed, close_mosaic=args.epochs - args.close_mosaic,
@@ -199,7 +198,8 @@ def experiment(args, device, folder, resume):
                           collate=det.collate)
 
     # ---- net ----
-    inputs = det.Input(bands, scale, args.imgsz)
+    inputs = det.Input(bands, imgsz=args.imgsz, **units.choose(
+        list(dict.fromkeys(train_data.files)), bands, args.pixel_scale, clamped=True))
     arch = describe_net(args, len(names), len(bands))
     model = nets.build(arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:

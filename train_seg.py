@@ -12,7 +12,7 @@ from argparse import BooleanOptionalAction
 import torch
 
 import nets
-from data import folds, images, mix, seg
+from data import folds, mix, seg, units
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from utils import losses
@@ -50,7 +50,7 @@ def make_parser():
     add("--mean-planes", action=BooleanOptionalAction, default=True,
         help="give the net a constant plane per band, with the band's mean")
     add("--classes", type=int_range(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
-    add("--ignore", type=int_range(0, 255), help="mask value of pixels that are left out of loss and metric")
+    add("--ignore", type=int_range(-2**31), help="mask value of pixels that are left out of loss and metric")
     add("--resize", action="store_true", help="train on whole tiles at --imgsz, not on crops; masks are resized back")
     add("--tile", type=int_range(16, 65536), help="images larger than this side are read in windows of this side; "
         "crops are cut from the windows")
@@ -136,6 +136,12 @@ def main():
     data, val, samples, weights = load_samples(args, folder)
     options = dict(bands=data.bands, classes=args.classes, ignore=args.ignore, cache=args.cache)
     of, windows = tiles.of_images(samples.sizes, functools.partial(tiles.cover, tile=args.tile, overlap=args.overlap))
+    held = seg.hold_data([samples.images[i] for i in of], windows, data.bands)
+    of, windows = ([value for value, keep in zip(values, held) if keep] for values in (of, windows))
+    if not all(held):
+        dist.print0(f"{held.count(False)} tiles hold no data and are not trained on")
+    if not of:
+        raise UserError(f"{args.data}: no tile holds data; check the no-data values of the images")
     weights = [weights[i] for i in of]
     repeat = 1 if args.debug else args.repeat
     train_data = seg.SegData([samples.pairs[i] for i in of], windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
@@ -153,8 +159,8 @@ def main():
                                  workers=args.workers, device=device)
 
     # ---- input ----
-    inputs = seg.Input(data.bands, args.pixel_scale or images.default_scale(samples.images + data.images), args.imgsz,
-                       mean_planes=args.mean_planes, resize=args.resize)
+    inputs = seg.Input(data.bands, imgsz=args.imgsz, mean_planes=args.mean_planes, resize=args.resize,
+                       **units.choose(samples.images, data.bands, args.pixel_scale))
 
     # ---- net ----
     arch = describe_net(args, inputs.channels)
@@ -167,7 +173,7 @@ def main():
     # ---- loss ----
     known = BINARY if args.classes == 1 else MULTICLASS
     terms = args.loss or [(name, 1.0) for name in (("lovasz_elu", "bce") if args.classes == 1 else ("lovasz", "ce"))]
-    options_of = {name: {"ignore": args.ignore} | ({"smoothing": args.label_smoothing} if loss in SMOOTHED else {})
+    options_of = {name: {"ignore": seg.IGNORE} | ({"smoothing": args.label_smoothing} if loss in SMOOTHED else {})
                   for name, loss in known.items()}
 
     def mixed(batch):
@@ -182,7 +188,7 @@ def main():
                                               for mask, share in targets) for name, weight in terms}
         if args.aux_cls:
             parts["aux_cls_loss"] = args.aux_cls * sum(
-                share * losses.bce(present, seg.present(mask, args.classes, args.ignore), ignore=seg.UNKNOWN)
+                share * losses.bce(present, seg.present(mask, args.classes), ignore=seg.UNKNOWN)
                 for mask, share in targets)
         return sum(parts.values()), parts if len(parts) > 1 else {}
 
@@ -194,7 +200,7 @@ def main():
 
     # ---- validation ----
     def evaluate(model, views=(), per_sample=None):
-        metric = BinaryIoU(args.ignore) if args.classes == 1 else MeanIoU(args.classes, args.ignore)
+        metric = BinaryIoU(seg.IGNORE) if args.classes == 1 else MeanIoU(args.classes, seg.IGNORE)
         for i, batch in enumerate(val_loader):
             batch = engine.to_device(batch, device)
             probs = decide.segment(model, inputs(batch["image"]), views, side=inputs.side)
@@ -202,7 +208,7 @@ def main():
             if per_sample:
                 per_sample.update(batch["index"], decide.masks(probs), batch["mask"])
             if i == 0 and dist.rank() == 0:
-                sheets.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs, ignore=args.ignore)
+                sheets.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs, ignore=seg.IGNORE)
         metric.reduce()
         return metric.compute() | ({"threshold": metric.best_threshold()} if args.classes == 1 else {})
 
@@ -212,7 +218,7 @@ def main():
     if dist.rank() == 0:
         print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val else 0} to validate")
         batch = torch.utils.data.default_collate([train_data[0, i] for i in range(min(args.bs, 8))])
-        sheets.segmentation_sheet(folder / "train_batch.png", batch["image"], batch["mask"], ignore=args.ignore)
+        sheets.segmentation_sheet(folder / "train_batch.png", batch["image"], batch["mask"], ignore=seg.IGNORE)
     header = {"task": "seg", "arch": arch, "classes": args.classes, "input": dataclasses.asdict(inputs),
               "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
@@ -226,7 +232,7 @@ def main():
 def write_report(state, evaluate, inputs, data, folder, files):
     """Evaluates the run's last weights with flips, at a threshold of 0.5: results.json; samples.csv, a row per tile;
     review.png, the worst and the best tiles, and scores by class and by size."""
-    per_sample = SampleIoU(data.ignore)
+    per_sample = SampleIoU(seg.IGNORE)
     scores = engine.evaluate_on(state, functools.partial(evaluate, views=decide.SEGMENTATION_VIEWS,
                                                          per_sample=per_sample))
     scores.pop("threshold", None)
@@ -238,7 +244,7 @@ def write_report(state, evaluate, inputs, data, folder, files):
         for sample in (data[i] for i in indices):
             batch = engine.to_device(torch.utils.data.default_collate([sample]), state.device)
             probs = decide.segment(model, inputs(batch["image"]), decide.SEGMENTATION_VIEWS, side=inputs.side)
-            yield sheets.segmentation_row(sample["image"], sample["mask"], probs[0], ignore=data.ignore)
+            yield sheets.segmentation_row(sample["image"], sample["mask"], probs[0], ignore=seg.IGNORE)
 
     by_class = [{"class": int(k[4:]), "iou": v} for k, v in scores.items() if k.startswith("iou_") and k[4:].isdigit()]
     tables = ({"Classes": by_class} if by_class else {}) | per_sample.by_size()  # the latter of all classes together

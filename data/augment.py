@@ -121,10 +121,10 @@ def colour(rng, bands, hue, saturation, value):
 
 
 def recolour(images, matrices, scale=1.0):
-    """images (B, C, H, W), any dtype; matrices (B, C, C) of `colour` -> the recoloured images divided by scale,
-    float32, not clamped."""
+    """images (B, C, H, W), any dtype; matrices (B, C, C) of `colour` -> the recoloured images divided by scale
+    (a number, or one per band), float32, not clamped."""
     mixed = torch.empty(images.shape, device=images.device)
-    matrices = matrices.to(mixed) / scale
+    matrices = matrices.to(mixed) / torch.as_tensor(scale, device=mixed.device)
     # image by image into one tensor: allocating memory costs CPUs more than the sums
     for image, matrix, out in zip(images, matrices, mixed.flatten(2)):
         torch.mm(matrix, image.contiguous().float().flatten(1), out=out)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data import augment, folds, images
+from data import augment, folds, images, units
 from data.cache import Cache
 from utils.errors import UserError
 from utils.files import read_csv, same_name
@@ -308,7 +308,7 @@ def collate(samples):
 
 
 @dataclass
-class Input(images.Input):
+class Input(units.Input):
     """What a classifier sees of images: (pixel / pixel_scale - mean) / std. mean, std: one number per band, or one for
     all."""
     mean: list = (0.0,)

@@ -1,4 +1,5 @@
 """Detection data: images with boxes -> mosaics for training, letterboxed images for validation and prediction."""
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -10,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, default_collate
 
-from data import augment, images
+from data import augment, images, units
 from data.cache import Cache
-from utils.errors import UserError
 from utils.ops import boxes, tiles
 from utils.ops.geometry import paste, scale, translate, warp_boxes
 from utils.train import dist
@@ -21,16 +21,17 @@ GREY = 114  # of 255, around the images
 
 
 @dataclass
-class Input(images.Input):
+class Input(units.Input):
     """What the net sees of images (B, C, H, W) in the numbers of their files -> float32, 0..1.
 
     bands: the band numbers that the channels are; None: the input's own. colour: matrices (B, C, C) of `augment.colour`
-    for training, applied together with the scaling.
+    for training, applied together with the scaling. With --pixel-scale standard it is not limited to 0..1.
     """
 
     def __call__(self, images, bands=None, colour=None):
-        x = self.scaled(images, bands) if colour is None else augment.recolour(images, colour, self.pixel_scale)
-        return x.clamp_(0, 1)
+        x = self.scaled(images, bands) if colour is None else augment.recolour(
+            self.centred(images), colour, self.pixel_scale).nan_to_num_(0.0)
+        return x if len(self.pixel_mean) else x.clamp_(0, 1)
 
 
 class Sample(NamedTuple):
@@ -79,22 +80,6 @@ def rect(size, imgsz, stride, pad=0.5):
     return tuple(math.ceil(side * imgsz / max(size) / stride + pad) * stride for side in size)
 
 
-def default_scale(files, bands):
-    """`images.default_scale`. UserError if pixels of the first file are above it or below 0: the net's input is clamped
-    to 0..1."""
-    file, white = files[0], images.default_scale(files)
-    pixels = images.thumbnail(file, bands, 1024)[0].numpy()
-    dtype = images.header(file).dtype
-    if pixels.min() < 0:  # decibels, for example, would all become 0
-        raise UserError(f"{file}: has {dtype} pixels down to {pixels.min():g}, and everything below "
-                        f"0 becomes black; add a number to the pixels of all images so that they begin at 0, or accept "
-                        f"it with --pixel-scale")
-    if pixels.max() > white:
-        raise UserError(f"{file}: has {dtype} pixels up to {pixels.max():g}, and nothing says which "
-                        f"value is white; give it with --pixel-scale")
-    return white
-
-
 class Pictures:
     """`pictures[i]` -> image i, or its window, (C, H, W) uint8 or float32, bands last in memory, its long side at most
     `limit`. Larger images are reduced on reading; data.cache.Cache keeps them (`cache`: "ram", "disk" or None).
@@ -115,7 +100,10 @@ class Pictures:
         step = max(full) // (4 * max(small))  # of a far larger scene every step-th pixel will do
         shape = tuple(max(1, side // step) for side in full) if step > 1 else None
         image = images.read_picture(self.files[i], self.bands, window=self.windows[i], shape=shape)
-        return images.resize(image, small).permute(1, 2, 0).contiguous()
+        image = images.resize(image, small)
+        if image.is_floating_point() and images.header(self.files[i]).dtype == "uint8":  # where there is no data
+            image = image.nan_to_num(GREY).round().to(torch.uint8)
+        return image.permute(1, 2, 0).contiguous()
 
     def __getitem__(self, i):
         pixels = self.cache[i]
@@ -191,9 +179,9 @@ class DetData(Dataset):
 
 
 def new_canvas(like, shape):
-    """shape (height, width) -> (C, height, width), bands and dtype of `like`, bands last in memory; grey, or 0 where
-    pixels are not bytes."""
-    fill = GREY if like.dtype == torch.uint8 else 0
+    """shape (height, width) -> (C, height, width), bands and dtype of `like`, bands last in memory; grey, or no data
+    (NaN) where pixels are not bytes."""
+    fill = GREY if like.dtype == torch.uint8 else math.nan
     return torch.full((*shape, len(like)), fill, dtype=like.dtype).permute(2, 0, 1)
 
 
@@ -280,5 +268,22 @@ class TiledImages(Dataset):
                        for rows in zip(*(found[k] for k in views))]
             rows = boxes.wbf(members, weights=weights)[:max_det] if len(members) > 1 else members[0]
             rows = boxes.clip(rows, *self.sizes[i])
-            results.append(rows[(rows[:, 2:4] > rows[:, :2]).all(1)])
+            rows = rows[(rows[:, 2:4] > rows[:, :2]).all(1)]
+            results.append(rows[[not in_void(self.files[i], self.pictures.bands, box) for box in rows[:, :4].tolist()]])
         return results
+
+
+def in_void(file, bands, box):
+    """Whether at least half of a box x1, y1, x2, y2, in pixels of the file, holds no data."""
+    empty = _void_map(file, tuple(bands)) if images.header(file).gaps else None
+    if empty is None:
+        return False
+    y, x = (new / old for new, old in zip(empty.shape, images.size(file)[1:]))
+    x1, y1, x2, y2 = box
+    return bool(empty[int(y1 * y):math.ceil(y2 * y), int(x1 * x):math.ceil(x2 * x)].float().mean() >= 0.5)
+
+
+@functools.lru_cache(maxsize=2**12)
+def _void_map(file, bands):
+    """`images.void` of a file, reduced to at most 512 pixels."""
+    return images.void(images.thumbnail(file, bands, 512)[0])

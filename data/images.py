@@ -1,12 +1,13 @@
-"""Reading images of any band count and depth: GeoTIFF and PNG by GDAL, JPEG by torchvision.
+"""Reading images of any band count and depth: GeoTIFF and PNG by GDAL, JPEG by torchvision, the rest by Pillow.
 
     palette   one band of indices, as masks need them
     CMYK      four bands as JPEG stores them: 255 is no ink
-    EXIF      a JPEG's orientation is applied
+    EXIF      the orientation is applied, in every format
+    no data   is NaN: what a no-data value, a mask in the file or beside it, or the opacity declares to hold no data
 
-A file that cannot be used is a UserError that names it. The first bytes of a file tell its kind, not its name. No other
-file is opened for pixels: GDAL's other drivers and its overviews, which follow references to further files and to the
-network, are switched off.
+A file that cannot be used is a UserError that names it. The first bytes of a file tell its kind, not its name. GDAL
+opens no other file for pixels than these two: its other drivers and its overviews, which follow references to further
+files and to the network, are switched off.
 
 Why not torchvision for PNG: its decoder ends the process on about one in 300 damaged files (version 0.29), returns
 unset memory for palettes of less than 8 bits, and takes twice as long. For JPEG it is three times faster than others.
@@ -20,22 +21,24 @@ import os
 import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import rasterio
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import reading
+from utils.files import read_bytes, reading
 from utils.train import dist
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
@@ -44,8 +47,12 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits be
 # megabytes for GDAL's blocks; it would take a twentieth of the machine's memory, in every process
 os.environ.setdefault("GDAL_CACHEMAX", "128")
 
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
-KINDS = {b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTiff", b"\x89PNG": "PNG"}
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+KINDS = {b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTiff", b"\x89PNG": "PNG",
+         b"\xff\xd8": "JPEG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP"}
+GDAL_KINDS = ("GTiff", "PNG")
+ORIENTATION = 0x0112  # the tag of TIFF and EXIF
+MIRRORED = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # axes; from 5 on, after rows became columns
 # a file of a few bytes can claim to be 2e9 x 2e9
 MAX_SCENE = 2**36  # pixels, however it is read
 MAX_VALUES = 2**30  # pixels times bands of one read
@@ -67,9 +74,8 @@ def find(folder):
     return files
 
 
-def find_sources(patterns, default, scale):
-    """Files, folders and globs -> the image files, sorted; their names must differ. Prints a line where the depth of a
-    file is not the one that `scale`, the net's, is made for."""
+def find_sources(patterns, default):
+    """Files, folders and globs -> the image files, sorted; their names must differ. UserError where there is none."""
     files = []
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
@@ -77,12 +83,7 @@ def find_sources(patterns, default, scale):
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
         for match in map(Path, sorted(matches)):
             files += find(match) if match.is_dir() else [match]
-    files = list(by_stem(files).values())
-    other = [file for file in files if {default_scale([file]), scale} == {255.0, 65535.0}]
-    if other:
-        dist.print0(f"{other[0]}: has {header(other[0]).dtype} pixels ({len(other)} in total), and the net takes "
-                    f"{scale:g} for white; convert them unless that is right")
-    return files
+    return list(by_stem(files).values())
 
 
 def in_threads(function, items, what=None):
@@ -103,11 +104,21 @@ def by_stem(files):
 
 
 class Header(NamedTuple):
-    kind: str        # "GTiff", "PNG" or "JPEG"
-    size: tuple      # (bands, height, width)
-    dtype: str       # of the numbers, such as "uint8"
-    bits: int = 8    # of a number, where they are less than a byte
+    kind: str         # "GTiff", "PNG", "JPEG", "WEBP", "GIF" or "BMP"
+    size: tuple       # (bands, height, width), upright
+    dtype: str        # of the numbers, such as "uint8"
+    bits: int = 8     # of a number, where they are less than a byte
     palette: object = None  # the colours that the indices of the one band stand for, (256, 3) uint8
+    orientation: int = 1    # EXIF's, 1 to 8
+    opacity: bool = False   # the last band says how opaque the pixels are
+    nodata: tuple = ()      # the value of each band that stands for no data, or None
+    mask: str = ""    # "inside": the file has a mask of the pixels that hold data; "beside": the file PATH.msk has it
+    place: object = None    # (coordinate system or None, affine transform) on Earth
+
+    @property
+    def gaps(self):
+        """Whether pixels without data are possible."""
+        return bool(self.opacity or self.mask or any(v is not None for v in self.nodata) or self.dtype[:5] == "float")
 
 
 def header(path):
@@ -120,28 +131,90 @@ def header(path):
 @functools.lru_cache(maxsize=2**18)
 def _header(path, changed, length, regular):
     with reading(path):
-        head = open(path, "rb").read(4) if regular else b""  # reading a pipe or a device would block or never end
-    kind = KINDS.get(head, "JPEG" if head[:2] == b"\xff\xd8" else None)
+        head = open(path, "rb").read(16) if regular else b""  # reading a pipe or a device would block or never end
+    kind = KINDS.get(head[:4], KINDS.get(head[:2]))
     if kind is None:
-        what = "not a regular file" if not regular else "empty" if not head else "not a TIFF, PNG or JPEG"
+        what = "not a regular file" if not regular else "empty" if not head else f"not a {' '.join(SUFFIXES)} file"
         raise UserError(f"{path}: {what}; replace or remove it")
-    if kind == "JPEG":
-        try:
-            with Image.open(path, formats=("JPEG",)) as file:  # the header only
-                turned = file.getexif().get(0x0112, 1) >= 5
-                return Header(kind, (len(file.getbands()), *(file.size if turned else file.size[::-1])), "uint8")
-        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-            raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
+    if kind not in GDAL_KINDS:
+        with _pillow(path, kind) as file:
+            if getattr(file, "n_frames", 1) > 1:
+                raise UserError(f"{path}: has {file.n_frames} frames; save them as files of their own")
+            orientation, mode = file.getexif().get(ORIENTATION, 1), _mode(file.mode)
+            palette = file.mode == "P" and np.array(file.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            bands = len(file.getbands() if kind == "JPEG" else Image.new(mode, (1, 1)).getbands())
+            sides = file.size if orientation in range(5, 9) else file.size[::-1]
+            return Header(kind, (bands, *sides), "uint8", 1 if mode == "1" else 8, orientation=orientation,
+                          palette=_palette(palette) if file.mode == "P" else None,
+                          opacity=kind != "JPEG" and mode.endswith("A"))
     with _open(path, kind) as file:
         if file.height * file.width > MAX_SCENE:
             raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
-        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
-        colours = None
+        if file.subdatasets:
+            raise UserError(f"{path}: has {len(file.subdatasets)} pages; save them as bands, or as files of their own")
+        colours, beside = None, kind == "GTiff" and os.path.isfile(f"{path}.msk")
         if file.count == 1:
             with contextlib.suppress(ValueError):  # it has none
                 colours = file.colormap(1)
-                colours = torch.tensor([colours.get(i, (0, 0, 0))[:3] for i in range(256)], dtype=torch.uint8)
-        return Header(kind, (file.count, *file.shape), file.dtypes[0], bits, colours)
+                colours = _palette([colours.get(i, (0, 0, 0))[:3] for i in range(256)])
+        located = file.crs or not file.transform.is_identity
+        orientation = 1 if located or file.gcps[0] else _orientation(path, head, kind)
+        return Header(
+            kind, (file.count, *(file.shape[::-1] if orientation > 4 else file.shape)), file.dtypes[0],
+            int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)), colours, orientation,
+            file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha,
+            file.nodatavals if any(v is not None for v in file.nodatavals) else _nodata_beside(path, file.count),
+            "beside" if beside else "inside" if file.mask_flag_enums[0] == [MaskFlags.per_dataset] else "",
+            (file.crs, file.transform) if located else None)
+
+
+def _palette(colours):
+    """Colours of three bytes -> (256, 3) uint8."""
+    return torch.tensor([*map(list, colours), *[[0, 0, 0]] * 256][:256], dtype=torch.uint8)
+
+
+@contextlib.contextmanager
+def _pillow(path, kind):
+    """A file opened by Pillow, of which so far only the header is read."""
+    try:
+        with Image.open(path, formats=(kind,)) as file:
+            yield file
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError, Image.DecompressionBombError):
+        raise UserError(f"{path}: not a readable {kind}, or far too large; replace or remove it") from None
+
+
+def _mode(mode):
+    """The one of Pillow's modes in which an image is read: indices of colours stay indices."""
+    return mode if mode in ("1", "L", "LA", "RGB", "RGBA") else "L" if mode == "P" else "RGB"
+
+
+def _orientation(path, head, kind):
+    """The orientation in the tags of a TIFF, or in a PNG's EXIF before its pixels; 1 without one."""
+    found = None
+    with contextlib.suppress(Exception):  # damaged tags say nothing; GDAL has read the file
+        if kind == "PNG":
+            with Image.open(path, formats=(kind,)) as file:
+                tags = Image.Exif()
+                tags.load(file.info.get("exif"))
+        else:
+            tags = ImageFileDirectory_v2(head if head[2:4] in (b"+\0", b"\0+") else head[:8])
+            with open(path, "rb") as file:
+                file.seek(tags.next)
+                tags.load(file)
+        found = tags.get(ORIENTATION)
+    return found if found in range(1, 9) else 1
+
+
+def _nodata_beside(path, count):
+    """The no-data value per band in PATH.aux.xml, where GDAL writes what a format has no room for; () without one."""
+    try:
+        with reading(path):
+            bands = ElementTree.fromstring(read_bytes(f"{path}.aux.xml")).iter("PAMRasterBand")
+        found = {int(band.get("band")): float(band.findtext("NoDataValue")) for band in bands
+                 if band.findtext("NoDataValue")}
+    except (UserError, ElementTree.ParseError, ValueError, TypeError):
+        return ()
+    return tuple(found.get(band) for band in range(1, count + 1))
 
 
 def size(path):
@@ -152,18 +225,22 @@ def size(path):
 def open_raster(path, *, sidecars=False):
     """rasterio's dataset for a `with` block. Raises UserError when it cannot be opened, or not be read in the block.
 
-    sidecars: whether GDAL may look for files beside it, which can tell the place on Earth.
+    sidecars: whether GDAL may look for files beside it, which can tell the place on Earth; it is not for pixels then.
     """
-    return _open(path, header(path).kind, sidecars)
+    return _open(path, header(path).kind, sidecars, {} if sidecars else PIXELS)
+
+
+# Overviews may lie in another file that a tag points to. A file opened so has no valid place on Earth
+PIXELS = {"OVERVIEW_LEVEL": "NONE"}
 
 
 @contextlib.contextmanager
-def _open(path, driver, sidecars=False):
+def _open(path, driver, sidecars=False, options=()):
     # GDAL's shortcut for whole PNGs does not notice that data is missing, and returns wrong pixels (version 3.10)
     with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **({} if sidecars else ALONE)):
         try:
-            # an absolute name is neither a /vsi name nor a URL. Overviews may lie in another file that a tag points to
-            file = rasterio.open(os.path.abspath(path), driver=driver, OVERVIEW_LEVEL="NONE")
+            # an absolute name is neither a /vsi name nor a URL
+            file = rasterio.open(os.path.abspath(path), driver=driver, **dict(options))
         except UnicodeEncodeError:
             raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
         except (RasterioError, ValueError):  # ValueError: a damaged name of a coordinate system
@@ -175,14 +252,15 @@ def _open(path, driver, sidecars=False):
                 raise UserError(DAMAGED.format(path)) from None
 
 
-def read(path, bands=None, *, window=None, shape=None, missing=0):
-    """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that dtype.
+def read(path, bands=None, *, window=None, shape=None):
+    """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that dtype, and where
+    pixels hold no data: these are NaN.
 
     bands: counted from 1, None: all. window: (row, column, height, width); of a GeoTIFF only the window is read.
-    shape: (height, width) to reduce to by nearest pixels. missing: the value for pixels that a GeoTIFF declares to hold
-    no data; with None they keep their numbers, and NaN stays. Raises UserError naming the file.
+    shape: (height, width) to reduce to by nearest pixels. Raises UserError naming the file.
     """
-    kind, (count, height, width), *_ = header(path)
+    found = header(path)
+    count, height, width = found.size
     y, x, h, w = window or (0, 0, height, width)
     every = list(range(1, count + 1))
     bands = list(bands or every)
@@ -190,23 +268,42 @@ def read(path, bands=None, *, window=None, shape=None, missing=0):
         raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the file")
     if len(bands) * math.prod(shape or (h, w)) > MAX_VALUES:
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
-    if kind == "GTiff":
+    opaque = None  # the opacity of the pixels, or a mask of those that hold data; where it is 0, they do not
+    planes = bands + [count] * (found.opacity and count not in bands)
+    if in_windows(found):
         with open_raster(path) as file:
-            image = file.read(bands, window=Window(x, y, w, h), out_shape=shape and (len(bands), *shape))
-            for plane, band in zip(image, bands):
-                empty = file.nodatavals[band - 1]
-                if missing is not None and empty not in (None, missing):
-                    plane[np.isnan(plane) if np.isnan(empty) else plane == empty] = missing
+            options = dict(window=Window(x, y, w, h), out_shape=shape and (len(planes), *shape))
+            image = file.read(planes, **options)
+            if found.mask == "inside":
+                opaque = file.read_masks(1, window=options["window"], out_shape=shape)
     else:
         image = (_decode_once if window else _decode)(path, os.stat(path).st_mtime_ns)
         if image.shape != (count, height, width):  # its header tells two sizes
             raise UserError(DAMAGED.format(path))
-        image = image if bands == every else image[[band - 1 for band in bands]]  # which copies
+        image = image if planes == every else image[[band - 1 for band in planes]]  # which copies
         if window:
             image = image[:, y:y + h, x:x + w].copy()
         if shape:
             image = nearest(image, shape)
-    return _check(image, path, finite=missing is not None)
+    if found.mask == "beside":
+        opaque = read(f"{path}.msk", [1], window=window, shape=shape)[0].numpy()
+    if len(planes) > len(bands):
+        *image, opaque = image
+        image = np.stack(image)
+    return torch.from_numpy(_checked(path, image, [found.nodata[b - 1] for b in bands if found.nodata], opaque))
+
+
+def in_windows(found):
+    """Whether of a file with this Header parts can be read without the rest."""
+    return found.kind == "GTiff" and found.orientation == 1
+
+
+def void(image):
+    """Image (..., C, H, W) -> bool (..., H, W): the pixels that hold no data in any band; None where all hold some."""
+    if not image.is_floating_point():
+        return None
+    empty = image.isnan().all(-3)
+    return empty if empty.any() else None
 
 
 def digest(path, middle=None):
@@ -217,18 +314,19 @@ def digest(path, middle=None):
     middle: only this number of rows in the middle counts. All bands are read, in pieces (a PNG or JPEG as a whole), so
     memory does not grow with the scene. Raises UserError naming the file.
     """
-    kind, (count, height, width), dtype, *_ = header(path)
-    if kind == "JPEG" and count * height * width > MAX_VALUES:
+    found = header(path)
+    count, height, width = found.size
+    if found.kind == "JPEG" and count * height * width > MAX_VALUES:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
-    hashed = hashlib.blake2b(f"{count, height, width, dtype}".encode(), digest_size=16)
-    whole = kind != "GTiff" and _decode(path, None)
+    hashed = hashlib.blake2b(f"{count, height, width, found.dtype}".encode(), digest_size=16)
+    whole = None if in_windows(found) else read(path)
     first = (height - min(middle or height, height)) // 2
     step = max(1, STRIP // (count * width))  # the shape alone decides, so that every format is cut alike
     for row in range(first, height - first, step):
         rows = min(step, height - first - row)
-        pixels = whole[:, row:row + rows] if kind != "GTiff" else read(path, window=(row, 0, rows, width), missing=None)
+        pixels = read(path, window=(row, 0, rows, width)) if whole is None else whole[:, row:row + rows]
         hashed.update(np.asarray(pixels).ravel().view(np.uint8))
-    colours = None if middle else header(path).palette
+    colours = None if middle else found.palette
     if colours is not None:
         hashed.update(colours.numpy().ravel())
     return hashed.digest()
@@ -245,17 +343,17 @@ def read_picture(path, bands=None, **options):
             image = (ink[:3] * ink[3] // 255).to(torch.uint8)
     else:
         image = read(path, [1] if rgb and colour_bands(path) == 1 else bands, **options)
-        if rgb and found.palette is not None and image.dtype == torch.uint8:
-            return found.palette[image[0].long()].permute(2, 0, 1)
-        if len(image) == 1 and image.dtype == torch.uint8 and found.bits < 8:
+        if rgb and found.palette is not None and found.dtype == "uint8":
+            empty, colours = void(image), found.palette[image[0].nan_to_num().long()].permute(2, 0, 1)
+            return colours if empty is None else colours.float().masked_fill(empty, math.nan)
+        if len(image) == 1 and found.dtype == "uint8" and found.bits < 8:
             image = image * (255 // (2**found.bits - 1))
     return image.expand(3, -1, -1) if rgb and len(image) == 1 else image
 
 
 def colour_bands(path):
-    """The number of bands of a file, without the second or fourth band of a PNG, which is its opacity."""
-    count = size(path)[0]
-    return count - 1 if header(path).kind == "PNG" and count in (2, 4) else count
+    """The number of bands of a file, without the one that is its opacity."""
+    return size(path)[0] - header(path).opacity
 
 
 def check_bands(files, bands):
@@ -306,75 +404,62 @@ def nearest(image, size):
     return image[..., rows[:, None], columns]
 
 
-def default_scale(files):
-    """The number that pixel values are divided by to lie in 0..1: 65535 for uint16 (as in the wildfire system), 255 for
-    uint8, else 1. UserError where the files differ in it."""
-    file_of = {}
-    for file in files:
-        file_of.setdefault({"uint8": 255.0, "uint16": 65535.0}.get(header(file).dtype, 1.0), file)
-    if len(file_of) > 1:
-        one, other = list(file_of.values())[:2]
-        raise UserError(f"{other}: has {header(other).dtype} pixels, {one} {header(one).dtype}, and one scale is for "
-                        f"all; convert them")
-    return next(iter(file_of))
-
-
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 def _decode(path, changed):
-    """A whole PNG or JPEG, which have no windows, as an array (C, H, W)."""
-    if header(path).kind == "JPEG":
-        data = Path(path).read_bytes()
-        try:
-            if _cut_off(data):
-                raise RuntimeError("torchvision would fill up with grey")
-            data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
-        except RuntimeError:
-            raise UserError(DAMAGED.format(path)) from None
-    with open_raster(path) as file:
-        if file.count * file.height * file.width > MAX_VALUES:
-            raise UserError(f"{path}: {file.width} x {file.height} pixels are too many to read; cut it into tiles")
-        return file.read()
+    """A whole file of a kind that has no windows, upright, as an array (C, H, W)."""
+    found = header(path)
+    if math.prod(found.size) > MAX_VALUES:
+        raise UserError(f"{path}: {found.size[2]} x {found.size[1]} pixels are too many to read; cut it into tiles")
+    if found.kind == "JPEG":
+        return _decode_jpeg(path)
+    if found.kind in GDAL_KINDS:
+        with open_raster(path) as file:
+            image = file.read()
+    else:
+        with _pillow(path, found.kind) as file:
+            image = np.asarray(file if file.mode == "P" else file.convert(_mode(file.mode))).astype(np.uint8)
+        image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+    image = image.swapaxes(1, 2) if found.orientation > 4 else image
+    return np.ascontiguousarray(np.flip(image, MIRRORED.get(found.orientation, ())))
 
 
-def _cut_off(jpeg):
-    """Whether a JPEG's end marker is missing. It is looked for behind the header's segments, which hold thumbnails with
-    end markers of their own."""
+def _decode_jpeg(path):
+    """A JPEG as an array (C, H, W). One that lacks no more than its end marker is whole: then its pixels do not depend
+    on what stands in place of the marker."""
+    data, end = Path(path).read_bytes(), b"\xff\xd9"
+    try:
+        tails = [b""] if _ends(data) else [end, b"\x5a" * 4096 + end]
+        found = [decode_jpeg(torch.frombuffer(bytearray(data + tail), dtype=torch.uint8), ImageReadMode.UNCHANGED,
+                             apply_exif_orientation=True).numpy() for tail in tails]
+    except RuntimeError:
+        found = []
+    if not found or not np.array_equal(found[0], found[-1]):  # torchvision fills up with grey
+        raise UserError(DAMAGED.format(path))
+    return found[0]
+
+
+def _ends(jpeg):
+    """Whether a JPEG has an end marker. It is looked for behind the header's segments, which hold thumbnails with end
+    markers of their own."""
     at = 2
     while jpeg[at:at + 1] == b"\xff" and jpeg[at + 1:at + 2] != b"\xda":
         at += 2 + int.from_bytes(jpeg[at + 2:at + 4], "big")
-    return jpeg.find(b"\xff\xd9", at) < 0
+    return jpeg.find(b"\xff\xd9", at) >= 0
 
 
 _decode_once = functools.lru_cache(maxsize=1)(_decode)  # for the windows of one large picture
 
 
-def _check(array, path, finite):
-    if array.dtype.kind == "c":
+def _checked(path, image, nodata, opaque):
+    """Planes as they are read -> an array (C, H, W) in a dtype that torch computes in, NaN where there is no data:
+    where a plane has its value of `nodata`, and where `opaque` (H, W) is 0; None: nowhere."""
+    if image.dtype.kind == "c":
         raise UserError(f"{path}: has complex pixels; save their amplitudes, or remove the file")
-    if array.dtype not in (np.uint8, np.uint16, np.int16, np.int32, np.float32):
-        array = array.astype(np.float32)
-    if finite and array.dtype == np.float32 and not np.isfinite(array).all():
-        raise UserError(f"{path}: has NaN or infinite pixels; fill them (0 counts as no data), or remove the file")
-    return torch.from_numpy(array)
-
-
-# ---- what a net sees -------------------------------------------------------------------------------------------------
-@dataclass
-class Input:
-    """How the pixels of a file become what a net sees; each task has a subclass that is called on a batch.
-
-    The fields are plain values and stand in every checkpoint as "input", so training, validation and prediction share
-    one definition. bands: the bands that the net sees, from 1; pixel_scale: pixel values are divided by it; imgsz: side
-    of the net's input in training, pixels.
-    """
-    bands: list
-    pixel_scale: float
-    imgsz: int
-
-    def scaled(self, images, bands=None):
-        """images (B, len(bands), H, W) in the files' numbers -> (B, len(self.bands), H, W) float32, the input's bands,
-        divided by pixel_scale. bands: what the channels of `images` are; None: the input's own bands."""
-        if bands is not None and list(bands) != list(self.bands):
-            images = images[:, [list(bands).index(band) for band in self.bands]]
-        return images.float() / self.pixel_scale
+    empty = np.stack([np.zeros(image.shape[1:], bool) if value is None else plane == value
+                      for plane, value in zip(image, nodata)]) if nodata else np.zeros(1, bool)
+    empty = empty if opaque is None else empty | (opaque == 0)
+    if empty.any() or image.dtype not in (np.uint8, np.uint16, np.int16, np.int32, np.float32):
+        image = np.where(empty, np.float32(np.nan), image.astype(np.float32))
+    if image.dtype == np.float32 and np.isinf(image).any():
+        raise UserError(f"{path}: has infinite pixels; declare them as no data (NaN), or remove the file")
+    return image

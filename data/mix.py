@@ -71,11 +71,13 @@ def mixup(images, alpha=0.2, *, per_image=True):
                nearly unchanged
     per_image  one lam for each image; False: one lam for the batch, so that any loss can be weighted with it
     returns    images, perm (B,) int64, lam (B,1,1,1) or (1,1,1,1) fp32: result i is lam[i] times image i plus
-               1 - lam[i] times image perm[i]
+               1 - lam[i] times image perm[i]; where one of them holds no data (NaN), it is the other one
     """
     lam = _beta(len(images) if per_image else 1, alpha, images.device)[:, None, None, None]
     perm = _previous(images)
-    return torch.lerp(images[perm], images, lam.to(images.dtype)), perm, lam
+    other = images[perm]
+    mixed = torch.lerp(other, images, lam.to(images.dtype))
+    return torch.where(mixed.isnan(), torch.where(other.isnan(), images, other), mixed), perm, lam
 
 
 def cutmix(images, alpha=1.0):

@@ -2,6 +2,7 @@
 
     DATA/train_img/train_img_17.tif    DATA/train_mask/train_mask_17.tif    DATA/test_img/test_img_3.tif
 """
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +12,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import augment, images
+from data import augment, images, units
 from data.cache import Cache
 from utils.train import dist
 from utils.errors import UserError
 from utils.ops import tiles
 from utils.ops.geometry import warp
 
+IGNORE = 255  # in masks as they are trained on: the pixel counts neither in the loss nor in a metric
 UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
 
 
@@ -76,64 +78,102 @@ def pairs(image_folder, mask_folder):
 
 
 def read_mask(path, classes=1, ignore=None, window=None):
-    """-> uint8 tensor (H, W) of class indices. In binary masks 255 counts as 1 (unless it is `ignore`). window: (row,
-    column, height, width), None: all.
+    """-> uint8 tensor (H, W) of class indices; IGNORE where the mask says nothing: at the value `ignore`, and where the
+    file declares no data. In binary masks 255 counts as 1 (unless it is `ignore`). window: (row, column, height,
+    width), None: all.
 
     Raises UserError for other values: they would be trained as wrong classes, or crash a GPU.
     """
-    mask = images.read(path, window=window, missing=None)  # often the label to ignore
-    if len(mask) != 1:
-        raise UserError(f"{path}: a mask has 1 band, this has {len(mask)}; save class indices, not colours")
-    mask = mask[0] if mask.is_floating_point() or mask.dtype == torch.uint8 else mask[0].int()
+    planes, top = images.read(path, window=window).numpy(), max(classes - 1, 1)
+    mask = planes[0]
+    if len(planes) not in (1, 3) or not np.array_equal(planes, np.broadcast_to(mask, planes.shape), equal_nan=True):
+        raise UserError(f"{path}: has {len(planes)} bands, and a mask has one; save class indices, not colours")
+    declared = declared_class(path, classes)
+    mask = mask if declared is None else np.nan_to_num(mask, nan=declared)
+    hidden = np.isnan(mask) | (mask == ignore)
     if classes == 1 and ignore != 255 and (mask == 255).any():
         if (mask == 1).any():
             raise UserError(f"{path}: has the values 1 and 255; give --ignore 255 if that is no data, else make them "
                             f"one")
-        mask = torch.where(mask == 255, 1, mask)
-    if mask.dtype == torch.uint8:  # without sorting, fifty times as fast
-        values = torch.bincount(mask.flatten()).nonzero()[:, 0]
-    else:
-        values = torch.unique(mask)
-    values = [v for v in values.tolist() if v != ignore]
-    top = max(classes - 1, 1)
-    wrong = [v for v in values if v not in range(top + 1)]
-    if wrong:
-        raise UserError(f"{path}: has the value {wrong[0]:g}; masks hold 0 to {top}, see --classes and --ignore")
-    return mask.to(torch.uint8)
+        mask = np.where(mask == 255, 1, mask)
+    mask = np.where(hidden, IGNORE, mask)
+    with np.errstate(invalid="ignore"):  # numbers beyond a byte, which are refused below
+        labels = mask.astype(np.uint8)
+    wrong = ~hidden & ((labels != mask) | (labels > top))
+    if wrong.any():
+        raise UserError(f"{path}: has the value {mask[wrong][0]:g}; masks hold 0 to {top}, see --classes and --ignore")
+    return torch.from_numpy(labels)
+
+
+def declared_class(path, classes):
+    """The no-data value that a mask's file declares, if it is one of the classes; else None. It is mostly the image's,
+    copied by a tool, and would hide a class: so it counts as that class."""
+    return next((int(value) for value in images.header(path).nodata if value in range(max(classes, 2))), None)
 
 
 def scan(paired, classes=1, ignore=None):
     """Checks the mask of every (image, mask) -> [(height, width)], [pixels of an object], in their order.
 
-    Raises UserError for a mask of another size than its image, and for a wrong mask value.
+    Raises UserError for a mask of another size or at another place than its image, and for a wrong mask value.
     """
     def check(item):
         image, mask = item
         size, labels = images.size(image)[1:], read_mask(mask, classes, ignore)
         if tuple(labels.shape) != size:
             raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} is {size}; make them equal")
-        return size, int(objects(labels, ignore).sum())
+        check_place(image, mask)
+        return size, int(objects(labels).sum())
 
-    return map(list, zip(*images.in_threads(check, list(paired), "check")))
+    paired = list(paired)
+    kept = [mask for _, mask in paired if declared_class(mask, classes) is not None]
+    if kept:
+        dist.print0(f"{kept[0]}: declares {declared_class(kept[0], classes)} as no data, which is a class "
+                    f"({len(kept)} such masks); it counts as that class, unless --ignore names it")
+    return map(list, zip(*images.in_threads(check, paired, "check")))
 
 
-def objects(mask, ignore=None):
+def check_place(image, mask):
+    """UserError where both files tell their place on Earth and a corner of the mask lies more than half a pixel beside
+    its image's, or in another coordinate system."""
+    here, there = images.header(image).place, images.header(mask).place
+    if not here or not there:
+        return
+    height, width = images.size(image)[1:]
+    corners = [(x, y) for x in (0, width) for y in (0, height)]
+    away = max(math.dist(corner, ~here[1] @ (there[1] @ corner)) for corner in corners)
+    if here[0] != there[0] or away > 0.5:
+        what = f"lies up to {away:.4g} pixels beside its image {image}" if here[0] == there[0] else \
+            f"has another coordinate system than its image {image}"
+        raise UserError(f"{mask}: {what}; warp it onto the image, or remove the place from one of them")
+
+
+def hold_data(files, windows, bands):
+    """-> a bool per tile, which is a window (row, column, height, width) of its file, or for None the whole file:
+    whether any of its pixels holds data."""
+    def look(item):
+        file, window = item
+        empty = images.header(file).gaps and images.void(images.read_picture(file, bands, window=window))
+        return empty is None or not empty or not empty.all()
+
+    return images.in_threads(look, list(zip(files, windows)), "no data")
+
+
+def objects(mask):
     """Mask (H, W) of class indices -> bool (H, W): the pixels of a class above 0."""
-    return (mask > 0) & (mask != (-1 if ignore is None else ignore))
+    return (mask > 0) & (mask != IGNORE)
 
 
-def present(masks, classes=1, ignore=None):
+def present(masks, classes=1):
     """Which classes an image contains, the target of the auxiliary head: masks (B, H, W) of class indices -> float32
     (B, classes), with one class (B, 1). 1: the class has a pixel, 0: it has none, UNKNOWN: ignored pixels may belong to
     it."""
-    void = torch.zeros_like(masks, dtype=torch.bool) if ignore is None else masks == ignore
     wanted = [1] if classes == 1 else range(classes)
-    seen = torch.stack([((masks == k) & ~void).flatten(1).any(1) for k in wanted], 1)
-    return seen.float().masked_fill(~seen & void.flatten(1).any(1, keepdim=True), UNKNOWN)
+    seen = torch.stack([(masks == k).flatten(1).any(1) for k in wanted], 1)
+    return seen.float().masked_fill(~seen & (masks == IGNORE).flatten(1).any(1, keepdim=True), UNKNOWN)
 
 
 @dataclass
-class Input(images.Input):
+class Input(units.Input):
     """What a segmentation net sees of images. mean_planes: also a constant plane per band, see `add_mean_planes`.
     resize: whole images at imgsz x imgsz, in place of crops."""
     mean_planes: bool = True
@@ -156,12 +196,12 @@ class Input(images.Input):
 
 
 def add_mean_planes(image):
-    """(..., C, H, W) -> (..., 2C, H, W): for every band a constant plane, its mean over the pixels > 0.
+    """(..., C, H, W) -> (..., 2C, H, W): for every band a constant plane, its mean over the pixels that are not 0.
 
     They tell the net the tile's overall brightness, which differs more between tiles than within one
-    (the wildfire system's README). A band without positive pixels gets 0.
+    (the wildfire system's README). Pixels without data are 0; a band of zeros gets 0.
     """
-    valid = image > 0
+    valid = image != 0
     mean = (image * valid).sum((-2, -1), keepdim=True) / valid.sum((-2, -1), keepdim=True).clamp(min=1)
     return torch.cat((image, mean.expand_as(image)), -3)
 
@@ -180,7 +220,7 @@ class SegData(Dataset):
     def __init__(self, paired, windows=None, *, bands=None, classes=1, ignore=None, imgsz=256, repeat=1, seed=0,
                  gain=0.0, p_object=0.0, resize=False, cache=None):
         self.paired, self.imgsz, self.repeat, self.seed = paired, imgsz, repeat, seed
-        self.gain, self.p_object, self.ignore, self.resize = gain, p_object, ignore, resize
+        self.gain, self.p_object, self.resize = gain, p_object, resize
         windows = windows or [None] * len(paired)
         image_files, mask_files = ([pair[side] for pair in paired] for side in (0, 1))
         places = tuple(windows) if any(windows) else ()
@@ -198,6 +238,8 @@ class SegData(Dataset):
         image, mask = self.images[i], self.masks[i]
         if epoch is not None:
             image, mask = self.augmented(np.random.default_rng((self.seed, epoch, index)), image, mask)
+        empty = images.void(image)
+        mask = mask if empty is None else mask.masked_fill(empty, IGNORE)
         return {"image": image.float(), "mask": mask, "index": i}
 
     def augmented(self, rng, image, mask):
@@ -219,7 +261,7 @@ class SegData(Dataset):
         """(row, column) of a random pixel with a class above 0, for a crop that contains it; else None."""
         if not self.p_object or rng.random() >= self.p_object:
             return None
-        pixels = torch.nonzero(objects(mask, self.ignore))
+        pixels = torch.nonzero(objects(mask))
         return pixels[rng.integers(len(pixels))].tolist() if len(pixels) else None
 
 

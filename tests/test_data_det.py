@@ -213,7 +213,7 @@ def test_mixup_is_the_mean_and_keeps_all_boxes(tmp_path):
 
 
 def test_images_of_other_kinds(tmp_path):
-    """16 bits, five bands: float, unscaled, 0 around; boxes as ever."""
+    """16 bits, five bands: float, unscaled, no data around; boxes as ever."""
     import rasterio
     file = tmp_path / "a.tif"
     pixels = np.full((5, 40, 60), 1000, np.uint16)
@@ -223,7 +223,8 @@ def test_images_of_other_kinds(tmp_path):
     data = DetData([Sample(file, np.array([[0, 20.0, 10, 50, 30]]), (40, 60))], bands=[1, 5], imgsz=96, **PLAIN)
     sample = data[0, 0]
     assert sample["image"].dtype == torch.float32 and sample["image"].shape == (96, 96, 2)
-    assert sample["image"].max() == 60000 and sample["image"].min() == 0 and sample["colour"].shape == (2, 2)
+    shown = sample["image"][~sample["image"].isnan()]
+    assert shown.max() == 60000 and shown.min() == 1000 and sample["colour"].shape == (2, 2)
     (_, x1, y1, x2, y2), = sample["boxes"].tolist()
     ys, xs = np.nonzero(sample["image"][..., 0].numpy() > 30000)
     assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - (x1, y1, x2, y2)).max() <= 1
@@ -266,7 +267,7 @@ def test_scanned_pages_reach_white(tmp_path):
 
 
 def test_opacity_is_no_band_unless_asked_for(tmp_path):
-    rgba = np.random.default_rng(0).integers(0, 255, (8, 8, 4), dtype=np.uint8)
+    rgba = np.random.default_rng(0).integers(1, 255, (8, 8, 4), dtype=np.uint8)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
     Image.fromarray(rgba[..., :2].copy(), "LA").save(tmp_path / "la.png")
     rgba, la = tmp_path / "rgba.png", tmp_path / "la.png"

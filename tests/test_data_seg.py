@@ -49,7 +49,7 @@ def test_files_without_a_partner_are_named(tmp_path, image_names, mask_names, na
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"])
 @pytest.mark.parametrize("values, classes, ignore, expected", [
     ([0, 1], 1, None, [0, 1]), ([0, 255], 1, None, [0, 1]),
-    ([0, 1, 255], 1, 255, [0, 1, 255]), ([0, 1, 7], 1, 7, [0, 1, 7]), ([0, 1, 2], 3, None, [0, 1, 2]),
+    ([0, 1, 255], 1, 255, [0, 1, 255]), ([0, 1, 7], 1, 7, [0, 1, 255]), ([0, 1, 2], 3, None, [0, 1, 2]),
     ([0, 2, 255], 3, 255, [0, 2, 255]), ([0, 1], 2, None, [0, 1]), ([0, 254], 255, None, [0, 254]),
     ([0, 1, 2], 1, None, None), ([0, 3], 3, None, None), ([0, 255], 3, None, None), ([0, 254], 1, 255, None),
     ([0, 255], 1, 7, [0, 1])])
@@ -65,9 +65,10 @@ def test_mask_values(tmp_path, dtype, values, classes, ignore, expected):
 
 def test_no_data_is_no_object(tmp_path):
     """GIS programs write 255 for no data; masks of 0 and 255 mean an object by it."""
-    path = write_tif(tmp_path / "a.tif", np.array([[0, 1, 255]], np.uint8), nodata=255)
+    path = write_tif(tmp_path / "a.tif", np.array([[0, 1, 255]], np.uint8))
     with pytest.raises(UserError, match="a.tif: has the values 1 and 255; give --ignore 255"):
         seg.read_mask(path)
+    assert seg.read_mask(write_tif(path, np.array([[0, 1, 255]], np.uint8), nodata=255)).tolist() == [[0, 1, 255]]
 
 
 @pytest.mark.parametrize("value", [0.5, 0.999, 1.5, -0.25, -1, 1e30, 255.5, 256, 257])
@@ -86,11 +87,13 @@ def test_mask_pictures(tmp_path):
     palette = Image.fromarray(classes, mode="P")
     palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
     palette.save(tmp_path / "voc.png")  # Pillow stores two bits per pixel
-    Image.fromarray(np.stack([binary] * 3, -1)).save(tmp_path / "colour.png")
+    Image.fromarray(np.stack([binary * 255] * 3, -1)).save(tmp_path / "grey_as_rgb.png")
+    Image.fromarray(np.stack([binary, binary, 0 * binary], -1)).save(tmp_path / "colour.png")
+    assert (seg.read_mask(tmp_path / "grey_as_rgb.png").numpy() == binary).all()
     assert (seg.read_mask(tmp_path / "bits.png").numpy() == binary).all()
     assert (seg.read_mask(tmp_path / "grey.png").numpy() == binary).all()
     assert (seg.read_mask(tmp_path / "voc.png", 3).numpy() == classes).all()
-    with pytest.raises(UserError, match="colour.png: a mask has 1 band, this has 3"):
+    with pytest.raises(UserError, match="colour.png: has 3 bands, and a mask has one"):
         seg.read_mask(tmp_path / "colour.png")
 
 
@@ -114,27 +117,19 @@ def test_scan_names_both_files_of_different_size(tmp_path):
     assert all(text in str(caught.value) for text in ("m.tif", "i.tif", "(9, 5)", "(5, 9)", ";"))
 
 
-def test_default_scale(tmp_path):
-    for dtype, scale in dict(uint8=255, uint16=65535, int16=1, float32=1).items():
-        path = write_tif(tmp_path / "a.tif", np.ones((2, 2), dtype))
-        assert images.default_scale([path]) == scale and images.header(path).dtype == dtype
-    same = [write_tif(tmp_path / f"{dtype}.tif", np.ones((2, 2), dtype)) for dtype in ("int16", "float32", "uint8")]
-    assert images.default_scale(same[:2]) == 1
-    with pytest.raises(UserError, match="uint8.tif: has uint8 pixels, .*int16.tif int16"):
-        images.default_scale(same)
-
-
 @pytest.mark.parametrize("dtype, empty", [
     ("float32", -9999.0), ("float32", float(np.finfo(np.float32).min)), ("float32", float("nan")), ("int16", -32768),
     ("uint16", 65535), ("uint8", 0)])
-def test_declared_holes_are_0_and_labels_stay(tmp_path, dtype, empty):
+def test_declared_holes_are_nan_and_labels_stay(tmp_path, dtype, empty):
     array = np.full((2, 4, 4), 7, dtype)
     array[0, 1] = empty
     path = write_tif(tmp_path / "a.tif", array, nodata=empty)
-    want = np.where(np.arange(4)[:, None] == 1, 0, 7).repeat(4, 1)
+    want = np.where(np.arange(4)[:, None] == 1, np.nan, 7).repeat(4, 1)
     found = images.read(path)
-    assert found.dtype == torch.from_numpy(array).dtype and (found[0].numpy() == want).all() and (found[1] == 7).all()
-    assert (images.read(path, [1], window=(1, 0, 1, 4)) == 0).all() and (images.read(path, [2]) == 7).all()
+    np.testing.assert_array_equal(found[0].numpy(), want)
+    assert (found[1] == 7).all() and images.void(found) is None
+    assert images.read(path, [1], window=(1, 0, 1, 4)).isnan().all()
+    assert (images.read(path, [2]) == 7).all() and images.read(path, [2]).dtype == torch.from_numpy(array).dtype
     mask = write_tif(tmp_path / "m.tif", np.array([[0, 1, 255, 255]], np.uint8), nodata=255)
     assert seg.read_mask(mask, ignore=255).tolist() == [[0, 1, 255, 255]]
 
@@ -142,7 +137,7 @@ def test_declared_holes_are_0_and_labels_stay(tmp_path, dtype, empty):
 # ---- mean planes -----------------------------------------------------------------------------------------------------
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.booleans(), st.floats(0, 1))
-def test_mean_planes_are_means_over_positive_pixels(seed, batched, zeros):
+def test_mean_planes_are_means_over_pixels_other_than_0(seed, batched, zeros):
     rng = np.random.default_rng(seed)
     image = rng.uniform(-0.2, 1, (2, 3, 6, 5)).astype(np.float32) * (rng.random((2, 3, 6, 5)) >= zeros)
     image[0, 1] = 0
@@ -150,7 +145,7 @@ def test_mean_planes_are_means_over_positive_pixels(seed, batched, zeros):
     for b, tile_planes in enumerate(got if batched else got[None]):
         assert tile_planes.shape == (6, 6, 5) and (tile_planes[:3] == image[b]).all()
         for band, plane in zip(image[b], tile_planes[3:]):
-            values = [float(v) for v in band.ravel() if v > 0]
+            values = [float(v) for v in band.ravel() if v != 0]
             np.testing.assert_allclose(plane, sum(values) / len(values) if values else 0, rtol=1e-5)
 
 

@@ -247,10 +247,10 @@ def refused(path, words="", **options):
 
 
 def test_pixels_without_a_number(tmp_path):
-    for value in (np.nan, np.inf, -np.inf):
-        array = np.ones((2, 4, 4), np.float32)
+    array = np.ones((2, 4, 4), np.float32)
+    for value in (np.inf, -np.inf):
         array[1, 2, 3] = value
-        refused(write_tif(tmp_path / "a.tif", array), "NaN", bands=None, window=None)
+        refused(write_tif(tmp_path / "a.tif", array), "infinite", bands=None, window=None)
         same(images.read(tmp_path / "a.tif", [1]), array[:1])
     refused(write_tif(tmp_path / "b.tif", np.full((1, 4, 4), 3 + 4j, np.complex64)), "complex", shape=None)
 
@@ -271,7 +271,7 @@ def test_unreadable_things(tmp_path):
         new("dangling").symlink_to("nowhere")
         new("zero").symlink_to("/dev/zero")
         new("text").write_text("name,group\n" * 100)
-        Image.fromarray(GREY).save(new("gif"), format="GIF")
+        Image.fromarray(GREY).save(new("ppm"), format="PPM")
         new("random").write_bytes(np.random.default_rng(0).bytes(5000))
         for path in tmp_path.glob(f"*.{suffix}"):
             refused(path)
@@ -288,7 +288,7 @@ def test_a_vrt_does_not_open_what_it_points_to(tmp_path):
     (tmp_path / "a.tif").write_text(VRT.format(secret))
     with rasterio.open(tmp_path / "a.tif") as vrt:  # without our guard it does
         same(vrt.read(1), RGB[0, :3, :4])
-    refused(tmp_path / "a.tif", "not a TIFF")
+    refused(tmp_path / "a.tif", "not a .tif")
 
 
 @pytest.fixture

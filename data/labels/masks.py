@@ -34,7 +34,8 @@ def read(layout):
         if tuple(mask.shape) != size:
             raise UserError(f"{layout.root / label}: is {tuple(mask.shape)} pixels, its image {file} is {size}; make "
                             f"them equal")
-        return objects(mask)
+        empty = images.void(images.read(layout.root / label))  # as the file declares it; 255 may be an object
+        return objects(mask if empty is None else mask.masked_fill(empty, 0))
 
     found = images.in_threads(check, list(zip(layout.images, layout.labels)), "masks")
     boxes = [(i, value, box, label, number) for i, (label, parts) in enumerate(zip(layout.labels, found))

@@ -13,10 +13,12 @@ import numpy as np
 import rasterio
 from PIL import Image
 from rasterio import features
+from rasterio.transform import from_gcps
 from rasterio.windows import Window
 
 from data import images
 from data.results import pseudo
+from data.results.pseudo import UNSURE
 from utils.files import whole_file, write_json
 from utils.pictures import sheets
 
@@ -28,20 +30,20 @@ class MaskWriter:
     """Writes the masks of image files into the folder `out`. Raises UserError when a file cannot be written.
 
     overlays: the bands (from 1) to show under the mask in a picture, None: no pictures. polygons: whether the outlines
-    are written as GeoJSON. unsure: the value of pixels that are not to be trained on (`pseudo.unsure_value`), where
-    masks of pseudo labels are written too; else None.
+    are written as GeoJSON. pseudo: whether masks of pseudo labels are written too.
 
-    A piece of an image is (row, column, class map (h, w) uint8), and with `unsure` as a fourth the labels (h, w) uint8.
+    A piece of an image is (row, column, class map (h, w) uint8), and with `pseudo` as a fourth the labels (h, w) uint8.
     """
 
-    def __init__(self, out, *, overlays=None, polygons=False, unsure=None):
+    def __init__(self, out, *, overlays=None, polygons=False, pseudo=False):
         self.out, self.overlays, self.polygons = out, overlays, polygons
-        self.blank = {"masks": 0} if unsure is None else {"masks": 0, PSEUDO: unsure}
+        self.blank = {"masks": 0} | ({PSEUDO: UNSURE} if pseudo else {})
 
     def write(self, file, pieces):
         """Writes an image's files from pieces that cover it."""
         with contextlib.ExitStack() as stack:
-            targets = [stack.enter_context(_new_mask(file, self.out / folder)) for folder in self.blank]
+            targets = [stack.enter_context(_new_mask(file, self.out / folder, nodata=blank or None))
+                       for folder, blank in self.blank.items()]
             for y, x, *maps in pieces:
                 for target, values in zip(targets, maps):
                     target.write(values, 1, window=Window(x, y, *values.shape[::-1]))
@@ -55,15 +57,15 @@ class MaskWriter:
 
     def write_parts(self, file, pieces):
         """Writes an image's files from pieces that need not cover it, whose masks are held in memory. The other pixels
-        are 0 in the mask and `unsure` in the labels. Where pieces overlap, the last one holds that is neither; where
-        the mask has an object, the labels have the same or `unsure`."""
+        are 0 in the mask and UNSURE in the labels. Where pieces overlap, the last one holds that is neither; where the
+        mask has an object, the labels have the same or UNSURE."""
         maps = [np.full(images.size(file)[1:], value, np.uint8) for value in self.blank.values()]
         for y, x, *parts in pieces:
             for whole, part, blank in zip(maps, parts, self.blank.values()):
                 np.copyto(whole[y:y + part.shape[0], x:x + part.shape[1]], part, where=part != blank)
         mask, *labels = maps
         for label in labels:
-            label[(mask > 0) & (label != mask)] = self.blank[PSEUDO]
+            label[(mask > 0) & (label != mask)] = UNSURE
         self.write(file, [(0, 0, *maps)])
 
     def finish(self, files):
@@ -88,14 +90,15 @@ class MaskWriter:
 
 
 @contextlib.contextmanager
-def _new_mask(file, folder):
+def _new_mask(file, folder, nodata):
     """The mask of an image file, open for writing, at the place on Earth of the image (if that has one)."""
     _, height, width = images.size(file)
-    place = {}
-    if images.header(file).kind == "GTiff":
+    place = {"nodata": nodata}
+    if images.header(file).kind in images.GDAL_KINDS and images.header(file).orientation == 1:
         with images.open_raster(file, sidecars=True) as source:
             points, crs = source.gcps  # such as Sentinel-1's
-            place = {"gcps": points, "crs": crs} if points else {"crs": source.crs, "transform": source.transform}
+            place |= {"gcps": points, "crs": crs} if points else {"crs": source.crs, "transform": source.transform}
+            place["rpcs"] = source.rpcs
     with whole_file(folder / f"{file.stem}.tif") as temporary:
         with rasterio.open(temporary, "w", driver="GTiff", dtype="uint8", count=1, height=height, width=width,
                            compress="deflate", tiled=max(height, width) > 1024, BIGTIFF="IF_SAFER", **place) as mask:
@@ -108,11 +111,21 @@ def _open_mask(file, out):
 
 
 def polygons(mask, name):
-    """An open mask -> GeoJSON of its classes' outlines, in the mask's coordinates, as a dict."""
-    shapes = features.shapes(rasterio.band(mask, 1), transform=mask.transform)
+    """An open mask -> GeoJSON of its classes' outlines, in the mask's coordinates, as a dict. Ground control points are
+    approximated by an affine transform. Without a coordinate system the coordinates are the mask's, and "crs" is null.
+    Rings run as RFC 7946 wants it: outer ones counter-clockwise."""
+    points, crs = mask.gcps
+    transform, crs = (from_gcps(points), crs) if points else (mask.transform, mask.crs)
     collection = {"type": "FeatureCollection", "name": name, "features": [
-        {"type": "Feature", "geometry": shape, "properties": {"class": int(value)}}
-        for shape, value in shapes if value > 0]}
-    if mask.crs:  # GeoJSON's own default is WGS 84
-        collection["crs"] = {"type": "name", "properties": {"name": mask.crs.to_string()}}
+        {"type": "Feature", "properties": {"class": int(value)}, "geometry": shape | {"coordinates": [
+            ring if (_area(ring) > 0) is (i == 0) else ring[::-1] for i, ring in enumerate(shape["coordinates"])]}}
+        for shape, value in features.shapes(rasterio.band(mask, 1), transform=transform) if value > 0]}
+    # GeoJSON's own default is WGS 84
+    collection["crs"] = {"type": "name", "properties": {"name": crs.to_string()}} if crs else None
     return collection
+
+
+def _area(ring):
+    """Twice the area in a ring [(x, y), ...], positive if it runs counter-clockwise."""
+    x, y = np.array(ring).T
+    return x[:-1] @ y[1:] - x[1:] @ y[:-1]

@@ -17,6 +17,9 @@ from data.results.submissions import coco_items
 from utils.files import write_csv, write_json, writing
 
 
+UNSURE = 255  # in masks: the pixel is not to be trained on; the files declare it as no data
+
+
 def link(files, folder):
     """Links to image files, under their names, in a new or old folder."""
     with writing(folder):
@@ -25,20 +28,14 @@ def link(files, folder):
             os.symlink(Path(file).resolve(), Path(folder) / Path(file).name)
 
 
-def unsure_value(classes, ignore):
-    """The value of pixels that are not trained on: the one that the training ignores, else one that no mask of its data
-    has. 255 is an object in binary masks of 0 and 255, which --ignore 255 would remove from all of them."""
-    return ignore if ignore is not None else 254 if classes < 255 else 255
-
-
-def sure_mask(probs, mask, least, unsure):
-    """probs (B, K, H, W), mask (B, H, W) uint8 -> the mask, `unsure` where the class in it has a probability below
+def sure_mask(probs, mask, least):
+    """probs (B, K, H, W), mask (B, H, W) uint8 -> the mask, UNSURE where the class in it has a probability below
     `least`."""
     if probs.shape[1] == 1:  # the threshold of the mask need not be 0.5
         own = torch.where(mask.to(probs.device) > 0, probs[:, 0], 1 - probs[:, 0])
     else:
         own = probs.amax(1)
-    return mask.masked_fill((own < least).cpu(), unsure)
+    return mask.masked_fill((own < least).cpu(), UNSURE)
 
 
 def write_boxes(root, files, sizes, results, names, category_ids, least):

@@ -55,6 +55,17 @@ def segment(net, x, names=(), *, side=None, scales=tta.SCALES, merge="mean"):
     return finite(merged)[..., :height, :width]
 
 
+def background(probs, empty):
+    """Probabilities (B, K, H, W) -> the same, but certain of the background at the pixels `empty` (B, H, W), which hold
+    no data; None: there are none."""
+    if empty is None:
+        return probs
+    certain = torch.zeros_like(probs)
+    if probs.shape[1] > 1:
+        certain[:, 0] = 1
+    return torch.where(empty[:, None], certain, probs)
+
+
 def masks(probs, threshold=0.5):
     """Probabilities (B, K, H, W) -> class indices (B, H, W) uint8; with one class, 1 above the threshold."""
     return (probs[:, 0] > threshold if probs.shape[1] == 1 else probs.argmax(1)).to(torch.uint8)

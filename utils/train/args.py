@@ -50,6 +50,14 @@ def band_list(text):
     return bands
 
 
+def scale_list(text):
+    """argparse type: "255" -> 255.0; "255,2500" -> [255.0, 2500.0]; "standard"."""
+    if text == "standard":
+        return text
+    scales = [float_range(1e-9, 1e12)(part) for part in text.split(",")]
+    return scales if len(scales) > 1 else scales[0]
+
+
 def extra_data(text):
     """argparse type: "more" -> ("more", 1.0), "more:0.5" -> ("more", 0.5)."""
     path, colon, weight = text.rpartition(":")
@@ -117,7 +125,8 @@ def train_parser(description, task, **defaults):
 
     add = parser.add_argument_group("input and augmentation").add_argument
     add("--bands", type=band_list, default="all", help="such as 1-7 or 7,5,3; all: those of the first image")
-    add("--pixel-scale", type=float_range(1e-9, 1e12), help="pixel values are divided by it; without: 65535 for "
+    add("--pixel-scale", type=scale_list, metavar="N|N,N,...|standard", help="pixel values are divided by it, or by one "
+        "number per band; standard: minus the mean of each band, divided by the standard deviation; without: 65535 for "
         "uint16, 255 for uint8, else 1")
     add("--mixup", type=fraction, default=0.0, metavar="P", help="probability that images are blended")
     add("--gridmask", type=fraction, default=0.0, metavar="P", help="probability that an image loses a grid "

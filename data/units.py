@@ -1,0 +1,154 @@
+"""The numbers that pixels have: their scale for the net, and whether files to predict have the units of the training."""
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from data import images
+from data.folds import spread
+from utils.errors import UserError
+from utils.train import dist
+
+LOOKED_AT = 500  # images, evenly spread, from which statistics are taken
+SIDE = 256       # pixels: of each of them at most so many rows and columns are read
+APART = 100      # a factor between magnitudes that cannot be right by chance
+
+
+@dataclass
+class Input:
+    """How the pixels of a file become what a net sees; each task has a subclass that is called on a batch.
+
+    The fields are plain values and stand in every checkpoint as "input", so training, validation and prediction share
+    one definition. bands: the bands that the net sees, from 1; pixel_scale: pixel values are divided by it, a number or
+    one per band; imgsz: side of the net's input in training, pixels; pixel_mean: one number per band, which are
+    subtracted before, or empty; seen: what the trained pixels were like, see `look`.
+    """
+    bands: list
+    pixel_scale: float
+    imgsz: int
+    pixel_mean: list = ()
+    seen: dict = field(default_factory=dict)
+
+    def scaled(self, images, bands=None):
+        """images (B, len(bands), H, W) in the files' numbers -> (B, len(self.bands), H, W) float32, the input's bands,
+        scaled; pixels without data are 0. bands: what the channels of `images` are; None: the input's own bands."""
+        if bands is not None and list(bands) != list(self.bands):
+            images = images[:, [list(bands).index(band) for band in self.bands]]
+        x = self.centred(images) / per_band(self.pixel_scale, images.device)
+        return x.nan_to_num_(0.0) if images.is_floating_point() else x
+
+    def centred(self, images):
+        """images (..., C, H, W) -> float32, without the mean of each band."""
+        return images.float() - per_band(self.pixel_mean, images.device) if len(self.pixel_mean) else images.float()
+
+
+def per_band(values, device):
+    """A number, or a tensor (C, 1, 1) of a list of numbers."""
+    return torch.tensor(values, device=device)[:, None, None] if isinstance(values, (list, tuple)) else values
+
+
+def default_scale(files):
+    """The number that pixel values are divided by to lie in 0..1: 65535 for uint16 (as in the wildfire system), 255 for
+    uint8, else 1. UserError where the files differ in it."""
+    file_of = {}
+    for file in files:
+        file_of.setdefault({"uint8": 255.0, "uint16": 65535.0}.get(images.header(file).dtype, 1.0), file)
+    if len(file_of) > 1:
+        one, other = list(file_of.values())[:2]
+        raise UserError(f"{other}: has {images.header(other).dtype} pixels, {one} {images.header(one).dtype}, and one "
+                        f"scale is for all; convert them")
+    return next(iter(file_of))
+
+
+def _sample(file, bands):
+    """Pixels of a file (bands, n) in float64; NaN where there is no data."""
+    shape = tuple(min(side, SIDE) for side in images.size(file)[1:])
+    return images.read_picture(file, bands, shape=shape).double().flatten(1).numpy()
+
+
+def look(files, bands):
+    """What the pixels of files are like -> {"dtype": of the first file, "low", "high", "mean", "std": numbers per band},
+    over the valid pixels of at most LOOKED_AT files. Raises UserError where none holds data."""
+    sums, low, high = np.zeros((3, len(bands))), np.full(len(bands), np.inf), np.full(len(bands), -np.inf)
+    for pixels in images.in_threads(lambda file: _sample(file, bands), spread(list(files), LOOKED_AT), "units"):
+        valid = np.isfinite(pixels)
+        sums += valid.sum(1), pixels.sum(1, where=valid), (pixels ** 2).sum(1, where=valid)
+        low = np.minimum(low, pixels.min(1, initial=np.inf, where=valid))
+        high = np.maximum(high, pixels.max(1, initial=-np.inf, where=valid))
+    if not sums[0].all():
+        raise UserError(f"{files[0]}: band {bands[sums[0].argmin()]} holds no data in any image; choose other --bands")
+    mean = sums[1] / sums[0]
+    std = np.sqrt((sums[2] / sums[0] - mean ** 2).clip(0))
+    return {"dtype": images.header(files[0]).dtype} | {
+        name: values.tolist() for name, values in dict(low=low, high=high, mean=mean, std=std).items()}
+
+
+def choose(files, bands, scale, *, clamped=False):
+    """--pixel-scale -> the fields pixel_scale, pixel_mean and seen of an Input, and prints what was understood.
+
+    scale: None means `default_scale`; one number, or a list with one per band; "standard": the mean of each band is
+    subtracted, and the rest divided by the standard deviation, over the training images `files`. clamped: the net's
+    input is clamped to 0..1. UserError where that would hide pixels, and where the numbers are not one per band.
+    """
+    seen, mean = look(files, bands), []
+    largest = np.maximum(np.abs(seen["low"]), np.abs(seen["high"]))
+    if scale == "standard":
+        scale, mean = [std or 1.0 for std in seen["std"]], seen["mean"]
+    elif scale is None:
+        scale = default_scale(files)
+        if clamped and (min(seen["low"]) < 0 or max(seen["high"]) > scale):
+            raise UserError(f"{files[0]}: {seen['dtype']} pixels lie between {min(seen['low']):g} and "
+                            f"{max(seen['high']):g}, and nothing says which value is white; give it with "
+                            f"--pixel-scale, or --pixel-scale standard")
+    if isinstance(scale, list) and len(scale) != len(bands):
+        raise UserError(f"--pixel-scale: {len(scale)} numbers for the {len(bands)} bands {bands}; give one, or one per "
+                        f"band")
+    shown = ", ".join(f"{low:g} to {high:g}" for low, high in zip(seen["low"], seen["high"]))
+    opacity = images.header(files[0]).opacity and images.size(files[0])[0]
+    dist.print0(f"input: bands {', '.join(map(str, bands))} of {seen['dtype']}, {shown}; "
+                + (f"minus {_show(mean)}, " if mean else "") + f"divided by {_show(scale)}"
+                + (f"; band {opacity} is declared as opacity" if opacity and opacity not in bands else ""))
+    scaled = largest / np.array(scale)
+    low, high = scaled.argmin(), scaled.argmax()
+    if not mean and scaled[high] > APART * scaled[low]:
+        dist.print0(f"warning: after scaling, band {bands[high]} reaches {scaled[high]:g} and band {bands[low]} "
+                    f"{scaled[low]:g}, so the net will hardly see the latter; give --pixel-scale standard, or one "
+                    f"number per band")
+    return dict(pixel_scale=scale, pixel_mean=mean, seen=seen)
+
+
+def _show(values):
+    return ", ".join(f"{value:.6g}" for value in (values if isinstance(values, list) else [values]))
+
+
+def check(files, inputs):
+    """Compares the units of files to predict with those of the training: prints a warning per file of another type, or
+    of another magnitude; UserError for a file in which both differ, since the result could mean nothing.
+
+    Files of bytes are not read for this, if the training had bytes too.
+    """
+    seen = inputs.seen
+    if not seen:  # a checkpoint of an earlier edition
+        return
+
+    def compare(file):
+        dtype = images.header(file).dtype
+        if dtype == seen["dtype"] == "uint8":
+            return ""
+        pixels = _sample(file, inputs.bands)
+        if np.isnan(pixels).all():
+            return ""
+        reached = np.nanmax(np.abs(pixels))
+        trained = np.abs([seen["low"], seen["high"]]).max()
+        factor = max(reached, 1e-30) / max(trained, 1e-30)
+        if not 1 / APART <= factor <= APART:
+            what = f"reaches {reached:g}, and the training's pixels {trained:g}"
+            if dtype != seen["dtype"] and reached:
+                raise UserError(f"{file}: has {dtype} pixels and {what} ({seen['dtype']}); convert it to the units of "
+                                f"the training")
+            return f"{file}: {what}; convert it unless that is right"
+        return f"{file}: has {dtype} pixels, and the training had {seen['dtype']}; convert it unless that is right" \
+            if dtype != seen["dtype"] else ""
+
+    for line in filter(None, images.in_threads(compare, files)):
+        dist.print0(f"warning: {line}")
