@@ -152,8 +152,9 @@ def hold_data(files, windows, bands):
     whether any of its pixels holds data."""
     def look(item):
         file, window = item
-        empty = images.header(file).gaps and images.void(images.read_picture(file, bands, window=window))
-        return empty is None or not empty or not empty.all()
+        gaps = images.header(file).gaps
+        empty = images.void(images.read_picture(file, bands, window=window)) if gaps else None
+        return empty is None or not bool(empty.all())
 
     return images.in_threads(look, list(zip(files, windows)), "no data")
 

@@ -116,10 +116,11 @@ def polygons(mask, name):
     Rings run as RFC 7946 wants it: outer ones counter-clockwise."""
     points, crs = mask.gcps
     transform, crs = (from_gcps(points), crs) if points else (mask.transform, mask.crs)
+    source = mask.read(1) if points else rasterio.band(mask, 1)  # a band's outlines are in its own coordinates
     collection = {"type": "FeatureCollection", "name": name, "features": [
         {"type": "Feature", "properties": {"class": int(value)}, "geometry": shape | {"coordinates": [
-            ring if (_area(ring) > 0) is (i == 0) else ring[::-1] for i, ring in enumerate(shape["coordinates"])]}}
-        for shape, value in features.shapes(rasterio.band(mask, 1), transform=transform) if value > 0]}
+            ring if (_area(ring) > 0) == (i == 0) else ring[::-1] for i, ring in enumerate(shape["coordinates"])]}}
+        for shape, value in features.shapes(source, transform=transform) if value > 0]}
     # GeoJSON's own default is WGS 84
     collection["crs"] = {"type": "name", "properties": {"name": crs.to_string()}} if crs else None
     return collection
