@@ -171,7 +171,9 @@ def main():
     with answers_for("--weights"):
         mean, std = (resume["input"][k] for k in ("mean", "std")) if resume else \
             pretrained.normalisation(args.weights, len(bands))
-    inputs = cls.Input(bands, imgsz=args.imgsz, mean=mean, std=std, **units.choose(files, bands, args.pixel_scale))
+    inputs = cls.Input(bands, imgsz=args.imgsz, mean=mean, std=std, **units.choose(
+        files or data.files, bands, args.pixel_scale))
+    units.check([data.files[i] for i in val], inputs)
 
     # ---- net ----
     arch, drop = describe_net(args, len(bands), len(names))

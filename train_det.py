@@ -200,6 +200,7 @@ def experiment(args, device, folder, resume):
     # ---- net ----
     inputs = det.Input(bands, imgsz=args.imgsz, **units.choose(
         list(dict.fromkeys(train_data.files)), bands, args.pixel_scale, clamped=True))
+    units.check(files, inputs)
     arch = describe_net(args, len(names), len(bands))
     model = nets.build(arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:

@@ -161,6 +161,7 @@ def main():
     # ---- input ----
     inputs = seg.Input(data.bands, imgsz=args.imgsz, mean_planes=args.mean_planes, resize=args.resize,
                        **units.choose(samples.images, data.bands, args.pixel_scale))
+    units.check([data.images[i] for i in val], inputs)
 
     # ---- net ----
     arch = describe_net(args, inputs.channels)

@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.train import dist
 
 LOOKED_AT = 500  # images, evenly spread, from which statistics are taken
-SIDE = 256       # pixels: of each of them at most so many rows and columns are read
+SIDE = 256       # pixels: so many rows and columns of each of them at most
 APART = 100      # a factor between magnitudes that cannot be right by chance
 
 
@@ -61,9 +61,12 @@ def default_scale(files):
 
 
 def _sample(file, bands):
-    """Pixels of a file (bands, n) in float64; NaN where there is no data."""
-    shape = tuple(min(side, SIDE) for side in images.size(file)[1:])
-    return images.read_picture(file, bands, shape=shape).double().flatten(1).numpy()
+    """Pixels of a file (bands, n) in float64, of a large one those of its middle; NaN where there is no data."""
+    height, width = images.size(file)[1:]
+    h, w = min(height, 4 * SIDE), min(width, 4 * SIDE)
+    window = ((height - h) // 2, (width - w) // 2, h, w) if images.in_windows(images.header(file)) else None
+    shape = min(h, SIDE), min(w, SIDE)
+    return images.read_picture(file, bands, window=window, shape=shape).double().flatten(1).numpy()
 
 
 def look(files, bands):

@@ -65,7 +65,7 @@ def write_wildfire(root, *, train=8, test=3, size=(64, 64), classes=1):
             place = dict(transform=from_origin(300_000 + 3000 * i, 4_000_000, 30, 30))
             write_tif(root / f"{split}_img" / f"{split}_img_{i}.tif", image, **place)
             if split == "train":
-                write_tif(root / "train_mask" / f"train_mask_{i}.tif", mask, **place)
+                write_tif(root / "train_mask" / f"train_mask_{i}.tif", mask, crs=None, transform=None)
     return root
 
 

@@ -122,18 +122,18 @@ def by_hand(net, file, found, *, planes=True, bands=(7, 6, 5), least=2.0, scale=
     with rasterio.open(file) as source:
         image = source.read(list(bands)).astype(np.float32) / np.float32(scale)
     shape = image.shape[1:]
-    mask, pseudo, certain = np.zeros(shape, int), np.full(shape, 254), np.ones(shape, bool)
+    mask, pseudo, certain = np.zeros(shape, int), np.full(shape, 255), np.ones(shape, bool)
     for box, _ in sorted(found, key=lambda item: -item[1]):  # the surest first: what it says stays
         place = crop(box, *shape)
         z = logits(net, image[(slice(None), *place)], planes)
         p = (torch.cat((-z, z)) if len(z) == 1 else z).double()
         p = (p.sigmoid() if len(z) == 1 else p.softmax(0)).numpy()
         said, own = p.argmax(0), p.max(0)
-        sure = np.where(own < least, 254, said) if least <= 1 else said
+        sure = np.where(own < least, 255, said) if least <= 1 else said
         mask[place] = np.where(mask[place] > 0, mask[place], said)
-        pseudo[place] = np.where(pseudo[place] < 254, pseudo[place], sure)
+        pseudo[place] = np.where(pseudo[place] < 255, pseudo[place], sure)
         certain[place] &= (np.diff(np.sort(p, 0)[-2:], axis=0)[0] > 1e-4) & (np.abs(own - least) > 1e-4)
-    return mask, np.where((pseudo == 0) & (mask > 0), 254, pseudo), certain  # the parts disagree
+    return mask, np.where((pseudo == 0) & (mask > 0), 255, pseudo), certain  # the parts disagree
 
 
 def pixels(path):
@@ -168,9 +168,9 @@ def test_a_crop_is_segmented_alone(script, finds, found, classes, planes):
     mask, pseudo = masks_of("out")["a.tif"], pixels("out/pseudo/train_mask/a.tif")
     assert certain.mean() > 0.98 and (mask == want)[certain].all() and (pseudo == labels)[certain].all()
     outside = ~inside(found, 96, 128)
-    assert not mask[outside].any() and (pseudo[outside] == 254).all() and 0.3 < outside.mean() < 0.8
-    assert set(np.unique(mask)) == set(range(max(classes, 2))) and 0.05 < (pseudo[~outside] == 254).mean() < 1
-    assert found is OVERLAPPING or (pseudo == mask)[pseudo < 254].all()
+    assert not mask[outside].any() and (pseudo[outside] == 255).all() and 0.3 < outside.mean() < 0.8
+    assert set(np.unique(mask)) == set(range(max(classes, 2))) and 0.05 < (pseudo[~outside] == 255).mean() < 1
+    assert found is OVERLAPPING or (pseudo == mask)[pseudo < 255].all()
     assert (pixels("out/masks/a.tif") == mask).all()
     if found is OVERLAPPING:  # another order is another mask
         turned = by_hand(net, file, [(box, -score) for box, score in found], planes=planes)[0]
@@ -190,7 +190,7 @@ def test_no_boxes_are_empty_masks(script, finds):
     assert {name: (mask.shape, mask.dtype, mask.max()) for name, mask in masks_of("out").items()} == {
         "a.tif": ((96, 128), np.uint8, 0), "b.png": ((40, 30), np.uint8, 0)}
     for name, shape in (("a", (96, 128)), ("b", (40, 30))):
-        for folder, value in (("masks", 0), ("pseudo/train_mask", 254)):
+        for folder, value in (("masks", 0), ("pseudo/train_mask", 255)):
             assert pixels(f"out/{folder}/{name}.tif").tolist() == np.full(shape, value).tolist()
         assert json.loads(Path(f"out/polygons/{name}.geojson").read_text())["features"] == []
         assert Image.open(f"out/overlays/{name}.png").size == shape[::-1]
@@ -275,10 +275,10 @@ def test_parts_that_disagree(tmp_path):
     file = write_tif(tmp_path / "a.tif", np.zeros((4, 8), np.uint8))
     yes, no = np.ones((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
     pieces = [(0, x, mask, mask) for x, mask in ((0, yes), (2, no))]
-    pieces += [(0, x, yes[:, :1] * 2, yes[:, :1] * 254) for x in (7, 0)]  # of another class, and not sure of it
-    MaskWriter(tmp_path, unsure=254).write_parts(file, pieces)
+    pieces += [(0, x, yes[:, :1] * 2, yes[:, :1] * 255) for x in (7, 0)]  # of another class, and not sure of it
+    MaskWriter(tmp_path, pseudo=True).write_parts(file, pieces)
     for folder, row in {"masks": [2, 1, 1, 1, 0, 0, 0, 2],
-                        "pseudo/train_mask": [254, 1, 254, 254, 0, 0, 254, 254]}.items():
+                        "pseudo/train_mask": [255, 1, 255, 255, 0, 0, 255, 255]}.items():
         with rasterio.open(tmp_path / folder / "a.tif") as written:
             assert (written.read(1) == row).all()
 

@@ -296,7 +296,7 @@ def test_yolo_polygons(yolo):
 
 def test_images_of_other_formats_are_named(yolo):
     dump(yolo / "labels/train/w.txt", "0 .5 .5 .2 .2")
-    (yolo / "images/train/w.webp").write_bytes(b"RIFF")
+    (yolo / "images/train/w.heic").write_bytes(b"ftyp")
     with pytest.raises(UserError, match="w.txt: no image of that name in .*images/train.*; add it as PNG, JPEG"):
         read(yolo)
 
@@ -757,7 +757,9 @@ def test_bad_images(lot):
     refused(dump(lot / "one.json", as_json({"train/images": (None, [])})), lot / "train/images", "not a regular file")
     path = lot / "train/images/007.png"
     path.write_bytes(b"GIF89a")
-    refused(lot, path, "not a TIFF, PNG or JPEG")
+    refused(lot, path, "not a readable GIF")
+    path.write_bytes(b"8BPS")
+    refused(lot, path, "not a .tif")
     path.unlink()
     os.symlink("nowhere", path)
     refused(lot, path, "cannot be read")
