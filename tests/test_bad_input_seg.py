@@ -103,9 +103,10 @@ def test_files_that_cannot_be_read(refused, root, where, how):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pixels_that_are_no_numbers(refused, root, workers):
     image = tile(2, 32, 32)[0].astype(np.float32)
-    image[3, 4, 5] = np.inf
     write_tif(root / "train_img/train_img_2.tif", image)
     train(refused, "--data", root, "--workers", workers, says=["train_img_2.tif", "float32", "uint16", "convert them"])
+    image[3, 4, 5] = np.inf
+    write_tif(root / "train_img/train_img_2.tif", image)
     train(refused, "--data", root, "--workers", workers, "--pixel-scale", 1000, says=["train_img_2.tif", "infinite"])
 
 
