@@ -87,9 +87,11 @@ def check_flags(args):
 
 
 def load_samples(args, folder, resume):
-    """-> the data (cls.Samples), the indices to validate on, and the training samples' files, labels and weights: how
-    often each of them comes, beside the 1 of --data."""
+    """-> the data (cls.Samples), the indices to validate on, the bands to read, and the training samples' files, labels
+    and weights: how often each of them comes, beside the 1 of --data."""
     data = cls.read(args.data, table=args.labels, folder=args.images)
+    data = data.usable(args.data, args.bands, args.allow_bad)
+    bands = args.bands or images.default_bands(data.files)
     if resume:  # a run of an older version may have taken single labels for several
         data = data._replace(single_label=resume["single_label"])
     train, val = split(args, folder, data)
@@ -97,12 +99,12 @@ def load_samples(args, folder, resume):
         train, val = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs)
     files, labels, weights = [data.files[i] for i in train], data.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
-        extra = cls.with_names(cls.read(more, least=1), data, more)
+        extra = cls.with_names(cls.read(more, least=1).usable(more, bands, args.allow_bad), data, more)
         chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
         chosen = folds.spread(chosen, 8 * args.bs) if args.debug else chosen
         files, labels = files + [extra.files[i] for i in chosen], np.concatenate((labels, extra.labels[chosen]))
         weights += [weight] * len(chosen)
-    return data, val, files, labels, weights
+    return data, val, bands, files, labels, weights
 
 
 def split(args, folder, data):
@@ -144,13 +146,11 @@ def main():
     engine.seed_everything(args.seed, args.deterministic)
 
     # ---- samples ----
-    data, val, files, labels, weights = load_samples(args, folder, resume)
+    data, val, bands, files, labels, weights = load_samples(args, folder, resume)
     names, single_label = data.names, data.single_label
     terms = args.loss or [("ce" if single_label else "bce", 1.0)]
     if not single_label and "ce" in dict(terms):
         raise UserError("--loss ce: is for a single label per image, this data has several; take bce or focal")
-    bands = args.bands or images.default_bands(data.files)
-    images.check_bands(data.files + files, bands)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     source = synthetic_source(args, data, bands, device) if args.synthesize else cls.Images(files, labels, **options)
     train_data = cls.AugmentedImages(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip,

@@ -111,7 +111,7 @@ def check_flags(args):
 def load_samples(args, folder):
     """-> the data (seg.Samples), the indices to validate on, the samples to train on, and their weights: how often each
     of those comes, beside the 1 of --data."""
-    masks = dict(classes=args.classes, ignore=args.ignore)
+    masks = dict(classes=args.classes, ignore=args.ignore, allow_bad=args.allow_bad)
     data = seg.read(args.data, bands=args.bands, **masks)
     if not any(data.areas):
         dist.print0(f"warning: {args.data}: no mask has a pixel of a class above 0; see --classes and --ignore")

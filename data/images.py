@@ -67,9 +67,8 @@ def find(folder):
     return files
 
 
-def find_sources(patterns, default, scale):
-    """Files, folders and globs -> the image files, sorted; their names must differ. Prints a line where the depth of a
-    file is not the one that `scale`, the net's, is made for."""
+def find_sources(patterns, default):
+    """Files, folders and globs -> the image files, sorted; their names must differ."""
     files = []
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
@@ -77,12 +76,15 @@ def find_sources(patterns, default, scale):
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
         for match in map(Path, sorted(matches)):
             files += find(match) if match.is_dir() else [match]
-    files = list(by_stem(files).values())
+    return list(by_stem(files).values())
+
+
+def check_depth(files, scale):
+    """Prints a line where the depth of a file is not the one that `scale`, the net's, is made for."""
     other = [file for file in files if {default_scale([file]), scale} == {255.0, 65535.0}]
     if other:
         dist.print0(f"{other[0]}: has {header(other[0]).dtype} pixels ({len(other)} in total), and the net takes "
                     f"{scale:g} for white; convert them unless that is right")
-    return files
 
 
 def in_threads(function, items, what=None):

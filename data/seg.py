@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import augment, images
+from data import augment, bad, images
 from data.cache import Cache
 from utils.train import dist
 from utils.errors import UserError
@@ -22,17 +22,22 @@ UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
 
 
 class Samples(NamedTuple):
-    """Pairs of image and mask. A list per column: names, (image path, mask path), (height, width), pixels of an object;
-    bands: those to read, from 1."""
+    """Pairs of image and mask. A list per column: names, (image path, mask path), (height, width), pixels per class (of
+    binary masks two classes); bands: those to read, from 1."""
     names: list
     pairs: list
     sizes: list
-    areas: list
+    counts: list
     bands: list
 
     @property
     def images(self):
         return [image for image, _ in self.pairs]
+
+    @property
+    def areas(self):
+        """Pixels of an object, per sample."""
+        return [sum(counts[1:]) for counts in self.counts]
 
     def pick(self, indices):
         """The samples with these indices."""
@@ -42,17 +47,23 @@ class Samples(NamedTuple):
         return Samples(*(ours + theirs for ours, theirs in zip(self[:4], other[:4])), self.bands)
 
 
-def read(root, *, bands=None, classes=1, ignore=None):
-    """The training samples of a data folder, checked: sizes, bands, mask values. -> Samples
+def read(root, *, bands=None, classes=1, ignore=None, allow_bad=False):
+    """The training samples of a data folder, checked: pixels, bands, sizes, mask values. -> Samples
 
-    bands: those that will be read; None: `images.default_bands`. classes, ignore: of `read_mask`. Raises UserError
-    naming the file.
+    bands: those that will be read; None: `images.default_bands`. classes, ignore: of `read_mask`. Pairs that cannot be
+    used are left out; more than 1 % of them are a UserError unless allow_bad, see `bad.sort_out`.
     """
     matched = pairs(Path(root) / "train_img", Path(root) / "train_mask")
-    files = [image for image, _ in matched.values()]
-    bands = bands or images.default_bands(files)
-    images.check_bands(files, bands)
-    return Samples(list(matched), list(matched.values()), *scan(matched.values(), classes, ignore), bands)
+    names, paired = list(matched), list(matched.values())
+    bands = bands or bad.default_bands([image for image, _ in paired])
+
+    def check(pair):
+        bad.decode(pair[0], bands)
+        return check_mask(*pair, classes, ignore)
+
+    kept, found = bad.sort_out(root, paired, check, variant=(bands, classes, ignore), allow_bad=allow_bad)
+    sizes, counts = zip(*found)
+    return Samples([names[i] for i in kept], [paired[i] for i in kept], list(map(tuple, sizes)), list(counts), bands)
 
 
 def test_folder(root):
@@ -102,19 +113,15 @@ def read_mask(path, classes=1, ignore=None, window=None):
     return mask.to(torch.uint8)
 
 
-def scan(paired, classes=1, ignore=None):
-    """Checks the mask of every (image, mask) -> [(height, width)], [pixels of an object], in their order.
-
-    Raises UserError for a mask of another size than its image, and for a wrong mask value.
-    """
-    def check(item):
-        image, mask = item
-        size, labels = images.size(image)[1:], read_mask(mask, classes, ignore)
-        if tuple(labels.shape) != size:
-            raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} is {size}; make them equal")
-        return size, int(objects(labels, ignore).sum())
-
-    return map(list, zip(*images.in_threads(check, list(paired), "check")))
+def check_mask(image, mask, classes=1, ignore=None):
+    """-> (height, width) of an image and its mask, [pixels per class] without those to ignore (background and object of
+    a binary mask). UserError for a mask of another size than its image, and for a wrong mask value."""
+    size, labels = images.size(image)[1:], read_mask(mask, classes, ignore)
+    if tuple(labels.shape) != size:
+        raise UserError(f"{mask}: has another size than its image ({tuple(labels.shape)} pixels, {image} has {size}); "
+                        f"make them equal")
+    valid = labels.flatten() if ignore is None else labels[labels != ignore]
+    return size, torch.bincount(valid, minlength=max(classes, 2)).tolist()
 
 
 def objects(mask, ignore=None):

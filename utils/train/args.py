@@ -85,6 +85,7 @@ def train_parser(description, task, **defaults):
     add("--data", metavar="DIR", help="folder of the data")
     add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on these "
         "folders, such as pseudo labels of predict.py; WEIGHT: how often their samples come, --data's being 1")
+    add("--allow-bad", action="store_true", help="train even if more than 1 %% of the images or boxes cannot be used")
     add("--show-augment", action="store_true", help="only draw augmented samples into augment.png, a column per epoch")
     add("--debug", action="store_true", help="train two epochs on a few samples, and check that the loss falls")
     add("--epochs", type=int_range(1, 10**6), help="number of epochs")
@@ -214,6 +215,8 @@ def word(flag):
 
 def _present_names(flags):
     """The flags of a run, which may be of the first edition, under the names that they have now."""
+    if "allow_bad_labels" in flags:
+        flags = flags | {"allow_bad": flags["allow_bad_labels"]}
     if "pixel_scale" in flags:
         return flags
     old = {"pixel_scale": "band_scale" if "band_scale" in flags else "scale", "aux_cls": "presence"}
