@@ -169,10 +169,7 @@ def find_sources(args, members, longest=math.inf):
     """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
     reason} of those that cannot be read, and the others. longest: see `bad.decode`."""
     files = images.find_sources(args.source, TEST_FOLDER[args.task](members[0].state["args"]["data"]))
-    bands = all_bands(members)
-    found, _ = bad.inspect(files[0].parent, [(file,) for file in files], lambda item: bad.decode(*item, bands, longest),
-                           variant=(bands, longest))
-    failed = {file: reason for file, (_, reason) in zip(files, found) if reason}
+    failed = dist.broadcast(dist.rank() == 0 and bad.unreadable(files, all_bands(members), longest))
     check_some(files, failed)
     good = [file for file in files if file not in failed]
     images.check_depth(good, members[0].inputs.pixel_scale)
@@ -190,8 +187,8 @@ def report_failed(out, files, failed):
     if dist.rank() == 0:
         write_text(out / "failed.txt", "".join(f"{reason}\n" for reason in failed.values()))
         print("\n".join(["not predicted:", *list(failed.values())[:20], f"all in {out / 'failed.txt'}"]))
-    raise PartialError(f"{len(failed)} of {len(files)} images were not predicted, see {out / 'failed.txt'}; "
-                       f"replace them, or submit without them")
+    raise PartialError(f"{len(failed)} of {len(files)} images cannot be read and were not predicted, see "
+                       f"{out / 'failed.txt'}; replace them and predict again, or use the results without them")
 
 
 def new_folder(args, path):

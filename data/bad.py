@@ -82,10 +82,16 @@ def readable(root, files, bands=None, **options):
     return sort_out(root, [(file,) for file in files], lambda item: decode(*item, bands), variant=bands, **options)[0]
 
 
+def unreadable(files, bands, longest):
+    """-> {file: the message} of the images that `decode` refuses."""
+    found = images.in_threads(lambda file: attempt(decode, file, bands, longest)[1], files, "check")
+    return {file: reason for file, reason in zip(files, found) if reason}
+
+
 def default_bands(files):
     """`images.default_bands` of the files whose headers can be read."""
-    good = [file for file in files if not attempt(images.size, file)[1]]
-    return images.default_bands(good or files)
+    wrong = unreadable(files, None, 0)
+    return images.default_bands([file for file in files if file not in wrong] or files)
 
 
 def decode(path, bands, longest=math.inf):

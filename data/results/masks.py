@@ -73,7 +73,7 @@ class MaskWriter:
         failed: those of the files that have no mask. In y_pred.pkl it is empty, if the header tells its size."""
         sizes = {file: bad.attempt(images.size, file)[0] for file in files}
         pixels = {file: math.prod(size[1:]) for file, size in sizes.items() if size}
-        files = list(pixels)
+        files = [file for file in files if sizes[file]]
         small = [file for file in files if pixels[file] <= MAX_PICKLED[0]]
         if len(small) < len(files):
             print(f"{len(files) - len(small)} scenes are too large for y_pred.pkl; their masks are in "
