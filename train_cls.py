@@ -24,10 +24,10 @@ from utils.metrics.classification import Accuracy
 from utils.ops import decide
 from utils.pictures import review, sheets
 from utils.train import dist, engine
-from utils.train.args import (check_batch, float_range, fraction, int_range, loss_term, setup_run, train_parser,
-                              training, word)
+from utils.train.args import (check_batch, class_weights, float_range, fraction, int_range, loss_term, setup_run,
+                              train_parser, training, weight_list, word)
 
-# (logits (B, C), labels (B, C), smoothing=...) -> mean over the batch
+# (logits (B, C), labels (B, C), smoothing=..., weight=...) -> mean over the batch
 LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
 
 
@@ -50,6 +50,8 @@ def make_parser():
     add("--loss", type=loss_term(LOSSES), nargs="+", metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(LOSSES)}; without: ce where every image has a single label, else bce (with single "
         f"labels, bce and focal find the class, but what predict.py makes of their logits are no probabilities)")
+    add("--class-weights", type=weight_list, metavar="W,W", help="of each class in the loss; with several labels per "
+        "image, of the images that have it; balanced: in inverse proportion to the classes' images")
     add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
     add("--rot90", action=BooleanOptionalAction, default=True, help="random quarter turns")
@@ -177,7 +179,8 @@ def main():
     arch, drop = describe_net(args, len(bands), len(names))
     model = nets.build(arch, **drop, grad_checkpoint=args.grad_checkpoint)
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-    frequencies = (data.labels if args.synthesize else labels).mean(0)
+    answers = data.labels if args.synthesize else labels
+    frequencies = answers.mean(0)
     init_classifier(linear, frequencies, single_label)
     if args.weights and not resume:
         with answers_for("--weights"):
@@ -188,6 +191,10 @@ def main():
     state, options = training(args, folder, model, loader, device, part=1 / parts, eps=1e-6)
 
     # ---- loss ----
+    counts = answers.sum(0).astype(int)
+    weight = class_weights(args, names, counts.tolist(), None if single_label else (len(answers) - counts).tolist())
+    weight = weight and torch.tensor(weight, device=device)
+
     def mixed(batch):
         x, labels = inputs(batch), batch["label"]
         return mix.for_labels(x, labels, p_mixup=args.mixup, p_cutmix=args.cutmix, p_snapmix=args.snapmix,
@@ -196,7 +203,7 @@ def main():
     def compute_loss(model, batch):
         x, labels = mixed(batch)
         logits = model(x)
-        parts = {f"{name}_loss": weight * LOSSES[name](logits, labels, smoothing=args.label_smoothing)
+        parts = {f"{name}_loss": weight * LOSSES[name](logits, labels, smoothing=args.label_smoothing, weight=weight)
                  for name, weight in terms}
         return sum(parts.values()), parts if len(parts) > 1 else {}
 

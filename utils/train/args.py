@@ -3,6 +3,7 @@ import argparse
 
 import torch
 
+from utils import losses
 from utils.errors import Parser, UserError
 from utils.files import write_json
 from utils.train import dist, optim, runs
@@ -65,6 +66,11 @@ def noise_list(text):
     if not colon:
         raise argparse.ArgumentTypeError(f"{text} names no number of samples; write noise.csv:20")
     return path, int_range(1)(count)
+
+
+def weight_list(text):
+    """argparse type: "balanced", or "1,20" -> [1.0, 20.0]."""
+    return text if text == "balanced" else [float_range(1e-6)(number) for number in text.split(",")]
 
 
 def loss_term(known):
@@ -250,6 +256,20 @@ def _check_flags(parser, args, given, needs):
     if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
         raise UserError(f"{', '.join(map(word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
                         f"total; lower one")
+
+
+def class_weights(args, names, counts, negatives=None):
+    """Prints how often each class is trained on -> [weight per class] of --class-weights, or None without. `balanced`
+    becomes numbers in `args`, which checkpoints keep. counts, negatives: of `losses.balanced`."""
+    if args.class_weights == "balanced":
+        args.class_weights = losses.balanced(counts, negatives)
+    weights = args.class_weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise UserError(f"--class-weights: has {len(weights)} numbers for {len(names)} classes; give one per class")
+    dist.print0("trained on, by class: " + ", ".join(
+        f"{name} {count:,}" + f" (weight {weight:.4g})" * bool(args.class_weights)
+        for name, count, weight in zip(names, counts, weights)))
+    return args.class_weights
 
 
 def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_decay=None, eps=1e-8):
