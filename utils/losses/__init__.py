@@ -137,7 +137,7 @@ def lovasz_hinge(logits, labels, per_image=True, elu=False, ignore=None):
 
 
 @_in_fp32
-def lovasz_softmax(logits, labels, per_image=False, classes="present", weight=None, ignore=None):
+def lovasz_softmax(logits, labels, per_image=False, classes="present", ignore=None, weight=None):
     """Multi-class Lovász-softmax loss (Berman, Triki, Blaschko 2018, arXiv 1705.08790, sec. 3.2).
 
     logits     (B,C,H,W), float, C >= 2; the softmax is taken here
@@ -190,7 +190,7 @@ def dice(logits, labels, per_image=False, smooth=1., ignore=None):
 
 
 @_in_fp32
-def dice_softmax(logits, labels, per_image=False, smooth=1., weight=None, ignore=None):
+def dice_softmax(logits, labels, per_image=False, smooth=1., ignore=None, weight=None):
     """Soft Dice loss of several classes: `dice` of each class against the rest, averaged over all C classes (also the
     background and absent classes), where p is the softmax of the logits. per_image, smooth: see `dice`.
 
@@ -284,7 +284,7 @@ def focus(loss, distance, gamma):
 
 
 @_in_fp32
-def focal(logits, labels, smoothing=0., gamma=2., weight=None, ignore=None):
+def focal(logits, labels, smoothing=0., gamma=2., ignore=None, weight=None):
     """Binary focal loss (Lin et al. 2017, arXiv 1708.02002; its alpha is the weight): cross entropy times |y - p|^gamma,
     mean over the valid elements. Shapes, smoothing, weight, ignore and errors: see `bce`."""
     loss, mass, distance = _binary_cross_entropy(logits, labels, smoothing, weight, ignore)
@@ -292,7 +292,7 @@ def focal(logits, labels, smoothing=0., gamma=2., weight=None, ignore=None):
 
 
 @_in_fp32
-def focal_softmax(logits, labels, gamma=2., weight=None, ignore=None):
+def focal_softmax(logits, labels, gamma=2., ignore=None, weight=None):
     """Focal loss of several classes: cross entropy times (1 - p)^gamma, where p is the softmax at the label, mean over
     the valid elements. Weight: see `cross_entropy`. Shapes, ignore and errors: see `dice_softmax`.
     (segmentation-models-pytorch instead averages binary focal losses of the classes.)"""
@@ -315,7 +315,7 @@ def _top_mean(loss, mass, share):
 
 
 @_in_fp32
-def top_k(logits, labels, share=0.1, weight=None, ignore=None):
+def top_k(logits, labels, share=0.1, ignore=None, weight=None):
     """Binary cross entropy of the hardest pixels: mean over the `share` (0 .. 1, at least one pixel) of the batch's
     valid pixels with the largest loss. nnU-Net's TopK loss (Isensee et al. 2021). Shapes, weight, ignore, errors: see
     `bce`."""
@@ -324,7 +324,7 @@ def top_k(logits, labels, share=0.1, weight=None, ignore=None):
 
 
 @_in_fp32
-def top_k_softmax(logits, labels, share=0.1, weight=None, ignore=None):
+def top_k_softmax(logits, labels, share=0.1, ignore=None, weight=None):
     """`top_k` of softmax cross entropies, as in nnU-Net. Weight: see `cross_entropy`. Shapes, ignore and errors: see
     `dice_softmax`."""
     loss, mass = _hard_cross_entropy(logits, labels, weight, ignore)
