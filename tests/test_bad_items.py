@@ -221,7 +221,7 @@ def test_a_scene_that_breaks_off(command, tmp_path, source, workers):
 @TASKS
 def test_two_ranks_agree(tmp_path, source, task):
     folder, broken, flags = source(task)
-    flags = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 0, predict.__file__, *flags]
+    flags = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, predict.__file__, *flags]
     done = subprocess.run(list(map(str, flags)), cwd=tmp_path, capture_output=True, text=True, timeout=200,
                           env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
     assert "exitcode  : 4" in done.stderr and done.stderr.count("error: 1 of 4 images") == 1, done.stderr
