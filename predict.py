@@ -14,6 +14,7 @@ is defined in data/<task>.py (Input) and in utils/ops/decide.py, for training an
 import argparse
 import dataclasses
 import functools
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,13 @@ import torch
 from tqdm import tqdm
 
 import nets
-from data import cls, det, images, labels, seg, units
+from data import bad, cls, det, images, labels, seg, units
 from data.loader import eval_loader
 from data.results import masks, pseudo, submissions
 from nets.blocks import fuse
 from utils import flags
-from utils.errors import Parser, UserError, cli
+from utils.errors import Parser, PartialError, UserError, cli
+from utils.files import write_text
 from utils.metrics import ensemble
 from utils.ops import boxes, decide, tta
 from utils.pictures import review, table
@@ -116,8 +118,10 @@ def main():
     if args.soup:
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     members = load_members(args, args.task, device, paths, states)
-    {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
+    out, files, failed = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
     dist.barrier()
+    if failed:
+        report_failed(out, files, failed)
 
 
 # ---- what all tasks share --------------------------------------------------------------------------------------------
@@ -161,12 +165,30 @@ def all_bands(members):
     return sorted({band for member in members for band in member.inputs.bands})
 
 
-def find_sources(args, members):
-    """The image files to predict: --source, or the test images of the first training's data."""
-    default = TEST_FOLDER[args.task](members[0].state["args"]["data"])
-    files = images.find_sources(args.source, default)
-    units.check(files, members[0].inputs)
-    return files
+def find_sources(args, members, longest=math.inf):
+    """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
+    reason} of those that cannot be read, and the others. longest: see `bad.decode`."""
+    files = images.find_sources(args.source, TEST_FOLDER[args.task](members[0].state["args"]["data"]))
+    failed = dist.broadcast(dist.rank() == 0 and bad.unreadable(files, all_bands(members), longest))
+    check_some(files, failed)
+    good = [file for file in files if file not in failed]
+    units.check(good, members[0].inputs)
+    return files, failed, good
+
+
+def check_some(files, failed):
+    """UserError if there is no file that can be predicted."""
+    if len(failed) == len(files):
+        raise UserError(failed[files[0]])
+
+
+def report_failed(out, files, failed):
+    """Names the files that could not be predicted, all of them in OUT/failed.txt. Raises PartialError."""
+    if dist.rank() == 0:
+        write_text(out / "failed.txt", "".join(f"{reason}\n" for reason in failed.values()))
+        print("\n".join(["not predicted:", *list(failed.values())[:20], f"all in {out / 'failed.txt'}"]))
+    raise PartialError(f"{len(failed)} of {len(files)} images cannot be read and were not predicted, see "
+                       f"{out / 'failed.txt'}; replace them and predict again, or use the results without them")
 
 
 def new_folder(args, path):
@@ -192,17 +214,18 @@ def best_threshold(args, members, single_label=False):
 # ---- segmentation ----------------------------------------------------------------------------------------------------
 def predict_seg(args, device, members):
     """Masks as GeoTIFF, overlays, polygons, and the wildfire competition's y_pred.pkl."""
-    first, bands, files = members[0], all_bands(members), find_sources(args, members)
+    first, bands = members[0], all_bands(members)
     if len({member.inputs.resize for member in members}) > 1:
         raise UserError("--weights: some are trained on whole images (--resize), others on crops; predict them apart")
     # trained on whole images, a net gets whole images
     tile = args.tile or (2**31 if first.inputs.resize else 2 * max(member.inputs.imgsz for member in members))
     overlap = OVERLAP if args.overlap is None else args.overlap
-    sizes = {file: images.size(file) for file in files}
-    images.check_bands(files, bands)
+    # scenes are not read twice: what is wrong with them is found when they are predicted
+    files, failed, good = find_sources(args, members, longest=math.inf if args.detector else tile)
+    sizes = {file: images.size(file) for file in good}
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, decide.SEGMENTATION_VIEWS)
-    parts = find_parts(args, device, files) if args.detector else {}
+    parts = find_parts(args, device, good) if args.detector else {}
     out = new_folder(args, members[0].path)
     writer = masks.MaskWriter(out, overlays=first.inputs.bands if args.overlays else None, polygons=args.polygons,
                               pseudo=bool(args.pseudo))
@@ -227,11 +250,11 @@ def predict_seg(args, device, members):
                                                overlap=overlap):
             yield y, x, *(found[0] for found in maps(probs[None]))
 
-    at_once = {file for file in files if max(sizes[file][1:]) <= tile and not args.detector}
-    small, large = ([file for file in files if (file in at_once) is side] for side in (True, False))
+    at_once = {file for file in good if max(sizes[file][1:]) <= tile and not args.detector}
+    small, large = ([file for file in good if (file in at_once) is side] for side in (True, False))
     loader = eval_loader(seg.Tiles(small, bands), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
                          device=device)
-    progress = tqdm(total=len(files), desc="predict", unit="img", disable=dist.rank() > 0)
+    progress = tqdm(total=len(good), desc="predict", unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:
             found = maps(predict(batch["image"]))
@@ -239,17 +262,24 @@ def predict_seg(args, device, members):
                 writer.write(small[i], [(0, 0, *(values[k] for values in found))])
             bar.update(len(batch["index"]) * dist.world_size())
         for file in large[dist.rank()::dist.world_size()]:
-            if args.detector:  # pixels outside the detections are ignored in the pseudo labels
-                writer.write_parts(file, (piece for part in parts[file] for piece in pieces(file, part)))
-            else:
-                writer.write(file, pieces(file, (0, 0, *sizes[file][1:])))
+            try:
+                if args.detector:  # pixels outside the detections are ignored in the pseudo labels
+                    writer.write_parts(file, (piece for part in parts[file] for piece in pieces(file, part)))
+                else:
+                    writer.write(file, pieces(file, (0, 0, *sizes[file][1:])))
+            except UserError:
+                _, failed[file] = bad.attempt(bad.decode, file, bands)
+                if not failed[file]:  # it is not the scene that is at fault
+                    raise
             bar.update(dist.world_size())
-    dist.barrier()
+    failed = {file: reason for share in dist.gather(failed) for file, reason in share.items()}
+    check_some(files, failed)
     if dist.rank() == 0:
-        writer.finish(files)
+        writer.finish(files, failed)
         if args.pseudo:
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'}")
-        print(f"{len(files)} images: {out}")
+        print(f"{len(files) - len(failed)} images: {out}")
+    return out, files, failed
 
 
 def find_parts(args, device, files):
@@ -267,25 +297,27 @@ def find_parts(args, device, files):
 # ---- detection -------------------------------------------------------------------------------------------------------
 def predict_det(args, device, members):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
-    state, files = members[0].state, find_sources(args, members)
+    state, (files, failed, good) = members[0].state, find_sources(args, members)
     names, category_ids, threshold = state["classes"], state["category_ids"], best_threshold(args, members)
-    views = det_views(args, members, files)
+    views = det_views(args, members, good)
     ids = submissions.image_ids(files, files[0].parent, others=args.source is not None)
     out = new_folder(args, members[0].path)
     results = detect(args, device, members, views)
-    dropped = submissions.write_boxes(out, files, views.sizes, results, ids=ids, category_ids=category_ids,
+    found = dict.fromkeys(files, ((1, 1), torch.zeros(0, 6))) | dict(zip(good, zip(views.sizes, results)))
+    dropped = submissions.write_boxes(out, files, *zip(*found.values()), ids=ids, category_ids=category_ids,
                                       max_mb=args.max_mb)
     if args.overlays:
-        submissions.draw_boxes(out / "overlays", files, results, names=names, threshold=threshold,
+        submissions.draw_boxes(out / "overlays", good, results, names=names, threshold=threshold,
                                bands=members[0].inputs.bands)
     if dist.rank() == 0:
         if args.pseudo:
-            count, boxed = pseudo.write_boxes(out / "pseudo", files, views.sizes, results, names, category_ids,
+            count, boxed = pseudo.write_boxes(out / "pseudo", good, views.sizes, results, names, category_ids,
                                               args.pseudo)
             print(f"pseudo labels of {count} images, {boxed} boxes: train_det.py --extra-data {out / 'pseudo'}"
                   if count else "no pseudo labels: no box is sure enough; lower --pseudo")
         note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
-        print(f"{len(files)} images, {sum(map(len, results))} detections{note}: {out}")
+        print(f"{len(good)} images, {sum(map(len, results))} detections{note}: {out}")
+    return out, files, failed
 
 
 def det_views(args, members, files):
@@ -333,33 +365,35 @@ def predict_cls(args, device, members):
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, single_label, flags=views)
         members, shares = zip(*(pair for pair in zip(members, shares) if pair[-1] > 0))
-    files = find_sources(args, members)
+    files, failed, good = find_sources(args, members)
     keys = [submissions.index_of(file.stem) for file in files]
     file_of = dict(zip(keys, files))  # of several with one number the last
     twice = next((file for key, file in zip(keys, files) if file_of[key] != file), None)
     if twice:
         raise UserError(f"{twice}: another image has the number {int(twice.stem)} too; predict them in two runs")
-    _, _, tables = submissions.read_tables(args.probs or (), names, keys)
+    _, _, tables = submissions.read_tables(args.probs or (), names, [key for key in keys if file_of[key] in good])
     known, answers = cls.held_out(paths, [m.state for m in members]) if args.fit_weights else ([], None)
-    for member in members:
-        images.check_bands(known + files, member.inputs.bands)
     out = new_folder(args, members[0].path)
 
-    found = [class_probabilities(args, device, member, known + files) for member in members]
+    found = [class_probabilities(args, device, member, known + good) for member in members]
     if args.fit_weights:
         shares, thresholds = ensemble.fit([probs[:len(known)] for probs in found], answers, single_label)
         if dist.rank() == 0:
             ensemble.write(out / "ensemble.json", paths, shares, names, () if single_label else thresholds, flags=views)
     probs = ensemble.average([*(probs[len(known):] for probs in found), *tables], shares)
     if dist.rank() == 0:
+        # an image that cannot be read has no class, or where it must have one the most frequent
+        rows = np.full((len(files), len(names)), probs.mean(0) * single_label)
+        rows[[file not in failed for file in files]] = probs
         numbered = cls.test_folder(members[0].state["args"]["data"]).name == cls.COMPETITION_TEST
-        submissions.write_classes(out, keys if numbered else [file.stem for file in files], probs, names, single_label,
+        submissions.write_classes(out, keys if numbered else [file.stem for file in files], rows, names, single_label,
                                   thresholds)
         if args.pseudo:
-            count = pseudo.write_classes(out / "pseudo", files, probs, names, single_label, args.pseudo)
+            count = pseudo.write_classes(out / "pseudo", good, probs, names, single_label, args.pseudo)
             print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}" if count else
                   "no pseudo labels: no image is sure enough; lower --pseudo")
-        print(f"{len(files)} images: {out}")
+        print(f"{len(good)} images: {out}")
+    return out, files, failed
 
 
 def combine_tables(args):

@@ -24,10 +24,10 @@ from utils.metrics.classification import Accuracy
 from utils.ops import decide
 from utils.pictures import review, sheets
 from utils.train import dist, engine
-from utils.train.args import (check_batch, float_range, fraction, int_range, loss_term, setup_run, train_parser,
-                              training, word)
+from utils.train.args import (check_batch, class_weights, float_range, fraction, int_range, loss_term, setup_run,
+                              train_parser, training, weight_list, word)
 
-# (logits (B, C), labels (B, C), smoothing=...) -> mean over the batch
+# (logits (B, C), labels (B, C), smoothing=..., weight=...) -> mean over the batch
 LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
 
 
@@ -50,6 +50,8 @@ def make_parser():
     add("--loss", type=loss_term(LOSSES), nargs="+", metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(LOSSES)}; without: ce where every image has a single label, else bce (with single "
         f"labels, bce and focal find the class, but what predict.py makes of their logits are no probabilities)")
+    add("--class-weights", type=weight_list, metavar="W,W", help="of each class in the loss; with several labels per "
+        "image, of the images that have it; balanced: in inverse proportion to the classes' images")
     add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
     add("--rot90", action=BooleanOptionalAction, default=True, help="random quarter turns")
@@ -87,9 +89,11 @@ def check_flags(args):
 
 
 def load_samples(args, folder, resume):
-    """-> the data (cls.Samples), the indices to validate on, and the training samples' files, labels and weights: how
-    often each of them comes, beside the 1 of --data."""
+    """-> the data (cls.Samples), the indices to validate on, the bands to read, and the training samples' files, labels
+    and weights: how often each of them comes, beside the 1 of --data."""
     data = cls.read(args.data, table=args.labels, folder=args.images)
+    data = data.usable(args.data, args.bands, args.allow_bad)
+    bands = args.bands or images.default_bands(data.files)
     if resume:  # a run of an older version may have taken single labels for several
         data = data._replace(single_label=resume["single_label"])
     train, val = split(args, folder, data)
@@ -97,12 +101,12 @@ def load_samples(args, folder, resume):
         train, val = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs)
     files, labels, weights = [data.files[i] for i in train], data.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
-        extra = cls.with_names(cls.read(more, least=1), data, more)
+        extra = cls.with_names(cls.read(more, least=1).usable(more, bands, args.allow_bad), data, more)
         chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
         chosen = folds.spread(chosen, 8 * args.bs) if args.debug else chosen
         files, labels = files + [extra.files[i] for i in chosen], np.concatenate((labels, extra.labels[chosen]))
         weights += [weight] * len(chosen)
-    return data, val, files, labels, weights
+    return data, val, bands, files, labels, weights
 
 
 def split(args, folder, data):
@@ -144,13 +148,11 @@ def main():
     engine.seed_everything(args.seed, args.deterministic)
 
     # ---- samples ----
-    data, val, files, labels, weights = load_samples(args, folder, resume)
+    data, val, bands, files, labels, weights = load_samples(args, folder, resume)
     names, single_label = data.names, data.single_label
     terms = args.loss or [("ce" if single_label else "bce", 1.0)]
     if not single_label and "ce" in dict(terms):
         raise UserError("--loss ce: is for a single label per image, this data has several; take bce or focal")
-    bands = args.bands or images.default_bands(data.files)
-    images.check_bands(data.files + files, bands)
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     source = synthetic_source(args, data, bands, device) if args.synthesize else cls.Images(files, labels, **options)
     train_data = cls.AugmentedImages(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip,
@@ -179,7 +181,8 @@ def main():
     arch, drop = describe_net(args, len(bands), len(names))
     model = nets.build(arch, **drop, grad_checkpoint=args.grad_checkpoint)
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-    frequencies = (data.labels if args.synthesize else labels).mean(0)
+    answers = data.labels if args.synthesize else labels
+    frequencies = answers.mean(0)
     init_classifier(linear, frequencies, single_label)
     if args.weights and not resume:
         with answers_for("--weights"):
@@ -190,6 +193,10 @@ def main():
     state, options = training(args, folder, model, loader, device, part=1 / parts, eps=1e-6)
 
     # ---- loss ----
+    counts = answers.sum(0).astype(int)
+    per_class = class_weights(args, names, counts.tolist(), None if single_label else (len(answers) - counts).tolist())
+    options_of_loss = dict(smoothing=args.label_smoothing, weight=per_class and torch.tensor(per_class, device=device))
+
     def mixed(batch):
         x, labels = inputs(batch), batch["label"]
         return mix.for_labels(x, labels, p_mixup=args.mixup, p_cutmix=args.cutmix, p_snapmix=args.snapmix,
@@ -198,8 +205,7 @@ def main():
     def compute_loss(model, batch):
         x, labels = mixed(batch)
         logits = model(x)
-        parts = {f"{name}_loss": weight * LOSSES[name](logits, labels, smoothing=args.label_smoothing)
-                 for name, weight in terms}
+        parts = {f"{name}_loss": weight * LOSSES[name](logits, labels, **options_of_loss) for name, weight in terms}
         return sum(parts.values()), parts if len(parts) > 1 else {}
 
     def draw_augmented(epoch):  # labels above 1 % are written below

@@ -70,7 +70,6 @@ def make_parser():
     add("--net", default=YOLO, metavar="NAME", help="mine.Mine: class Mine in nets/mine.py, see nets/yolo.py")
     add("--variant", choices=VARIANTS, default="s", help="of YOLOv5; variants with a 6 are for --imgsz 1280")
     add("--head", choices=GAINS, help="free: anchor-free, decoupled; anchor: YOLOv5's own")
-    add("--allow-bad-labels", action="store_true", help="train even if more than 1 %% of the boxes had to be dropped")
     add("--tile", type=int_range(32, 65536), help="larger images are trained on in windows of this side, at full "
         "resolution, and validated as predict.py --tile predicts them")
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring windows")
@@ -287,7 +286,7 @@ def load_samples(args, folder):
     """-> the labels (data.labels.Labels), the indices of the images to validate on, and the samples to train on.
     Without --folds: the data's own validation images, else a fifth. The folds are stratified by the rarest class of an
     image."""
-    data = labels.read(args.data, allow_bad=args.allow_bad_labels)
+    data = labels.usable(args.data, labels.read(args.data, allow_bad=args.allow_bad), args.bands, args.allow_bad)
     root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
     keys = [os.path.relpath(file, root) for file in data.files]
     count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
@@ -299,7 +298,8 @@ def load_samples(args, folder):
     val = folds.spread(val, args.bs if args.debug else few)
     samples = det.samples(data, folds.spread(train, few))
     for more, weight in args.extra_data:
-        extra = labels.with_names(labels.read(more, allow_bad=args.allow_bad_labels), data.names, more)
+        extra = labels.usable(more, labels.read(more, allow_bad=args.allow_bad), args.bands, args.allow_bad)
+        extra = labels.with_names(extra, data.names, more)
         chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
         samples += det.samples(extra, folds.spread(chosen, few), weight)
     return data, val, samples

@@ -7,8 +7,10 @@
 """
 import dataclasses
 import functools
+import inspect
 from argparse import BooleanOptionalAction
 
+import numpy as np
 import torch
 
 import nets
@@ -22,8 +24,8 @@ from utils.metrics.segmentation import BinaryIoU, MeanIoU, SampleIoU
 from utils.ops import decide, tiles
 from utils.pictures import review, sheets
 from utils.train import dist, engine
-from utils.train.args import (check_batch, float_range, fraction, int_range, loss_term, setup_run, train_parser,
-                              training)
+from utils.train.args import (check_batch, class_weights, float_range, fraction, int_range, loss_term, setup_run,
+                              train_parser, training, weight_list, word)
 
 BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore=...) -> mean over the batch
     "lovasz_elu": functools.partial(losses.lovasz_hinge, elu=True),
@@ -40,7 +42,7 @@ MULTICLASS = {  # the same for logits (B, classes, H, W) and masks of class indi
     "focal": losses.focal_softmax,
     "topk": losses.top_k_softmax,
 }
-SMOOTHED = losses.bce, losses.focal, losses.cross_entropy  # those that take --label-smoothing, as smoothing=...
+OPTIONS = {"label_smoothing": "smoothing", "class_weights": "weight"}  # flag: the name in those losses that take it
 
 
 def make_parser():
@@ -65,6 +67,8 @@ def make_parser():
     add("--loss", nargs="+", type=loss_term(BINARY | MULTICLASS), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
         f"of {', '.join(MULTICLASS)}; without: lovasz_elu and bce, or lovasz and ce")
+    add("--class-weights", type=weight_list, metavar="W,W", help="of background and object, or of each class, in the "
+        "losses but the binary lovasz and dice; balanced: in inverse proportion to the classes' pixels")
     add("--net", default="unet.UNet", metavar="NAME", help="mine.Mine: class Mine in nets/mine.py")
     add("--encoder", metavar="NAME", default="regnetx_002", help="of the UNet: regnetx_002 ... 032, efficientnetv2_s, "
         "m, l, b0 ... b3, repvgg_a0 ..., hrnet_w18 ..., or mine.Mine")
@@ -83,6 +87,10 @@ def describe_net(args, in_chans):
     return {"name": args.net, "kwargs": kwargs}
 
 
+def takes(loss, option):
+    return option in inspect.signature(loss).parameters
+
+
 def check_flags(args):
     """Refuses flags that are right alone and wrong together. A resumed run may keep flags without effect."""
     known = BINARY if args.classes == 1 else MULTICLASS
@@ -99,10 +107,11 @@ def check_flags(args):
         raise UserError("--p-object: is for crops, --resize makes none; leave one out")
     if args.aux_cls and args.net != "unet.UNet":
         raise UserError("--aux-cls: is a head of the UNet; leave it out")
-    smoothed = {name for name, loss in known.items() if loss in SMOOTHED}
-    if args.label_smoothing and args.loss and not smoothed & dict(args.loss).keys() and args.resume is None:
-        raise UserError(f"--label-smoothing: does nothing without a --loss of {', '.join(sorted(smoothed))}; leave it "
-                        f"out, or add one")
+    for flag, option in OPTIONS.items():
+        takers = {name for name, loss in known.items() if takes(loss, option)}
+        if vars(args)[flag] and args.loss and not takers & dict(args.loss).keys() and args.resume is None:
+            raise UserError(f"{word(flag)}: does nothing without a --loss of {', '.join(sorted(takers))}; leave it out, "
+                            f"or add one")
     with torch.device("meta"), answers_for("--net, --encoder, --decoder:"):
         net = nets.build(describe_net(args, in_chans=1))
     check_batch(args, net.stride)
@@ -111,7 +120,7 @@ def check_flags(args):
 def load_samples(args, folder):
     """-> the data (seg.Samples), the indices to validate on, the samples to train on, and their weights: how often each
     of those comes, beside the 1 of --data."""
-    masks = dict(classes=args.classes, ignore=args.ignore)
+    masks = dict(classes=args.classes, ignore=args.ignore, allow_bad=args.allow_bad)
     data = seg.read(args.data, bands=args.bands, **masks)
     if not any(data.areas):
         dist.print0(f"warning: {args.data}: no mask has a pixel of a class above 0; see --classes and --ignore")
@@ -174,7 +183,12 @@ def main():
     # ---- loss ----
     known = BINARY if args.classes == 1 else MULTICLASS
     terms = args.loss or [(name, 1.0) for name in (("lovasz_elu", "bce") if args.classes == 1 else ("lovasz", "ce"))]
-    options_of = {name: {"ignore": seg.IGNORE} | ({"smoothing": args.label_smoothing} if loss in SMOOTHED else {})
+    weights = class_weights(args, ["background", "object"] if args.classes == 1 else range(args.classes),
+                            np.sum(samples.counts, 0).tolist())
+    if weights:
+        weights = weights[1] / weights[0] if args.classes == 1 else torch.tensor(weights, device=device)
+    given = {"ignore": seg.IGNORE, "smoothing": args.label_smoothing, "weight": weights}
+    options_of = {name: {option: value for option, value in given.items() if takes(loss, option)}
                   for name, loss in known.items()}
 
     def mixed(batch):

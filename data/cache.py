@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.files import locked, whole_file, write_json, writing
+from utils.files import locked, stamps_of, whole_file, write_json, writing
 from utils.train import dist
 
 
@@ -48,8 +48,7 @@ class Cache:
         return tqdm(range(len(self.files)), desc="cache", disable=dist.rank() > 0, leave=False)
 
     def _stamp(self):
-        stats = [os.stat(file) for file in self.files]
-        return [self.variant] + [[s.st_size, s.st_mtime_ns] for s in stats]
+        return [self.variant, *stamps_of(self.files)]
 
     def _open(self):
         try:

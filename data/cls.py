@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data import augment, folds, images, units
+from data import augment, bad, folds, images, units
 from data.cache import Cache
 from utils.errors import UserError
 from utils.files import read_csv, same_name
@@ -33,6 +33,12 @@ class Samples(NamedTuple):
     names: list     # of the classes
     single_label: bool  # every image has one class
     held_out: list = ()  # True where the data set itself has the image for validation; or empty
+
+    def usable(self, root, bands, allow_bad=False):
+        """The Samples without the images that cannot be read, see `bad.readable`. root: where they are."""
+        kept = bad.readable(root, self.files, bands, allow_bad=allow_bad)
+        return self._replace(files=[self.files[i] for i in kept], labels=self.labels[kept],
+                             held_out=[self.held_out[i] for i in kept if self.held_out])
 
 
 def read(root, *, table=None, folder=None, least=2):
@@ -206,6 +212,7 @@ def held_out(paths, states):
             raise UserError(f"{split}: missing, so no images are known that {path} was not trained on; give "
                             f"--ensemble-weights instead of --fit-weights")
         table = read(settings["data"], table=settings["labels"], folder=settings["images"])
+        table = table.usable(settings["data"], state["input"]["bands"], allow_bad=True)
         if table.names != state["classes"]:
             raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
         names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split

@@ -90,7 +90,7 @@ def in_threads(function, items, what=None):
     """[function(item) for item in items], in threads: reading, decoding and hashing release Python's lock. what: the
     name of a progress bar, which rank 0 shows."""
     with ThreadPoolExecutor(8) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=what, leave=False,
+        return list(tqdm(pool.map(function, items), total=len(items), desc=what, unit="img", leave=False,
                          disable=dist.rank() > 0 or not items or what is None))
 
 
@@ -265,7 +265,7 @@ def read(path, bands=None, *, window=None, shape=None):
     every = list(range(1, count + 1))
     bands = list(bands or every)
     if max(bands) > count:
-        raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; see --bands, or remove the file")
+        raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; leave it out, or see --bands")
     if len(bands) * math.prod(shape or (h, w)) > MAX_VALUES:
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
     opaque = None  # the opacity of the pixels, or a mask of those that hold data; where it is 0, they do not

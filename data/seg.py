@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import augment, images, units
+from data import augment, bad, images, units
 from data.cache import Cache
 from utils.train import dist
 from utils.errors import UserError
@@ -24,17 +24,22 @@ UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
 
 
 class Samples(NamedTuple):
-    """Pairs of image and mask. A list per column: names, (image path, mask path), (height, width), pixels of an object;
-    bands: those to read, from 1."""
+    """Pairs of image and mask. A list per column: names, (image path, mask path), (height, width), pixels per class (of
+    binary masks two classes); bands: those to read, from 1."""
     names: list
     pairs: list
     sizes: list
-    areas: list
+    counts: list
     bands: list
 
     @property
     def images(self):
         return [image for image, _ in self.pairs]
+
+    @property
+    def areas(self):
+        """Pixels of an object, per sample."""
+        return [sum(counts[1:]) for counts in self.counts]
 
     def pick(self, indices):
         """The samples with these indices."""
@@ -44,17 +49,28 @@ class Samples(NamedTuple):
         return Samples(*(ours + theirs for ours, theirs in zip(self[:4], other[:4])), self.bands)
 
 
-def read(root, *, bands=None, classes=1, ignore=None):
-    """The training samples of a data folder, checked: sizes, bands, mask values. -> Samples
+def read(root, *, bands=None, classes=1, ignore=None, allow_bad=False):
+    """The training samples of a data folder, checked: pixels, bands, sizes, mask values. -> Samples
 
-    bands: those that will be read; None: `images.default_bands`. classes, ignore: of `read_mask`. Raises UserError
-    naming the file.
+    bands: those that will be read; None: `images.default_bands`. classes, ignore: of `read_mask`. Pairs that cannot be
+    used are left out; more than 1 % of them are a UserError unless allow_bad, see `bad.sort_out`.
     """
     matched = pairs(Path(root) / "train_img", Path(root) / "train_mask")
-    files = [image for image, _ in matched.values()]
-    bands = bands or images.default_bands(files)
-    images.check_bands(files, bands)
-    return Samples(list(matched), list(matched.values()), *scan(matched.values(), classes, ignore), bands)
+    names, paired = list(matched), list(matched.values())
+    bands = bands or bad.default_bands([image for image, _ in paired])
+
+    def check(pair):
+        bad.decode(pair[0], bands)
+        return check_mask(*pair, classes, ignore)
+
+    kept, found = bad.sort_out(root, paired, check, variant=(bands, classes, ignore), allow_bad=allow_bad)
+    sizes, counts = zip(*found)
+    declared = {mask: declared_class(mask, classes) for mask in (paired[i][1] for i in kept)}
+    masks = [mask for mask, value in declared.items() if value is not None]
+    if masks:
+        dist.print0(f"{masks[0]}: declares {declared[masks[0]]} as no data, which is a class ({len(masks)} such masks); "
+                    f"it counts as that class, unless --ignore names it")
+    return Samples([names[i] for i in kept], [paired[i] for i in kept], list(map(tuple, sizes)), list(counts), bands)
 
 
 def test_folder(root):
@@ -111,25 +127,15 @@ def declared_class(path, classes):
     return next((int(value) for value in images.header(path).nodata if value in range(max(classes, 2))), None)
 
 
-def scan(paired, classes=1, ignore=None):
-    """Checks the mask of every (image, mask) -> [(height, width)], [pixels of an object], in their order.
-
-    Raises UserError for a mask of another size or at another place than its image, and for a wrong mask value.
-    """
-    def check(item):
-        image, mask = item
-        size, labels = images.size(image)[1:], read_mask(mask, classes, ignore)
-        if tuple(labels.shape) != size:
-            raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} is {size}; make them equal")
-        check_place(image, mask)
-        return size, int(objects(labels).sum())
-
-    paired = list(paired)
-    kept = [mask for _, mask in paired if declared_class(mask, classes) is not None]
-    if kept:
-        dist.print0(f"{kept[0]}: declares {declared_class(kept[0], classes)} as no data, which is a class "
-                    f"({len(kept)} such masks); it counts as that class, unless --ignore names it")
-    return map(list, zip(*images.in_threads(check, paired, "check")))
+def check_mask(image, mask, classes=1, ignore=None):
+    """-> (height, width) of an image and its mask, [pixels per class] without those to ignore (background and object of
+    a binary mask). UserError for a mask of another size or at another place than its image, and for a wrong value."""
+    size, labels = images.size(image)[1:], read_mask(mask, classes, ignore)
+    if tuple(labels.shape) != size:
+        raise UserError(f"{mask}: has another size than its image ({tuple(labels.shape)} pixels, {image} has {size}); "
+                        f"make them equal")
+    check_place(image, mask)
+    return size, torch.bincount(labels[labels != IGNORE], minlength=max(classes, 2)).tolist()
 
 
 def check_place(image, mask):

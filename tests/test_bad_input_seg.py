@@ -104,10 +104,12 @@ def test_files_that_cannot_be_read(refused, root, where, how):
 def test_pixels_that_are_no_numbers(refused, root, workers):
     image = tile(2, 32, 32)[0].astype(np.float32)
     write_tif(root / "train_img/train_img_2.tif", image)
-    train(refused, "--data", root, "--workers", workers, says=["train_img_2.tif", "float32", "uint16", "convert them"])
     image[3, 4, 5] = np.inf
     write_tif(root / "train_img/train_img_2.tif", image)
-    train(refused, "--data", root, "--workers", workers, "--pixel-scale", 1000, says=["train_img_2.tif", "infinite"])
+    train(refused, "--data", root, "--workers", workers, says=["train_img_2.tif", "infinite", "--allow-bad"])
+    image[3, 4, 5] = 0
+    write_tif(root / "train_img/train_img_2.tif", image)
+    train(refused, "--data", root, "--workers", workers, says=["train_img_2.tif", "float32", "uint16", "convert them"])
 
 
 def test_a_single_pixel_for_the_batch_norms(refused, root):
@@ -285,9 +287,9 @@ def test_sources_that_cannot_be_used(refused, root, tmp_path, model):
     shutil.copy(good / "test_img_0.tif", tmp_path / "twins")
     fails(good, "twins", says=["test_img_0.tif", "same name"])
     few = write_tif(tmp_path / "few.tif", tile(0, 32, 32, bands=3)[0])
-    fails(good, few, says=["few.tif: has 3 bands", "band 7"])
+    fails(few, says=["few.tif: has 3 bands", "band 7"])
     (tmp_path / "cut.tif").write_bytes((good / "test_img_0.tif").read_bytes()[:-9000])
-    fails(good, "cut.tif", says="cut.tif: truncated or damaged")
+    fails("cut.tif", says="cut.tif: truncated or damaged")
     fails("cut.tif", "--tile", 16, says="cut.tif: truncated or damaged")
     (tmp_path / "notes.txt").write_text("hello")
     fails("notes.txt", says="notes.txt: not a .tif")

@@ -97,8 +97,8 @@ def test_mask_pictures(tmp_path):
         seg.read_mask(tmp_path / "colour.png")
 
 
-# ---- scan ------------------------------------------------------------------------------------------------------------
-def test_scan_tells_sizes_and_areas(tmp_path):
+# ---- pairs of image and mask ------------------------------------------------------------------------------------------------------------
+def test_check_mask_tells_size_and_pixels_per_class(tmp_path):
     paired = []
     for i, (h, w, bands) in enumerate([(5, 9, 2), (9, 5, 3), (1, 1, 1)]):
         mask = np.zeros((h, w), np.uint8)
@@ -106,14 +106,15 @@ def test_scan_tells_sizes_and_areas(tmp_path):
         mask.flat[-1] = 255
         paired.append((write_tif(tmp_path / f"i{i}.tif", np.ones((bands, h, w), np.uint16)),
                        write_tif(tmp_path / f"m{i}.tif", mask)))
-    assert list(seg.scan(paired, ignore=255)) == [[(5, 9), (9, 5), (1, 1)], [0, 1, 0]]
+    assert [seg.check_mask(*pair, ignore=255) for pair in paired] == [((5, 9), [44, 0]), ((9, 5), [43, 1]),
+                                                                      ((1, 1), [0, 0])]
 
 
-def test_scan_names_both_files_of_different_size(tmp_path):
+def test_check_mask_names_both_files_of_different_size(tmp_path):
     ones = np.ones((5, 9), np.uint8)
     pair = write_tif(tmp_path / "i.tif", ones), write_tif(tmp_path / "m.tif", ones.T.copy())
     with pytest.raises(UserError) as caught:
-        seg.scan([pair])
+        seg.check_mask(*pair)
     assert all(text in str(caught.value) for text in ("m.tif", "i.tif", "(9, 5)", "(5, 9)", ";"))
 
 

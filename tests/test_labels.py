@@ -514,7 +514,7 @@ def test_more_than_one_percent(tmp_path, capsys, bad):
         if bad == 1:
             assert len(read(root, cache=cache).boxes[0]) == 99
         else:
-            text = refused(root, root, "2 of 100", "1 duplicate", "1 less than a pixel", "--allow-bad-labels",
+            text = refused(root, root, "2 of 100", "1 duplicate", "1 less than a pixel", "--allow-bad",
                            cache=cache)
             [report] = cache.glob("*.txt")
             assert str(report) in text
@@ -753,16 +753,13 @@ def test_folders_without_labels(tmp_path):
     assert len(read(tmp_path).files) == 1
 
 
-def test_bad_images(lot):
-    refused(dump(lot / "one.json", as_json({"train/images": (None, [])})), lot / "train/images", "not a regular file")
+def test_images_without_a_readable_header_have_no_size(lot):
+    """They and their boxes are left out by `usable`, see test_bad_items.py."""
     path = lot / "train/images/007.png"
     path.write_bytes(b"GIF89a")
-    refused(lot, path, "not a readable GIF")
-    path.write_bytes(b"8BPS")
-    refused(lot, path, "not a .tif")
-    path.unlink()
-    os.symlink("nowhere", path)
-    refused(lot, path, "cannot be read")
+    found = read(lot)
+    i = found.files.index(path)
+    assert found.sizes[i] is None and not len(found.boxes[i]) and None not in found.sizes[:i] + found.sizes[i + 1:]
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
@@ -923,7 +920,7 @@ def test_several_processes_read_once(lot, tmp_path, monkeypatch):
 def test_names_that_are_no_text(tmp_path, reading, monkeypatch):
     """Bytes that are not UTF-8: in names of images, in the cache, in the report (stdout as utils.errors.cli sets it)."""
     said = []
-    monkeypatch.setattr(labels.dist, "print0", said.append)
+    monkeypatch.setattr(labels.bad.dist, "print0", said.append)
     folder = os.fsencode(tmp_path / "D")
     for part in (b"images", b"labels"):
         os.makedirs(os.path.join(folder, part))

@@ -215,8 +215,8 @@ def test_cross_entropies_written_out():
             if y != VOID:
                 y = {0: s / 2, 1: 1 - s / 2}[y]
                 p = 1 / (1 + math.exp(-z))
-                total, count = total - w * y * math.log(p) - (1 - y) * math.log(1 - p), count + 1
-    value = bce(logits, labels, smoothing=s, pos_weight=torch.tensor(weights), ignore=VOID)
+                total, count = total - w * y * math.log(p) - (1 - y) * math.log(1 - p), count + (w if y > 0.5 else 1)
+    value = bce(logits, labels, smoothing=s, weight=torch.tensor(weights), ignore=VOID)
     assert value.item() == pytest.approx(total / count, rel=1e-6)
 
     logits, labels = class_maps(3, 5, 2, 2, void=0.2)
@@ -236,8 +236,10 @@ def test_cross_entropies_are_torchs_where_they_agree():
     logits, labels = maps(3, 1, 6, 6)
     for weight in (None, 3.5, torch.tensor([3.5])):
         same = None if weight is None else torch.tensor([3.5])
-        expected = with_grad(F.binary_cross_entropy_with_logits, logits, labels.float(), pos_weight=same)
-        torch.testing.assert_close(with_grad(bce, logits, labels, pos_weight=weight), expected)
+        mass = labels.numel() if weight is None else (labels * 3.5 + 1 - labels).sum()
+        expected = with_grad(lambda z, y: F.binary_cross_entropy_with_logits(z, y, pos_weight=same, reduction="sum") / mass,
+                             logits, labels.float())
+        torch.testing.assert_close(with_grad(bce, logits, labels, weight=weight), expected)
     soft = torch.rand(3, 1, 6, 6)  # as mixup gives them
     torch.testing.assert_close(bce(logits, soft), F.binary_cross_entropy_with_logits(logits, soft))
     assert bce(torch.tensor([[1e4, -1e4]]), torch.tensor([[0, 1]])).item() == 1e4  # stable for large logits
@@ -413,7 +415,7 @@ def test_dice_and_focal_of_others():
 
 EVERY = [(lovasz_hinge, dict(), 0), (lovasz_hinge, dict(elu=True), 0), (lovasz_hinge, dict(per_image=False), 0),
          (lovasz_softmax, dict(), 4), (lovasz_softmax, dict(per_image=True, classes="all"), 4),
-         (bce, dict(smoothing=0.1, pos_weight=2.), 0), (cross_entropy, dict(smoothing=0.1), 4),
+         (bce, dict(smoothing=0.1, weight=2.), 0), (cross_entropy, dict(smoothing=0.1), 4),
          (dice, dict(), 0), (dice, dict(per_image=True), 0), (dice_softmax, dict(), 4),
          (dice_softmax, dict(per_image=True), 4), (focal, dict(smoothing=0.1), 0), (focal_softmax, dict(), 4),
          (losses.top_k, dict(share=0.3), 0), (losses.top_k_softmax, dict(share=0.3), 4)]

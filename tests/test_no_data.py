@@ -117,8 +117,11 @@ def test_masks_obey_their_own_no_data(tmp_path, dtype, values, nodata, ignore, e
 def test_a_class_that_is_declared_as_no_data_is_told(tmp_path, capsys):
     pair = write_tif(tmp_path / "i.tif", np.ones((4, 4), np.uint8)), write_tif(
         tmp_path / "m.tif", np.eye(4, dtype=np.uint8), nodata=0)
-    assert list(seg.scan([pair])) == [[(4, 4)], [4]]
-    assert "m.tif: declares 0 as no data, which is a class" in capsys.readouterr().out
+    for folder, path in zip(("train_img", "train_mask"), pair):
+        (tmp_path / folder).mkdir()
+        path.rename(tmp_path / folder / "a.tif")
+    assert seg.read(tmp_path).areas == [4]
+    assert "a.tif: declares 0 as no data, which is a class" in capsys.readouterr().out
 
 
 def test_detections_without_data_are_dropped(tmp_path):
@@ -238,10 +241,10 @@ def test_masks_lie_where_their_images_lie(tmp_path, change, words):
     image = write_tif(tmp_path / "i.tif", np.ones((6, 8), np.uint8))
     mask = write_tif(tmp_path / "m.tif", np.ones((6, 8), np.uint8), **change)
     if words is None:
-        seg.scan([(image, mask)])
+        seg.check_mask(image, mask)
     else:
         with pytest.raises(UserError, match=f"m.tif: .*{words}.*i.tif; "):
-            seg.scan([(image, mask)])
+            seg.check_mask(image, mask)
 
 
 # ---- units -----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,11 @@ class NumericalError(UserError):
     code = 3
 
 
+class PartialError(UserError):
+    """Some of the files could not be read; the results are of the others: exit code 4."""
+    code = 4
+
+
 class Stopped(BaseException):
     """SIGTERM or Ctrl-C, raised where it is safe to stop: exit code 143 or 130."""
 
@@ -53,8 +58,8 @@ def one_line(error):
 
 
 def cli(main):
-    """Runs a script's `main()` and ends the process with an exit code: 0; 2 or 3 with one line on stderr for a
-    UserError or a NumericalError; 130 or 143 after a signal; 141 when nobody reads the output any more; 1 with a
+    """Runs a script's `main()` and ends the process with an exit code: 0; 2, 3 or 4 with one line on stderr for a
+    UserError, a NumericalError or a PartialError; 130 or 143 after a signal; 141 when nobody reads the output any more; 1 with a
     traceback for every other error, which is a bug."""
     def stop(signum, frame):
         raise Stopped(signum)

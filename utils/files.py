@@ -3,12 +3,14 @@ is written by these functions."""
 import contextlib
 import csv
 import fcntl
+import hashlib
 import json
 import os
 import reprlib
 import stat
 import tempfile
 import unicodedata
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -148,3 +150,41 @@ def locked(path):
     with open(path, "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
+
+
+# ---- keeping what was found ----------------------------------------------------------------------------------------------------
+def store_of(cache, what, root, variant=None):
+    """The file in the folder `cache` for what is kept of a data set. None: a name at which nothing can be written."""
+    key = hashlib.sha256(repr((os.path.realpath(root), variant)).encode()).hexdigest()[:16]
+    return Path(cache or os.devnull) / f"{what}-{key}.z"
+
+
+@contextlib.contextmanager
+def kept_values(store):
+    """Yields the dict in the file `store`, {} where there is none or it is damaged; the block's changes are written.
+
+    One process at a time is in the block; the others, of other runs too, then find its results. Where the file cannot
+    be written or locked, every process works for itself.
+    """
+    known = {}
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            store.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(store.with_suffix(".lock")))
+        with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):
+            known = dict(json.loads(zlib.decompress(store.read_bytes())))
+        before = json.dumps(known)
+        yield known
+        after = json.dumps(known)
+        if after != before:
+            with contextlib.suppress(UserError), whole_file(store) as temporary:
+                temporary.write_bytes(zlib.compress(after.encode(), 1))
+
+
+def stamps_of(files):
+    """Per file [bytes, time of the last change], or None when it cannot be read, which its reader will tell."""
+    def stamp(file):
+        with contextlib.suppress(OSError):
+            found = os.stat(file)
+            return [found.st_size, found.st_mtime_ns]
+    return [stamp(file) for file in files]

@@ -6,39 +6,35 @@
     masks.py   the objects in segmentation masks
 
 A box that makes no sense is dropped; its image and its other boxes stay. Dropped boxes are reported, and more than 1 %
-of them are an error. Reading the headers of many images takes minutes, so the result is kept until a file changes.
+of them are an error, see data/bad.py. Reading the headers of many images takes minutes, so the result is kept until a
+file changes.
 """
-import hashlib
 import itertools
-import json
 import math
 import os
-import zlib
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import images
+from data import bad, images
 from data.labels import coco, masks, voc, yolo
 from utils.errors import UserError
-from utils.files import locked, show, whole_file, write_text
-from utils.train import dist
+from utils.files import kept_values, show, stamps_of, store_of
 
-VERSION = 4  # of the kept result: to be raised when a reader finds something else in the same files
+VERSION = 5  # of the kept result: to be raised when a reader finds something else in the same files
 # A side of less than a pixel shows nothing, and its logarithm diverges. 0.1 is left for YOLO's rounding: with four
 # decimals, one pixel of 2000 is written as 0.95 to 1.05
 MIN_SIDE = 0.9
-MAX_DROPPED = 0.01  # share of the boxes; more is rather a misunderstanding than a slip
 DROPPED = ("not finite", "unknown category", "less than a pixel inside the image", "duplicate")
 CLIPPED = "clipped to the image"
 RESIZED = "image of another size than its labels state"
+NOTES = {CLIPPED: "found", RESIZED: "found", "crowd": "left out"}  # cases that are no faults
 
 
 class Labels(NamedTuple):
     files: list         # the images, as Path
-    sizes: list         # (height, width), after EXIF rotation
+    sizes: list         # (height, width), after EXIF rotation; None where the header cannot be read, see `usable`
     boxes: list         # float64 arrays (n, 4): x1 y1 x2 y2, pixels, inside the image
     classes: list       # int64 arrays (n,), from 0
     names: list         # of the classes
@@ -56,26 +52,29 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
     Classes are the declared categories, sorted by id. Files that declare none: the categories of their boxes.
     """
     layout = _find(Path(path))
-    key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
-    store = cache and Path(cache) / f"labels-{key}.z"
-    with ExitStack() as stack:
-        if store:
-            # One process reads the labels; the others, of other runs too, then find the result. Where files cannot be
-            # written or locked, every process reads for itself
-            with suppress(OSError):
-                store.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(store.with_suffix(".lock")))
-        found = store and _load(store, layout)
-        if not found:
-            found = _check(layout)
-            if store:
-                with suppress(UserError), whole_file(store) as temporary:
-                    temporary.write_bytes(zlib.compress(json.dumps(found).encode(), 1))
-    _report(path, found, store and store.with_suffix(".txt"), allow_bad)
-    return Labels([layout.root / file for file in found["files"]], [tuple(size) for size in found["sizes"]],
+    store = store_of(cache, "labels", path)
+    with kept_values(store) as found:
+        # before reading: a file that changes meanwhile is read again
+        key = [VERSION, layout.labels, layout.images, _stamps(layout, layout.labels)]
+        if found.get("key") != key or found.get("stamps") != _stamps(layout, found["files"]):
+            found.clear()
+            found.update({"key": key} | _check(layout))
+    bad.leave_out(path, found["cases"], found["total"], "boxes", allow_bad=allow_bad, notes=NOTES,
+                  file=store.with_suffix(".txt"))
+    if not any(found["boxes"]):
+        raise UserError(f"{path}: no boxes in the labels of {len(found['files'])} images, so nothing to learn; check "
+                        f"the labels")
+    return Labels([layout.root / file for file in found["files"]], [size and tuple(size) for size in found["sizes"]],
                   [np.array(boxes, np.float64).reshape(-1, 4) for boxes in found["boxes"]],
                   [np.array(classes, np.int64) for classes in found["classes"]],
                   found["names"], found["category_ids"], found["held_out"])
+
+
+def usable(path, data, bands, allow_bad=False):
+    """The Labels of a data set without the images that cannot be read, see `bad.readable`."""
+    kept = bad.readable(path, data.files, bands, allow_bad=allow_bad)
+    files, sizes, boxes, classes, held_out = ([column[i] for i in kept] for column in (*data[:4], data.held_out))
+    return Labels(files, sizes, boxes, classes, data.names, data.category_ids, held_out)
 
 
 def with_names(extra, names, root):
@@ -110,13 +109,13 @@ def _find(path):
 # ---- checks ----------------------------------------------------------------------------------------------------------
 def _check(layout):
     """Reads and checks everything -> dict of values that JSON can hold."""
-    key = _key(layout)  # before reading: a file that changes meanwhile is read again
     records = layout.read(layout)
     if not records.images:
         raise UserError(f"{layout.root}: no images in its labels, or in its folders; check the path given to --data")
     files, held_out, stated = map(list, zip(*records.images))
-    stamps = _stamps(layout.root, files)
-    sizes = images.in_threads(lambda file: images.size(layout.root / file)[1:], files, "sizes")
+    stamps = _stamps(layout, files)
+    headers = images.in_threads(lambda file: bad.attempt(images.size, layout.root / file)[0], files, "sizes")
+    sizes = [header and header[1:] for header in headers]  # None where an image cannot be read
     category_of = {}
     for category, name in sorted(records.names.items()):
         if category_of.setdefault(name, category) != category:  # results are kept by name
@@ -126,8 +125,8 @@ def _check(layout):
     cases["crowd"] = [f"{label}: {layout.place.format(number)}" for label, number in records.crowds]
     cases[RESIZED] = [
         f"{file}: {size[0]} x {size[1]}, not {show(labelled)}"
-        for file, size, labelled in zip(files, sizes, stated) if labelled not in (None, size)]
-    return {"key": key, "stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
+        for file, size, labelled in zip(files, sizes, stated) if size and labelled not in (None, size)]
+    return {"stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
             "held_out": [out and not all(held_out) for out in held_out], "category_ids": list(category_of.values()),
             "names": list(category_of), "cases": {kind: places for kind, places in cases.items() if places},
             "total": len(records.boxes)}
@@ -137,7 +136,7 @@ def _sort_out(records, files, sizes, category_ids, place):
     """-> per image the boxes to keep, clipped to it, in pixels, and their classes; {kind of case: its places}."""
     boxes, classes, class_of = [[] for _ in files], [[] for _ in files], {key: k for k, key in enumerate(category_ids)}
     cases, seen = {kind: [] for kind in (*DROPPED, CLIPPED)}, set()
-    for owner, category, box, label, number in records.boxes:
+    for owner, category, box, label, number in (row for row in records.boxes if sizes[row[0]]):
         height, width = sizes[owner]
         corners = [side * n for side, n in zip(box, (width, height) * 2)] if records.normalised else box
         inside = tuple(min(max(0.0, side), n) for side, n in zip(corners, (width, height) * 2))
@@ -155,47 +154,5 @@ def _sort_out(records, files, sizes, category_ids, place):
     return boxes, classes, cases
 
 
-def _report(path, found, file, allow_bad):
-    """On rank 0 prints a line per kind of case and writes all cases to `file`. UserError when too many boxes are
-    dropped, or none are left."""
-    cases, see = found["cases"], ""
-    if file and cases:
-        with suppress(UserError):
-            if dist.rank() == 0:
-                write_text(file, "".join(f"{kind}: {place}\n" for kind in cases for place in cases[kind]))
-            see = f"; all in {file}"
-    for kind, places in cases.items():
-        what = "found" if kind in (CLIPPED, RESIZED) else "left out"
-        dist.print0(f"{path}: {kind}: {len(places)} {what}, first {places[0]}{see}")
-    dropped = {kind: len(cases[kind]) for kind in DROPPED if kind in cases}
-    count = sum(dropped.values())
-    if count > MAX_DROPPED * found["total"] and not allow_bad:
-        raise UserError(f"{path}: {count} of {found['total']} boxes cannot be used ("
-                        f"{', '.join(f'{n} {kind}' for kind, n in dropped.items())}{see}); correct them, or go on "
-                        f"without them by --allow-bad-labels")
-    if not any(found["boxes"]):
-        raise UserError(f"{path}: no boxes in the labels of {len(found['files'])} images, so nothing to learn; check "
-                        f"the labels")
-
-
-# ---- the kept result -------------------------------------------------------------------------------------------------
-def _load(store, layout):
-    """The kept result of _check; None when there is none, when it is damaged, or when a file has changed since."""
-    with suppress(OSError, ValueError, KeyError, TypeError, zlib.error):
-        found = json.loads(zlib.decompress(store.read_bytes()))
-        if found["key"] == _key(layout) and found["stamps"] == _stamps(layout.root, found["files"]):
-            return found
-    return None
-
-
-def _key(layout):
-    return [VERSION, layout.labels, layout.images, _stamps(layout.root, layout.labels)]
-
-
-def _stamps(root, files):
-    """Per file [bytes, time of the last change], or None when it cannot be read, which its reader will tell."""
-    def stamp(path):
-        with suppress(OSError):
-            found = os.stat(path)
-            return [found.st_size, found.st_mtime_ns]
-    return [stamp(os.path.join(root, file)) for file in files]
+def _stamps(layout, files):
+    return stamps_of([layout.root / file for file in files])

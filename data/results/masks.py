@@ -16,7 +16,7 @@ from rasterio import features
 from rasterio.transform import from_gcps
 from rasterio.windows import Window
 
-from data import images
+from data import bad, images
 from data.results import pseudo
 from data.results.pseudo import UNSURE
 from utils.files import whole_file, write_json
@@ -68,10 +68,14 @@ class MaskWriter:
             label[(mask > 0) & (label != mask)] = UNSURE
         self.write(file, [(0, 0, *maps)])
 
-    def finish(self, files):
+    def finish(self, files, failed=()):
         """Writes the files that need all masks: y_pred.pkl of the wildfire competition, a pickle of
-        {file name: uint8 mask (H, W)} without large scenes, and the links to the images of pseudo labels."""
-        pixels = {file: math.prod(images.size(file)[1:]) for file in files}
+        {file name: uint8 mask (H, W)} without large scenes, and the links to the images of pseudo labels.
+
+        failed: those of the files that have no mask. In y_pred.pkl it is empty, if the header tells its size."""
+        sizes = {file: bad.attempt(images.size, file)[0] for file in files}
+        pixels = {file: math.prod(size[1:]) for file, size in sizes.items() if size}
+        files = [file for file in files if sizes[file]]
         small = [file for file in files if pixels[file] <= MAX_PICKLED[0]]
         if len(small) < len(files):
             print(f"{len(files) - len(small)} scenes are too large for y_pred.pkl; their masks are in "
@@ -81,12 +85,15 @@ class MaskWriter:
         else:
             masks = {}
             for file in small:
+                if file in failed:
+                    masks[file.name] = np.zeros(sizes[file][1:], np.uint8)
+                    continue
                 with _open_mask(file, self.out) as mask:
                     masks[file.name] = mask.read(1)
             with whole_file(self.out / "y_pred.pkl") as temporary:
                 temporary.write_bytes(pickle.dumps(masks))
         if PSEUDO in self.blank:
-            pseudo.link(files, self.out / "pseudo/train_img")
+            pseudo.link([file for file in files if file not in failed], self.out / "pseudo/train_img")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,11 @@ No loss loops over images or synchronises with the GPU (as boolean indexing and 
 to zero before they are computed with, so that they change neither the value nor the gradient, which is exactly 0 there.
 Labels are not range-checked, because that would synchronise, too.
 
+weight: of the loss's elements, a number per class (C,), such as those of `balanced`, as a tensor; in binary losses it is
+the weight of positives, whose negatives weigh 1: a number, or a tensor that broadcasts against the logits, (K,) for
+(B,K). The mean is divided by the weights of the labels, as in torch's cross_entropy; in losses that are a mean over
+classes each class has its weight there. None: all weigh the same.
+
 binary masks      lovasz_hinge    dice          bce            focal          top_k
 several classes   lovasz_softmax  dice_softmax  cross_entropy  focal_softmax  top_k_softmax
 """
@@ -20,6 +25,15 @@ def _in_fp32(loss):
         with torch.autocast(logits.device.type, enabled=False):
             return loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, *args, **kwargs)
     return wrapped
+
+
+def balanced(counts, negatives=None):
+    """Numbers of samples or pixels per class -> [weight per class], in inverse proportion to them, so that the mean over
+    the samples is 1. A class without samples has 0. negatives: for several classes per image, how many samples do not
+    have the class: the weights then are of its positives, whose sum equals that of its negatives."""
+    counts = torch.tensor(counts, dtype=torch.float64)
+    others = counts.sum() / (counts > 0).sum() if negatives is None else torch.tensor(negatives)
+    return (others / counts).nan_to_num(posinf=0.).tolist()
 
 
 def _valid(labels, ignore):
@@ -123,7 +137,7 @@ def lovasz_hinge(logits, labels, per_image=True, elu=False, ignore=None):
 
 
 @_in_fp32
-def lovasz_softmax(logits, labels, per_image=False, classes="present", ignore=None):
+def lovasz_softmax(logits, labels, per_image=False, classes="present", ignore=None, weight=None):
     """Multi-class Lovász-softmax loss (Berman, Triki, Blaschko 2018, arXiv 1705.08790, sec. 3.2).
 
     logits     (B,C,H,W), float, C >= 2; the softmax is taken here
@@ -131,6 +145,7 @@ def lovasz_softmax(logits, labels, per_image=False, classes="present", ignore=No
     per_image  mean over images of the loss of each image (0 for an image without valid pixels);
                False: the batch is one large image
     classes    mean over the classes "present" in the labels, or over "all" C
+    weight     (C,), of the classes in that mean
     ignore     label value of pixels without influence on value and gradient
     returns    scalar fp32
     ValueError for wrong shapes, for a single class (use lovasz_hinge) and for another value of `classes`.
@@ -142,7 +157,8 @@ def lovasz_softmax(logits, labels, per_image=False, classes="present", ignore=No
     errors = torch.where(positive, 1 - probs, probs)
     losses = _lovasz_rows(errors, positive, valid, F.relu).view(-1, count)  # errors are >= 0: relu only maps -inf to 0
     used = positive.any(1).view(-1, count) if classes == "present" else torch.ones_like(losses)
-    return ((losses * used).sum(1) / used.sum(1).clamp(min=1)).mean()
+    used = used if weight is None else used * weight
+    return _ratio((losses * used).sum(1), used.sum(1)).mean()
 
 
 # ---- Dice losses: 1 - F1 of probabilities ---------------------------------------------------------------------------
@@ -174,46 +190,55 @@ def dice(logits, labels, per_image=False, smooth=1., ignore=None):
 
 
 @_in_fp32
-def dice_softmax(logits, labels, per_image=False, smooth=1., ignore=None):
+def dice_softmax(logits, labels, per_image=False, smooth=1., ignore=None, weight=None):
     """Soft Dice loss of several classes: `dice` of each class against the rest, averaged over all C classes (also the
     background and absent classes), where p is the softmax of the logits. per_image, smooth: see `dice`.
 
     logits     (B,C,...), float; the softmax is taken here
     labels     (B,...), any dtype, 0 .. C-1 or `ignore`
+    weight     (C,), of the classes in the average
     ignore     label value of pixels without influence on value and gradient
     returns    scalar fp32; 0 when nothing is valid
     ValueError on wrong shapes.
     """
     probs, positive, valid = _class_rows(logits, labels, per_image, ignore)
-    return _dice_rows(probs * valid, positive.to(probs.dtype), smooth).mean()
+    losses = _dice_rows(probs * valid, positive.to(probs.dtype), smooth)
+    return losses.mean() if weight is None else (losses.view(-1, len(weight)) * weight).sum(1).mean() / weight.sum()
 
 
 # ---- Cross entropies ------------------------------------------------------------------------------------------------
 
-def _mean(loss, valid):
-    """Mean over the valid elements; 0 when there are none."""
-    return (loss * valid).sum() / valid.sum().clamp(min=1)
+def _ratio(value, total):
+    """value / total; where nothing counts, so that the total is 0, the value."""
+    return value / torch.where(total > 0, total, 1)
+
+
+def _binary_cross_entropy(logits, labels, smoothing, weight, ignore):
+    """-> cross entropy of every element, and the weight of the element in the mean, both 0 where ignored; |y - p|."""
+    logits, labels, valid = _binary(logits, labels, ignore)
+    soft, mass = labels * (1 - smoothing) + smoothing / 2, valid
+    if weight is not None:
+        weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
+        mass = valid * (1 + (weight - 1) * labels)
+    loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=weight)
+    return loss * valid, mass, lambda: (soft - logits.sigmoid()).abs()
 
 
 @_in_fp32
-def bce(logits, labels, smoothing=0., pos_weight=None, ignore=None):
+def bce(logits, labels, smoothing=0., weight=None, ignore=None):
     """Binary cross entropy, for masks and for multi-label classification: mean over the valid elements.
 
     logits      (B,K), (B,H,W), (B,1,H,W) or any other shape, float, before the sigmoid
     labels      the same shape (one of both may be (B,1,H,W), the other (B,H,W)), any dtype, 0 .. 1
     smoothing   s: labels y become y (1 - s) + s/2, so 0 and 1 become s/2 and 1 - s/2 (Szegedy et al. 2016,
                 arXiv 1512.00567, with two classes; segmentation-models-pytorch calls s/2 the smooth factor)
-    pos_weight  factor on the positive term: a float, or a tensor that broadcasts against the logits, (K,) for (B,K)
+    weight      factor w on the positive term; the sum is divided by that of w y + 1 - y
     ignore      label value of elements without influence on value and gradient
     returns     scalar fp32; 0 when nothing is valid
     ValueError when the shapes differ.
     """
-    logits, labels, valid = _binary(logits, labels, ignore)
-    if isinstance(pos_weight, (int, float)):
-        pos_weight = logits.new_full((), pos_weight)
-    soft = labels * (1 - smoothing) + smoothing / 2
-    loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=pos_weight)
-    return _mean(loss, valid)
+    loss, mass, _ = _binary_cross_entropy(logits, labels, smoothing, weight, ignore)
+    return _ratio(loss.sum(), mass.sum())
 
 
 @_in_fp32
@@ -240,16 +265,16 @@ def cross_entropy(logits, labels, smoothing=0., weight=None, ignore=None):
         logits, labels, valid = _multiclass(logits, labels, ignore)
         mass = 1 if weight is None else weight[labels]
     loss = F.cross_entropy(logits, labels, weight, ignore_index=-1, reduction="none", label_smoothing=smoothing)
-    total = (mass * valid).sum()
-    return (loss * valid).sum() / torch.where(total > 0, total, 1)
+    return _ratio((loss * valid).sum(), (mass * valid).sum())
 
 
 # ---- Cross entropies of hard pixels ---------------------------------------------------------------------------------
 
-def _hard_cross_entropy(logits, labels, ignore):
-    """-> softmax cross entropy of every element (B,...), and the bool mask of the elements that count."""
+def _hard_cross_entropy(logits, labels, weight, ignore):
+    """-> softmax cross entropy of every element (B,...), and its weight, which is 0 where it is ignored."""
     logits, labels, valid = _multiclass(logits, labels, ignore)
-    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="none"), valid
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    return loss, valid if weight is None else valid * weight.to(loss.dtype)[labels]
 
 
 def focus(loss, distance, gamma):
@@ -259,44 +284,48 @@ def focus(loss, distance, gamma):
 
 
 @_in_fp32
-def focal(logits, labels, smoothing=0., gamma=2., ignore=None):
-    """Binary focal loss (Lin et al. 2017, arXiv 1708.02002, without alpha): cross entropy times |y - p|^gamma, mean
-    over the valid elements. Shapes, smoothing, ignore and errors: see `bce`."""
-    logits, labels, valid = _binary(logits, labels, ignore)
-    soft = labels * (1 - smoothing) + smoothing / 2
-    loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
-    return _mean(focus(loss, (soft - logits.sigmoid()).abs(), gamma), valid)
+def focal(logits, labels, smoothing=0., gamma=2., ignore=None, weight=None):
+    """Binary focal loss (Lin et al. 2017, arXiv 1708.02002; its alpha is the weight): cross entropy times |y - p|^gamma,
+    mean over the valid elements. Shapes, smoothing, weight, ignore and errors: see `bce`."""
+    loss, mass, distance = _binary_cross_entropy(logits, labels, smoothing, weight, ignore)
+    return _ratio(focus(loss, distance(), gamma).sum(), mass.sum())
 
 
 @_in_fp32
-def focal_softmax(logits, labels, gamma=2., ignore=None):
+def focal_softmax(logits, labels, gamma=2., ignore=None, weight=None):
     """Focal loss of several classes: cross entropy times (1 - p)^gamma, where p is the softmax at the label, mean over
-    the valid elements. Shapes, ignore and errors: see `dice_softmax`. (segmentation-models-pytorch instead averages
-    binary focal losses of the classes.)"""
-    loss, valid = _hard_cross_entropy(logits, labels, ignore)
-    return _mean(focus(loss, -torch.expm1(-loss), gamma), valid)  # loss is -log p
+    the valid elements. Weight: see `cross_entropy`. Shapes, ignore and errors: see `dice_softmax`.
+    (segmentation-models-pytorch instead averages binary focal losses of the classes.)"""
+    loss, mass = _hard_cross_entropy(logits, labels, weight, ignore)
+    return _ratio((focus(loss, -torch.expm1(-loss), gamma) * mass).sum(), mass.sum())  # loss is -log p
 
 
-def _top_mean(loss, valid, share):
-    """Mean of the largest `share` of the valid elements of `loss`, at least one.
+def _top_mean(loss, mass, share):
+    """Mean of the largest `share` of the valid elements of `loss`, at least one, by their weights in `mass`. The loss is
+    weighted already, and both are 0 where ignored.
 
-    Their number k depends on the labels, and reading it would synchronise with the GPU. So topk gets the k of a batch
-    without ignored elements, and the excess is masked.
+    The number k of elements depends on the labels, and reading it would synchronise with the GPU. So topk gets the k of
+    a batch without ignored elements, and the excess is masked.
     """
-    largest = (loss * valid).flatten().topk(max(1, int(share * loss.numel()))).values
-    k = (share * valid.sum()).long().clamp(1, len(largest))
-    return (largest * (torch.arange(len(largest), device=k.device) < k)).sum() / k
+    largest, where = loss.flatten().topk(max(1, int(share * loss.numel())))
+    k = (share * (mass > 0).sum()).long().clamp(1, len(largest))
+    kept = torch.arange(len(largest), device=k.device) < k
+    total = k if mass.dtype == torch.bool else (mass.flatten()[where] * kept).sum()
+    return _ratio((largest * kept).sum(), total)
 
 
 @_in_fp32
-def top_k(logits, labels, share=0.1, ignore=None):
+def top_k(logits, labels, share=0.1, ignore=None, weight=None):
     """Binary cross entropy of the hardest pixels: mean over the `share` (0 .. 1, at least one pixel) of the batch's
-    valid pixels with the largest loss. nnU-Net's TopK loss (Isensee et al. 2021). Shapes, ignore, errors: see `bce`."""
-    logits, labels, valid = _binary(logits, labels, ignore)
-    return _top_mean(F.binary_cross_entropy_with_logits(logits, labels, reduction="none"), valid, share)
+    valid pixels with the largest loss. nnU-Net's TopK loss (Isensee et al. 2021). Shapes, weight, ignore, errors: see
+    `bce`."""
+    loss, mass, _ = _binary_cross_entropy(logits, labels, 0., weight, ignore)
+    return _top_mean(loss, mass, share)
 
 
 @_in_fp32
-def top_k_softmax(logits, labels, share=0.1, ignore=None):
-    """`top_k` of softmax cross entropies, as in nnU-Net. Shapes, ignore and errors: see `dice_softmax`."""
-    return _top_mean(*_hard_cross_entropy(logits, labels, ignore), share)
+def top_k_softmax(logits, labels, share=0.1, ignore=None, weight=None):
+    """`top_k` of softmax cross entropies, as in nnU-Net. Weight: see `cross_entropy`. Shapes, ignore and errors: see
+    `dice_softmax`."""
+    loss, mass = _hard_cross_entropy(logits, labels, weight, ignore)
+    return _top_mean(loss * mass, mass, share)

@@ -3,6 +3,7 @@ import argparse
 
 import torch
 
+from utils import losses
 from utils.errors import Parser, UserError
 from utils.files import write_json
 from utils.train import dist, optim, runs
@@ -75,6 +76,11 @@ def noise_list(text):
     return path, int_range(1)(count)
 
 
+def weight_list(text):
+    """argparse type: "balanced", or "1,20" -> [1.0, 20.0]."""
+    return text if text == "balanced" else [float_range(1e-6)(number) for number in text.split(",")]
+
+
 def loss_term(known):
     """argparse type: "bce" -> ("bce", 1.0), "bce=0.5" -> ("bce", 0.5)."""
     def parse(text):
@@ -93,6 +99,7 @@ def train_parser(description, task, **defaults):
     add("--data", metavar="DIR", help="folder of the data")
     add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on these "
         "folders, such as pseudo labels of predict.py; WEIGHT: how often their samples come, --data's being 1")
+    add("--allow-bad", action="store_true", help="train even if more than 1 %% of the images or boxes cannot be used")
     add("--show-augment", action="store_true", help="only draw augmented samples into augment.png, a column per epoch")
     add("--debug", action="store_true", help="train two epochs on a few samples, and check that the loss falls")
     add("--epochs", type=int_range(1, 10**6), help="number of epochs")
@@ -223,6 +230,8 @@ def word(flag):
 
 def _present_names(flags):
     """The flags of a run, which may be of the first edition, under the names that they have now."""
+    if "allow_bad_labels" in flags:
+        flags = flags | {"allow_bad": flags["allow_bad_labels"]}
     if "pixel_scale" in flags:
         return flags
     old = {"pixel_scale": "band_scale" if "band_scale" in flags else "scale", "aux_cls": "presence"}
@@ -256,6 +265,20 @@ def _check_flags(parser, args, given, needs):
     if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
         raise UserError(f"{', '.join(map(word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
                         f"total; lower one")
+
+
+def class_weights(args, names, counts, negatives=None):
+    """Prints how often each class is trained on -> [weight per class] of --class-weights, or None without. `balanced`
+    becomes numbers in `args`, which checkpoints keep. counts, negatives: of `losses.balanced`."""
+    if args.class_weights == "balanced":
+        args.class_weights = losses.balanced(counts, negatives)
+    weights = args.class_weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise UserError(f"--class-weights: has {len(weights)} numbers for {len(names)} classes; give one per class")
+    dist.print0("trained on, by class: " + ", ".join(
+        f"{name} {count:,}" + f" (weight {weight:.4g})" * bool(args.class_weights)
+        for name, count, weight in zip(names, counts, weights)))
+    return args.class_weights
 
 
 def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_decay=None, eps=1e-8):

@@ -1,0 +1,104 @@
+"""One bad item costs itself: what is wrong with an image, a mask or a box is collected over the whole data set before
+anything is trained, counted by kind, written to one list, and shown in one go. More than 1 % of bad items is an error.
+"""
+import math
+import re
+from contextlib import suppress
+
+from data import images
+from utils.errors import UserError, one_line
+from utils.files import kept_values, stamps_of, store_of, write_text
+from utils.train import dist
+
+MAX_SHARE = 0.01  # of the items; more is rather a misunderstanding than a slip
+
+
+def leave_out(root, cases, total, what, *, allow_bad=False, file=None, notes=()):
+    """Reports bad items: rank 0 prints a line per kind and writes all of them to the text file `file`, if that can be
+    written. UserError when more than 1 % of the `total` items (`what`, such as "images") are bad, unless allow_bad.
+
+    cases: {kind: [place of each]}. notes: {kind: what happens to these items}, which are not counted as bad.
+    """
+    see = ""
+    if file and cases:
+        with suppress(UserError):
+            if dist.rank() == 0:
+                write_text(file, "".join(f"{kind}: {place}\n" for kind in cases for place in cases[kind]))
+            see = f"; all in {file}"
+    for kind, places in cases.items():
+        dist.print0(f"{root}: {kind}: {len(places)} {dict(notes).get(kind, 'left out')}, first {places[0]}{see}")
+    dropped = {kind: places for kind, places in cases.items() if kind not in notes}
+    count = sum(map(len, dropped.values()))
+    if count > MAX_SHARE * total and not allow_bad:
+        kinds = ", ".join(f"{len(places)} {kind}" for kind, places in dropped.items())
+        raise UserError(f"{root}: {count} of {total} {what} cannot be used ({kinds}{see}), such as "
+                        f"{next(iter(dropped.values()))[0]}; correct them, or go on without them by --allow-bad")
+
+
+def sort_out(root, items, check, *, variant, allow_bad=False, cache="runs/cache"):
+    """-> the indices of the items that can be used, and what check(item) has returned for each of these. The others are
+    left out, see `leave_out`. Arguments: of `inspect`."""
+    found, store = inspect(root, items, check, variant, cache)
+    cases = {}
+    for _, wrong in found:
+        if wrong:  # "FILE: kind of fault; remedy"
+            cases.setdefault(re.split("[;,(]", wrong.partition(": ")[2])[0].strip(), []).append(wrong)
+    leave_out(root, cases, len(items), "images", allow_bad=allow_bad, file=store.with_name(f"bad-{store.stem}.txt"))
+    kept = [i for i, (_, wrong) in enumerate(found) if not wrong]
+    if not kept:
+        raise UserError(f"{root}: none of its {len(items)} images can be used; replace them")
+    return kept, [found[i][0] for i in kept]
+
+
+def inspect(root, items, check, variant, cache="runs/cache"):
+    """-> per item `attempt(check, item)`, and the file in which this is kept until a file or `variant` changes.
+
+    items: tuples of files, such as an image and its mask. check: item -> plain values, or a UserError that tells what
+    is wrong. variant: what else the result of `check` depends on. cache: folder of the file, None: it is not kept.
+    """
+    store = store_of(cache, "images", root, variant)
+    with kept_values(store) as known:
+        names = ["\n".join(map(str, item)) for item in items]
+        stamps = [stamps_of(item) for item in items]
+        new = [i for i, name in enumerate(names) if known.get(name, [None])[0] != stamps[i]]
+        for i, found in zip(new, images.in_threads(lambda i: attempt(check, items[i]), new, "check")):
+            known[names[i]] = [stamps[i], *found]
+        return [known[name][1:] for name in names], store
+
+
+def attempt(function, *args):
+    """-> (what function(*args) returns, None), or (None, the message of its UserError)."""
+    try:
+        return function(*args), None
+    except UserError as error:
+        return None, one_line(error)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+def readable(root, files, bands=None, **options):
+    """-> the indices of the images that can be decoded and have these bands (from 1; None: `default_bands`). options:
+    of `sort_out`."""
+    bands = bands or default_bands(files)
+    return sort_out(root, [(file,) for file in files], lambda item: decode(*item, bands), variant=bands, **options)[0]
+
+
+def unreadable(files, bands, longest):
+    """-> {file: the message} of the images that `decode` refuses."""
+    found = images.in_threads(lambda file: attempt(decode, file, bands, longest)[1], files, "check")
+    return {file: reason for file, reason in zip(files, found) if reason}
+
+
+def default_bands(files):
+    """`images.default_bands` of the files whose headers can be read."""
+    wrong = unreadable(files, None, 0)
+    return images.default_bands([file for file in files if file not in wrong] or files)
+
+
+def decode(path, bands, longest=math.inf):
+    """UserError for an image of which `images.read_picture` cannot give these bands. GeoTIFFs are read in pieces, so
+    that memory does not grow with the scene. longest: of an image with a longer side only the header is read."""
+    found = images.header(path)
+    count, height, width = found.size
+    rows, shape = (images.STRIP // (count * width) + 1, None) if images.in_windows(found) else (height, (1, 1))
+    for y in range(0, height if max(height, width) <= longest else 0, rows):
+        images.read_picture(path, bands, window=(y, 0, min(rows, height - y), width), shape=shape)
