@@ -1,6 +1,7 @@
 """The split into folds for training and validation, written once as JSON {sample name: fold}, and checks of it."""
 import math
 import os
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -8,9 +9,49 @@ import numpy as np
 
 from data import images
 from utils.errors import UserError
-from utils.files import read_csv, read_json, write_json
+from utils.files import read_csv, read_json, show, write_json
 from utils.pictures import review
 from utils.train import dist
+
+
+# the words of a name that tell a part of a data set, see part_of
+PARTS = {"train": "train", "training": "train", "trainval": "train", "val": "val", "valid": "val", "validation": "val",
+         "dev": "val", "test": "test", "testing": "test"}
+SHOWN = 20  # classes
+
+
+# ---- the data's own parts --------------------------------------------------------------------------------------------
+def part_of(name):
+    """"train", "val" or "test" where a word of the name says so (train2017, instances_val.json, TestSet), else None.
+    In a path the first such word decides: train/images and images/train are the same part."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", str(name))
+    return next((PARTS[word] for word in (word.lower().removesuffix("set") for word in words) if word in PARTS), None)
+
+
+def join_parts(listed):
+    """[(sample, part, where it is listed)] -> {sample: part}. Samples for testing and validation are for validation.
+    UserError for a sample that is for training and for another part too."""
+    found = {}
+    for sample, part, where in listed:
+        other, there = found.setdefault(sample, (part, where))
+        if other != part and "train" in (other, part):
+            raise UserError(f"{where}: {sample} is in the part {part} here and in {other} in {there}; remove one")
+        if part == "val":
+            found[sample] = part, where
+    return {sample: part for sample, (part, _) in found.items()}
+
+
+def describe(data, layout, sides, names=(), notes=()):
+    """The lines that tell what was understood of the data before a run trains on it.
+
+    sides: {part: (number of images, number of objects or images per class)}. names: of the classes. notes: more lines.
+    """
+    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    lines = [f"{data}: {layout}"]
+    for part, (count, per_class) in sides.items():
+        shares = [f"{show(name)[1:-1]} {n}" for name, n in list(zip(names, per_class))[:SHOWN]]
+        lines.append(f"  {part}: {count} images" + (": " + ", ".join(shares + more) if shares else ""))
+    return lines + [f"  {note}" for note in notes]
 
 
 # ---- which sample is in which fold -----------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class Header(NamedTuple):
     dtype: str       # of the numbers, such as "uint8"
     bits: int = 8    # of a number, where they are less than a byte
     palette: object = None  # the colours that the indices of the one band stand for, (256, 3) uint8
+    orientation: int = 1  # EXIF's of a JPEG, already applied to `size`
 
 
 def header(path):
@@ -128,8 +129,9 @@ def _header(path, changed, length, regular):
     if kind == "JPEG":
         try:
             with Image.open(path, formats=("JPEG",)) as file:  # the header only
-                turned = file.getexif().get(0x0112, 1) >= 5
-                return Header(kind, (len(file.getbands()), *(file.size if turned else file.size[::-1])), "uint8")
+                tag = file.getexif().get(0x0112, 1)
+                size = file.size if tag >= 5 else file.size[::-1]
+                return Header(kind, (len(file.getbands()), *size), "uint8", orientation=tag)
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
             raise UserError(f"{path}: not a readable JPEG, or far too large; replace or remove it") from None
     with _open(path, kind) as file:

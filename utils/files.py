@@ -38,15 +38,17 @@ def read_bytes(path):
         return Path(path).read_bytes()
 
 
+def unique(pairs):
+    """[(key, value)] -> dict. Raises ValueError for a key that stands twice."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {show(twice)} stands twice in one object")
+    return entry
+
+
 def read_json(path):
     """A JSON file's content. Raises UserError for what is not JSON, and for a key that stands twice in one object."""
-    def unique(pairs):
-        entry = dict(pairs)
-        if len(entry) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {show(twice)} stands twice in one object")
-        return entry
-
     try:
         return json.loads(read_bytes(path), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:

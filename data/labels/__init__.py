@@ -1,7 +1,7 @@
 """Labels of object detection: images and their boxes, read from the usual formats and checked box by box.
 
     coco.py    the parking-lot competition's files, COCO's folders, or one JSON file
-    yolo.py    YOLO's text files, with data.yaml or without
+    yolo.py    YOLO's text files, with data.yaml (data_yaml.py reads it) or without
     voc.py     Pascal VOC's XML files
     masks.py   the objects in segmentation masks
 
@@ -22,17 +22,21 @@ import numpy as np
 
 from data import images
 from data.labels import coco, masks, voc, yolo
+from data.labels.records import MISSING, NO_BOX, list_files
 from utils.errors import UserError
 from utils.files import locked, show, whole_file, write_text
 from utils.train import dist
 
-VERSION = 4  # of the kept result: to be raised when a reader finds something else in the same files
+VERSION = 5  # of the kept result: to be raised when a reader finds something else in the same files
 # A side of less than a pixel shows nothing, and its logarithm diverges. 0.1 is left for YOLO's rounding: with four
 # decimals, one pixel of 2000 is written as 0.95 to 1.05
 MIN_SIDE = 0.9
 MAX_DROPPED = 0.01  # share of the boxes; more is rather a misunderstanding than a slip
 DROPPED = ("not finite", "unknown category", "less than a pixel inside the image", "duplicate")
+UNREADABLE = (NO_BOX, yolo.BAD_LINE)
+MAX_CUT = 0.2  # share of the boxes that may lose this share of their area by clipping; else they are of another format
 CLIPPED = "clipped to the image"
+TURNED, UNSURE = "boxes turned with the image, by its EXIF", "boxes may be of the image before its EXIF turns it"
 RESIZED = "image of another size than its labels state"
 
 
@@ -71,7 +75,7 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
             if store:
                 with suppress(UserError), whole_file(store) as temporary:
                     temporary.write_bytes(zlib.compress(json.dumps(found).encode(), 1))
-    _report(path, found, store and store.with_suffix(".txt"), allow_bad)
+    _report(path, found, layout, store and store.with_suffix(".txt"), allow_bad)
     return Labels([layout.root / file for file in found["files"]], [tuple(size) for size in found["sizes"]],
                   [np.array(boxes, np.float64).reshape(-1, 4) for boxes in found["boxes"]],
                   [np.array(classes, np.int64) for classes in found["classes"]],
@@ -101,9 +105,10 @@ def _find(path):
         if layout:
             return layout
     if os.path.isdir(path):  # unlike Path.is_dir, for every name
-        raise UserError(f"{path}: no labels in it: neither train/label/Train.json nor annotations/*.json nor images "
-                        f"and labels nor JPEGImages and Annotations nor train_img and train_mask; check the path given "
-                        f"to --data")
+        shown = ", ".join(map(show, list_files(path, "")[:2])) or "nothing"
+        raise UserError(f"{path}: no labels in it, but {shown}: neither train/label/Train.json nor annotations/*.json nor "
+                        f"images with labels/*.txt or annotations/*.xml or with these beside them nor train_img and "
+                        f"train_mask; check --data, or convert the labels to one JSON file in COCO's format")
     raise UserError(f"{path}: no such folder or .json file; put the data there, or point --data to it")
 
 
@@ -112,9 +117,9 @@ def _check(layout):
     """Reads and checks everything -> dict of values that JSON can hold."""
     key = _key(layout)  # before reading: a file that changes meanwhile is read again
     records = layout.read(layout)
-    if not records.images:
+    if not records.images and not records.cases.get(MISSING):
         raise UserError(f"{layout.root}: no images in its labels, or in its folders; check the path given to --data")
-    files, held_out, stated = map(list, zip(*records.images))
+    files, held_out, stated = map(list, zip(*records.images)) if records.images else ([], [], [])
     stamps = _stamps(layout.root, files)
     sizes = images.in_threads(lambda file: images.size(layout.root / file)[1:], files, "sizes")
     category_of = {}
@@ -122,28 +127,66 @@ def _check(layout):
         if category_of.setdefault(name, category) != category:  # results are kept by name
             raise UserError(f"{layout.root / layout.labels[0]}: the categories {category_of[name]} and {category} are "
                             f"both named {show(name)}; rename one, or give all their boxes one category")
-    boxes, classes, cases = _sort_out(records, files, sizes, list(category_of.values()), layout.place)
-    cases["crowd"] = [f"{label}: {layout.place.format(number)}" for label, number in records.crowds]
-    cases[RESIZED] = [
-        f"{file}: {size[0]} x {size[1]}, not {show(labelled)}"
-        for file, size, labelled in zip(files, sizes, stated) if labelled not in (None, size)]
+    turns, cases = _turns(layout.root, files, sizes, stated)
+    boxes, classes, more, cut = _sort_out(records, files, sizes, turns, list(category_of.values()), layout.place)
+    cases |= more | records.cases | layout.cases
+    held_out = [out and not all(held_out) for out in held_out]
     return {"key": key, "stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
-            "held_out": [out and not all(held_out) for out in held_out], "category_ids": list(category_of.values()),
-            "names": list(category_of), "cases": {kind: places for kind, places in cases.items() if places},
-            "total": len(records.boxes)}
+            "held_out": held_out, "category_ids": list(category_of.values()), "names": list(category_of),
+            "cases": {kind: places for kind, places in cases.items() if places}, "cut": cut,
+            "total": len(records.boxes) + sum(len(cases.get(kind, ())) for kind in UNREADABLE)}
 
 
-def _sort_out(records, files, sizes, category_ids, place):
-    """-> per image the boxes to keep, clipped to it, in pixels, and their classes; {kind of case: its places}."""
+def _turns(root, files, sizes, stated):
+    """-> per image the EXIF orientation by which its boxes are to be turned (1: none), {kind of case: its places}.
+
+    Images are read upright, and some programs label them as they are stored. Which of both holds is told by the size
+    that the labels state, where the orientation exchanges height and width; other images follow these.
+    """
+    found, cases = [1] * len(files), {TURNED: [], UNSURE: [], RESIZED: []}
+    tags = {i: images.header(root / files[i]).orientation for i, size in enumerate(stated) if size is not None}
+    stored = {stated[i] != sizes[i] for i, tag in tags.items() if tag > 4 and stated[i] in (sizes[i], sizes[i][::-1])
+              and sizes[i][0] != sizes[i][1]}
+    for i, tag in tags.items():
+        file, size = files[i], sizes[i]
+        told = stated[i] == size[::-1] != size if tag > 4 and size[0] != size[1] else stored == {True}
+        if stated[i] != (size[::-1] if told and tag > 4 else size):
+            cases[RESIZED].append(f"{file}: {size[0]} x {size[1]}, not {show(stated[i])}")
+        elif tag > 1 and told:
+            found[i] = tag
+            cases[TURNED].append(file)
+        elif 1 < tag and (tag < 5 or size[0] == size[1]) and stored != {False}:
+            cases[UNSURE].append(f"{file}: orientation {tag}")
+    return found, cases
+
+
+def _turn(box, size, tag):
+    """A box x1, y1, x2, y2 of an image as it is stored -> the box in the image as EXIF turns it, of size (height,
+    width)."""
+    x1, y1, x2, y2 = box if tag < 5 else (box[1], box[0], box[3], box[2])
+    x1, x2 = (size[1] - x2, size[1] - x1) if tag in (2, 3, 6, 7) else (x1, x2)
+    y1, y2 = (size[0] - y2, size[0] - y1) if tag in (3, 4, 7, 8) else (y1, y2)
+    return x1, y1, x2, y2
+
+
+def _area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _sort_out(records, files, sizes, turns, category_ids, place):
+    """-> per image the boxes to keep, clipped to it, in pixels, and their classes; {kind of case: its places}; how many
+    boxes lose much of their area by clipping."""
     boxes, classes, class_of = [[] for _ in files], [[] for _ in files], {key: k for k, key in enumerate(category_ids)}
-    cases, seen = {kind: [] for kind in (*DROPPED, CLIPPED)}, set()
+    cases, seen, cut = {kind: [] for kind in (*DROPPED, CLIPPED)}, set(), 0
     for owner, category, box, label, number in records.boxes:
         height, width = sizes[owner]
         corners = [side * n for side, n in zip(box, (width, height) * 2)] if records.normalised else box
+        corners = _turn(corners, sizes[owner], turns[owner])
         inside = tuple(min(max(0.0, side), n) for side, n in zip(corners, (width, height) * 2))
         reasons = (not all(map(math.isfinite, corners)), category not in class_of,
                    min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE, (owner, category, inside) in seen)
         case = next(itertools.compress(DROPPED, reasons), None)
+        cut += _area(inside) < (1 - MAX_CUT) * _area(corners)
         if case is None:
             seen.add((owner, category, inside))
             boxes[owner].append(inside)
@@ -152,12 +195,12 @@ def _sort_out(records, files, sizes, category_ids, place):
                 case = CLIPPED
         if case:
             cases[case].append(f"{label}: {place.format(number)}, {files[owner]}: {box}")
-    return boxes, classes, cases
+    return boxes, classes, cases, cut
 
 
-def _report(path, found, file, allow_bad):
-    """On rank 0 prints a line per kind of case and writes all cases to `file`. UserError when too many boxes are
-    dropped, or none are left."""
+def _report(path, found, layout, file, allow_bad):
+    """On rank 0 prints a line per kind of case and writes all cases to `file`. UserError when too many boxes or images
+    are dropped, none are left, or the labels are rather misunderstood (unless allow_bad)."""
     cases, see = found["cases"], ""
     if file and cases:
         with suppress(UserError):
@@ -165,17 +208,36 @@ def _report(path, found, file, allow_bad):
                 write_text(file, "".join(f"{kind}: {place}\n" for kind in cases for place in cases[kind]))
             see = f"; all in {file}"
     for kind, places in cases.items():
-        what = "found" if kind in (CLIPPED, RESIZED) else "left out"
+        what = "found" if kind in (CLIPPED, RESIZED, TURNED, UNSURE) else "left out"
         dist.print0(f"{path}: {kind}: {len(places)} {what}, first {places[0]}{see}")
-    dropped = {kind: len(cases[kind]) for kind in DROPPED if kind in cases}
-    count = sum(dropped.values())
-    if count > MAX_DROPPED * found["total"] and not allow_bad:
-        raise UserError(f"{path}: {count} of {found['total']} boxes cannot be used ("
-                        f"{', '.join(f'{n} {kind}' for kind, n in dropped.items())}{see}); correct them, or go on "
-                        f"without them by --allow-bad-labels")
+    if not allow_bad:
+        _refuse(path, found, layout, see)
     if not any(found["boxes"]):
         raise UserError(f"{path}: no boxes in the labels of {len(found['files'])} images, so nothing to learn; check "
                         f"the labels")
+
+
+def _refuse(path, found, layout, see):
+    """Raises UserError where the labels are bad rather than now and then wrong."""
+    cases, total, count = found["cases"], found["total"], len(found["files"])
+    listed = count + len(cases.get(MISSING, ()))
+    held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
+    bare = sum(label is None for label, _ in layout.images.values()) if type(layout.images) is dict else 0
+    for kinds, all_of, what in ((DROPPED + UNREADABLE, total, "boxes"), ((MISSING, UNSURE), listed, "images")):
+        dropped = {kind: cases[kind] for kind in kinds if kind in cases}
+        bad = sum(map(len, dropped.values()))
+        if bad > MAX_DROPPED * all_of:
+            counts = ", ".join(f"{len(places)} {kind}" for kind, places in dropped.items())
+            raise UserError(f"{path}: {bad} of {all_of} {what} cannot be used ({counts}, first "
+                            f"{next(iter(dropped.values()))[0]}{see}); correct them, or go on without them by "
+                            f"--allow-bad-labels")
+    for wrong, what in (
+            (found["cut"] > MAX_CUT * total, f"{found['cut']} of {total} boxes lie to more than a fifth outside their "
+             f"images, as boxes do that are written in another order or unit"),
+            (held and any(found["boxes"]) and not any(held), f"none of the {len(held)} validation images has a box"),
+            (2 * bare > count, f"{bare} of {count} images have no label file")):
+        if wrong:
+            raise UserError(f"{path}: {what}; correct that, or go on by --allow-bad-labels")
 
 
 # ---- the kept result -------------------------------------------------------------------------------------------------

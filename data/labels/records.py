@@ -5,20 +5,27 @@ read(layout) -> Records. What a reader cannot understand is a UserError that nam
 that is understood but makes no sense stays in the records: data/labels drops it and counts it.
 """
 import os
-import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+from data import images
+from data.folds import PARTS, join_parts, part_of
 from utils.errors import UserError
-from utils.files import read_bytes
+from utils.files import read_bytes, same_name, show
+
+IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
+MISSING, NO_BOX = "image not found", "no box of 4 numbers, nor a polygon"  # kinds of cases
+NO_LABELS = ("classes.txt", "predefined_classes.txt", "readme.txt")  # programs write them among the labels
+
 
 class Layout(NamedTuple):
-    """The files of a data set. labels, images: names relative to `root`, sorted."""
+    """The files of a data set. labels, images: names relative to `root`."""
     root: Path
     labels: list
-    images: list     # empty where the label files list the images
+    images: dict     # {image: [its label file or None, part]}; empty where the label files list the images
     read: Callable   # read(layout) -> Records
     place: str       # how a message names a box in its label file, such as "line {}"
+    cases: dict = {}  # as in Records
 
 
 class Records(NamedTuple):
@@ -26,14 +33,8 @@ class Records(NamedTuple):
     images: list            # (file relative to the root, held out for validation?, (height, width) as labelled or None)
     boxes: list             # (index of the image, category, (x1, y1, x2, y2) in pixels, label file, number in it)
     names: dict             # {category: name}
-    crowds: list = []       # (label file, number in it) of regions that are no single objects
+    cases: dict = {}        # {kind of what was left out, see data/labels: [where it stands]}
     normalised: bool = False  # the boxes are shares of the image's width and height instead of pixels
-
-
-def part_of(name):
-    """"train" or "val" for names such as instances_val2017.json and valid.json, else None."""
-    found = re.search(r"(?<![a-z])(train|val)", name.lower())
-    return found and found[1]
 
 
 def list_files(folder, *suffixes):
@@ -44,24 +45,106 @@ def list_files(folder, *suffixes):
         return []
 
 
-def by_stem(names, folder):
-    """{name without its suffix: name}. UserError for two files of one name in the folder: their boxes would be lost, or
-    be taken for another image's."""
-    found = {}
-    for name in names:
-        other = found.setdefault(os.path.splitext(name)[0], name)
-        if other != name:
-            raise UserError(f"{folder / name}: {other} has the same name; rename or remove one")
+def list_tree(root):
+    """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders."""
+    found = []
+    for top, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.normpath(os.path.join(os.path.relpath(top, root), name)) for name in sorted(names)
+                  if not name.startswith(".")]
     return found
 
 
-def check_pairs(image_folder, images, label_folder, labels):
-    """Raises UserError for a label file without an image. images, labels: names in their folders."""
-    label_of = by_stem(labels, label_folder)
-    lone = sorted(label_of.keys() - by_stem(images, image_folder).keys())
-    if lone:
-        raise UserError(f"{label_folder / label_of[lone[0]]}: no image of that name in {image_folder} ({len(lone)} in "
-                        f"total); add it as PNG, JPEG or TIFF, or remove the label file")
+def finder(files):
+    """-> function(name) -> the one of the files whose path ends with the name, which may lack the suffix; or None.
+    Folders at the start of the name are ignored where the files lie in no folder of that name."""
+    found, folders = {}, {word for file in files for word in same_name(file).split("/")[:-1]}
+    for file in files:
+        for path in {file, os.path.splitext(file)[0]}:
+            words = same_name(path).split("/")
+            for tail in ("/".join(words[i:]) for i in range(len(words))):
+                found[tail] = file if found.get(tail, file) == file else None  # several files: not told by this
+
+    def find(name):
+        words = os.path.normpath(same_name(name).replace("\\", "/")).split("/")
+        while len(words) > 1 and "/".join(words) not in found and words[0] not in folders:
+            words = words[1:]
+        return found.get("/".join(words))
+    return find
+
+
+def pair(root, suffix, label_folders, entries=()):
+    """Images and their label files -> {image: [label file or None, "train" or "val"]}, {kind of case: places}.
+
+    Both have one path, but for suffixes, capitals, and folders that are named like images or labels. entries: (part,
+    folder or list of images, where it stands), the data's own parts; else the folders' names tell them. Images for
+    testing are left out. Raises UserError for two files of one path, and for a label file in a folder of labels without
+    an image.
+    """
+    def key(file):
+        folder, name = os.path.split(file)
+        words = [word for word in folder.lower().split("/") if word not in IMAGE_FOLDERS | label_folders]
+        return "/".join([*words, os.path.splitext(name)[0]])
+
+    def by_key(files):
+        found = {}
+        for file in files:
+            other = found.setdefault(key(file), file)
+            if other != file:
+                raise UserError(f"{root / file}: {other} has the same name; rename or remove one")
+        return found
+
+    def lies_in(file, names):
+        return not names.isdisjoint(os.path.dirname(file).lower().split("/"))
+
+    files = list_tree(root)
+    labels = [file for file in files if file.lower().endswith(suffix) and os.path.basename(file).lower() not in NO_LABELS]
+    pictures = [file for file in files if file.lower().endswith(images.SUFFIXES)]
+    if not entries or not all(os.path.isdir(root / entry) for _, entry, _ in entries):
+        beside = {os.path.dirname(label) for label in labels}
+        inside = [file for file in pictures if lies_in(file, IMAGE_FOLDERS)]
+        pictures = inside or [file for file in pictures if os.path.dirname(file) in beside]
+    there = {os.path.dirname(file) for file in pictures}
+    image_of = by_key(pictures)
+    label_of = by_key(label for label in labels if lies_in(label, label_folders) or os.path.dirname(label) in there)
+    lone = [label for name, label in label_of.items() if name not in image_of and part_of(os.path.dirname(label)) != "test"]
+    wrong = next((label for label in lone if lies_in(label, label_folders)), None)
+    if wrong:
+        folder = next((os.path.dirname(file) for name, file in image_of.items()
+                       if os.path.dirname(name) == os.path.dirname(key(wrong))), "")
+        raise UserError(f"{root / wrong}: no image of that name in {root / folder} ({len(lone)} in total); add it as PNG, "
+                        f"JPEG or TIFF, or remove the label file")
+    parts, missing = _parts(root, pictures, entries)
+    found = {file: [label_of.get(name), parts[file] or "train"] for name, file in image_of.items()
+             if parts[file] != "test" and (parts[file] or label_of.get(name) or not any(parts.values()))}
+    return found, {MISSING: missing, "label file without an image": lone}
+
+
+def _parts(root, files, entries):
+    """-> {file: part or None}, [where an image stands that is not there]."""
+    if not entries:
+        return {file: part_of(os.path.dirname(file)) for file in files}, []
+    locate, listed, missing = finder(files), [], []
+    for part, entry, where in entries:
+        if os.path.isdir(root / entry):
+            listed += [(file, part, where) for file in files if entry == "." or file.startswith(f"{entry}/")]
+            continue
+        for number, line in enumerate(read_lines(root / entry), 1):
+            file = locate(line.strip()) or locate(line.partition(" ")[0])  # VOC's "000005 -1"
+            if file:
+                listed.append((file, part, f"{where}: line {number}"))
+            elif line.strip() and part != "test":
+                missing.append(f"{where}: line {number}: no image {show(line.strip())}")
+    part_of_file = join_parts(listed)
+    rest = "test" if "train" in {part for part, *_ in entries} else "train"  # the others are not meant for training
+    return {file: part_of_file.get(file, rest) for file in files}, missing
+
+
+def list_entries(root, *folders):
+    """The entries for `pair` of image lists such as train.txt and val.txt in these folders."""
+    return [(part, os.path.join(folder, name), root / folder / name) for folder in folders
+            for name in list_files(root / folder, ".txt") if (part := PARTS.get(name[:-4].lower()))
+            and name[:-4].lower() != "trainval"]
 
 
 def read_lines(path):
