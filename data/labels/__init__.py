@@ -223,7 +223,7 @@ def _refuse(path, found, layout, see):
     listed = count + len(cases.get(MISSING, ()))
     held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
     bare = sum(label is None for label, _ in layout.images.values()) if type(layout.images) is dict else 0
-    for kinds, all_of, what in ((DROPPED + UNREADABLE, total, "boxes"), ((MISSING, UNSURE), listed, "images")):
+    for kinds, all_of, what in (((MISSING, UNSURE), listed, "images"), (DROPPED + UNREADABLE, total, "boxes")):
         dropped = {kind: cases[kind] for kind in kinds if kind in cases}
         bad = sum(map(len, dropped.values()))
         if bad > MAX_DROPPED * all_of:
@@ -232,7 +232,7 @@ def _refuse(path, found, layout, see):
                             f"{next(iter(dropped.values()))[0]}{see}); correct them, or go on without them by "
                             f"--allow-bad-labels")
     for wrong, what in (
-            (found["cut"] > MAX_CUT * total, f"{found['cut']} of {total} boxes lie to more than a fifth outside their "
+            (found["cut"] > max(1, MAX_CUT * total), f"{found['cut']} of {total} boxes lie to more than a fifth outside their "
              f"images, as boxes do that are written in another order or unit"),
             (held and any(found["boxes"]) and not any(held), f"none of the {len(held)} validation images has a box"),
             (2 * bare > count, f"{bare} of {count} images have no label file")):
