@@ -70,6 +70,24 @@ def same_name(name):
     return unicodedata.normalize("NFC", name)
 
 
+def finder(files):
+    """-> function(name) -> the one of the files whose path ends with the name, which may lack the suffix; or None.
+    Folders at the start of the name are ignored where the files lie in no folder of that name."""
+    found, folders = {}, {word for file in files for word in same_name(file).split("/")[:-1]}
+    for file in files:
+        for path in {file, os.path.splitext(file)[0]}:
+            words = same_name(path).split("/")
+            for tail in ("/".join(words[i:]) for i in range(len(words))):
+                found[tail] = file if found.get(tail, file) == file else None  # several files: not told by this
+
+    def find(name):
+        words = os.path.normpath(same_name(name).replace("\\", "/")).split("/")
+        while len(words) > 1 and "/".join(words) not in found and words[0] not in folders:
+            words = words[1:]
+        return found.get("/".join(words))
+    return find
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 def check_absent(target):
     """Raises UserError when something of that name exists."""

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 from data import images
 from data.folds import PARTS, join_parts, part_of
 from utils.errors import UserError
-from utils.files import read_bytes, same_name, show
+from utils.files import finder, read_bytes, show
 
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
 MISSING, NO_BOX = "image not found", "no box of 4 numbers, nor a polygon"  # kinds of cases
@@ -53,24 +53,6 @@ def list_tree(root):
         found += [os.path.normpath(os.path.join(os.path.relpath(top, root), name)) for name in sorted(names)
                   if not name.startswith(".")]
     return found
-
-
-def finder(files):
-    """-> function(name) -> the one of the files whose path ends with the name, which may lack the suffix; or None.
-    Folders at the start of the name are ignored where the files lie in no folder of that name."""
-    found, folders = {}, {word for file in files for word in same_name(file).split("/")[:-1]}
-    for file in files:
-        for path in {file, os.path.splitext(file)[0]}:
-            words = same_name(path).split("/")
-            for tail in ("/".join(words[i:]) for i in range(len(words))):
-                found[tail] = file if found.get(tail, file) == file else None  # several files: not told by this
-
-    def find(name):
-        words = os.path.normpath(same_name(name).replace("\\", "/")).split("/")
-        while len(words) > 1 and "/".join(words) not in found and words[0] not in folders:
-            words = words[1:]
-        return found.get("/".join(words))
-    return find
 
 
 def pair(root, suffix, label_folders, entries=()):
