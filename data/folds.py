@@ -150,12 +150,12 @@ def load_or_make_split(folder, names, spec, fold, *, files, strata=None, groups=
 
     A new run writes the split to folds.json in its folder, and the samples that it drops to dropped.json; a resumed run
     reads these. spec: see `parse_folds`. fold: the one to validate on. files: the samples' images. strata: see
-    `assign`. groups: a CSV, see `read_groups`. drop: (a noise.csv, the number of its worst samples to leave out of the
+    `assign`. groups: a CSV, see `read_groups`, or the group of each sample. drop: (a noise.csv, the number of its worst samples to leave out of the
     training). untrained: the samples are not trained on, so that all may be held out.
     """
     written = folder / "folds.json"
     new = not written.exists()
-    groups = read_groups(groups, names) if groups and new else None
+    groups = (groups if type(groups) is list else read_groups(groups, names)) if groups and new else None
     fold_of = spec if new else written
     if isinstance(fold_of, Path):
         fold_of = read_split(fold_of, names)

@@ -1,7 +1,13 @@
 """Segmentation data: image and mask files in the wildfire competition's layout -> tensors -> what the net sees.
 
     DATA/train_img/train_img_17.tif    DATA/train_mask/train_mask_17.tif    DATA/test_img/test_img_3.tif
+
+Other layouts: folders that differ in words for images and masks (images/train and masks/train, val/img and val/gt), or
+one folder with x_sat.jpg and x_mask.png, or a table with the columns image and mask: pairs.csv.
 """
+import os
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,21 +17,30 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import augment, images
+from data import augment, folds, images
 from data.cache import Cache
 from utils.train import dist
 from utils.errors import UserError
+from utils.files import list_tree, read_csv, show
 from utils.ops import tiles
 from utils.ops.geometry import warp
 
+IMAGE_WORDS = {"img", "image", "images", "imgs", "sat", "rgb", "photo", "photos"}
+MASK_WORDS = {"mask", "masks", "msk", "msks", "label", "labels", "annotation", "annotations", "gt", "seg", "segmentation"}
+TABLE = "pairs.csv"
+WAY_OUT = f"or list the pairs in a {TABLE} with the columns image and mask"
 UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
 
 
 class Samples(NamedTuple):
-    """Pairs of image and mask. A list per column: names, (image path, mask path), (height, width), pixels of an object;
-    bands: those to read, from 1."""
+    """Pairs of image and mask. A list per column: names, (image path, mask path), True where the data set itself holds
+    the sample out for validation, groups for the split or None, sampling weights, (height, width), pixels of an object;
+    bands: those to read, from 1. A mask path that is the image's: the image has no object."""
     names: list
     pairs: list
+    held_out: list
+    groups: list
+    weights: list
     sizes: list
     areas: list
     bands: list
@@ -36,43 +51,126 @@ class Samples(NamedTuple):
 
     def pick(self, indices):
         """The samples with these indices."""
-        return Samples(*([column[i] for i in indices] for column in self[:4]), self.bands)
+        return Samples(*([column[i] for i in indices] for column in self[:-1]), self.bands)
 
     def __add__(self, other):
-        return Samples(*(ours + theirs for ours, theirs in zip(self[:4], other[:4])), self.bands)
+        return Samples(*(ours + theirs for ours, theirs in zip(self[:-1], other[:-1])), self.bands)
 
 
 def read(root, *, bands=None, classes=1, ignore=None):
-    """The training samples of a data folder, checked: sizes, bands, mask values. -> Samples
+    """The training samples of a data folder, or of a table of pairs, checked: sizes, bands, mask values. -> Samples
 
     bands: those that will be read; None: `images.default_bands`. classes, ignore: of `read_mask`. Raises UserError
     naming the file.
     """
-    matched = pairs(Path(root) / "train_img", Path(root) / "train_mask")
-    files = [image for image, _ in matched.values()]
+    root = Path(root)
+    table = root if root.suffix.lower() == ".csv" else root / TABLE
+    found = listed_pairs(table) if os.path.isfile(table) else found_pairs(root)
+    names, paired, *_ = map(list, zip(*found))
+    files = [image for image, _ in paired]
     bands = bands or images.default_bands(files)
     images.check_bands(files, bands)
-    return Samples(list(matched), list(matched.values()), *scan(matched.values(), classes, ignore), bands)
+    return Samples(*map(list, zip(*found)), *scan(paired, classes, ignore), bands)
 
 
 def test_folder(root):
     """Where the images without masks are that predict.py reads by default."""
-    return Path(root) / "test_img"
+    root = Path(root)
+    return (root.parent if root.suffix.lower() == ".csv" else root) / "test_img"
+
+
+def listed_pairs(table):
+    """A CSV with the columns image and mask, and group, part and weight if wanted -> rows of the first columns of
+    Samples. Paths are relative to its folder; an empty mask: no object. Rows for testing are left out."""
+    header, *rows = [[value.strip() for value in row] for row in read_csv(table) if row] or [[]]
+    if not {"image", "mask"} <= set(header) or not rows:
+        raise UserError(f"{table}: no first line with the columns image and mask, and rows below it; write image,mask and, "
+                        f"if wanted, group,part,weight")
+    found = {}
+    for number, row in enumerate(rows, 2):
+        entry = {"group": None, "part": "train", "weight": 1} | dict(zip(header, row))
+        part, weight = folds.PARTS.get(entry["part"].lower() or "train"), _weight(entry["weight"])
+        image, mask = table.parent / entry["image"], table.parent / (entry["mask"] or entry["image"])
+        wrong = next((path for path in (image, mask) if not path.is_file()), None)
+        if len(row) != len(header) or not part or weight is None or wrong or entry["image"] in found:
+            why = f"no file {wrong}" if wrong else "another number of columns, an unknown part, a weight that is no number " \
+                "above 0, or an image that is listed already"
+            raise UserError(f"{table}: row {number}: {show(','.join(row))}: {why}; correct it")
+        if part != "test":
+            found[entry["image"]] = entry["image"], (image, mask), part == "val", entry["group"], weight
+    return list(found.values())
+
+
+def _weight(text):
+    """A number above 0, else None."""
+    try:
+        return float(text) if 0 < float(text) < float("inf") else None
+    except ValueError:
+        return None
+
+
+def found_pairs(root):
+    """The pairs in folders -> rows of the first columns of Samples. A folder of masks belongs to the folder of images
+    whose path has the same words, without those for images and masks. Names are the images' stems. UserError for a
+    layout that is not understood."""
+    sides = defaultdict(dict)
+    for folder in sorted({os.path.dirname(file) for file in list_tree(root) if file.lower().endswith(images.SUFFIXES)}):
+        words = _words(folder)
+        if folds.part_of(folder) != "test":
+            side = "image" if MASK_WORDS.isdisjoint(words) else "mask"
+            sides[tuple(folds.PARTS.get(word, word) for word in words if word not in IMAGE_WORDS | MASK_WORDS)][side] = folder
+    folders = [(side["image"], side["mask"]) for side in sides.values() if len(side) == 2]
+    if not folders:  # images and masks in one folder
+        folders = [(folder, folder) for side in sides.values() for folder in side.values()
+                   if any(MASK_WORDS & set(_words(file.stem)) for file in images.find(root / folder))]
+    if not folders and os.path.isdir(root) and not os.path.isdir(root / "train_img"):
+        shown = ", ".join(folder or "." for side in sides.values() for folder in side.values()) or "none"
+        raise UserError(f"{root}: no folders of images and masks that belong together, such as train_img and train_mask, or "
+                        f"images/train and masks/train (folders with images: {shown[:200]}); rename them, {WAY_OUT}")
+    found = [(image, pair, folds.part_of(folder) == "val") for folder, masks in folders or [("train_img", "train_mask")]
+             for image, pair in pairs(root / folder, root / masks).items()]
+    names = [name for name, *_ in found]
+    if len(set(names)) < len(names):  # two folders have them
+        names = [str(pair[0].relative_to(root).with_suffix("")) for _, pair, _ in found]
+    held_out = any(not out for *_, out in found)
+    return [(name, pair, out and held_out, None, 1.0) for name, (_, pair, out) in zip(names, found)]
+
+
+def _words(text):
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 def pairs(image_folder, mask_folder):
-    """-> {image stem: (image path, mask path)}: equal stems, or stems equal but for `img` <-> `mask`.
+    """-> {image stem: (image path, mask path)}, by the first rule that pairs all files: equal stems; stems equal but for
+    words for images and masks; stems equal without what all images, and all masks, have in common at start and end.
 
-    Raises UserError naming a file without partner, and two files of one name.
+    Raises UserError naming the first files without partner, and two files of one name.
     """
-    image_of, mask_of = (images.by_stem(images.find(folder)) for folder in (image_folder, mask_folder))
-    matched = {stem: (path, mask_of.pop(stem, None) or mask_of.pop(stem.replace("img", "mask"), None))
-               for stem, path in image_of.items()}
-    for lone, where in ((next((p for p, mask in matched.values() if mask is None), None), mask_folder),
-                        (next(iter(mask_of.values()), None), image_folder)):
-        if lone:
-            raise UserError(f"{lone}: no file of that name in {where}; add it, or remove this one")
-    return matched
+    found, masks = images.find(image_folder), images.find(mask_folder)
+    if image_folder == mask_folder:
+        masks = [file for file in found if MASK_WORDS & set(_words(file.stem))]
+        found = [file for file in found if file not in set(masks)]
+    sides = images.by_stem(found), images.by_stem(masks)
+    for rule in (lambda stem, all: stem, _without_common, _without_words):
+        image_of, mask_of = ({rule(stem, side): path for stem, path in side.items()} for side in sides)
+        if image_of.keys() == mask_of.keys() and len(image_of) == len(found) == len(masks):
+            return {path.stem: (path, mask_of[key]) for key, path in image_of.items()}
+    lone = [path for key, path in image_of.items() if key not in mask_of][:1]
+    lone += [path for key, path in mask_of.items() if key not in image_of][:1]
+    lone = lone or found[:1]
+    raise UserError(f"{lone[0]}: no file of that name in {mask_folder if lone[0] in found else image_folder}"
+                    f"{f' ({lone[1].name} has no partner either)' if lone[1:] else ''}; add it, or remove this one, "
+                    f"{WAY_OUT}")
+
+
+def _without_words(stem, all):
+    return " ".join(word for word in _words(stem) if word not in IMAGE_WORDS | MASK_WORDS)
+
+
+def _without_common(stem, all):
+    """Numbers stay whole: what is common ends before a digit, and starts behind one."""
+    prefix, suffix = os.path.commonprefix(list(all)), os.path.commonprefix([name[::-1] for name in all])
+    return stem[len(prefix.rstrip("0123456789")):len(stem) - len(suffix.rstrip("0123456789"))]
 
 
 def read_mask(path, classes=1, ignore=None, window=None):
@@ -102,6 +200,14 @@ def read_mask(path, classes=1, ignore=None, window=None):
     return mask.to(torch.uint8)
 
 
+def mask_of(pair, classes=1, ignore=None, window=None):
+    """`read_mask` of an (image, mask) path; zeros where there is no mask, see `Samples`."""
+    image, mask = pair
+    if image == mask:
+        return torch.zeros(window[2:] if window else images.size(image)[1:], dtype=torch.uint8)
+    return read_mask(mask, classes, ignore, window)
+
+
 def scan(paired, classes=1, ignore=None):
     """Checks the mask of every (image, mask) -> [(height, width)], [pixels of an object], in their order.
 
@@ -109,7 +215,7 @@ def scan(paired, classes=1, ignore=None):
     """
     def check(item):
         image, mask = item
-        size, labels = images.size(image)[1:], read_mask(mask, classes, ignore)
+        size, labels = images.size(image)[1:], mask_of(item, classes, ignore)
         if tuple(labels.shape) != size:
             raise UserError(f"{mask}: is {tuple(labels.shape)} pixels, its image {image} is {size}; make them equal")
         return size, int(objects(labels, ignore).sum())
@@ -186,7 +292,7 @@ class SegData(Dataset):
         places = tuple(windows) if any(windows) else ()
         self.images = Cache(image_files, lambda i: images.read_picture(image_files[i], bands, window=windows[i]), cache,
                             variant=(bands, *places))
-        self.masks = Cache(mask_files, lambda i: read_mask(mask_files[i], classes, ignore, windows[i]), cache,
+        self.masks = Cache(mask_files, lambda i: mask_of(paired[i], classes, ignore, windows[i]), cache,
                            variant=(classes, ignore, *places))
 
     def __len__(self):

@@ -70,6 +70,16 @@ def same_name(name):
     return unicodedata.normalize("NFC", name)
 
 
+def list_tree(root):
+    """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders."""
+    found = []
+    for top, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.normpath(os.path.join(os.path.relpath(top, root), name)) for name in sorted(names)
+                  if not name.startswith(".")]
+    return found
+
+
 def finder(files):
     """-> function(name) -> the one of the files whose path ends with the name, which may lack the suffix; or None.
     Folders at the start of the name are ignored where the files lie in no folder of that name."""

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 from data import images
 from data.folds import PARTS, join_parts, part_of
 from utils.errors import UserError
-from utils.files import finder, read_bytes, show
+from utils.files import finder, list_tree, read_bytes, show
 
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
 MISSING, NO_BOX = "image not found", "no box of 4 numbers, nor a polygon"  # kinds of cases
@@ -43,16 +43,6 @@ def list_files(folder, *suffixes):
         return sorted(n for n in os.listdir(folder) if n.lower().endswith(suffixes) and not n.startswith("."))
     except OSError:
         return []
-
-
-def list_tree(root):
-    """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders."""
-    found = []
-    for top, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.normpath(os.path.join(os.path.relpath(top, root), name)) for name in sorted(names)
-                  if not name.startswith(".")]
-    return found
 
 
 def pair(root, suffix, label_folders, entries=()):
