@@ -7,7 +7,6 @@
 In place of train and val: training, valid, validation, dev, in capitals too; test parts are left out. val.csv beside
 train.csv, and a column split, part, set or subset of a table, tell the part as well.
 """
-import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,20 +58,24 @@ def read(root, *, table=None, folder=None, columns=None, least=2):
             raise UserError(f"{f'--images {folder}' if folder else '--columns'}: is for a table, and {root} has none; "
                             f"name it by --labels")
         return _class_folders(root, least)
-    data, spare = _by_table(root, tables[0], folder, columns, least)
-    for path in tables[1:]:
-        more, others = _by_table(root, path, folder, columns, 1)
-        more, spare, twice = with_names(more, data, path), spare | others, set(data.files) & set(more.files)
-        if twice:
-            raise UserError(f"{path}: {min(twice)} is in {tables[0]} too; remove one of the rows")
-        held_out = [*(data.held_out or [False] * len(data.files)), *[True] * len(more.files)]
-        data = Samples(data.files + more.files, np.concatenate((data.labels, more.labels)), data.names,
-                       data.single_label, held_out)
-    spare -= set(data.files)
+    usual = {path: (root / path.stem.removesuffix(ANSWER), root / "images", root) for path in tables}
+    places = {path: Path(folder or next(place for place in usual[path] if place.is_dir())) for path in tables}
+    finders = {path: find_files(places[path]) for path in tables}
+    rows, labels, names, single_label = read_table(tables, least, columns)
+    files, lost = {}, []
+    for path, key, _ in rows:
+        file = finders[path](key)
+        lost += [] if file else [f"{path}: {key[:80]} has no image in {places[path]}"]
+        if files.setdefault(file or (path, key), (path, key)) != (path, key):
+            raise UserError(f"{path}: {files[file][1]} and {key} are one image, {file}; remove one")
+    if lost:
+        raise UserError(f"{lost[0]} ({len(lost)} such); add it, or remove the row")
+    spare = {path for place in set(places.values()) for path in _images_below(place)} - set(files)
     if spare:
         dist.print0(f"{root}: {len(spare)} images have no row to train or validate on and are left out, such as "
                     f"{min(spare)}")
-    return data
+    held_out = [part == "val" for *_, part in rows]
+    return Samples(list(files), labels, names, single_label, held_out if any(held_out) else ())
 
 
 def _tables(root):
@@ -89,85 +92,76 @@ def _tables(root):
     return train + [p for p in found if train and parts[p] == "val"]
 
 
-def _by_table(root, table, folder, columns, least):
-    """-> the Samples of one table, all images in its folder."""
-    usual = (root / table.stem.removesuffix(ANSWER), root / "images", root)
-    folder = Path(folder) if folder else next(place for place in usual if place.is_dir())
-    keys, labels, names, single_label, parts, first = read_table(table, least, columns)
-    locate, every = find_files(folder)
-    if locate(first):
-        raise UserError(f"{locate(first)}: has no row in {table}, whose first line is taken for its header; add a header")
-    files, lost = {}, [key for key in keys if not locate(key)]
-    if lost:
-        raise UserError(f"{table}: {lost[0][:80]} has no image in {folder} ({len(lost)} such); add it, or remove the row")
-    for key in keys:
-        if files.setdefault(locate(key), key) != key:
-            raise UserError(f"{table}: {files[locate(key)]} and {key} are one image, {locate(key)}; remove one")
-    held_out = [part == "val" for part in parts]
-    return Samples(list(files), labels, names, single_label, held_out if 0 < sum(held_out) < len(held_out) else ()), every
-
-
 def test_folder(root):
     """Where the images without answers are that predict.py reads by default: the competition's, or `test`."""
     competition = Path(root) / COMPETITION_TEST
     return competition if competition.is_dir() else Path(root) / "test"
 
 
+def _images_below(folder):
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES and p.name[0] != ".")
+
+
 def find_files(folder):
-    """-> function(name in a table) -> image file or None, the set of all image files below the folder. Names are
-    compared with their folders or without, with the suffix or without, in capitals or not, and as numbers."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES and p.name[0] != ".")
-    file_of, stems = {}, set()
-    for path in found or images.find(folder):  # which tells that there are none
-        file_of[path.relative_to(folder).as_posix()] = path
+    """-> function(name in a table) -> image file or None. Names are compared with their folders or without, with the
+    suffix or without, in capitals or not, and as numbers."""
+    path_of, stems = {}, set()
+    for path in _images_below(folder) or images.find(folder):  # which tells that there are none
         if path.with_suffix("") in stems:
             raise UserError(f"{path}: another image has the same name; rename or remove one")
         stems.add(path.with_suffix(""))
-    small = {name.lower(): path for name, path in file_of.items()}
-    number = {int(path.stem): path for path in found if path.stem.isdecimal() and len(path.stem) < 20}
-    exact, lower = finder(file_of), finder(small)
-
-    def locate(key):
-        return file_of.get(exact(key)) or small.get(lower(key.lower())) or (
-            number.get(int(key)) if key.isdecimal() and len(key) < 20 else None)
-    return functools.cache(locate), set(found)
+        path_of[path.relative_to(folder).as_posix()] = path
+    numbers = {f"#{int(path.stem)}": path for path in path_of.values() if _is_number(path.stem)}
+    find = finder(numbers | {name.lower(): path for name, path in path_of.items()} | path_of)
+    return lambda key: find(key) or find(key.lower()) or (find(f"#{int(key)}") if _is_number(key) else None)
 
 
-def read_table(path, least=2, columns=None):
-    """A CSV -> keys (the images' names), labels (N, classes) float32, class names, whether every image has a single
-    label, the row's part or None, the name of the keys' column.
+def _is_number(name):
+    return name.isdecimal() and len(name) < 20
 
-    columns: the column of the keys, then that of the label or those of the classes; None: the first, then all others
-    but a column split, part, set or subset that tells the part of every row. Rows for testing are left out. One column
-    holds the class, or several, see `split_labels`. Several columns are the classes, 0 or 1 in each row; images have a
-    single label where every row has one 1.
+
+def read_table(tables, least=2, columns=None):
+    """CSVs of the same columns -> rows (table, the image's name, part or None), labels (N, classes) float32, class
+    names, and whether every image has a single label.
+
+    columns: the column of the images, then that of the label or those of the classes; None: the first, then all others
+    but a column split, part, set or subset that tells the part of every row. Rows for testing are left out; those of
+    val.csv are for validation. One column holds the class, or several, see `split_labels`. Several columns are the
+    classes, 0 or 1 in each row; images have a single label where every row has one 1.
     """
-    rows = [(i, row) for i, row in enumerate(read_csv(path), 1) if row]
-    if len(rows) < 2 or len(rows[0][1]) < 2:
-        raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts in "
-                        f"data/cls.py")
-    header, rows = [name.strip() for name in rows[0][1]], rows[1:]
-    wrong = next((i for i, row in rows if len(row) != len(header)), None)
-    if wrong:
-        raise UserError(f"{path}: line {wrong} has another number of columns than the header's {len(header)}; correct "
-                        f"it")
+    rows = []
+    for path in tables:
+        lines = [(path, i, [value.strip() for value in row]) for i, row in enumerate(read_csv(path), 1) if row]
+        if len(lines) < 2 or len(lines[0][2]) < 2:
+            raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts in "
+                            f"data/cls.py")
+        header = rows[0][2] if rows else lines[0][2]
+        if lines[0][2] != header:
+            raise UserError(f"{path}: has other columns than {rows[0][0]}; make them equal")
+        rows += lines if path == tables[0] else lines[1:]
+    rows, seen = rows[1:], {}
     unknown = [name for name in columns or () if name not in header]
     if unknown or columns and len(columns) < 2:
         raise UserError(f"{path}: --columns: no column {(unknown or ['of labels'])[0]}; name that of the images, then "
                         f"those of the labels, of {', '.join(header)[:300]}")
-    part = next((i for i, name in enumerate(header) if i and name.lower() in PART_COLUMNS and name not in (columns or ())
-                 and all(row[i].strip().lower() in folds.PARTS for _, row in rows)), None)
-    used = [header.index(name) for name in columns] if columns else [i for i in range(len(header)) if i != part]
-    rows = [(i, [row[k] for k in used], part and folds.part_of(row[part])) for i, row in rows]
-    rows = [row for row in rows if row[2] != "test"]
-    header, keys, seen = [header[k] for k in used], [row[0].strip() for _, row, _ in rows], {}
-    for (i, *_), key in zip(rows, keys):
-        if seen.setdefault(key, i) != i:
-            raise UserError(f"{path}: line {i}: {key} stands in line {seen[key]} too; remove one")
-    lines = [(i, row[1:]) for i, row, _ in rows]
-    read_labels = _label_column if len(header) == 2 else _class_columns
-    labels, names = read_labels(path, header, lines, least, bool(columns))
-    return keys, labels, names, bool((labels.sum(1) == 1).all()), [part for *_, part in rows], header[0]
+    key = header.index(columns[0]) if columns else 0
+    for path, i, row in rows:
+        if len(row) != len(header):
+            raise UserError(f"{path}: line {i} has another number of columns than the header's {len(header)}; correct "
+                            f"it")
+        if seen.setdefault((path, row[key]), i) != i:
+            raise UserError(f"{path}: line {i}: {row[key]} stands in line {seen[path, row[key]]} too; remove one")
+    part = next((k for k, name in enumerate(header) if k != key and name.lower() in PART_COLUMNS
+                 and name not in (columns or ()) and all(row[k].lower() in folds.PARTS for *_, row in rows)), None)
+    used = list(map(header.index, columns[1:])) if columns else [k for k in range(len(header)) if k not in (key, part)]
+    parts = [folds.part_of(row[part]) if part is not None else "train" if path == tables[0] else "val"
+             for path, _, row in rows]
+    rows = [(*row, part) for row, part in zip(rows, parts) if part != "test"]
+    values = [(f"{path}: line {i}", [row[k] for k in used]) for path, i, row, _ in rows]
+    names = [header[k] for k in used]
+    labels, names = _label_column(tables[0], names[0], values, least) if len(used) == 1 else \
+        _class_columns(tables[0], header[key], names, values, columns)
+    return [(path, row[key], part) for path, _, row, part in rows], labels, names, bool((labels.sum(1) == 1).all())
 
 
 def split_labels(values, column):
@@ -182,25 +176,22 @@ def split_labels(values, column):
     return [[value] for value in values]
 
 
-def _label_column(path, header, rows, least, chosen):
-    """-> labels, class names of a table with one column of labels."""
-    values = [row[0].strip() for _, row in rows]
-    if "" in values:
-        raise UserError(f"{path}: line {rows[values.index('')][0]} has no class; add it, or remove the row")
-    values = split_labels(values, header[1])
+def _label_column(path, column, rows, least):
+    """-> labels, class names of the rows (place, [value]) of a column of labels."""
+    empty = next((place for place, [value] in rows if not value), None)
+    if empty:
+        raise UserError(f"{empty} has no class; add it, or remove the row")
+    values = split_labels([value for _, [value] in rows], column)
     names = sorted({name for row in values for name in row}, key=_numbers_first)
     if len(names) < least:
         raise UserError(f"{path}: all rows have the class {names[0][:80]}; there must be two or more")
-    labels, index = np.zeros((len(values), len(names)), np.float32), {name: i for i, name in enumerate(names)}
-    for target, row in zip(labels, values):
-        target[[index[name] for name in row]] = 1
-    return labels, names
+    index = {name: i for i, name in enumerate(names)}
+    one_hot = np.eye(len(names), dtype=np.float32)
+    return np.stack([one_hot[[index[name] for name in row]].max(0) for row in values]), names
 
 
-def _class_columns(path, header, rows, least, chosen):
-    """-> labels, class names of a table with a column of 0 and 1 per class."""
-    key, *names = header
-    remedy = f"or name the columns by --columns {key} LABEL"
+def _class_columns(path, key, names, rows, chosen):
+    """-> labels, class names of the rows (place, values) of a column of 0 and 1 per class."""
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns of one name; rename or remove one")
     label = next((name for name in names if name.lower() in ONE and not chosen), None)
@@ -208,11 +199,11 @@ def _class_columns(path, header, rows, least, chosen):
         raise UserError(f"{path}: has the column {label} beside {len(names) - 1} others, which may be no classes; name "
                         f"the columns by --columns {key} {label}")
     truth_of = {value: _truth(value) for value in {value for _, row in rows for value in row}}
-    for i, row in rows:
+    for place, row in rows:
         bad = next((value for value in row if truth_of[value] not in (0, 1)), None)
         if bad is not None:
-            raise UserError(f"{path}: line {i} has the value {bad[:20]!r} in a column of a class; labels are 0 or 1, "
-                            f"{remedy}")
+            raise UserError(f"{place} has the value {bad[:20]!r} in a column of a class; labels are 0 or 1, or name the "
+                            f"columns by --columns {key} LABEL")
     return np.array([[truth_of[value] for value in row] for _, row in rows], np.float32), names
 
 

@@ -28,19 +28,6 @@ def part_of(name):
     return next((PARTS[word] for word in (word.lower().removesuffix("set") for word in words) if word in PARTS), None)
 
 
-def join_parts(listed):
-    """[(sample, part, where it is listed)] -> {sample: part}. Samples for testing and validation are for validation.
-    UserError for a sample that is for training and for another part too."""
-    found = {}
-    for sample, part, where in listed:
-        other, there = found.setdefault(sample, (part, where))
-        if other != part and "train" in (other, part):
-            raise UserError(f"{where}: {sample} is in the part {part} here and in {other} in {there}; remove one")
-        if part == "val":
-            found[sample] = part, where
-    return {sample: part for sample, (part, _) in found.items()}
-
-
 def describe(data, layout, sides, names=(), notes=()):
     """The lines that tell what was understood of the data before a run trains on it.
 

@@ -66,7 +66,7 @@ def read(root, *, bands=None, classes=1, ignore=None):
     root = Path(root)
     table = root if root.suffix.lower() == ".csv" else root / TABLE
     found = listed_pairs(table) if os.path.isfile(table) else found_pairs(root)
-    names, paired, *_ = map(list, zip(*found))
+    _, paired, *_ = zip(*found)
     files = [image for image, _ in paired]
     bands = bands or images.default_bands(files)
     images.check_bands(files, bands)
@@ -83,94 +83,81 @@ def listed_pairs(table):
     """A CSV with the columns image and mask, and group, part and weight if wanted -> rows of the first columns of
     Samples. Paths are relative to its folder; an empty mask: no object. Rows for testing are left out."""
     header, *rows = [[value.strip() for value in row] for row in read_csv(table) if row] or [[]]
-    if not {"image", "mask"} <= set(header) or not rows:
-        raise UserError(f"{table}: no first line with the columns image and mask, and rows below it; write image,mask and, "
-                        f"if wanted, group,part,weight")
-    found = {}
+    found, listed = [], set()
     for number, row in enumerate(rows, 2):
-        entry = {"group": None, "part": "train", "weight": 1} | dict(zip(header, row))
-        part, weight = folds.PARTS.get(entry["part"].lower() or "train"), _weight(entry["weight"])
-        image, mask = table.parent / entry["image"], table.parent / (entry["mask"] or entry["image"])
-        wrong = next((path for path in (image, mask) if not path.is_file()), None)
-        if len(row) != len(header) or not part or weight is None or wrong or entry["image"] in found:
-            why = f"no file {wrong}" if wrong else "another number of columns, an unknown part, a weight that is no number " \
-                "above 0, or an image that is listed already"
-            raise UserError(f"{table}: row {number}: {show(','.join(row))}: {why}; correct it")
+        entry = {"group": None, "part": "train", "weight": "1"} | dict(zip(header, row))
+        try:
+            image, mask = table.parent / entry["image"], table.parent / (entry["mask"] or entry["image"])
+            part, weight = folds.PARTS[entry["part"].lower() or "train"], float(entry["weight"])
+            wrong = [path for path in (image, mask) if not path.is_file()]
+            if wrong or image in listed or not 0 < weight < 1e9 or len(row) != len(header):
+                raise ValueError
+        except (KeyError, ValueError):
+            raise UserError(f"{table}: row {number}: {show(','.join(row))}: is not a new image, a mask, and, if wanted, "
+                            f"group, part and weight, as its first line must name them; correct it") from None
+        listed.add(image)
         if part != "test":
-            found[entry["image"]] = entry["image"], (image, mask), part == "val", entry["group"], weight
-    return list(found.values())
-
-
-def _weight(text):
-    """A number above 0, else None."""
-    try:
-        return float(text) if 0 < float(text) < float("inf") else None
-    except ValueError:
-        return None
+            found.append((entry["image"], (image, mask), part == "val", entry["group"], weight))
+    if not found:
+        raise UserError(f"{table}: no rows; write a first line image,mask and a row per image")
+    return found
 
 
 def found_pairs(root):
-    """The pairs in folders -> rows of the first columns of Samples. A folder of masks belongs to the folder of images
-    whose path has the same words, without those for images and masks. Names are the images' stems. UserError for a
-    layout that is not understood."""
-    sides = defaultdict(dict)
-    for folder in sorted({os.path.dirname(file) for file in list_tree(root) if file.lower().endswith(images.SUFFIXES)}):
-        words = _words(folder)
-        if folds.part_of(folder) != "test":
-            side = "image" if MASK_WORDS.isdisjoint(words) else "mask"
-            sides[tuple(folds.PARTS.get(word, word) for word in words if word not in IMAGE_WORDS | MASK_WORDS)][side] = folder
-    folders = [(side["image"], side["mask"]) for side in sides.values() if len(side) == 2]
-    if not folders:  # images and masks in one folder
-        folders = [(folder, folder) for side in sides.values() for folder in side.values()
-                   if any(MASK_WORDS & set(_words(file.stem)) for file in images.find(root / folder))]
-    if not folders and os.path.isdir(root) and not os.path.isdir(root / "train_img"):
-        shown = ", ".join(folder or "." for side in sides.values() for folder in side.values()) or "none"
-        raise UserError(f"{root}: no folders of images and masks that belong together, such as train_img and train_mask, or "
-                        f"images/train and masks/train (folders with images: {shown[:200]}); rename them, {WAY_OUT}")
-    found = [(image, pair, folds.part_of(folder) == "val") for folder, masks in folders or [("train_img", "train_mask")]
-             for image, pair in pairs(root / folder, root / masks).items()]
-    names = [name for name, *_ in found]
-    if len(set(names)) < len(names):  # two folders have them
-        names = [str(pair[0].relative_to(root).with_suffix("")) for _, pair, _ in found]
-    held_out = any(not out for *_, out in found)
-    return [(name, pair, out and held_out, None, 1.0) for name, (_, pair, out) in zip(names, found)]
+    """The pairs in folders -> rows of the first columns of Samples. Words of the folders, else of the files, tell masks
+    from images, and the part. Names are the images' stems. UserError for a layout that is not understood."""
+    files = [] if os.path.isdir(root / "train_img") else [
+        Path(file) for file in list_tree(root) if file.lower().endswith(images.SUFFIXES)]
+    for place in ("parent", "name"):
+        masks = [file for file in files if MASK_WORDS & set(_words(getattr(file, place)))]
+        if masks:
+            break
+    sides = defaultdict(lambda: ({}, {}))
+    for file in files:
+        sides[folds.part_of(file.parent)][file in masks][str(file.with_suffix(""))] = root / file
+    if files and not masks:
+        raise UserError(f"{root}: no masks found: no folders such as train_img and train_mask, images/train and masks/train, "
+                        f"and no files such as {files[0].stem}_mask beside {files[0]}; rename them, {WAY_OUT}")
+    found = [(pair, part == "val") for part, pair_of in sides.items() if part != "test" for pair in match(*pair_of)]
+    for part in () if files else ("train", "val"):
+        if part == "train" or os.path.isdir(root / "val_img"):
+            found += [(pair, part == "val") for pair in pairs(root / f"{part}_img", root / f"{part}_mask").values()]
+    names = [image.stem for (image, _), _ in found]
+    if len(set(names)) < len(names):  # several folders have them
+        names = [str(image.relative_to(root).with_suffix("")) for (image, _), _ in found]
+    return [(name, pair, held_out, None, 1.0) for name, (pair, held_out) in zip(names, found)]
 
 
-def _words(text):
-    return re.findall(r"[^\W_]+", text.lower())
+def _words(path):
+    return re.findall(r"[^\W_]+", str(path).lower())
 
 
 def pairs(image_folder, mask_folder):
-    """-> {image stem: (image path, mask path)}, by the first rule that pairs all files: equal stems; stems equal but for
-    words for images and masks; stems equal without what all images, and all masks, have in common at start and end.
-
-    Raises UserError naming the first files without partner, and two files of one name.
-    """
-    found, masks = images.find(image_folder), images.find(mask_folder)
-    if image_folder == mask_folder:
-        masks = [file for file in found if MASK_WORDS & set(_words(file.stem))]
-        found = [file for file in found if file not in set(masks)]
-    sides = images.by_stem(found), images.by_stem(masks)
-    for rule in (lambda stem, all: stem, _without_common, _without_words):
-        image_of, mask_of = ({rule(stem, side): path for stem, path in side.items()} for side in sides)
-        if image_of.keys() == mask_of.keys() and len(image_of) == len(found) == len(masks):
-            return {path.stem: (path, mask_of[key]) for key, path in image_of.items()}
-    lone = [path for key, path in image_of.items() if key not in mask_of][:1]
-    lone += [path for key, path in mask_of.items() if key not in image_of][:1]
-    lone = lone or found[:1]
-    raise UserError(f"{lone[0]}: no file of that name in {mask_folder if lone[0] in found else image_folder}"
-                    f"{f' ({lone[1].name} has no partner either)' if lone[1:] else ''}; add it, or remove this one, "
-                    f"{WAY_OUT}")
+    """-> {image stem: (image path, mask path)} of two folders, see `match`. UserError for two files of one name too."""
+    matched = match(*(images.by_stem(images.find(folder)) for folder in (image_folder, mask_folder)))
+    return {image.stem: (image, mask) for image, mask in matched}
 
 
-def _without_words(stem, all):
-    return " ".join(word for word in _words(stem) if word not in IMAGE_WORDS | MASK_WORDS)
+def match(image_of, mask_of):
+    """{name: image path}, {name: mask path} -> [(image path, mask path)], by the first rule that pairs all: names equal
+    without what all images, and all masks, have in common at start and end (numbers stay whole); names equal without
+    words for images and masks. Raises UserError naming the first files without partner."""
+    def without_common(name, names):
+        starts = [os.path.commonprefix([name[::step] for name in names]) for step in (1, -1) if len(names) > 1] or ["", ""]
+        first, last = (len(start.rstrip("0123456789")) for start in starts)
+        return name[first:len(name) - last]
 
+    def without_words(name, names):
+        return [word for word in _words(name) if word not in IMAGE_WORDS | MASK_WORDS]
 
-def _without_common(stem, all):
-    """Numbers stay whole: what is common ends before a digit, and starts behind one."""
-    prefix, suffix = os.path.commonprefix(list(all)), os.path.commonprefix([name[::-1] for name in all])
-    return stem[len(prefix.rstrip("0123456789")):len(stem) - len(suffix.rstrip("0123456789"))]
+    for rule in (without_common, without_words):
+        sides = [{str(rule(name, side)): path for name, path in side.items()} for side in (image_of, mask_of)]
+        if sides[0].keys() == sides[1].keys() and len(image_of) == len(mask_of) == len(sides[0]):
+            return [(path, sides[1][key]) for key, path in sides[0].items()]
+    lone = [path for side, other in (sides, sides[::-1]) for path in [p for key, p in side.items() if key not in other][:1]]
+    lone = lone or list(image_of.values())[:2]
+    raise UserError(f"{lone[0]}: no file of that name among the {'images' if lone[0] in sides[1].values() else 'masks'} (as "
+                    f"little as for {lone[-1]}); add it, or remove this one, {WAY_OUT}")
 
 
 def read_mask(path, classes=1, ignore=None, window=None):

@@ -80,15 +80,16 @@ def list_tree(root):
     return found
 
 
-def finder(files):
-    """-> function(name) -> the one of the files whose path ends with the name, which may lack the suffix; or None.
-    Folders at the start of the name are ignored where the files lie in no folder of that name."""
-    found, folders = {}, {word for file in files for word in same_name(file).split("/")[:-1]}
-    for file in files:
-        for path in {file, os.path.splitext(file)[0]}:
-            words = same_name(path).split("/")
-            for tail in ("/".join(words[i:]) for i in range(len(words))):
-                found[tail] = file if found.get(tail, file) == file else None  # several files: not told by this
+def finder(paths):
+    """{path: value} -> function(name) -> the value of the one path that ends with the name, which may lack the suffix;
+    None where there is none or are several. Folders at the start of the name that no path has are ignored."""
+    found, folders = {}, {word for path in paths for word in path.split("/")[:-1]}
+    for path, value in paths.items():
+        for whole in {path, os.path.splitext(path)[0]}:
+            words = same_name(whole).split("/")
+            for i in range(len(words)):
+                tail = "/".join(words[i:])
+                found[tail] = value if found.get(tail, value) == value else None
 
     def find(name):
         words = os.path.normpath(same_name(name).replace("\\", "/")).split("/")

@@ -143,30 +143,28 @@ def _turns(root, files, sizes, stated):
     Images are read upright, and some programs label them as they are stored. Which of both holds is told by the size
     that the labels state, where the orientation exchanges height and width; other images follow these.
     """
-    found, cases = [1] * len(files), {TURNED: [], UNSURE: [], RESIZED: []}
-    tags = {i: images.header(root / files[i]).orientation for i, size in enumerate(stated) if size is not None}
-    stored = {stated[i] != sizes[i] for i, tag in tags.items() if tag > 4 and stated[i] in (sizes[i], sizes[i][::-1])
-              and sizes[i][0] != sizes[i][1]}
-    for i, tag in tags.items():
-        file, size = files[i], sizes[i]
-        told = stated[i] == size[::-1] != size if tag > 4 and size[0] != size[1] else stored == {True}
-        if stated[i] != (size[::-1] if told and tag > 4 else size):
-            cases[RESIZED].append(f"{file}: {size[0]} x {size[1]}, not {show(stated[i])}")
-        elif tag > 1 and told:
-            found[i] = tag
-            cases[TURNED].append(file)
-        elif 1 < tag and (tag < 5 or size[0] == size[1]) and stored != {False}:
-            cases[UNSURE].append(f"{file}: orientation {tag}")
+    tags = [images.header(root / file).orientation if shape else 1 for file, shape in zip(files, stated)]
+    stored = [tag > 4 and shape == size[::-1] != size for tag, shape, size in zip(tags, stated, sizes)]
+    known = {turned for turned, tag, size in zip(stored, tags, sizes) if tag > 4 and size[0] != size[1]}
+    found, cases = [], {TURNED: [], UNSURE: [], RESIZED: []}
+    for file, tag, size, shape, turned in zip(files, tags, sizes, stated, stored):
+        unclear = tag > 1 and (tag < 5 or size[0] == size[1])
+        turned = turned or unclear and known == {True}
+        kind = TURNED if turned else RESIZED if shape not in (None, size) else \
+            UNSURE if unclear and known != {False} else None
+        if kind:
+            cases[kind].append(f"{file}: {size[0]} x {size[1]}, not {show(shape)}" if kind == RESIZED else file)
+        found.append(tag if turned else 1)
     return found, cases
 
 
 def _turn(box, size, tag):
     """A box x1, y1, x2, y2 of an image as it is stored -> the box in the image as EXIF turns it, of size (height,
     width)."""
-    x1, y1, x2, y2 = box if tag < 5 else (box[1], box[0], box[3], box[2])
-    x1, x2 = (size[1] - x2, size[1] - x1) if tag in (2, 3, 6, 7) else (x1, x2)
-    y1, y2 = (size[0] - y2, size[0] - y1) if tag in (3, 4, 7, 8) else (y1, y2)
-    return x1, y1, x2, y2
+    xs, ys = (box[::2], box[1::2]) if tag < 5 else (box[1::2], box[::2])
+    xs = [size[1] - x for x in xs[::-1]] if tag in (2, 3, 6, 7) else xs
+    ys = [size[0] - y for y in ys[::-1]] if tag in (3, 4, 7, 8) else ys
+    return xs[0], ys[0], xs[1], ys[1]
 
 
 def _area(box):
@@ -218,26 +216,24 @@ def _report(path, found, layout, file, allow_bad):
 
 
 def _refuse(path, found, layout, see):
-    """Raises UserError where the labels are bad rather than now and then wrong."""
+    """Raises UserError where the labels are misunderstood, or wrong more often than now and then."""
     cases, total, count = found["cases"], found["total"], len(found["files"])
-    listed = count + len(cases.get(MISSING, ()))
-    held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
-    bare = sum(label is None for label, _ in layout.images.values()) if type(layout.images) is dict else 0
-    for kinds, all_of, what in (((MISSING, UNSURE), listed, "images"), (DROPPED + UNREADABLE, total, "boxes")):
+    for kinds, all_of, what in (((MISSING, UNSURE), count + len(cases.get(MISSING, ())), "images"),
+                                (DROPPED + UNREADABLE, total, "boxes")):
         dropped = {kind: cases[kind] for kind in kinds if kind in cases}
-        bad = sum(map(len, dropped.values()))
-        if bad > MAX_DROPPED * all_of:
+        bad = sum(dropped.values(), [])
+        if len(bad) > MAX_DROPPED * all_of:
             counts = ", ".join(f"{len(places)} {kind}" for kind, places in dropped.items())
-            raise UserError(f"{path}: {bad} of {all_of} {what} cannot be used ({counts}, first "
-                            f"{next(iter(dropped.values()))[0]}{see}); correct them, or go on without them by "
-                            f"--allow-bad-labels")
-    for wrong, what in (
-            (found["cut"] > max(1, MAX_CUT * total), f"{found['cut']} of {total} boxes lie to more than a fifth outside their "
-             f"images, as boxes do that are written in another order or unit"),
-            (held and any(found["boxes"]) and not any(held), f"none of the {len(held)} validation images has a box"),
-            (2 * bare > count, f"{bare} of {count} images have no label file")):
-        if wrong:
-            raise UserError(f"{path}: {what}; correct that, or go on by --allow-bad-labels")
+            raise UserError(f"{path}: {len(bad)} of {all_of} {what} cannot be used ({counts}, first {bad[0]}{see}); correct "
+                            f"them, or go on without them by --allow-bad-labels")
+    held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
+    bare = sum(label is None for label, _ in layout.images.values())
+    doubts = {f"{found['cut']} of {total} boxes lie to more than a fifth outside their images, as boxes of another order or "
+              f"unit do": found["cut"] > max(1, MAX_CUT * total),
+              f"{bare} of {count} images have no label file": 2 * bare > count,
+              f"none of the {len(held)} validation images has a box": held and any(found["boxes"]) and not any(held)}
+    for doubt in (doubt for doubt, holds in doubts.items() if holds):
+        raise UserError(f"{path}: {doubt}; correct that, or go on by --allow-bad-labels")
 
 
 # ---- the kept result -------------------------------------------------------------------------------------------------

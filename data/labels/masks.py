@@ -23,7 +23,7 @@ def find(path):
         return None
     files, masks = ([str(file.relative_to(path)) for file in part]
                     for part in zip(*seg.pairs(path / "train_img", path / "train_mask").values()))
-    return Layout(path, masks, files, read, "object {}")
+    return Layout(path, masks, {file: [mask, "train"] for file, mask in zip(files, masks)}, read, "object {}")
 
 
 def read(layout):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from data import images
-from data.folds import PARTS, join_parts, part_of
+from data.folds import PARTS, part_of
 from utils.errors import UserError
 from utils.files import finder, list_tree, read_bytes, show
 
@@ -53,63 +53,56 @@ def pair(root, suffix, label_folders, entries=()):
     testing are left out. Raises UserError for two files of one path, and for a label file in a folder of labels without
     an image.
     """
-    def key(file):
-        folder, name = os.path.split(file)
-        words = [word for word in folder.lower().split("/") if word not in IMAGE_FOLDERS | label_folders]
-        return "/".join([*words, os.path.splitext(name)[0]])
+    def lies_in(file, names):
+        return not names.isdisjoint(os.path.dirname(file).lower().split("/"))
 
     def by_key(files):
         found = {}
         for file in files:
-            other = found.setdefault(key(file), file)
+            words = [word for word in os.path.dirname(file).lower().split("/") if word not in IMAGE_FOLDERS | label_folders]
+            other = found.setdefault("/".join([*words, Path(file).stem]), file)
             if other != file:
                 raise UserError(f"{root / file}: {other} has the same name; rename or remove one")
         return found
 
-    def lies_in(file, names):
-        return not names.isdisjoint(os.path.dirname(file).lower().split("/"))
-
     files = list_tree(root)
-    labels = [file for file in files if file.lower().endswith(suffix) and os.path.basename(file).lower() not in NO_LABELS]
     pictures = [file for file in files if file.lower().endswith(images.SUFFIXES)]
-    if not entries or not all(os.path.isdir(root / entry) for _, entry, _ in entries):
-        beside = {os.path.dirname(label) for label in labels}
-        inside = [file for file in pictures if lies_in(file, IMAGE_FOLDERS)]
-        pictures = inside or [file for file in pictures if os.path.dirname(file) in beside]
-    there = {os.path.dirname(file) for file in pictures}
-    image_of = by_key(pictures)
-    label_of = by_key(label for label in labels if lies_in(label, label_folders) or os.path.dirname(label) in there)
-    lone = [label for name, label in label_of.items() if name not in image_of and part_of(os.path.dirname(label)) != "test"]
-    wrong = next((label for label in lone if lies_in(label, label_folders)), None)
-    if wrong:
-        folder = next((os.path.dirname(file) for name, file in image_of.items()
-                       if os.path.dirname(name) == os.path.dirname(key(wrong))), "")
-        raise UserError(f"{root / wrong}: no image of that name in {root / folder} ({len(lone)} in total); add it as PNG, "
-                        f"JPEG or TIFF, or remove the label file")
-    parts, missing = _parts(root, pictures, entries)
-    found = {file: [label_of.get(name), parts[file] or "train"] for name, file in image_of.items()
-             if parts[file] != "test" and (parts[file] or label_of.get(name) or not any(parts.values()))}
-    return found, {MISSING: missing, "label file without an image": lone}
-
-
-def _parts(root, files, entries):
-    """-> {file: part or None}, [where an image stands that is not there]."""
     if not entries:
-        return {file: part_of(os.path.dirname(file)) for file in files}, []
-    locate, listed, missing = finder(files), [], []
+        pictures = [file for file in pictures if lies_in(file, IMAGE_FOLDERS)] or pictures
+    image_of = by_key(pictures)
+    label_of = by_key(file for file in files if file.lower().endswith(suffix) and Path(file).name.lower() not in NO_LABELS)
+    for key in label_of.keys() - image_of.keys():
+        if lies_in(label_of[key], label_folders) and part_of(os.path.dirname(label_of[key])) != "test":
+            raise UserError(f"{root / label_of[key]}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
+                            f"remove the label file")
+    parts, missing = _listed_parts(root, pictures, entries)
+    if not entries:
+        parts = {file: part_of(os.path.dirname(file)) for file in pictures}
+    found = {file: [label_of.get(key), parts[file] or "train"] for key, file in image_of.items()
+             if parts[file] != "test" and (parts[file] or label_of.get(key) or not any(parts.values()))}
+    return found, {MISSING: missing}
+
+
+def _listed_parts(root, files, entries):
+    """-> {file: part}, [where an image stands that is not there]. UserError for an image that is to be trained on and
+    in another part too."""
+    locate, missing = finder(dict(zip(files, files))), []
+    # others are not meant for training where the training images are listed
+    found = dict.fromkeys(files, ("test" if "train" in {part for part, *_ in entries} else "train", None))
     for part, entry, where in entries:
         if os.path.isdir(root / entry):
-            listed += [(file, part, where) for file in files if entry == "." or file.startswith(f"{entry}/")]
-            continue
-        for number, line in enumerate(read_lines(root / entry), 1):
-            file = locate(line.strip()) or locate(line.partition(" ")[0])  # VOC's "000005 -1"
-            if file:
-                listed.append((file, part, f"{where}: line {number}"))
-            elif line.strip() and part != "test":
-                missing.append(f"{where}: line {number}: no image {show(line.strip())}")
-    part_of_file = join_parts(listed)
-    rest = "test" if "train" in {part for part, *_ in entries} else "train"  # the others are not meant for training
-    return {file: part_of_file.get(file, rest) for file in files}, missing
+            names = [(file, file, where) for file in files if entry == "." or file.startswith(f"{entry}/")]
+        else:  # VOC has lines such as "000005 -1"
+            names = [(line, locate(line.strip()) or locate(line.partition(" ")[0]), f"{where}: line {number}")
+                     for number, line in enumerate(read_lines(root / entry), 1) if line.strip()]
+        missing += [f"{place}: no image {show(name.strip())}" for name, file, place in names if not file and part != "test"]
+        for _, file, place in names:
+            other, there = found.get(file, (part, where))
+            if there and other != part and "train" in (other, part):
+                raise UserError(f"{place}: {file} is in the part {part} here and in {other} in {there}; remove one")
+            if file and not (there and part == "test"):  # what is for validation and testing is for validation
+                found[file] = part, place
+    return {file: part for file, (part, _) in found.items()}, missing
 
 
 def list_entries(root, *folders):
