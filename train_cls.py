@@ -95,10 +95,8 @@ def load_samples(args, folder, resume):
     if resume:  # a run of an older version may have taken single labels for several
         data = data._replace(single_label=resume["single_label"])
     train, val = split(args, folder, data)
-    layout = "a table" if args.labels or args.columns else "a table, or a folder per class"
-    folds.describe(args.data, f"{len(data.files)} images, {'one label' if data.single_label else 'several labels'} each",
-                   {part: (len(side), data.labels[side].sum(0)) for part, side in (("training", train), ("validation", val))},
-                   data.names)
+    folds.describe(args.data, f"{'one label' if data.single_label else 'several labels'} each, such as {data.files[0]}",
+                   data.names, data.labels, (train, val))
     if args.debug:
         train, val = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs)
     files, labels, weights = [data.files[i] for i in train], data.labels[train], [1.0] * len(train)

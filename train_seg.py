@@ -119,6 +119,9 @@ def load_samples(args, folder):
         folder, data.names, folds.parse_folds(args.folds, data.names, data.held_out, args.fold), args.fold,
         files=data.images, groups=args.groups or (data.groups if any(data.groups) else None),
         strata=folds.area_strata(data.areas), drop=args.drop_noisy)
+    objects = [[area > 0] for area in data.areas]
+    folds.describe(args.data, f"{data.pairs[0][0]} has the mask {data.pairs[0][1]}", ["with an object"], objects,
+                   (train, val))
     few = 8 * args.bs if args.debug else 10**9
     train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
     samples = data.pick(train)

@@ -28,17 +28,18 @@ def part_of(name):
     return next((PARTS[word] for word in (word.lower().removesuffix("set") for word in words) if word in PARTS), None)
 
 
-def describe(data, layout, sides, names=(), notes=()):
-    """The lines that tell what was understood of the data before a run trains on it.
+def describe(data, layout, names, counts, sides):
+    """Rank 0 prints what was understood of the data before a run trains on it.
 
-    sides: {part: (number of images, number of objects or images per class)}. names: of the classes. notes: more lines.
+    layout: in words. names: of the classes. counts: (samples, classes), the objects or labels of every sample. sides:
+    the indices of the training and of the validation samples.
     """
-    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    lines = [f"{data}: {layout}"]
-    for part, (count, per_class) in sides.items():
-        shares = [f"{show(name)[1:-1]} {n}" for name, n in list(zip(names, per_class))[:SHOWN]]
-        lines.append(f"  {part}: {count} images" + (": " + ", ".join(shares + more) if shares else ""))
-    return lines + [f"  {note}" for note in notes]
+    dist.print0(f"{data}: {layout}; {len(counts)} samples, {len(names)} classes")
+    for part, side in zip(("training", "validation"), sides):
+        rows = np.asarray(counts)[side]
+        shown = [f"{show(name)[1:-1]} {n:.0f}" for name, n in list(zip(names, rows.sum(0)))[:SHOWN]]
+        more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        dist.print0(f"  {part}: {len(rows)} samples, {(rows.sum(1) == 0).sum()} without a label: {', '.join(shown + more)}")
 
 
 # ---- which sample is in which fold -----------------------------------------------------------------------------------

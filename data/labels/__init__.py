@@ -48,6 +48,7 @@ class Labels(NamedTuple):
     names: list         # of the classes
     category_ids: list  # the classes' numbers in the label files, for submissions in COCO's format
     held_out: list      # True for images that the data set itself holds out for validation
+    layout: str = ""    # in words
 
 
 def read(path, *, allow_bad=False, cache="runs/cache"):
@@ -79,7 +80,8 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
     return Labels([layout.root / file for file in found["files"]], [tuple(size) for size in found["sizes"]],
                   [np.array(boxes, np.float64).reshape(-1, 4) for boxes in found["boxes"]],
                   [np.array(classes, np.int64) for classes in found["classes"]],
-                  found["names"], found["category_ids"], found["held_out"])
+                  found["names"], found["category_ids"], found["held_out"],
+                  f"labels in {Path(layout.labels[-1]).suffix} files")
 
 
 def with_names(extra, names, root):

@@ -71,7 +71,7 @@ def pair(root, suffix, label_folders, entries=()):
         pictures = [file for file in pictures if lies_in(file, IMAGE_FOLDERS)] or pictures
     image_of = by_key(pictures)
     label_of = by_key(file for file in files if file.lower().endswith(suffix) and Path(file).name.lower() not in NO_LABELS)
-    for key in label_of.keys() - image_of.keys():
+    for key in sorted(label_of.keys() - image_of.keys()):
         if lies_in(label_of[key], label_folders) and part_of(os.path.dirname(label_of[key])) != "test":
             raise UserError(f"{root / label_of[key]}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
                             f"remove the label file")
