@@ -133,8 +133,8 @@ def read_table(tables, least=2, columns=None):
     for path in tables:
         lines = [(path, i, [value.strip() for value in row]) for i, row in enumerate(read_csv(path), 1) if row]
         if len(lines) < 2 or len(lines[0][2]) < 2:
-            raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts in "
-                            f"data/cls.py")
+            raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts "
+                            f"in data/cls.py")
         header = rows[0][2] if rows else lines[0][2]
         if lines[0][2] != header:
             raise UserError(f"{path}: has other columns than {rows[0][0]}; make them equal")
@@ -202,8 +202,8 @@ def _class_columns(path, key, names, rows, chosen):
     for place, row in rows:
         bad = next((value for value in row if truth_of[value] not in (0, 1)), None)
         if bad is not None:
-            raise UserError(f"{place} has the value {bad[:20]!r} in a column of a class; labels are 0 or 1, or name the "
-                            f"columns by --columns {key} LABEL")
+            raise UserError(f"{place} has the value {bad[:20]!r} in a column of a class; labels are 0 or 1, or name "
+                            f"the columns by --columns {key} LABEL")
     return np.array([[truth_of[value] for value in row] for _, row in rows], np.float32), names
 
 
@@ -232,8 +232,8 @@ def _class_folders(root, least):
     other = next((p.name for p, part in part_of.items() if part in ("val", "test")), None)
     if "train" not in map(part_of.get, parts):
         if other:
-            raise UserError(f"{root}: no *{ANSWER}.csv, no train.csv, and {other} is no class; add the training part, or "
-                            f"name the answers by --labels and --images")
+            raise UserError(f"{root}: no *{ANSWER}.csv, no train.csv, and {other} is no class; add the training part, "
+                            f"or name the answers by --labels and --images")
         parts = [root]
     trained = [p for p in parts if part_of.get(p) != "val"]
     names = sorted({p.name for part in trained for p in _folders(part)})

@@ -37,9 +37,9 @@ def describe(data, layout, names, counts, sides):
     dist.print0(f"{data}: {layout}; {len(counts)} samples, {len(names)} classes")
     for part, side in zip(("training", "validation"), sides):
         rows = np.asarray(counts)[side]
-        shown = [f"{show(name)[1:-1]} {n:.0f}" for name, n in list(zip(names, rows.sum(0)))[:SHOWN]]
-        more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-        dist.print0(f"  {part}: {len(rows)} samples, {(rows.sum(1) == 0).sum()} without a label: {', '.join(shown + more)}")
+        shown = [f"{show(name)[1:-1]} {n:.0f}" for name, n in zip(names[:SHOWN], rows.sum(0))]
+        shown += [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        dist.print0(f"  {part}: {len(rows)} samples, {(rows.sum(1) == 0).sum()} without a label: {', '.join(shown)}")
 
 
 # ---- which sample is in which fold -----------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def load_or_make_split(folder, names, spec, fold, *, files, strata=None, groups=
 
     A new run writes the split to folds.json in its folder, and the samples that it drops to dropped.json; a resumed run
     reads these. spec: see `parse_folds`. fold: the one to validate on. files: the samples' images. strata: see
-    `assign`. groups: a CSV, see `read_groups`, or the group of each sample. drop: (a noise.csv, the number of its worst samples to leave out of the
-    training). untrained: the samples are not trained on, so that all may be held out.
+    `assign`. groups: a CSV, see `read_groups`, or the group of each sample. drop: (a noise.csv, the number of its worst
+    samples to leave out of the training). untrained: the samples are not trained on, so that all may be held out.
     """
     written = folder / "folds.json"
     new = not written.exists()

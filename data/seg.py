@@ -26,7 +26,7 @@ from utils.ops import tiles
 from utils.ops.geometry import warp
 
 IMAGE_WORDS = {"img", "image", "images", "imgs", "sat", "rgb", "photo", "photos"}
-MASK_WORDS = {"mask", "masks", "msk", "msks", "label", "labels", "annotation", "annotations", "gt", "seg", "segmentation"}
+MASK_WORDS = {"mask", "masks", "msk", "label", "labels", "annotation", "annotations", "gt", "seg", "segmentation"}
 TABLE = "pairs.csv"
 WAY_OUT = f"or list the pairs in a {TABLE} with the columns image and mask"
 UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
@@ -93,8 +93,8 @@ def listed_pairs(table):
             if wrong or image in listed or not 0 < weight < 1e9 or len(row) != len(header):
                 raise ValueError
         except (KeyError, ValueError):
-            raise UserError(f"{table}: row {number}: {show(','.join(row))}: is not a new image, a mask, and, if wanted, "
-                            f"group, part and weight, as its first line must name them; correct it") from None
+            raise UserError(f"{table}: row {number}: {show(','.join(row))}: not a new image, its mask and, if wanted, "
+                            f"group, part and weight, in the order of its first line; correct it") from None
         listed.add(image)
         if part != "test":
             found.append((entry["image"], (image, mask), part == "val", entry["group"], weight))
@@ -116,8 +116,8 @@ def found_pairs(root):
     for file in files:
         sides[folds.part_of(file.parent)][file in masks][str(file.with_suffix(""))] = root / file
     if files and not masks:
-        raise UserError(f"{root}: no masks found: no folders such as train_img and train_mask, images/train and masks/train, "
-                        f"and no files such as {files[0].stem}_mask beside {files[0]}; rename them, {WAY_OUT}")
+        raise UserError(f"{root}: no masks found: no folders such as train_img and train_mask, images/train and "
+                        f"masks/train, and no file {files[0].stem}_mask beside {files[0]}; rename them, {WAY_OUT}")
     found = [(pair, part == "val") for part, pair_of in sides.items() if part != "test" for pair in match(*pair_of)]
     for part in () if files else ("train", "val"):
         if part == "train" or os.path.isdir(root / "val_img"):
@@ -143,7 +143,8 @@ def match(image_of, mask_of):
     without what all images, and all masks, have in common at start and end (numbers stay whole); names equal without
     words for images and masks. Raises UserError naming the first files without partner."""
     def without_common(name, names):
-        starts = [os.path.commonprefix([name[::step] for name in names]) for step in (1, -1) if len(names) > 1] or ["", ""]
+        names = names if len(names) > 1 else ("", name)
+        starts = (os.path.commonprefix([name[::step] for name in names]) for step in (1, -1))
         first, last = (len(start.rstrip("0123456789")) for start in starts)
         return name[first:len(name) - last]
 
@@ -154,10 +155,12 @@ def match(image_of, mask_of):
         sides = [{str(rule(name, side)): path for name, path in side.items()} for side in (image_of, mask_of)]
         if sides[0].keys() == sides[1].keys() and len(image_of) == len(mask_of) == len(sides[0]):
             return [(path, sides[1][key]) for key, path in sides[0].items()]
-    lone = [path for side, other in (sides, sides[::-1]) for path in [p for key, p in side.items() if key not in other][:1]]
+    of_images, of_masks = sides
+    lone = [path for key, path in of_images.items() if key not in of_masks][:1]
+    lone += [path for key, path in of_masks.items() if key not in of_images][:1]
     lone = lone or list(image_of.values())[:2]
-    raise UserError(f"{lone[0]}: no file of that name among the {'images' if lone[0] in sides[1].values() else 'masks'} (as "
-                    f"little as for {lone[-1]}); add it, or remove this one, {WAY_OUT}")
+    raise UserError(f"{lone[0]}: no file of that name on the other side (neither for {lone[-1]}); add it, or remove "
+                    f"this one, {WAY_OUT}")
 
 
 def read_mask(path, classes=1, ignore=None, window=None):

@@ -1,4 +1,4 @@
-"""Layouts of data as people have them: parts, names and classes that the data tells are obeyed, or refused in a line."""
+"""Layouts of data as people have them: parts, names and classes that the data tells are obeyed, or refused."""
 import json
 import re
 
@@ -101,7 +101,8 @@ def test_columns_that_are_no_classes(tmp_path, table, columns, says):
 
 
 def test_named_columns(tmp_path):
-    write(tmp_path, {"train/a.png": None, "train/b.png": None, "train.csv": "n,image,target,sun,fog\n1,a,u,1,0\n2,b,v,1,1\n"})
+    write(tmp_path, {"train/a.png": None, "train/b.png": None,
+                     "train.csv": "n,image,target,sun,fog\n1,a,u,1,0\n2,b,v,1,1\n"})
     assert cls.read(tmp_path, columns=["image", "target"]).names == ["u", "v"]
     data = cls.read(tmp_path, columns=["image", "sun", "fog"])
     assert data.names == ["sun", "fog"] and data.labels.tolist() == [[1, 0], [1, 1]]
@@ -109,10 +110,12 @@ def test_named_columns(tmp_path):
 
 # ---- YAML ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text, expected", [
-    ("names:\n  - \"\\uC790\\uB3D9\"\n  - 'lane #1'\n  - it's # no\nnc: 3", {"names": ["자동", "lane #1", "it's"], "nc": "3"}),
+    ("names:\n  - \"\\uC790\\uB3D9\"\n  - 'lane #1'\n  - it's # no\nnc: 3",
+     {"names": ["자동", "lane #1", "it's"], "nc": "3"}),
     ("names:\n  \"0\": car\n  1: bus", {"names": {"0": "car", "1": "bus"}}),
     ("{names: [car, 'b,us'], nc: 2}", {"names": ["car", "b,us"], "nc": "2"}),
-    ("# c\nnames: {0: car,\n  1: \"bus\"}  # d\npath: C:/a b#c", {"names": {"0": "car", "1": "bus"}, "path": "C:/a b#c"}),
+    ("# c\nnames: {0: car,\n  1: \"bus\"}  # d\npath: C:/a b#c",
+     {"names": {"0": "car", "1": "bus"}, "path": "C:/a b#c"}),
     ("train:\n- a\n- b\nextra:\n  deep:\n    - x\nval: ~", {"train": ["a", "b"], "extra": None, "val": None})])
 def test_yaml(tmp_path, text, expected):
     assert data_yaml.read(write(tmp_path, {"data.yaml": text}) / "data.yaml") == expected
@@ -120,10 +123,11 @@ def test_yaml(tmp_path, text, expected):
 
 @pytest.mark.parametrize("text, line", [
     ("nc: 1\nnames: &n [a]", 2), ("names: !!seq [a]", 1), ("names:\n\t- a", 2), ("names: |\n  a", 1),
-    ("names:\n  - a\n    b", 3), ("names:\n  - a\n   - b", 3), ("names: [a, b\nnc: 2", 1), ("names: [a]\nnames: [b]", 2),
+    ("names:\n  - a\n    b", 3), ("names:\n  - a\n   - b", 3), ("names: [a, b\nnc: 2", 1),
+    ("names: [a]\nnames: [b]", 2),
     ("names: {0: a, 0: b}", 1), ("names: 'a\n  b'", 1), ("names: [a] b", 1), ("names:\n  - a: b", 2), ("names: *x", 1)])
 def test_yaml_that_is_refused(tmp_path, text, line):
-    refused(data_yaml.read, write(tmp_path, {"data.yaml": text}) / "data.yaml", says="data.yaml: line [12]: |line %d" % line)
+    refused(data_yaml.read, write(tmp_path, {"data.yaml": text}) / "data.yaml", says=f"data.yaml: line {line}: ")
 
 
 def test_number_of_names(tmp_path):
@@ -132,7 +136,8 @@ def test_number_of_names(tmp_path):
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------
-IN_FOLDERS = {f"images/{part}/{part}.png": None for part in "abc"} | {f"labels/{part}/{part}.txt": LINE for part in "abc"}
+IN_FOLDERS = {f"images/{part}/{part}.png": None for part in "abc"} | {
+    f"labels/{part}/{part}.txt": LINE for part in "abc"}
 HALF = {"images/a/a": False, "images/b/b": True}
 XML = ("<annotation><size><width>20</width><height>20</height></size><object><name>é</name><bndbox><xmin>1</xmin>"
        "<ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>")
@@ -156,8 +161,10 @@ COCO = {"images": [{"id": 1, "file_name": "1.png"}], "categories": [{"id": 1, "n
     ({"train/1.png": None, "train/1.xml": XML, "dev/2.png": None, "dev/2.xml": XML}, {"dev/2": True, "train/1": False}),
     ({"images/1.png": None, "Annotations/1.xml": XML}, {"images/1": False}),
     ({"JPEGImages/1.png": None, "JPEGImages/2.png": None, "Annotations/1.xml": XML, "Annotations/2.xml": XML,
-      "ImageSets/Main/train.txt": "1\n", "ImageSets/Main/val.txt": "2\n"}, {"JPEGImages/1": False, "JPEGImages/2": True}),
-    ({"obj.names": "car\n", "obj.data": "classes = 1\ntrain = data/train.txt", "train.txt": "data/obj_train_data/1.png\n",
+      "ImageSets/Main/train.txt": "1\n", "ImageSets/Main/val.txt": "2\n"},
+     {"JPEGImages/1": False, "JPEGImages/2": True}),
+    ({"obj.names": "car\n", "obj.data": "classes = 1\ntrain = data/train.txt",
+      "train.txt": "data/obj_train_data/1.png\n",
       "obj_train_data/1.png": None, "obj_train_data/1.txt": LINE}, {"obj_train_data/1": False}),
     ({"images/1.png": None, "labels/1.txt": LINE, "classes.txt": "a", "notes.json": "{}"}, {"images/1": False}),
     ({"images/1.png": None, "annotations/instances_default.json": json.dumps(COCO)}, {"images/1": False}),
@@ -222,8 +229,10 @@ def test_boxes_of_images_that_exif_turns(tmp_path, tag):
 
 
 @pytest.mark.parametrize("files, says", [
-    ({"labels/1.txt": "0 .5 .5 .9 .9\n0 .9 .9 .95 .95\n0 .2 .9 .5 .95\n", "images/1.png": None}, "2 of 3 boxes lie to more"),
-    ({"images/1.png": None, "images/2.png": None, "images/3.png": None, "labels/1.txt": LINE}, "2 of 3 images have no label"),
+    ({"labels/1.txt": "0 .5 .5 .9 .9\n0 .9 .9 .95 .95\n0 .2 .9 .5 .95\n", "images/1.png": None},
+     "2 of 3 boxes lie to more"),
+    ({"images/1.png": None, "images/2.png": None, "images/3.png": None, "labels/1.txt": LINE},
+     "2 of 3 images have no label"),
     ({"images/train/1.png": None, "images/val/2.png": None, "labels/train/1.txt": LINE}, "none of the 1 validation")])
 def test_labels_that_are_rather_misunderstood(tmp_path, files, says):
     refused(labels.read, write(tmp_path, files), cache=None, says=f"{says}.*--allow-bad-labels")
@@ -233,7 +242,8 @@ def test_labels_that_are_rather_misunderstood(tmp_path, files, says):
 def test_xml_in_its_encoding(tmp_path):
     write(tmp_path, {"images/1.png": None})
     (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations/1.xml").write_bytes(('<?xml version="1.0" encoding="iso-8859-1"?>' + XML).encode("latin-1"))
+    text = '<?xml version="1.0" encoding="iso-8859-1"?>' + XML
+    (tmp_path / "annotations/1.xml").write_bytes(text.encode("latin-1"))
     assert labels.read(tmp_path, cache=None).names == ["é"]
 
 

@@ -108,9 +108,9 @@ def _find(path):
             return layout
     if os.path.isdir(path):  # unlike Path.is_dir, for every name
         shown = ", ".join(map(show, list_files(path, "")[:2])) or "nothing"
-        raise UserError(f"{path}: no labels in it, but {shown}: neither train/label/Train.json nor annotations/*.json nor "
-                        f"images with labels/*.txt or annotations/*.xml or with these beside them nor train_img and "
-                        f"train_mask; check --data, or convert the labels to one JSON file in COCO's format")
+        raise UserError(f"{path}: no labels in it, but {shown}: neither train/label/Train.json nor annotations/*.json "
+                        f"nor images with labels/*.txt or annotations/*.xml or with these beside them nor train_img "
+                        f"and train_mask; check --data, or convert the labels to one JSON file in COCO's format")
     raise UserError(f"{path}: no such folder or .json file; put the data there, or point --data to it")
 
 
@@ -226,12 +226,12 @@ def _refuse(path, found, layout, see):
         bad = sum(dropped.values(), [])
         if len(bad) > MAX_DROPPED * all_of:
             counts = ", ".join(f"{len(places)} {kind}" for kind, places in dropped.items())
-            raise UserError(f"{path}: {len(bad)} of {all_of} {what} cannot be used ({counts}, first {bad[0]}{see}); correct "
-                            f"them, or go on without them by --allow-bad-labels")
+            raise UserError(f"{path}: {len(bad)} of {all_of} {what} cannot be used ({counts}, first {bad[0]}{see}); "
+                            f"correct them, or go on without them by --allow-bad-labels")
     held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
     bare = sum(label is None for label, _ in layout.images.values())
-    doubts = {f"{found['cut']} of {total} boxes lie to more than a fifth outside their images, as boxes of another order or "
-              f"unit do": found["cut"] > max(1, MAX_CUT * total),
+    doubts = {f"{found['cut']} of {total} boxes lie to more than a fifth outside their images, as boxes of another "
+              f"order or unit do": found["cut"] > max(1, MAX_CUT * total),
               f"{bare} of {count} images have no label file": 2 * bare > count,
               f"none of the {len(held)} validation images has a box": held and any(found["boxes"]) and not any(held)}
     for doubt in (doubt for doubt, holds in doubts.items() if holds):

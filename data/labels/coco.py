@@ -124,7 +124,7 @@ def _image_folders(root, label, part):
 
 
 def _locator(root, label, part):
-    """-> function(file_name) -> the image's path relative to root, or None. Each folder is listed once, because a look-up
+    """-> function(file_name) -> the image's path relative to root, or None. Each folder is listed once: a look-up
     per image is slow on network disks. Names are compared by `same_name`."""
     top, folders = os.path.abspath(root), dict.fromkeys(_image_folders(root, label, part))
 

@@ -52,8 +52,8 @@ def read(path):
             return found[0][1]
         return unique([(key, _block(value)) for key, value in found])
     except (ValueError, IndexError, RecursionError):
-        raise UserError(f"{path}: line {number}: {show(line)} is not understood, or stands there twice; write plain YAML "
-                        f"without anchors, tags and tabs, or the names into classes.txt instead") from None
+        raise UserError(f"{path}: line {number}: {show(line)} is not understood, or stands there twice; write plain "
+                        f"YAML without anchors, tags and tabs, or the names into classes.txt instead") from None
 
 
 def _block(value):

@@ -59,7 +59,8 @@ def pair(root, suffix, label_folders, entries=()):
     def by_key(files):
         found = {}
         for file in files:
-            words = [word for word in os.path.dirname(file).lower().split("/") if word not in IMAGE_FOLDERS | label_folders]
+            words = os.path.dirname(file).lower().split("/")
+            words = [word for word in words if word not in IMAGE_FOLDERS | label_folders]
             other = found.setdefault("/".join([*words, Path(file).stem]), file)
             if other != file:
                 raise UserError(f"{root / file}: {other} has the same name; rename or remove one")
@@ -70,7 +71,8 @@ def pair(root, suffix, label_folders, entries=()):
     if not entries:
         pictures = [file for file in pictures if lies_in(file, IMAGE_FOLDERS)] or pictures
     image_of = by_key(pictures)
-    label_of = by_key(file for file in files if file.lower().endswith(suffix) and Path(file).name.lower() not in NO_LABELS)
+    label_of = by_key(file for file in files
+                      if file.lower().endswith(suffix) and Path(file).name.lower() not in NO_LABELS)
     for key in sorted(label_of.keys() - image_of.keys()):
         if lies_in(label_of[key], label_folders) and part_of(os.path.dirname(label_of[key])) != "test":
             raise UserError(f"{root / label_of[key]}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
@@ -95,7 +97,8 @@ def _listed_parts(root, files, entries):
         else:  # VOC has lines such as "000005 -1"
             names = [(line, locate(line.strip()) or locate(line.partition(" ")[0]), f"{where}: line {number}")
                      for number, line in enumerate(read_lines(root / entry), 1) if line.strip()]
-        missing += [f"{place}: no image {show(name.strip())}" for name, file, place in names if not file and part != "test"]
+        missing += [f"{place}: no image {show(name.strip())}" for name, file, place in names
+                    if not file and part != "test"]
         for _, file, place in names:
             other, there = found.get(file, (part, where))
             if there and other != part and "train" in (other, part):

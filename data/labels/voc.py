@@ -18,7 +18,8 @@ def find(path):
     entries = list_entries(path, "ImageSets/Main", ".")
     found, cases = pair(path, ".xml", LABEL_FOLDERS, entries)
     labels = sorted(label for label, _ in found.values() if label)
-    return Layout(path, [entry for _, entry, _ in entries] + labels, found, read, "object {}", cases) if labels else None
+    lists = [entry for _, entry, _ in entries]
+    return Layout(path, lists + labels, found, read, "object {}", cases) if labels else None
 
 
 def read(layout):
@@ -34,8 +35,8 @@ def read(layout):
 
 
 def _objects(path):
-    """-> (height, width) as a file states it or None, [(name, (x1, y1, x2, y2))] in pixels. In the file, pixels count from 1 and the box includes its last
-    ones. Raises UserError."""
+    """-> (height, width) as a file states it or None, [(name, (x1, y1, x2, y2))] in pixels. In the file, pixels count
+    from 1 and the box includes its last ones. Raises UserError."""
     data = read_bytes(path)
     # Zero bytes are removed to see the words in UTF-16 too. Labels declare no entities, and these can grow without end
     if any(word in data.replace(b"\0", b"") for word in (b"<!DOCTYPE", b"<!ENTITY")):

@@ -28,7 +28,7 @@ def find(path):
     alone = path.suffix.lower() in YAML and os.path.isfile(path)
     home = path.parent if alone else path
     names = [path.name] if alone else [name for name in NAMES if os.path.exists(home / name)][:1]
-    yaml = next((name for name in [*names, *NAMES[-2:]] if name.endswith(YAML) and os.path.exists(home / name)), None)
+    yaml = path.name if alone else next((name for name in NAMES[-2:] if os.path.exists(home / name)), None)
     declared = data_yaml.read(home / yaml) if yaml else {}
     root, entries = _declared_parts(home, yaml, declared)
     entries = entries or list_entries(root, ".")
@@ -43,8 +43,8 @@ def find(path):
 
 
 def _declared_parts(home, yaml, declared):
-    """The parts that a data.yaml in the folder `home` declares -> their folder, entries for `records.pair`. None of them
-    may be there, then the names of folders tell the parts. Raises UserError for a part that is not there."""
+    """The parts that a data.yaml in the folder `home` declares -> their folder, entries for `records.pair`. Where none
+    of them is there, the names of folders tell the parts. Raises UserError for a part that is not there."""
     values = {part: declared.get(part) or [] for part in ("train", "val", "test")}
     values = {part: value if type(value) is list else [value] for part, value in values.items()}
     if any(type(value) is not str for value in [*sum(values.values(), []), declared.get("path") or ""]):
