@@ -40,6 +40,8 @@ def make_parser():
         f"Mine in nets/mine.py")
     add("--labels", metavar="CSV", help="table of answers; without: see data/cls.py")
     add("--images", metavar="DIR", help="folder of that table's images")
+    add("--columns", nargs="+", metavar="NAME", help="of that table: the column of the images' names, then that of the "
+        "label, or those of the classes")
     add("--synthesize", metavar="CSV", help="train on Dirty-MNIST images made on the fly from these letters")
     add("--letters-per-image", type=int_range(1, 26), nargs=2, default=[10, 14], metavar="N", help="of --synthesize")
     add("--noise", type=int_range(0, 255), default=254, help="largest value of the background of --synthesize")
@@ -91,12 +93,14 @@ def check_flags(args):
 def load_samples(args, folder, resume):
     """-> the data (cls.Samples), the indices to validate on, the bands to read, and the training samples' files, labels
     and weights: how often each of them comes, beside the 1 of --data."""
-    data = cls.read(args.data, table=args.labels, folder=args.images)
+    data = cls.read(args.data, table=args.labels, folder=args.images, columns=args.columns)
     data = data.usable(args.data, args.bands, args.allow_bad)
     bands = args.bands or images.default_bands(data.files)
     if resume:  # a run of an older version may have taken single labels for several
         data = data._replace(single_label=resume["single_label"])
     train, val = split(args, folder, data)
+    folds.describe(args.data, f"{'one label' if data.single_label else 'several labels'} each, such as {data.files[0]}",
+                   data.names, data.labels, (train, val))
     if args.debug:
         train, val = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs)
     files, labels, weights = [data.files[i] for i in train], data.labels[train], [1.0] * len(train)

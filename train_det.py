@@ -294,6 +294,8 @@ def load_samples(args, folder):
     spec = folds.parse_folds(args.folds, keys, data.held_out, args.fold)
     train, val = folds.load_or_make_split(folder, keys, spec, args.fold, files=data.files, strata=rarest,
                                           groups=args.groups, drop=args.drop_noisy)
+    per_class = [np.bincount(classes, minlength=len(data.names)) for classes in data.classes]
+    folds.describe(args.data, data.layout, data.names, per_class, (train, val))
     few = 8 * args.bs if args.debug else 10**9
     val = folds.spread(val, args.bs if args.debug else few)
     samples = det.samples(data, folds.spread(train, few))

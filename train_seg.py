@@ -125,15 +125,20 @@ def load_samples(args, folder):
     if not any(data.areas):
         dist.print0(f"warning: {args.data}: no mask has a pixel of a class above 0; see --classes and --ignore")
     train, val = folds.load_or_make_split(
-        folder, data.names, folds.parse_folds(args.folds), args.fold, files=data.images, groups=args.groups,
+        folder, data.names, folds.parse_folds(args.folds, data.names, data.held_out, args.fold), args.fold,
+        files=data.images, groups=args.groups or (data.groups if any(data.groups) else None),
         strata=folds.area_strata(data.areas), drop=args.drop_noisy)
+    objects = [[area > 0] for area in data.areas]
+    folds.describe(args.data, f"{data.pairs[0][0]} has the mask {data.pairs[0][1]}", ["with an object"], objects,
+                   (train, val))
     few = 8 * args.bs if args.debug else 10**9
     train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
-    samples, weights = data.pick(train), [1.0] * len(train)
+    samples = data.pick(train)
+    weights = samples.weights
     for more, weight in args.extra_data:
         extra = seg.read(more, bands=data.bands, **masks)
         chosen = folds.spread(folds.without_copies(extra.images, [data.images[i] for i in val], more), few)
-        samples, weights = samples + extra.pick(chosen), weights + [weight] * len(chosen)
+        samples, weights = samples + extra.pick(chosen), weights + [weight * extra.weights[i] for i in chosen]
     return data, val, samples, weights
 
 

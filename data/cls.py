@@ -3,6 +3,9 @@
     resources/dirty_mnist_2nd/00000.png ...   resources/dirty_mnist_2nd_answer.csv: index,a,b, ... z of 0 and 1
     DATA/train/*.jpg                          DATA/train.csv: name,label        or: name and a column per class
     DATA/train/cat/*.jpg  DATA/train/dog/*.jpg          and, if they are there: DATA/val/cat/*.jpg ...
+
+In place of train and val: training, valid, validation, dev, in capitals too; test parts are left out. val.csv beside
+train.csv, and a column split, part, set or subset of a table, tell the part as well.
 """
 import os
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from torch.utils.data import Dataset
 from data import augment, bad, folds, images, units
 from data.cache import Cache
 from utils.errors import UserError
-from utils.files import read_csv, same_name
+from utils.files import finder, read_csv
 from utils.ops import geometry
 from utils.train import checkpoint, dist
 
@@ -24,6 +27,9 @@ ANSWER = "_answer"  # the competition's dirty_mnist_2nd_answer.csv belongs to th
 COMPETITION = f"dirty_mnist_2nd{ANSWER}.csv"
 COMPETITION_TEST = "test_dirty_mnist_2nd"
 TRUTHS = {"true": 1.0, "false": 0.0}
+PART_COLUMNS = ("split", "part", "set", "subset")
+SEVERAL = ("labels", "tags", "classes", "categories", "targets", "attributes")  # columns of several labels a row
+ONE = ("label", "tag", "class", "category", "target", *SEVERAL)  # such a column is no class itself
 
 
 class Samples(NamedTuple):
@@ -41,48 +47,55 @@ class Samples(NamedTuple):
                              held_out=[self.held_out[i] for i in kept if self.held_out])
 
 
-def read(root, *, table=None, folder=None, least=2):
+def read(root, *, table=None, folder=None, columns=None, least=2):
     """-> Samples, of a CSV and a folder of images, or of one folder per class.
 
-    table, folder: where they are; without: `*_answer.csv` or `train.csv` in root, and the folder of that name, of
-    several the competition's. Every image needs its row and every row its image. least: so many classes at least.
-    Raises UserError naming file and line.
+    table, folder: where they are; without: `*_answer.csv` or `train.csv` (and `val.csv`) in root, and the folder of
+    that name, else `images`, else root. columns: see `read_table`. Every row needs its image. least: so many classes at
+    least. Raises UserError naming file and line.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; put the data there, or point --data to it (python -m data.samples "
                         f"makes sample data)")
-    found = sorted(p for p in [*root.glob(f"*{ANSWER}.csv"), root / "train.csv"]
-                   if p.is_file() and not p.name.startswith("test"))
-    unanswered = next((p for p in sorted(root.glob("test*")) if p.is_dir()), None)
-    if table is None and not found and unanswered and not (root / "train").is_dir():
-        raise UserError(f"{root}: no *{ANSWER}.csv, no train.csv, and {unanswered.name} is no class; add the answers, "
-                        f"or name them by --labels and --images")
-    if table is None and not found:
-        if folder:
-            raise UserError(f"--images {folder}: is for a table, and {root} has none; name it by --labels")
+    tables = [Path(table)] if table else _tables(root)
+    if not tables:
+        if folder or columns:
+            raise UserError(f"{f'--images {folder}' if folder else '--columns'}: is for a table, and {root} has none; "
+                            f"name it by --labels")
         return _class_folders(root, least)
-    found = [p for p in found if p.name == COMPETITION] or found
-    if table is None and len(found) > 1:
-        raise UserError(f"{root}: has the tables {found[0].name} and {found[1].name}; tell by --labels which one to "
-                        f"train on")
-    table = Path(table) if table else found[0]
-    folder = Path(folder) if folder else root / table.stem.removesuffix(ANSWER)
-    keys, labels, names, single_label = read_table(table, least)
-    file_of = find_files(folder)
-    files = {}
-    for key in keys:
-        name = same_name(key).replace("\\", "/").rpartition("/")[2]  # some tables tell the folder too
-        file = file_of.get(name) or file_of.get(name.lower()) or (
-            file_of.get(int(key)) if key.isdecimal() and len(key) < 20 else None)
-        if file is None:
-            raise UserError(f"{table}: {key[:80]} has no image in {folder}; add it, or remove the row")
-        if files.setdefault(file, key) != key:
-            raise UserError(f"{table}: {files[file]} and {key} are one image, {file}; remove one")
-    spare = set(file_of.values()) - set(files)
+    usual = {path: (root / path.stem.removesuffix(ANSWER), root / "images", root) for path in tables}
+    places = {path: Path(folder or next(place for place in usual[path] if place.is_dir())) for path in tables}
+    finders = {path: find_files(places[path]) for path in tables}
+    rows, labels, names, single_label = read_table(tables, least, columns)
+    files, lost = {}, []
+    for path, key, _ in rows:
+        file = finders[path](key)
+        lost += [] if file else [f"{path}: {key[:80]} has no image in {places[path]}"]
+        if files.setdefault(file or (path, key), (path, key)) != (path, key):
+            raise UserError(f"{path}: {files[file][1]} and {key} are one image, {file}; remove one")
+    if lost:
+        raise UserError(f"{lost[0]} ({len(lost)} such); add it, or remove the row")
+    spare = {path for place in set(places.values()) for path in _images_below(place)} - set(files)
     if spare:
-        raise UserError(f"{min(spare)}: has no row in {table} ({len(spare)} such); add it, or remove the image")
-    return Samples(list(files), labels, names, single_label)
+        dist.print0(f"{root}: {len(spare)} images have no row to train or validate on and are left out, such as "
+                    f"{min(spare)}")
+    held_out = [part == "val" for *_, part in rows]
+    return Samples(list(files), labels, names, single_label, held_out if any(held_out) else ())
+
+
+def _tables(root):
+    """The training table in root, and validation tables that belong to it; none where folders tell the classes."""
+    found = sorted(p for p in root.iterdir() if p.suffix.lower() == ".csv" and folds.part_of(p.stem) != "test")
+    parts = {p: folds.PARTS.get(p.stem.lower()) for p in found}
+    train = [p for p in found if p.stem.endswith(ANSWER) or parts[p] == "train"]
+    if not train and len(found) == 1 and len(_folders(root)) < 2:
+        train = found
+    train = [p for p in train if p.name == COMPETITION] or train
+    if len(train) > 1:
+        raise UserError(f"{root}: has the tables {train[0].name} and {train[1].name}; tell by --labels which one to "
+                        f"train on")
+    return train + [p for p in found if train and parts[p] == "val"]
 
 
 def test_folder(root):
@@ -91,60 +104,113 @@ def test_folder(root):
     return competition if competition.is_dir() else Path(root) / "test"
 
 
+def _images_below(folder):
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES and p.name[0] != ".")
+
+
 def find_files(folder):
-    """{stem, name, both in small letters, and the stem's number if it is one: image file}."""
-    file_of, stems, found = {}, set(), images.find(folder)
-    for path in found:  # first, for the others are to give way
-        file_of |= {same_name(path.stem).lower(): path, same_name(path.name).lower(): path}
-    for path in found:
-        if path.stem in stems:
+    """-> function(name in a table) -> image file or None. Names are compared with their folders or without, with the
+    suffix or without, in capitals or not, and as numbers."""
+    path_of, stems = {}, set()
+    for path in _images_below(folder) or images.find(folder):  # which tells that there are none
+        if path.with_suffix("") in stems:
             raise UserError(f"{path}: another image has the same name; rename or remove one")
-        stems.add(path.stem)
-        file_of |= {same_name(path.stem): path, same_name(path.name): path}
-        if path.stem.isdecimal():
-            file_of[int(path.stem)] = path
-    return file_of
+        stems.add(path.with_suffix(""))
+        path_of[path.relative_to(folder).as_posix()] = path
+    numbers = {f"#{int(path.stem)}": path for path in path_of.values() if _is_number(path.stem)}
+    find = finder(numbers | {name.lower(): path for name, path in path_of.items()} | path_of)
+    return lambda key: find(key) or find(key.lower()) or (find(f"#{int(key)}") if _is_number(key) else None)
 
 
-def read_table(path, least=2):
-    """A CSV whose first column names the images -> keys, labels (N, classes) float32, class names, and whether every
-    image has a single label.
+def _is_number(name):
+    return name.isdecimal() and len(name) < 20
 
-    A second column that is the last one holds the class. Several further columns are the classes, 0 or 1 in each row;
-    images have a single label where every row has one 1.
+
+def read_table(tables, least=2, columns=None):
+    """CSVs of the same columns -> rows (table, the image's name, part or None), labels (N, classes) float32, class
+    names, and whether every image has a single label.
+
+    columns: the column of the images, then that of the label or those of the classes; None: the first, then all others
+    but a column split, part, set or subset that tells the part of every row. Rows for testing are left out; those of
+    val.csv are for validation. One column holds the class, or several, see `split_labels`. Several columns are the
+    classes, 0 or 1 in each row; images have a single label where every row has one 1.
     """
-    rows = [(i, row) for i, row in enumerate(read_csv(path), 1) if row]
-    if len(rows) < 2 or len(rows[0][1]) < 2:
-        raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts in "
-                        f"data/cls.py")
-    header, rows = rows[0][1], rows[1:]
-    wrong = next((i for i, row in rows if len(row) != len(header)), None)
-    if wrong:
-        raise UserError(f"{path}: line {wrong} has another number of columns than the header's {len(header)}; correct "
-                        f"it")
-    keys, seen = [row[0].strip() for _, row in rows], {}
-    for (i, _), key in zip(rows, keys):
-        if seen.setdefault(key, i) != i:
-            raise UserError(f"{path}: line {i}: {key} stands in line {seen[key]} too; remove one")
-    if len(header) == 2:
-        values = [row[1].strip() for _, row in rows]
-        names = sorted(set(values), key=_numbers_first)
-        if "" in names:
-            raise UserError(f"{path}: line {rows[values.index('')][0]} has no class; add it, or remove the row")
-        if len(names) < least:
-            raise UserError(f"{path}: all rows have the class {names[0][:80]}; there must be two or more")
-        index = {name: i for i, name in enumerate(names)}
-        return keys, np.eye(len(names), dtype=np.float32)[[index[value] for value in values]], names, True
-    names = [name.strip() for name in header[1:]]
+    rows = []
+    for path in tables:
+        lines = [(path, i, [value.strip() for value in row]) for i, row in enumerate(read_csv(path), 1) if row]
+        if len(lines) < 2 or len(lines[0][2]) < 2:
+            raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts "
+                            f"in data/cls.py")
+        header = rows[0][2] if rows else lines[0][2]
+        if lines[0][2] != header:
+            raise UserError(f"{path}: has other columns than {rows[0][0]}; make them equal")
+        rows += lines if path == tables[0] else lines[1:]
+    rows, seen = rows[1:], {}
+    unknown = [name for name in columns or () if name not in header]
+    if unknown or columns and len(columns) < 2:
+        raise UserError(f"{path}: --columns: no column {(unknown or ['of labels'])[0]}; name that of the images, then "
+                        f"those of the labels, of {', '.join(header)[:300]}")
+    key = header.index(columns[0]) if columns else 0
+    for path, i, row in rows:
+        if len(row) != len(header):
+            raise UserError(f"{path}: line {i} has another number of columns than the header's {len(header)}; correct "
+                            f"it")
+        if seen.setdefault((path, row[key]), i) != i:
+            raise UserError(f"{path}: line {i}: {row[key]} stands in line {seen[path, row[key]]} too; remove one")
+    part = next((k for k, name in enumerate(header) if k != key and name.lower() in PART_COLUMNS
+                 and name not in (columns or ()) and all(row[k].lower() in folds.PARTS for *_, row in rows)), None)
+    used = list(map(header.index, columns[1:])) if columns else [k for k in range(len(header)) if k not in (key, part)]
+    parts = [folds.part_of(row[part]) if part is not None else "train" if path == tables[0] else "val"
+             for path, _, row in rows]
+    rows = [(*row, part) for row, part in zip(rows, parts) if part != "test"]
+    values = [(f"{path}: line {i}", [row[k] for k in used]) for path, i, row, _ in rows]
+    names = [header[k] for k in used]
+    labels, names = _label_column(tables[0], names[0], values, least) if len(used) == 1 else \
+        _class_columns(tables[0], header[key], names, values, columns)
+    return [(path, row[key], part) for path, _, row, part in rows], labels, names, bool((labels.sum(1) == 1).all())
+
+
+def split_labels(values, column):
+    """The values of a label column -> lists of labels. They are joined by |, semicolon, comma or space where every
+    label of a joined value also stands alone in some row, or where the column is named labels, tags or the like."""
+    for mark in "|;, ":
+        labels = [[label.strip() for label in value.split(mark) if label.strip()] for value in values]
+        joined = {label for row in labels if len(row) > 1 for label in row}
+        if joined and (column.lower() in SEVERAL or joined <= {row[0] for row in labels if len(row) == 1}):
+            dist.print0(f"the column {column} holds several labels a row, joined by {mark!r}: {len(joined)} labels")
+            return labels
+    return [[value] for value in values]
+
+
+def _label_column(path, column, rows, least):
+    """-> labels, class names of the rows (place, [value]) of a column of labels."""
+    empty = next((place for place, [value] in rows if not value), None)
+    if empty:
+        raise UserError(f"{empty} has no class; add it, or remove the row")
+    values = split_labels([value for _, [value] in rows], column)
+    names = sorted({name for row in values for name in row}, key=_numbers_first)
+    if len(names) < least:
+        raise UserError(f"{path}: all rows have the class {names[0][:80]}; there must be two or more")
+    index = {name: i for i, name in enumerate(names)}
+    one_hot = np.eye(len(names), dtype=np.float32)
+    return np.stack([one_hot[[index[name] for name in row]].max(0) for row in values]), names
+
+
+def _class_columns(path, key, names, rows, chosen):
+    """-> labels, class names of the rows (place, values) of a column of 0 and 1 per class."""
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns of one name; rename or remove one")
-    truth_of = {value: _truth(value) for value in {value for _, row in rows for value in row[1:]}}
-    for i, row in rows:
-        bad = next((value for value in row[1:] if truth_of[value] not in (0, 1)), None)
+    label = next((name for name in names if name.lower() in ONE and not chosen), None)
+    if label:
+        raise UserError(f"{path}: has the column {label} beside {len(names) - 1} others, which may be no classes; name "
+                        f"the columns by --columns {key} {label}")
+    truth_of = {value: _truth(value) for value in {value for _, row in rows for value in row}}
+    for place, row in rows:
+        bad = next((value for value in row if truth_of[value] not in (0, 1)), None)
         if bad is not None:
-            raise UserError(f"{path}: line {i} has the value {bad[:20]!r}; labels are 0 or 1")
-    labels = np.array([[truth_of[value] for value in row[1:]] for _, row in rows], np.float32)
-    return keys, labels, names, bool((labels.sum(1) == 1).all())
+            raise UserError(f"{place} has the value {bad[:20]!r} in a column of a class; labels are 0 or 1, or name "
+                            f"the columns by --columns {key} LABEL")
+    return np.array([[truth_of[value] for value in row] for _, row in rows], np.float32), names
 
 
 def _truth(value):
@@ -161,25 +227,36 @@ def _numbers_first(name):
     return (False, len(name.lstrip("0")), name) if name.isdecimal() else (True, 0, name)
 
 
+def _folders(path):
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _class_folders(root, least):
-    """A folder per class in `root`, or in its `train` and its `val` or `valid`."""
-    parts = [root / name for name in ("train", "val", "valid") if (root / name).is_dir()]
-    parts = parts if parts[:1] == [root / "train"] else [root]
-    names = sorted(p.name for p in parts[0].iterdir() if p.is_dir() and not p.name.startswith("."))
+    """A folder per class in `root`, or in the folders of its parts for training and validation."""
+    part_of = {p: folds.part_of(p.name) for p in _folders(root)}
+    parts = sorted((p for p, part in part_of.items() if part in ("train", "val") and _folders(p)), key=part_of.get)
+    other = next((p.name for p, part in part_of.items() if part in ("val", "test")), None)
+    if "train" not in map(part_of.get, parts):
+        if other:
+            raise UserError(f"{root}: no *{ANSWER}.csv, no train.csv, and {other} is no class; add the training part, "
+                            f"or name the answers by --labels and --images")
+        parts = [root]
+    trained = [p for p in parts if part_of.get(p) != "val"]
+    names = sorted({p.name for part in trained for p in _folders(part)})
     if len(names) < least:
         what = "two folders" if least > 1 else "a folder"
-        raise UserError(f"{parts[0]}: neither a table (train.csv, *{ANSWER}.csv) nor {what} of classes in it; see "
-                        f"--data")
+        raise UserError(f"{trained[0]}: neither a table (train.csv, *{ANSWER}.csv) nor {what} of classes in it; see "
+                        f"--data, or write a table of images and labels, see --labels")
     files, classes, held_out, others = [], [], [], []
     for part in parts:
-        for folder in sorted(p for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        for folder in _folders(part):
             if folder.name not in names:
-                raise UserError(f"{folder}: no such class in {parts[0]}; rename or remove it")
+                raise UserError(f"{folder}: no such class in {trained[0]}; rename or remove it")
             there = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
             found = [p for p in there if p.suffix.lower() in images.SUFFIXES]
             files += found or images.find(folder)  # which tells that there are none
             classes += [names.index(folder.name)] * len(found)
-            held_out += [part != parts[0]] * len(found)
+            held_out += [part not in trained] * len(found)
             others += [p for p in there if p.suffix.lower() not in images.SUFFIXES]
     if others:
         dist.print0(f"{root}: {len(others)} files are no TIFF, PNG or JPEG and left out, such as {others[0]}")
@@ -192,7 +269,7 @@ def with_names(extra, table, root):
     unknown = [name for name in extra.names if name not in table.names]
     if unknown or table.single_label and not extra.single_label:
         what = f"has the class {unknown[0][:80]}" if unknown else "has one label per image or several"
-        raise UserError(f"{root}: {what}, unlike --data; correct its table, or leave --extra-data out")
+        raise UserError(f"{root}: {what}, unlike the training data; correct its table, or leave it out")
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)
     labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
     return Samples(extra.files, labels, table.names, table.single_label)
@@ -211,8 +288,8 @@ def held_out(paths, states):
         if not split.exists():
             raise UserError(f"{split}: missing, so no images are known that {path} was not trained on; give "
                             f"--ensemble-weights instead of --fit-weights")
-        table = read(settings["data"], table=settings["labels"], folder=settings["images"])
-        table = table.usable(settings["data"], state["input"]["bands"], allow_bad=True)
+        table = read(settings["data"], table=settings["labels"], folder=settings["images"],
+                     columns=settings.get("columns")).usable(settings["data"], state["input"]["bands"], allow_bad=True)
         if table.names != state["classes"]:
             raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
         names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split

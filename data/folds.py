@@ -1,6 +1,7 @@
 """The split into folds for training and validation, written once as JSON {sample name: fold}, and checks of it."""
 import math
 import os
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -8,9 +9,37 @@ import numpy as np
 
 from data import images
 from utils.errors import UserError
-from utils.files import read_csv, read_json, write_json
+from utils.files import read_csv, read_json, show, write_json
 from utils.pictures import review
 from utils.train import dist
+
+
+# the words of a name that tell a part of a data set, see part_of
+PARTS = {"train": "train", "training": "train", "trainval": "train", "val": "val", "valid": "val", "validation": "val",
+         "dev": "val", "test": "test", "testing": "test"}
+SHOWN = 20  # classes
+
+
+# ---- the data's own parts --------------------------------------------------------------------------------------------
+def part_of(name):
+    """"train", "val" or "test" where a word of the name says so (train2017, instances_val.json, TestSet), else None.
+    In a path the first such word decides: train/images and images/train are the same part."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", str(name))
+    return next((PARTS[word] for word in (word.lower().removesuffix("set") for word in words) if word in PARTS), None)
+
+
+def describe(data, layout, names, counts, sides):
+    """Rank 0 prints what was understood of the data before a run trains on it.
+
+    layout: in words. names: of the classes. counts: (samples, classes), the objects or labels of every sample. sides:
+    the indices of the training and of the validation samples.
+    """
+    dist.print0(f"{data}: {layout}; {len(counts)} samples, {len(names)} classes")
+    for part, side in zip(("training", "validation"), sides):
+        rows = np.asarray(counts)[side]
+        shown = [f"{show(name)[1:-1]} {n:.0f}" for name, n in zip(names[:SHOWN], rows.sum(0))]
+        shown += [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        dist.print0(f"  {part}: {len(rows)} samples, {(rows.sum(1) == 0).sum()} without a label: {', '.join(shown)}")
 
 
 # ---- which sample is in which fold -----------------------------------------------------------------------------------
@@ -109,12 +138,12 @@ def load_or_make_split(folder, names, spec, fold, *, files, strata=None, groups=
 
     A new run writes the split to folds.json in its folder, and the samples that it drops to dropped.json; a resumed run
     reads these. spec: see `parse_folds`. fold: the one to validate on. files: the samples' images. strata: see
-    `assign`. groups: a CSV, see `read_groups`. drop: (a noise.csv, the number of its worst samples to leave out of the
-    training). untrained: the samples are not trained on, so that all may be held out.
+    `assign`. groups: a CSV, see `read_groups`, or the group of each sample. drop: (a noise.csv, the number of its worst
+    samples to leave out of the training). untrained: the samples are not trained on, so that all may be held out.
     """
     written = folder / "folds.json"
     new = not written.exists()
-    groups = read_groups(groups, names) if groups and new else None
+    groups = (groups if type(groups) is list else read_groups(groups, names)) if groups and new else None
     fold_of = spec if new else written
     if isinstance(fold_of, Path):
         fold_of = read_split(fold_of, names)

@@ -1,6 +1,8 @@
 """Segmentation data: image and mask files in the wildfire competition's layout -> tensors -> what the net sees.
 
     DATA/train_img/train_img_17.tif    DATA/train_mask/train_mask_17.tif    DATA/test_img/test_img_3.tif
+
+data/pairs.py reads other layouts.
 """
 import math
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import augment, bad, images, units
+from data import augment, bad, images, pairs, units
 from data.cache import Cache
 from utils.train import dist
 from utils.errors import UserError
@@ -24,10 +26,15 @@ UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
 
 
 class Samples(NamedTuple):
-    """Pairs of image and mask. A list per column: names, (image path, mask path), (height, width), pixels per class (of
-    binary masks two classes); bands: those to read, from 1."""
+    """Pairs of image and mask. A list per column: names, (image path, mask path), True where the data set itself holds
+    the sample out for validation, groups for the split or None, sampling weights, (height, width), pixels per class (of
+    binary masks two classes); bands: those to read, from 1. A mask path that is the image's: the image has no object.
+    """
     names: list
     pairs: list
+    held_out: list
+    groups: list
+    weights: list
     sizes: list
     counts: list
     bands: list
@@ -43,20 +50,21 @@ class Samples(NamedTuple):
 
     def pick(self, indices):
         """The samples with these indices."""
-        return Samples(*([column[i] for i in indices] for column in self[:4]), self.bands)
+        return Samples(*([column[i] for i in indices] for column in self[:-1]), self.bands)
 
     def __add__(self, other):
-        return Samples(*(ours + theirs for ours, theirs in zip(self[:4], other[:4])), self.bands)
+        return Samples(*(ours + theirs for ours, theirs in zip(self[:-1], other[:-1])), self.bands)
 
 
 def read(root, *, bands=None, classes=1, ignore=None, allow_bad=False):
-    """The training samples of a data folder, checked: pixels, bands, sizes, mask values. -> Samples
+    """The training samples of a data folder, or of a table of pairs, checked: pixels, bands, sizes, mask values. ->
+    Samples
 
     bands: those that will be read; None: `images.default_bands`. classes, ignore: of `read_mask`. Pairs that cannot be
     used are left out; more than 1 % of them are a UserError unless allow_bad, see `bad.sort_out`.
     """
-    matched = pairs(Path(root) / "train_img", Path(root) / "train_mask")
-    names, paired = list(matched), list(matched.values())
+    rows = pairs.find(Path(root))
+    _, paired, *_ = zip(*rows)
     bands = bands or bad.default_bands([image for image, _ in paired])
 
     def check(pair):
@@ -65,32 +73,20 @@ def read(root, *, bands=None, classes=1, ignore=None, allow_bad=False):
 
     kept, found = bad.sort_out(root, paired, check, variant=(bands, classes, ignore), allow_bad=allow_bad)
     sizes, counts = zip(*found)
-    declared = {mask: declared_class(mask, classes) for mask in (paired[i][1] for i in kept)}
+    columns = (list(column) for column in zip(*(rows[i] for i in kept)))
+    samples = Samples(*columns, list(map(tuple, sizes)), list(counts), bands)
+    declared = {mask: declared_class(mask, classes) for image, mask in samples.pairs if mask != image}
     masks = [mask for mask, value in declared.items() if value is not None]
     if masks:
         dist.print0(f"{masks[0]}: declares {declared[masks[0]]} as no data, which is a class ({len(masks)} such masks); "
                     f"it counts as that class, unless --ignore names it")
-    return Samples([names[i] for i in kept], [paired[i] for i in kept], list(map(tuple, sizes)), list(counts), bands)
+    return samples
 
 
 def test_folder(root):
     """Where the images without masks are that predict.py reads by default."""
-    return Path(root) / "test_img"
-
-
-def pairs(image_folder, mask_folder):
-    """-> {image stem: (image path, mask path)}: equal stems, or stems equal but for `img` <-> `mask`.
-
-    Raises UserError naming a file without partner, and two files of one name.
-    """
-    image_of, mask_of = (images.by_stem(images.find(folder)) for folder in (image_folder, mask_folder))
-    matched = {stem: (path, mask_of.pop(stem, None) or mask_of.pop(stem.replace("img", "mask"), None))
-               for stem, path in image_of.items()}
-    for lone, where in ((next((p for p, mask in matched.values() if mask is None), None), mask_folder),
-                        (next(iter(mask_of.values()), None), image_folder)):
-        if lone:
-            raise UserError(f"{lone}: no file of that name in {where}; add it, or remove this one")
-    return matched
+    root = Path(root)
+    return (root.parent if root.suffix.lower() == ".csv" else root) / "test_img"
 
 
 def read_mask(path, classes=1, ignore=None, window=None):
@@ -127,10 +123,18 @@ def declared_class(path, classes):
     return next((int(value) for value in images.header(path).nodata if value in range(max(classes, 2))), None)
 
 
+def mask_of(pair, classes=1, ignore=None, window=None):
+    """`read_mask` of an (image, mask) path; zeros where there is no mask, see `Samples`."""
+    image, mask = pair
+    if image == mask:
+        return torch.zeros(window[2:] if window else images.size(image)[1:], dtype=torch.uint8)
+    return read_mask(mask, classes, ignore, window)
+
+
 def check_mask(image, mask, classes=1, ignore=None):
     """-> (height, width) of an image and its mask, [pixels per class] without those to ignore (background and object of
     a binary mask). UserError for a mask of another size or at another place than its image, and for a wrong value."""
-    size, labels = images.size(image)[1:], read_mask(mask, classes, ignore)
+    size, labels = images.size(image)[1:], mask_of((image, mask), classes, ignore)
     if tuple(labels.shape) != size:
         raise UserError(f"{mask}: has another size than its image ({tuple(labels.shape)} pixels, {image} has {size}); "
                         f"make them equal")
@@ -233,7 +237,7 @@ class SegData(Dataset):
         places = tuple(windows) if any(windows) else ()
         self.images = Cache(image_files, lambda i: images.read_picture(image_files[i], bands, window=windows[i]), cache,
                             variant=(bands, *places))
-        self.masks = Cache(mask_files, lambda i: read_mask(mask_files[i], classes, ignore, windows[i]), cache,
+        self.masks = Cache(mask_files, lambda i: mask_of(paired[i], classes, ignore, windows[i]), cache,
                            variant=(classes, ignore, *places))
 
     def __len__(self):

@@ -82,8 +82,9 @@ def test_one_class_an_image_by_a_table(tmp_path):
 
 def test_classes_that_are_numbers_are_sorted_as_such(tmp_path):
     (tmp_path / "train.csv").write_text("name,label\na,10\nb,9\nc,x\nd,100\n")
-    keys, labels, names, _ = cls.read_table(tmp_path / "train.csv")
-    assert names == ["9", "10", "100", "x"] and labels.argmax(1).tolist() == [1, 0, 3, 2] and keys == list("abcd")
+    rows, labels, names, _ = cls.read_table([tmp_path / "train.csv"])
+    assert names == ["9", "10", "100", "x"] and labels.argmax(1).tolist() == [1, 0, 3, 2]
+    assert [key for _, key, _ in rows] == list("abcd")
 
 
 def test_columns_of_classes_and_other_places(tmp_path):
@@ -131,8 +132,7 @@ def test_answers_of_the_test_set_are_not_trained_on(tmp_path):
     (["00000,0,0,0", "00001,0,0,1", "7,0,1,0", "00007,0,1,0"], ["7 and 00007", "one image"]),
     (["00000,0,0,0", "00001,0,0,1", "7,0,1,0", "00007.png,0,1,0"], ["7 and 00007.png", "one image"]),
     (["00000,0,0,0", "00001,0,0,1", "00007,0,1,0", "8,0,0,0"], ["8 has no image", "dirty_mnist_2nd"]),
-    (["00000,0,0,0", "00001,0,0,1", "00007,0,1,0", "9" * 5000 + ",0,0,0"], ["999 has no image"]),
-    (["00000,0,0,0", "00001,0,0,1"], ["00007.png: has no row", "(1 such)", "_answer.csv"])])
+    (["00000,0,0,0", "00001,0,0,1", "00007,0,1,0", "9" * 5000 + ",0,0,0"], ["999 has no image"])])
 def test_rows_that_are_wrong(tmp_path, rows, words):
     table = answers(tmp_path, rows=rows)
     refuses(tmp_path, table, *words)
@@ -152,9 +152,10 @@ def test_tables_that_are_wrong(tmp_path, content, words):
     refuses(tmp_path, table, *words)
 
 
-def test_a_table_without_header_loses_no_row_in_silence(tmp_path):
-    answers(tmp_path, header="00000,0,1", rows=["00001,0,1", "00007,1,1"])
-    refuses(tmp_path, "00000.png: has no row")
+def test_images_without_a_row_are_left_out_and_counted(tmp_path, capsys):
+    answers(tmp_path, rows=["00001,0,1,0", "00007,1,1,0"])
+    assert [path.stem for path in cls.read(tmp_path).files] == ["00001", "00007"]
+    assert "1 images have no row" in (said := capsys.readouterr().out) and "00000.png" in said
 
 
 def test_what_is_not_there(tmp_path):
@@ -165,7 +166,7 @@ def test_what_is_not_there(tmp_path):
     (tmp_path / "train/dog").mkdir()
     refuses(tmp_path, "train/dog: no images")
     (tmp_path / "train.csv").write_text("name,label\n1,cat\n2,dog\n")
-    refuses(tmp_path, "train: no images")  # of the folder itself, not below it
+    refuses(tmp_path, "train.csv: 2 has no image in", "(1 such)")  # 1 is train/cat/1.png
     refuses(tmp_path, "no.csv: not a readable CSV", table=tmp_path / "no.csv")
     refuses(tmp_path, "no: no such folder", folder=tmp_path / "no")
     refuses(tmp_path, f"{tmp_path}: not a readable CSV", table=tmp_path)
@@ -471,7 +472,7 @@ def test_images_made_on_the_fly_are_reduced_like_files(tmp_path):
 def test_classes_that_are_numbers_stand_in_their_order(tmp_path):
     names = ["10", "9", "b", "007", "9" * 5000, "a"]
     (tmp_path / "train.csv").write_text("name,class\n" + "".join(f"{i},{name}\n" for i, name in enumerate(names)))
-    assert cls.read_table(tmp_path / "train.csv")[2] == ["007", "9", "10", "9" * 5000, "a", "b"]
+    assert cls.read_table([tmp_path / "train.csv"])[2] == ["007", "9", "10", "9" * 5000, "a", "b"]
 
 
 def folders(root, *names):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import augment, images, seg
+from data import augment, images, pairs, seg
 from data.cache import Cache
 from tests.conftest import digest, tile, write_tif
 from utils.ops import geometry, tiles
@@ -28,7 +28,7 @@ def folders(root, image_names, mask_names):
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 def test_pairs_by_equal_stems_or_img_for_mask(tmp_path):
-    found = seg.pairs(*folders(tmp_path, ["train_img_2.tif", "b.png", "train_img_10.tif", "my_img.tif"],
+    found = pairs.of_folders(*folders(tmp_path, ["train_img_2.tif", "b.png", "train_img_10.tif", "my_img.tif"],
                                ["b.tif", "train_mask_10.tif", "train_mask_2.png", "my_img.png"]))
     assert {stem: (image.name, mask.name) for stem, (image, mask) in found.items()} == {
         "b": ("b.png", "b.tif"), "my_img": ("my_img.tif", "my_img.png"),
@@ -42,7 +42,7 @@ def test_pairs_by_equal_stems_or_img_for_mask(tmp_path):
     (["a.tif"], ["a.tif", "a.png"], "mask/a.tif")])
 def test_files_without_a_partner_are_named(tmp_path, image_names, mask_names, named):
     with pytest.raises(UserError, match=f"{named}: .*;"):
-        seg.pairs(*folders(tmp_path, image_names, mask_names))
+        pairs.of_folders(*folders(tmp_path, image_names, mask_names))
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

@@ -255,12 +255,11 @@ def test_names_of_a_data_yaml(yolo, text):
 
 
 @pytest.mark.parametrize("text", ["names:", "names: 7\nnc: 1", "names: [a, , b]", "names: {0: a, 2: b}", "names: [",
-                                  "names:\nnc: 3", "names:\n  1: a", "names: {", "names: [" + "x" * 200_000 + "]"],
-                         ids=range(9))
+                                  "names:\nnc: 3", "names:\n  1: a", "names: {"])
 def test_names_of_a_data_yaml_that_is_not_understood(yolo, text):
     (yolo / "classes.txt").unlink()
     dump(yolo / "data.yaml", text)
-    with pytest.raises(UserError, match="data.yaml: its names are not understood; .*classes.txt"):
+    with pytest.raises(UserError, match="data.yaml: (its names are not|line 1: .* is not) understood.*; .*classes.txt"):
         read(yolo)
     dump(yolo / "data.yaml", "nc: 3\ntrain: x")
     assert read(yolo).names == ["class 0", "class 1", "class 2"]
@@ -297,7 +296,7 @@ def test_yolo_polygons(yolo):
 def test_images_of_other_formats_are_named(yolo):
     dump(yolo / "labels/train/w.txt", "0 .5 .5 .2 .2")
     (yolo / "images/train/w.heic").write_bytes(b"ftyp")
-    with pytest.raises(UserError, match="w.txt: no image of that name in .*images/train.*; add it as PNG, JPEG"):
+    with pytest.raises(UserError, match="w.txt: no image of that name in .*; add it as PNG, JPEG"):
         read(yolo)
 
 
@@ -352,7 +351,8 @@ def test_all_sorts_of_images(tmp_path):
     cut.write_bytes(data[:data.index(b"\xff\xda") + 20])  # its header is whole
     for name in ("exif", "grey"):
         dump(tmp_path / f"labels/{name}.txt", "0 0.5 0.5 0.2 0.4")
-    found = read(tmp_path)
+    refused(tmp_path, "3 of 5 images have no label file", "--allow-bad-labels")
+    found = read(tmp_path, allow_bad=True)
     assert dict(zip((f.stem for f in found.files), found.sizes)) == {
         "exif": (30, 10), "grey": (10, 30), "cmyk": (10, 30), "deep": (10, 30), "cut": (10, 30)}
     boxes = dict(zip((f.stem for f in found.files), found.boxes))
@@ -573,31 +573,25 @@ BAD_JSON += [(put(key, value), key) for key in ("images", "annotations", "catego
 BAD_JSON += [(put(key, 1, value), f"{key}[1]") for key in ("images", "annotations", "categories") for value in WRONG]
 BAD_JSON += [(change(key, 1, name, *rest), f"{key}[1]: {name} is")
              for key, name in (("images", "id"), ("images", "file_name"), ("annotations", "image_id"),
-                               ("annotations", "category_id"), ("annotations", "bbox"), ("categories", "id"),
+                               ("annotations", "category_id"), ("categories", "id"),
                                ("categories", "name")) for change, rest in ((drop, ()), (put, [None]), (put, [1.5]),
                                                                             (put, [{}]), (put, [True]))]
-BAD_JSON += [(put("annotations", 1, "bbox", value), "annotations[1]: bbox")
-             for value in ("1 2 3 4", [], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, None], [1, 2, 3, "4"], [1, 2, 3, True],
-                           [1, 2, 3, [4]], [[1, 2, 3, 4]], [1, 2, 3, 10**400], {"x": 1})]
-BAD_JSON += [(put("annotations", 1, "iscrowd", value), "annotations[1]: bbox") for value in ("0", None, [], 0.5)]
+BAD_JSON += [(put("annotations", 1, "iscrowd", value), "annotations[1]: iscrowd") for value in ("0", 0.5)]
 BAD_JSON += [
-    (put("annotations", 1, "category_id", "1"), "annotations[1]: category_id is '1'"),
-    (put("categories", 1, "id", "2"), "categories[1]: id is '2'"),
     (put("annotations", 1, "image_id", 99), "annotations[1]: there is no image with the id 99"),
-    (put("annotations", 1, "image_id", "10"), "annotations[1]: there is no image with the id '10'"),
     (put("annotations", 1, "image_id", "x\ny" * 9999), "annotations[1]: there is no image"),
     (put("images", 1, "id", 10), "images[1]: the id 10 stands there twice"),
     (put("categories", 1, "id", 1), "the id 1 is another category's"),
     (put("images", 1, "file_name", "a.b.c.jpg"), "'a.b.c.jpg' is listed already"),
-    (put("images", 1, "file_name", "../images/a.b.c.jpg"), "is listed already"),
-    (put("images", 1, "file_name", "gone.jpg"), "images[1]: no image 'gone.jpg'"),
-    (put("images", 1, "file_name", ""), "images[1]: no image ''"),
-    (put("images", 1, "file_name", "x\0/y\n.jpg"), "images[1]"), (put("images", 1, "file_name", "\ud800"), "images[1]"),
-    (put("images", 1, "file_name", "a/" * 9999), "images[1]"),
-    (put("images", 1, "file_name", "../../../secret.jpg"), "images[1]: no image '../../../secret.jpg' in"),
-    (put("images", 1, "file_name", "../../../DATA2/secret.jpg"), "images[1]: no image"),
-    (put("images", 1, "file_name", "../../.."), "images[1]: no image"),
-    (put("images", 1, "file_name", "/etc/hostname"), "images[1]: no image '/etc/hostname' in")]
+    (put("images", 1, "file_name", "../images/a.b.c.jpg"), "is listed already")]
+# cases that cost themselves; more than 1 % of them are an error
+BAD_CASES = [(put("annotations", 1, "bbox", value), "annotations[1]", "1 no box")
+             for value in (None, "1 2 3 4", [], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, None], [1, 2, 3, "4"],
+                           [1, 2, 3, True], [1, 2, 3, [4]], [[1, 2, 3, 4]], [1, 2, 3, 10**400], {"x": 1})]
+BAD_CASES += [(drop("annotations", 1, "bbox"), "annotations[1]", "1 no box")]
+BAD_CASES += [(put("images", 1, "file_name", name), "images[1]: no image", "1 of 4 images")
+              for name in ("gone.jpg", "", "x\0/y\n.jpg", "\ud800", "a/" * 9999, "../../../secret.jpg",
+                           "../../../DATA2/secret.jpg", "../../..", "/etc/hostname")]
 
 
 def test_bad_content_of_a_json(lot):
@@ -611,6 +605,14 @@ def test_bad_content_of_a_json(lot):
         dump(path, content)
         text = refused(lot, path, allow_bad=True)
         assert says in text, text
+    for change, *says in BAD_CASES:
+        content = copy.deepcopy(good)
+        change(content)
+        dump(path, content)
+        refused(lot, *says, "--allow-bad-labels")
+        found = read(lot, allow_bad=True)
+        left = [3, 0, 2, 0] if "annotations" in says[0] else [3, 2, 0]
+        assert [len(boxes) for boxes in found.boxes] in (left, [2, 1, 2, 0])
 
 
 @pytest.mark.parametrize("content, says", [
@@ -636,7 +638,7 @@ def test_a_json_cut_anywhere(lot):
 
 @pytest.mark.parametrize("content, says", [
     ([{"id": 1}], "images[0]: file_name is missing"), ([{"file_name": "a"}], "images[0]: id is missing"),
-    ({"images": [{"id": 1.0, "file_name": "a"}]}, "images[0]: id is 1.0"), ({"images": {}}, "images is {}"),
+    ({"images": [{"id": 1.5, "file_name": "a"}]}, "images[0]: id is 1.5"), ({"images": {}}, "images is {}"),
     ([3], "images[0]"),
     ([{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "b/a"}], "the file_name 'a' stands there 2 times"),
     ([{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "the id 1 stands there 2 times")])
@@ -669,12 +671,14 @@ def test_files_of_one_set_that_disagree(tmp_path):
 
 @pytest.mark.parametrize("line", [
     "0 .5 .5 .5", "0 .5 .5 .5 .5 .9", "0 .1 .1 .2 .2 .3 .1 .4",
-    "x .5 .5 .5 .5", "-1 .5 .5 .5 .5", "0.0 .5 .5 .5 .5", "7",
+    "x .5 .5 .5 .5", "-1 .5 .5 .5 .5", "7",
     "1.5 .5 .5 .5 .5", "100001 .5 .5 .5 .5", "9" * 5000 + " .5 .5 .5 .5", "0 .5 .5 .5 a", "0,.5,.5,.5,.5",
     "0 .5 .5 .5 .5\0", "nan .5 .5 .5 .5", "x" * 9999])
 def test_bad_lines_of_yolo(yolo, line):
-    path = dump(yolo / "labels/val/007.txt", f"0 .5 .5 .5 .5\n\n{line}\n")
-    refused(yolo, path, "line 3: '", allow_bad=True)
+    dump(yolo / "labels/val/007.txt", f"0 .5 .5 .5 .5\n\n{line}\n1.000e+00 .5 .5 .5 .5\n")
+    refused(yolo, "1 of 8 boxes", "labels/val/007.txt: line 3: '", "polygon", "--allow-bad-labels")
+    found = read(yolo, allow_bad=True)
+    assert found.classes[[f.name for f in found.files].index("007.png")].tolist() == [0, 1]
 
 
 def test_bad_files_of_yolo(yolo):
@@ -739,7 +743,7 @@ def test_good_but_unusual_voc(tmp_path):
     path.rename(path.with_name("other.xml"))
     refused(tmp_path, path.with_name("other.xml"), "no image of that name")
     path.with_name("other.xml").unlink()
-    refused(tmp_path, dump(tmp_path / "ImageSets/Main/val.txt", "007.png\n"), "no image '007.png'")
+    refused(tmp_path, dump(tmp_path / "ImageSets/Main/val.txt", "008.png\n"), "no image '008.png'")
 
 
 def test_folders_without_labels(tmp_path):
@@ -834,7 +838,7 @@ def test_a_json_and_its_images_are_watched(lot, reading):
     found, fresh = reading(lot)
     assert fresh and found.sizes[-1] == (31, 40)
     image.unlink()
-    refused(lot, path, "no image 'empty.jpg'", cache=lot.parent / "cache")
+    refused(lot, path, "no image 'empty.jpg'", "1 of 4 images", cache=lot.parent / "cache")
 
 
 def test_val_lists_are_watched(tmp_path, reading):

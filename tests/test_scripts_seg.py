@@ -14,7 +14,7 @@ from rasterio.features import rasterize
 
 import predict
 import train_seg
-from data import images, seg
+from data import images, pairs, seg
 from nets.unet import UNet
 from tests.conftest import TINY, tile, write_tif, write_wildfire
 from utils import report
@@ -200,7 +200,7 @@ def test_the_newest_run_and_a_fresh_folder_are_found(script, wildfire):
 
 
 def test_the_smallest_epoch_still_trains_on_every_tile(wildfire):
-    data = seg.SegData(list(seg.pairs(wildfire / "train_img", wildfire / "train_mask").values()), repeat=3)
+    data = seg.SegData(list(pairs.of_folders(wildfire / "train_img", wildfire / "train_mask").values()), repeat=3)
     assert len(data) == 24 and data[0, 9]["index"] == 1
 
 

@@ -40,15 +40,17 @@ def read_bytes(path):
         return Path(path).read_bytes()
 
 
+def unique(pairs):
+    """[(key, value)] -> dict. Raises ValueError for a key that stands twice."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {show(twice)} stands twice in one object")
+    return entry
+
+
 def read_json(path):
     """A JSON file's content. Raises UserError for what is not JSON, and for a key that stands twice in one object."""
-    def unique(pairs):
-        entry = dict(pairs)
-        if len(entry) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {show(twice)} stands twice in one object")
-        return entry
-
     try:
         return json.loads(read_bytes(path), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -68,6 +70,35 @@ def read_csv(path, remedy="replace it"):
 def same_name(name):
     """A file's name in one Unicode form: archives from a Mac store accents and Hangul in another form."""
     return unicodedata.normalize("NFC", name)
+
+
+def list_tree(root):
+    """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders."""
+    found = []
+    for top, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.normpath(os.path.join(os.path.relpath(top, root), name)) for name in sorted(names)
+                  if not name.startswith(".")]
+    return found
+
+
+def finder(paths):
+    """{path: value} -> function(name) -> the value of the one path that ends with the name, which may lack the suffix;
+    None where there is none or are several. Folders at the start of the name that no path has are ignored."""
+    found, folders = {}, {word for path in paths for word in path.split("/")[:-1]}
+    for path, value in paths.items():
+        for whole in {path, os.path.splitext(path)[0]}:
+            words = same_name(whole).split("/")
+            for i in range(len(words)):
+                tail = "/".join(words[i:])
+                found[tail] = value if found.get(tail, value) == value else None
+
+    def find(name):
+        words = os.path.normpath(same_name(name).replace("\\", "/")).split("/")
+        while len(words) > 1 and "/".join(words) not in found and words[0] not in folders:
+            words = words[1:]
+        return found.get("/".join(words))
+    return find
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Labels of object detection: images and their boxes, read from the usual formats and checked box by box.
 
     coco.py    the parking-lot competition's files, COCO's folders, or one JSON file
-    yolo.py    YOLO's text files, with data.yaml or without
+    yolo.py    YOLO's text files, with data.yaml (data_yaml.py reads it) or without
     voc.py     Pascal VOC's XML files
     masks.py   the objects in segmentation masks
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from data import bad, images
 from data.labels import coco, masks, voc, yolo
+from data.labels.records import MISSING, NO_BOX, list_files
 from utils.errors import UserError
 from utils.files import kept_values, show, stamps_of, store_of
 
@@ -27,9 +28,12 @@ VERSION = 5  # of the kept result: to be raised when a reader finds something el
 # decimals, one pixel of 2000 is written as 0.95 to 1.05
 MIN_SIDE = 0.9
 DROPPED = ("not finite", "unknown category", "less than a pixel inside the image", "duplicate")
+UNREADABLE = (NO_BOX, yolo.BAD_LINE)
+MAX_CUT = 0.2  # share of the boxes that may lose this share of their area by clipping; else they are of another format
 CLIPPED = "clipped to the image"
+TURNED, UNSURE = "boxes turned with the image, by its EXIF", "boxes may be of the image before its EXIF turns it"
 RESIZED = "image of another size than its labels state"
-NOTES = {CLIPPED: "found", RESIZED: "found", "crowd": "left out"}  # cases that are no faults
+NOTES = {CLIPPED: "found", RESIZED: "found", TURNED: "found", "crowd": "left out"}  # cases that are no faults
 
 
 class Labels(NamedTuple):
@@ -40,6 +44,7 @@ class Labels(NamedTuple):
     names: list         # of the classes
     category_ids: list  # the classes' numbers in the label files, for submissions in COCO's format
     held_out: list      # True for images that the data set itself holds out for validation
+    layout: str = ""    # in words
 
 
 def read(path, *, allow_bad=False, cache="runs/cache"):
@@ -59,22 +64,19 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
         if found.get("key") != key or found.get("stamps") != _stamps(layout, found["files"]):
             found.clear()
             found.update({"key": key} | _check(layout))
-    bad.leave_out(path, found["cases"], found["total"], "boxes", allow_bad=allow_bad, notes=NOTES,
-                  file=store.with_suffix(".txt"))
-    if not any(found["boxes"]):
-        raise UserError(f"{path}: no boxes in the labels of {len(found['files'])} images, so nothing to learn; check "
-                        f"the labels")
+    _report(path, found, layout, store.with_suffix(".txt"), allow_bad)
     return Labels([layout.root / file for file in found["files"]], [size and tuple(size) for size in found["sizes"]],
                   [np.array(boxes, np.float64).reshape(-1, 4) for boxes in found["boxes"]],
                   [np.array(classes, np.int64) for classes in found["classes"]],
-                  found["names"], found["category_ids"], found["held_out"])
+                  found["names"], found["category_ids"], found["held_out"],
+                  f"labels in {Path(layout.labels[-1]).suffix} files")
 
 
 def usable(path, data, bands, allow_bad=False):
     """The Labels of a data set without the images that cannot be read, see `bad.readable`."""
     kept = bad.readable(path, data.files, bands, allow_bad=allow_bad)
     files, sizes, boxes, classes, held_out = ([column[i] for i in kept] for column in (*data[:4], data.held_out))
-    return Labels(files, sizes, boxes, classes, data.names, data.category_ids, held_out)
+    return data._replace(files=files, sizes=sizes, boxes=boxes, classes=classes, held_out=held_out)
 
 
 def with_names(extra, names, root):
@@ -100,9 +102,10 @@ def _find(path):
         if layout:
             return layout
     if os.path.isdir(path):  # unlike Path.is_dir, for every name
-        raise UserError(f"{path}: no labels in it: neither train/label/Train.json nor annotations/*.json nor images "
-                        f"and labels nor JPEGImages and Annotations nor train_img and train_mask; check the path given "
-                        f"to --data")
+        shown = ", ".join(map(show, list_files(path, "")[:2])) or "nothing"
+        raise UserError(f"{path}: no labels in it, but {shown}: neither train/label/Train.json nor annotations/*.json "
+                        f"nor images with labels/*.txt or annotations/*.xml or with these beside them nor train_img "
+                        f"and train_mask; check --data, or convert the labels to one JSON file in COCO's format")
     raise UserError(f"{path}: no such folder or .json file; put the data there, or point --data to it")
 
 
@@ -110,39 +113,76 @@ def _find(path):
 def _check(layout):
     """Reads and checks everything -> dict of values that JSON can hold."""
     records = layout.read(layout)
-    if not records.images:
+    if not records.images and not records.cases.get(MISSING):
         raise UserError(f"{layout.root}: no images in its labels, or in its folders; check the path given to --data")
-    files, held_out, stated = map(list, zip(*records.images))
+    files, held_out, stated = map(list, zip(*records.images)) if records.images else ([], [], [])
     stamps = _stamps(layout, files)
-    headers = images.in_threads(lambda file: bad.attempt(images.size, layout.root / file)[0], files, "sizes")
-    sizes = [header and header[1:] for header in headers]  # None where an image cannot be read
+    headers = images.in_threads(lambda file: bad.attempt(images.header, layout.root / file)[0], files, "sizes")
+    sizes = [header and header.size[1:] for header in headers]  # None where an image cannot be read
     category_of = {}
     for category, name in sorted(records.names.items()):
         if category_of.setdefault(name, category) != category:  # results are kept by name
             raise UserError(f"{layout.root / layout.labels[0]}: the categories {category_of[name]} and {category} are "
                             f"both named {show(name)}; rename one, or give all their boxes one category")
-    boxes, classes, cases = _sort_out(records, files, sizes, list(category_of.values()), layout.place)
-    cases["crowd"] = [f"{label}: {layout.place.format(number)}" for label, number in records.crowds]
-    cases[RESIZED] = [
-        f"{file}: {size[0]} x {size[1]}, not {show(labelled)}"
-        for file, size, labelled in zip(files, sizes, stated) if size and labelled not in (None, size)]
+    turns, cases = _turns(headers, files, stated)
+    boxes, classes, more, cut = _sort_out(records, files, sizes, turns, list(category_of.values()), layout.place)
+    cases |= more | records.cases | layout.cases
+    held_out = [out and not all(held_out) for out in held_out]
     return {"stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
-            "held_out": [out and not all(held_out) for out in held_out], "category_ids": list(category_of.values()),
-            "names": list(category_of), "cases": {kind: places for kind, places in cases.items() if places},
-            "total": len(records.boxes)}
+            "held_out": held_out, "category_ids": list(category_of.values()), "names": list(category_of),
+            "cases": {kind: places for kind, places in cases.items() if places}, "cut": cut,
+            "total": len(records.boxes) + sum(len(cases.get(kind, ())) for kind in UNREADABLE)}
 
 
-def _sort_out(records, files, sizes, category_ids, place):
-    """-> per image the boxes to keep, clipped to it, in pixels, and their classes; {kind of case: its places}."""
+def _turns(headers, files, stated):
+    """-> per image the EXIF orientation by which its boxes are to be turned (1: none), {kind of case: its places}.
+
+    Images are read upright, and some programs label them as they are stored. Which of both holds is told by the size
+    that the labels state, where the orientation exchanges height and width; other images follow these.
+    """
+    tags = [header.orientation if header and shape else 1 for header, shape in zip(headers, stated)]
+    sizes = [header.size[1:] if header else shape for header, shape in zip(headers, stated)]
+    stored = [tag > 4 and shape == size[::-1] != size for tag, shape, size in zip(tags, stated, sizes)]
+    known = {turned for turned, tag, size in zip(stored, tags, sizes) if tag > 4 and size[0] != size[1]}
+    found, cases = [], {TURNED: [], UNSURE: [], RESIZED: []}
+    for file, tag, size, shape, turned in zip(files, tags, sizes, stated, stored):
+        unclear = tag > 1 and (tag < 5 or size[0] == size[1])
+        turned = turned or unclear and known == {True}
+        kind = TURNED if turned else RESIZED if shape not in (None, size) else \
+            UNSURE if unclear and known != {False} else None
+        if kind:
+            cases[kind].append(f"{file}: {size[0]} x {size[1]}, not {show(shape)}" if kind == RESIZED else file)
+        found.append(tag if turned else 1)
+    return found, cases
+
+
+def _turn(box, size, tag):
+    """A box x1, y1, x2, y2 of an image as it is stored -> the box in the image as EXIF turns it, of size (height,
+    width)."""
+    xs, ys = (box[::2], box[1::2]) if tag < 5 else (box[1::2], box[::2])
+    xs = [size[1] - x for x in xs[::-1]] if tag in (2, 3, 6, 7) else xs
+    ys = [size[0] - y for y in ys[::-1]] if tag in (3, 4, 7, 8) else ys
+    return xs[0], ys[0], xs[1], ys[1]
+
+
+def _area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _sort_out(records, files, sizes, turns, category_ids, place):
+    """-> per image the boxes to keep, clipped to it, in pixels, and their classes; {kind of case: its places}; how many
+    boxes lose much of their area by clipping."""
     boxes, classes, class_of = [[] for _ in files], [[] for _ in files], {key: k for k, key in enumerate(category_ids)}
-    cases, seen = {kind: [] for kind in (*DROPPED, CLIPPED)}, set()
+    cases, seen, cut = {kind: [] for kind in (*DROPPED, CLIPPED)}, set(), 0
     for owner, category, box, label, number in (row for row in records.boxes if sizes[row[0]]):
         height, width = sizes[owner]
         corners = [side * n for side, n in zip(box, (width, height) * 2)] if records.normalised else box
+        corners = _turn(corners, sizes[owner], turns[owner])
         inside = tuple(min(max(0.0, side), n) for side, n in zip(corners, (width, height) * 2))
         reasons = (not all(map(math.isfinite, corners)), category not in class_of,
                    min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE, (owner, category, inside) in seen)
         case = next(itertools.compress(DROPPED, reasons), None)
+        cut += _area(inside) < (1 - MAX_CUT) * _area(corners)
         if case is None:
             seen.add((owner, category, inside))
             boxes[owner].append(inside)
@@ -151,7 +191,27 @@ def _sort_out(records, files, sizes, category_ids, place):
                 case = CLIPPED
         if case:
             cases[case].append(f"{label}: {place.format(number)}, {files[owner]}: {box}")
-    return boxes, classes, cases
+    return boxes, classes, cases, cut
+
+
+def _report(path, found, layout, file, allow_bad):
+    """Tells of what is wrong with images and boxes, see `bad.leave_out`. UserError where too many are, none are left, or
+    the labels are rather misunderstood (unless allow_bad)."""
+    cases, total, count = found["cases"], found["total"], len(found["files"])
+    of_images = {kind: places for kind, places in cases.items() if kind in (MISSING, UNSURE)}
+    bad.leave_out(path, of_images, count + len(cases.get(MISSING, ())), "images", allow_bad=allow_bad, file=file)
+    bad.leave_out(path, {kind: cases[kind] for kind in cases if kind not in of_images}, total, "boxes",
+                  allow_bad=allow_bad, notes=NOTES, file=file)
+    held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
+    bare = sum(label is None for label, _ in layout.images.values())
+    doubts = {f"{found['cut']} of {total} boxes lie to more than a fifth outside their images, as boxes of another "
+              f"order or unit do": found["cut"] > max(1, MAX_CUT * total),
+              f"{bare} of {count} images have no label file": 2 * bare > count,
+              f"none of the {len(held)} validation images has a box": held and any(found["boxes"]) and not any(held)}
+    for doubt in (doubt for doubt, holds in doubts.items() if holds and not allow_bad):
+        raise UserError(f"{path}: {doubt}; correct that, or go on by --allow-bad")
+    if not any(found["boxes"]):
+        raise UserError(f"{path}: no boxes in the labels of {count} images, so nothing to learn; check the labels")
 
 
 def _stamps(layout, files):

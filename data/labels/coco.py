@@ -5,11 +5,14 @@
                  or, as Roboflow exports it, a JSON among the images: DATA/train/_annotations.coco.json (and valid)
 """
 import functools
+import itertools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
-from data.labels.records import Layout, Records, list_files, part_of
+from data.folds import part_of
+from data.labels.records import MISSING, NO_BOX, Layout, Records, list_files
 from utils.errors import UserError
 from utils.files import read_json, same_name, show
 
@@ -30,60 +33,71 @@ def find(path):
         return _layout(root, [str(path.relative_to(root))])
     if os.path.exists(path / COMPETITION):
         return _layout(path, [COMPETITION])
-    parts = [name for name in list_files(path / "annotations", ".json") if part_of(name)]
+    parts = [name for name in _json_files(path) if part_of(os.path.basename(name)) in ("train", "val")]
     # COCO's folder has captions and key points of the same images too
-    parts = [name for name in parts if name.startswith("instances")] or parts
-    if "train" in map(part_of, parts):
-        return _layout(path, [f"annotations/{name}" for name in parts])
+    parts = [name for name in parts if os.path.basename(name).startswith("instances")] or parts
+    if "train" in map(part_of, map(os.path.basename, parts)):
+        return _layout(path, parts)
     return None
 
 
 def find_other(path):
     """The Layout of a folder with a JSON among the images of each part, or with one JSON file; else None. To be asked
     after the other formats, whose folders may hold a JSON too. Raises UserError for several JSON files."""
-    among = [f"{part}/{name}" for part in list_files(path, "") if part_of(part)
+    among = [f"{part}/{name}" for part in list_files(path, "") if part_of(part) in ("train", "val")
              for name in list_files(path / part, ".json")]
     if "train" in map(part_of, map(os.path.dirname, among)):
         return _layout(path, among)
-    alone = [f"annotations/{name}" for name in list_files(path / "annotations", ".json")]
-    alone += [name for name in list_files(path, ".json") if name != TEST_INFORMATION]
+    alone = _json_files(path) + [name for name in list_files(path, ".json") if name != TEST_INFORMATION]
     if len(alone) > 1:
         raise UserError(f"{path}: has {len(alone)} JSON files ({alone[0]}, {alone[1]}, ...); point --data to one")
     return _layout(path, alone) if alone else None
 
 
+def _json_files(path):
+    """The JSON files in the folder `annotations`, in capitals too."""
+    return [f"{folder}/{name}" for folder in list_files(path, "") if folder.lower() == "annotations"
+            for name in list_files(path / folder, ".json")]
+
+
 def _layout(root, labels):
-    return Layout(root, labels, [], read, "annotations[{}]")
+    return Layout(root, labels, {}, read, "annotations[{}]")
 
 
 # ---- what they hold --------------------------------------------------------------------------------------------------
 def read(layout):
     """Layout -> Records. Several files must agree in their categories, and no image may be in two of them."""
-    images, boxes, crowds, names, listed = [], [], [], {}, {}
+    images, boxes, cases, names, listed = [], [], defaultdict(list), {}, {}
     for label in layout.labels:
         path, part = layout.root / label, part_of(Path(label).name) or part_of(os.path.dirname(label))
         data, index_of = read_json(path), {}
-        locate = _locator(layout.root, _image_folders(label, part))
+        locate = _locator(layout.root, label, part)
         for place, entry, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,)):
-            file = locate(name, place)
+            file = locate(name)
             if key in index_of:
                 raise UserError(f"{place}: the id {show(key)} stands there twice; correct one")
             if file in listed:
                 raise UserError(f"{place}: {show(name)} is listed already, in {listed[file]}; remove one")
-            listed[file], index_of[key] = label, len(images)
+            index_of[key] = len(images) if file else None
+            if not file:
+                cases[MISSING].append(f"{place}: no image {show(name)} in {layout.root}")
+                continue
+            listed[file] = label
             stated = (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
             images.append((file, part == "val", stated))
         _read_categories(names, data, path)
         # the ids of annotations are not read: nothing refers to them, and merged files often repeat them
-        fields = {"image_id": (int, str), "category_id": (int,), "bbox": (list,)}
-        for number, (place, entry, image, category, box) in enumerate(_entries(data, "annotations", path, **fields)):
+        fields = {"image_id": (int, str), "category_id": (int,)}
+        for number, (place, entry, image, category) in enumerate(_entries(data, "annotations", path, **fields)):
             if image not in index_of:
                 raise UserError(f"{place}: there is no image with the id {show(image)}; add the image, or remove its "
                                 f"annotations")
-            box, crowd = _corners(box, entry.get("iscrowd", 0), place)
-            if crowd:
-                crowds.append((label, number))
-            else:
+            box, crowd = _corners(entry), entry.get("iscrowd") or 0
+            if type(crowd) not in (int, bool):
+                raise UserError(f"{place}: iscrowd is {show(crowd)}; correct it, it must be 0 or 1")
+            if crowd or not box:
+                cases["crowd" if crowd else NO_BOX].append(f"{label}: {layout.place.format(number)}")
+            elif index_of[image] is not None:
                 boxes.append((index_of[image], category, box, label, number))
     used, count = {category for _, category, *_ in boxes}, Counter(names.values())
     if not names:
@@ -91,26 +105,28 @@ def read(layout):
         names = {key: PARKING[key - 1] if parking else f"class {key}" for key in used}
     # Roboflow's first category is the project, which may have the name of one of its classes
     names = {key: name for key, name in names.items() if key in used or count[name] == 1}
-    return Records(images, boxes, names, crowds)
+    return Records(images, boxes, names, cases)
 
 
-def _image_folders(label, part):
+def _image_folders(root, label, part):
     """Where the images of a label file may lie, relative to the root, in the order in which they are looked for."""
     if label == COMPETITION:
         return ["train/images"]
+    inside = []
+    for top, folders, _ in os.walk(root, followlinks=True):
+        inside += [os.path.relpath(os.path.join(top, name), root) for name in sorted(folders)]
+        if top != str(root):
+            folders.clear()
     # the images of instances_val2017.json are rather in val2017 than in train2017; CVAT's subsets have any name
-    names = [Path(label).stem.removeprefix("instances_")]
-    names += [f"{name}{year}" for name in (("val", "train") if part == "val" else ("train", "val"))
-              for year in ("", "2017", "2014")]
-    return [os.path.dirname(label), "", "images", *names, *(f"images/{name}" for name in names),
-            *(f"{name}/images" for name in names)]
+    named = [name for name in inside if os.path.basename(name) == Path(label).stem.removeprefix("instances_")]
+    usual = [name for name in inside if name.lower().startswith("images") or part_of(name)]
+    return [os.path.dirname(label), "", *named, *sorted(usual, key=lambda name: part_of(name) != part)]
 
 
-def _locator(root, folders):
-    """-> function(file_name, place) -> the image's path relative to root. Each folder is listed once, because a look-up
+def _locator(root, label, part):
+    """-> function(file_name) -> the image's path relative to root, or None. Each folder is listed once: a look-up
     per image is slow on network disks. Names are compared by `same_name`."""
-    top = os.path.abspath(root)
-    folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(os.path.join(top, folder))]
+    top, folders = os.path.abspath(root), dict.fromkeys(_image_folders(root, label, part))
 
     @functools.cache
     def names(folder):
@@ -119,7 +135,7 @@ def _locator(root, folders):
         except (OSError, ValueError):  # ValueError: a name with a zero byte
             return {}
 
-    def locate(name, place):
+    def locate(name):
         name = name if "/" in name else name.replace("\\", "/")  # Label Studio's on Windows
         for base in folders:
             path = os.path.relpath(os.path.join(top, base, name), top)  # `name` may be absolute
@@ -127,9 +143,7 @@ def _locator(root, folders):
             file = names(folder).get(same_name(file)) if name and path.split("/")[0] != ".." else None
             if file:
                 return os.path.join(folder, file)
-        looked = ", ".join(folder or "." for folder in folders)
-        raise UserError(f"{place}: no image {show(name)} in {root} (looked in {looked}); add it, correct file_name, or "
-                        f"remove the entry")
+        return None
     return locate
 
 
@@ -143,16 +157,24 @@ def _read_categories(names, data, path):
         here.add(key)
 
 
-def _corners(box, crowd, place):
-    """Checks bbox and iscrowd of an annotation -> (x1, y1, x2, y2) in pixels, whether the region is a crowd."""
+def _corners(entry):
+    """The bbox of an annotation, or the extent of its polygons where it has none -> (x1, y1, x2, y2) in pixels; None
+    where these are not numbers."""
+    polygons = entry.get("segmentation")
     try:
-        if len(box) != 4 or {*map(type, box)} - {int, float} or type(crowd) not in (int, bool):
-            raise ValueError
-        x, y, width, height = map(float, box)
-    except (ValueError, OverflowError):  # OverflowError: an integer beyond float64
-        raise UserError(f"{place}: bbox {show(box)}, iscrowd {show(crowd)}; correct them, they must be 4 numbers (x, "
-                        f"y, width, height), and 0 or 1") from None
-    return (x, y, x + width, y + height), crowd
+        if entry.get("bbox") or type(polygons) is not list:
+            x, y, width, height = map(_number, entry["bbox"])
+            return x, y, x + width, y + height
+        points = list(map(_number, itertools.chain(*polygons)))
+        return min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2])
+    except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: an integer beyond float64
+        return None
+
+
+def _number(value):
+    if type(value) not in (int, float):
+        raise ValueError
+    return float(value)
 
 
 def test_ids(root):
@@ -182,6 +204,9 @@ def _entries(data, key, path, **fields):
 def _get(entry, key, types, place):
     """entry[key], if it is of one of the types; else a UserError that names the place."""
     value = entry.get(key) if type(entry) is dict else None
+    if int in types and type(value) in (float, str):  # 1.0 and "1" are the number 1 in some files
+        with suppress(ValueError, OverflowError):
+            value = int(value) if int(value) == value or str(int(value)) == value else value
     if type(value) not in types:
         what = (f"not an object with {key}" if type(entry) is not dict else
                 f"{key} is {show(value)}" if key in entry else f"{key} is missing")

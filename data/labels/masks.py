@@ -10,7 +10,7 @@ import os
 import numpy as np
 from rasterio import features
 
-from data import images, seg
+from data import images, pairs, seg
 from data.labels.records import Layout, Records
 from utils.errors import UserError
 
@@ -22,8 +22,8 @@ def find(path):
     if not (os.path.isdir(path / "train_img") and os.path.isdir(path / "train_mask")):
         return None
     files, masks = ([str(file.relative_to(path)) for file in part]
-                    for part in zip(*seg.pairs(path / "train_img", path / "train_mask").values()))
-    return Layout(path, masks, files, read, "object {}")
+                    for part in zip(*pairs.of_folders(path / "train_img", path / "train_mask").values()))
+    return Layout(path, masks, {file: [mask, "train"] for file, mask in zip(files, masks)}, read, "object {}")
 
 
 def read(layout):

@@ -5,20 +5,27 @@ read(layout) -> Records. What a reader cannot understand is a UserError that nam
 that is understood but makes no sense stays in the records: data/labels drops it and counts it.
 """
 import os
-import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+from data import images
+from data.folds import PARTS, part_of
 from utils.errors import UserError
-from utils.files import read_bytes
+from utils.files import finder, list_tree, read_bytes, show
+
+IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
+MISSING, NO_BOX = "image not found", "no box of 4 numbers, nor a polygon"  # kinds of cases
+NO_LABELS = ("classes.txt", "predefined_classes.txt", "readme.txt")  # programs write them among the labels
+
 
 class Layout(NamedTuple):
-    """The files of a data set. labels, images: names relative to `root`, sorted."""
+    """The files of a data set. labels, images: names relative to `root`."""
     root: Path
     labels: list
-    images: list     # empty where the label files list the images
+    images: dict     # {image: [its label file or None, part]}; empty where the label files list the images
     read: Callable   # read(layout) -> Records
     place: str       # how a message names a box in its label file, such as "line {}"
+    cases: dict = {}  # as in Records
 
 
 class Records(NamedTuple):
@@ -26,14 +33,8 @@ class Records(NamedTuple):
     images: list            # (file relative to the root, held out for validation?, (height, width) as labelled or None)
     boxes: list             # (index of the image, category, (x1, y1, x2, y2) in pixels, label file, number in it)
     names: dict             # {category: name}
-    crowds: list = []       # (label file, number in it) of regions that are no single objects
+    cases: dict = {}        # {kind of what was left out, see data/labels: [where it stands]}
     normalised: bool = False  # the boxes are shares of the image's width and height instead of pixels
-
-
-def part_of(name):
-    """"train" or "val" for names such as instances_val2017.json and valid.json, else None."""
-    found = re.search(r"(?<![a-z])(train|val)", name.lower())
-    return found and found[1]
 
 
 def list_files(folder, *suffixes):
@@ -44,24 +45,74 @@ def list_files(folder, *suffixes):
         return []
 
 
-def by_stem(names, folder):
-    """{name without its suffix: name}. UserError for two files of one name in the folder: their boxes would be lost, or
-    be taken for another image's."""
-    found = {}
-    for name in names:
-        other = found.setdefault(os.path.splitext(name)[0], name)
-        if other != name:
-            raise UserError(f"{folder / name}: {other} has the same name; rename or remove one")
-    return found
+def pair(root, suffix, label_folders, entries=()):
+    """Images and their label files -> {image: [label file or None, "train" or "val"]}, {kind of case: places}.
+
+    Both have one path, but for suffixes, capitals, and folders that are named like images or labels. entries: (part,
+    folder or list of images, where it stands), the data's own parts; else the folders' names tell them. Images for
+    testing are left out. Raises UserError for two files of one path, and for a label file in a folder of labels without
+    an image.
+    """
+    def lies_in(file, names):
+        return not names.isdisjoint(os.path.dirname(file).lower().split("/"))
+
+    def by_key(files):
+        found = {}
+        for file in files:
+            words = os.path.dirname(file).lower().split("/")
+            words = [word for word in words if word not in IMAGE_FOLDERS | label_folders]
+            other = found.setdefault("/".join([*words, Path(file).stem]), file)
+            if other != file:
+                raise UserError(f"{root / file}: {other} has the same name; rename or remove one")
+        return found
+
+    files = list_tree(root)
+    pictures = [file for file in files if file.lower().endswith(images.SUFFIXES)]
+    if not entries:
+        pictures = [file for file in pictures if lies_in(file, IMAGE_FOLDERS)] or pictures
+    image_of = by_key(pictures)
+    label_of = by_key(file for file in files
+                      if file.lower().endswith(suffix) and Path(file).name.lower() not in NO_LABELS)
+    for key in sorted(label_of.keys() - image_of.keys()):
+        if lies_in(label_of[key], label_folders) and part_of(os.path.dirname(label_of[key])) != "test":
+            raise UserError(f"{root / label_of[key]}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
+                            f"remove the label file")
+    parts, missing = _listed_parts(root, pictures, entries)
+    if not entries:
+        parts = {file: part_of(os.path.dirname(file)) for file in pictures}
+    found = {file: [label_of.get(key), parts[file] or "train"] for key, file in image_of.items()
+             if parts[file] != "test" and (parts[file] or label_of.get(key) or not any(parts.values()))}
+    return found, {MISSING: missing}
 
 
-def check_pairs(image_folder, images, label_folder, labels):
-    """Raises UserError for a label file without an image. images, labels: names in their folders."""
-    label_of = by_stem(labels, label_folder)
-    lone = sorted(label_of.keys() - by_stem(images, image_folder).keys())
-    if lone:
-        raise UserError(f"{label_folder / label_of[lone[0]]}: no image of that name in {image_folder} ({len(lone)} in "
-                        f"total); add it as PNG, JPEG or TIFF, or remove the label file")
+def _listed_parts(root, files, entries):
+    """-> {file: part}, [where an image stands that is not there]. UserError for an image that is to be trained on and
+    in another part too."""
+    locate, missing = finder(dict(zip(files, files))), []
+    # others are not meant for training where the training images are listed
+    found = dict.fromkeys(files, ("test" if "train" in {part for part, *_ in entries} else "train", None))
+    for part, entry, where in entries:
+        if os.path.isdir(root / entry):
+            names = [(file, file, where) for file in files if entry == "." or file.startswith(f"{entry}/")]
+        else:  # VOC has lines such as "000005 -1"
+            names = [(line, locate(line.strip()) or locate(line.partition(" ")[0]), f"{where}: line {number}")
+                     for number, line in enumerate(read_lines(root / entry), 1) if line.strip()]
+        missing += [f"{place}: no image {show(name.strip())}" for name, file, place in names
+                    if not file and part != "test"]
+        for _, file, place in names:
+            other, there = found.get(file, (part, where))
+            if there and other != part and "train" in (other, part):
+                raise UserError(f"{place}: {file} is in the part {part} here and in {other} in {there}; remove one")
+            if file and not (there and part == "test"):  # what is for validation and testing is for validation
+                found[file] = part, place
+    return {file: part for file, (part, _) in found.items()}, missing
+
+
+def list_entries(root, *folders):
+    """The entries for `pair` of image lists such as train.txt and val.txt in these folders."""
+    return [(part, os.path.join(folder, name), root / folder / name) for folder in folders
+            for name in list_files(root / folder, ".txt") if (part := PARTS.get(name[:-4].lower()))
+            and name[:-4].lower() != "trainval"]
 
 
 def read_lines(path):

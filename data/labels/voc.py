@@ -1,58 +1,42 @@
 """Boxes in Pascal VOC's XML files, one per image.
 
-    DATA/Annotations/*.xml   DATA/JPEGImages/*.jpg   DATA/ImageSets/Main/val.txt and test.txt, if they are there
+    DATA/Annotations/*.xml   DATA/JPEGImages/*.jpg   DATA/ImageSets/Main/{train,val,test}.txt, if they are there
+    DATA/train/*.{xml,jpg}, DATA/{images,annotations}/... and other folders that `records.pair` understands
 """
-import os
-from pathlib import Path
 from xml.etree import ElementTree
 
-from data import images
-from data.labels.records import Layout, Records, by_stem, check_pairs, list_files, read_lines
+from data.labels.records import Layout, Records, list_entries, pair
 from utils.errors import UserError
-from utils.files import read_bytes, show
+from utils.files import read_bytes
 
-TEST, VAL = SETS = "ImageSets/Main/test.txt", "ImageSets/Main/val.txt"
+LABEL_FOLDERS = {"annotations", "annotation", "labels", "label", "xmls", "xml"}
 
 
 def find(path):
-    """The Layout of a folder with `Annotations` and `JPEGImages`, else None. Raises UserError for a label file without
-    an image."""
-    folder, label_folder = path / "JPEGImages", path / "Annotations"
-    if not (os.path.isdir(folder) and os.path.isdir(label_folder)):
-        return None
-    files, labels = list_files(folder, *images.SUFFIXES), list_files(label_folder, ".xml")
-    check_pairs(folder, files, label_folder, labels)
-    sets = [name for name in SETS if os.path.exists(path / name)]
-    return Layout(path, sets + [f"Annotations/{name}" for name in labels], [f"JPEGImages/{name}" for name in files],
-                  read, "object {}")
+    """The Layout of a folder with XML files, one per image, else None. Raises UserError for a label file without an
+    image."""
+    entries = list_entries(path, "ImageSets/Main", ".")
+    found, cases = pair(path, ".xml", LABEL_FOLDERS, entries)
+    labels = sorted(label for label, _ in found.values() if label)
+    lists = [entry for _, entry, _ in entries]
+    return Layout(path, lists + labels, found, read, "object {}", cases) if labels else None
 
 
 def read(layout):
-    """Layout -> Records. Images of test.txt are left out, images of val.txt held out. Category ids number the sorted
-    class names."""
-    found, boxes, label_of = [], [], by_stem(layout.labels, layout.root)
-    # the first words of the lines: "000005", or "000005 -1"
-    test, val = ({line.split()[0] for line in read_lines(layout.root / name) if line.strip()}
-                 if name in layout.labels else set() for name in SETS)
-    missing = val - {Path(file).stem for file in layout.images}
-    if missing:
-        raise UserError(f"{layout.root / VAL}: no image {show(min(missing))} in JPEGImages; add it, or remove the line")
-    for file in layout.images:
-        stem = Path(file).stem
-        if stem in test:
-            continue
-        label = label_of.get(f"Annotations/{stem}")
-        for number, (name, box) in enumerate(_objects(layout.root / label) if label else [], 1):
-            boxes.append((len(found), name, box, label, number))
-        found.append((file, stem in val, None))
+    """Layout -> Records. Category ids number the sorted class names."""
+    found, boxes = [], []
+    for owner, (file, (label, part)) in enumerate(layout.images.items()):
+        size, objects = _objects(layout.root / label) if label else (None, [])
+        found.append((file, part == "val", size))
+        boxes += [(owner, name, box, label, number) for number, (name, box) in enumerate(objects, 1)]
     names = sorted({name for _, name, *_ in boxes})
     boxes = [(owner, names.index(name), *rest) for owner, name, *rest in boxes]
     return Records(found, boxes, dict(enumerate(names)))
 
 
 def _objects(path):
-    """A file's [(name, (x1, y1, x2, y2))] in pixels. In the file, pixels count from 1 and the box includes its last
-    ones. Raises UserError."""
+    """-> (height, width) as a file states it or None, [(name, (x1, y1, x2, y2))] in pixels. In the file, pixels count
+    from 1 and the box includes its last ones. Raises UserError."""
     data = read_bytes(path)
     # Zero bytes are removed to see the words in UTF-16 too. Labels declare no entities, and these can grow without end
     if any(word in data.replace(b"\0", b"") for word in (b"<!DOCTYPE", b"<!ENTITY")):
@@ -74,4 +58,5 @@ def _objects(path):
             raise UserError(f"{path}: object {number}: has no name, or no bndbox with the numbers xmin, ymin, xmax, "
                             f"ymax; correct it") from None
         found.append((name, (x1 - 1, y1 - 1, x2, y2)))
-    return found
+    size = [root.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
+    return tuple(map(int, size)) if all(side.isdecimal() and int(side) for side in size) else None, found

@@ -38,9 +38,9 @@ def main():
     parser.add_argument("--gain", type=float, default=0.0, help="random brightness, octaves")
     args = parser.parse_args()
 
-    paired = seg.pairs(Path(args.data) / "train_img", Path(args.data) / "train_mask")
     bands = list(range(1, 8))
-    _, areas, _ = seg.scan(list(paired.values()), bands=bands)
+    samples = seg.read(args.data, bands=bands)
+    paired, areas = dict(zip(samples.names, samples.pairs)), samples.areas
     groups = folds.read_groups(args.groups, list(paired)) if args.groups else None
     fold_of = folds.assign(list(paired), [0.2] * 5, strata=folds.area_strata(areas), groups=groups)
     train, val = ([n for n, k in fold_of.items() if (k == args.fold) is held_out] for held_out in (False, True))
