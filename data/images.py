@@ -21,6 +21,7 @@ import os
 import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -428,14 +429,15 @@ def _decode_jpeg(path):
     on what stands in place of the marker."""
     data, end = Path(path).read_bytes(), b"\xff\xd9"
     try:
-        tails = [b""] if _ends(data) else [end, b"\x5a" * 4096 + end]
-        found = [decode_jpeg(torch.frombuffer(bytearray(data + tail), dtype=torch.uint8), ImageReadMode.UNCHANGED,
-                             apply_exif_orientation=True).numpy() for tail in tails]
-    except RuntimeError:
-        found = []
-    if not found or not np.array_equal(found[0], found[-1]):  # torchvision fills up with grey
-        raise UserError(DAMAGED.format(path))
-    return found[0]
+        if not _ends(data):  # torchvision would fill up with grey; Pillow does, but prints nothing
+            ends = [np.asarray(Image.open(BytesIO(data + tail + end), formats=("JPEG",))) for tail in (b"", b"Z" * 4096)]
+            if not np.array_equal(*ends):
+                raise RuntimeError("truncated")
+            data += end
+        data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
+    except (RuntimeError, OSError, SyntaxError, ValueError):
+        raise UserError(DAMAGED.format(path)) from None
 
 
 def _ends(jpeg):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from data import images
+from data import bad, images
 from data.folds import spread
 from utils.errors import UserError
 from utils.train import dist
@@ -26,8 +26,8 @@ class Input:
     bands: list
     pixel_scale: float
     imgsz: int
-    pixel_mean: list = ()
-    seen: dict = field(default_factory=dict)
+    pixel_mean: list = field(default=(), kw_only=True)
+    seen: dict = field(default_factory=dict, kw_only=True)
 
     def scaled(self, images, bands=None):
         """images (B, len(bands), H, W) in the files' numbers -> (B, len(self.bands), H, W) float32, the input's bands,
@@ -138,8 +138,8 @@ def check(files, inputs):
         dtype = images.header(file).dtype
         if dtype == seen["dtype"] == "uint8":
             return ""
-        pixels = _sample(file, inputs.bands)
-        if np.isnan(pixels).all():
+        pixels, damaged = bad.attempt(_sample, file, inputs.bands)
+        if damaged or np.isnan(pixels).all():  # told where it is read as a whole
             return ""
         reached = np.nanmax(np.abs(pixels))
         trained = np.abs([seen["low"], seen["high"]]).max()

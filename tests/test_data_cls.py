@@ -558,7 +558,7 @@ def test_folders_of_classes_with_folders_and_validation(tmp_path, capsys):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8)).save(path, "JPEG" if path.suffix.lower() == ".jpg" else "PNG")
-    (tmp_path / "train/cat/4.webp").write_bytes(b"RIFF")
+    (tmp_path / "train/cat/4.heic").write_bytes(b"RIFF")
     table = cls.read(tmp_path)
     assert [str(p.relative_to(tmp_path)) for p in table.files] == [
         "train/cat/0.jpg", "train/cat/deep/er/1.JPG", "train/dog/0.png", "val/dog/3.png"]

@@ -351,7 +351,7 @@ def test_all_sorts_of_images(tmp_path):
     cut.write_bytes(data[:data.index(b"\xff\xda") + 20])  # its header is whole
     for name in ("exif", "grey"):
         dump(tmp_path / f"labels/{name}.txt", "0 0.5 0.5 0.2 0.4")
-    refused(tmp_path, "3 of 5 images have no label file", "--allow-bad-labels")
+    refused(tmp_path, "3 of 5 images have no label file", "--allow-bad")
     found = read(tmp_path, allow_bad=True)
     assert dict(zip((f.stem for f in found.files), found.sizes)) == {
         "exif": (30, 10), "grey": (10, 30), "cmyk": (10, 30), "deep": (10, 30), "cut": (10, 30)}
@@ -609,7 +609,7 @@ def test_bad_content_of_a_json(lot):
         content = copy.deepcopy(good)
         change(content)
         dump(path, content)
-        refused(lot, *says, "--allow-bad-labels")
+        refused(lot, *says, "--allow-bad")
         found = read(lot, allow_bad=True)
         left = [3, 0, 2, 0] if "annotations" in says[0] else [3, 2, 0]
         assert [len(boxes) for boxes in found.boxes] in (left, [2, 1, 2, 0])
@@ -676,7 +676,7 @@ def test_files_of_one_set_that_disagree(tmp_path):
     "0 .5 .5 .5 .5\0", "nan .5 .5 .5 .5", "x" * 9999])
 def test_bad_lines_of_yolo(yolo, line):
     dump(yolo / "labels/val/007.txt", f"0 .5 .5 .5 .5\n\n{line}\n1.000e+00 .5 .5 .5 .5\n")
-    refused(yolo, "1 of 8 boxes", "labels/val/007.txt: line 3: '", "polygon", "--allow-bad-labels")
+    refused(yolo, "1 of 8 boxes", "labels/val/007.txt: line 3: '", "polygon", "--allow-bad")
     found = read(yolo, allow_bad=True)
     assert found.classes[[f.name for f in found.files].index("007.png")].tolist() == [0, 1]
 
@@ -771,7 +771,7 @@ def test_images_without_a_readable_header_have_no_size(lot):
 def reading(tmp_path, monkeypatch):
     """reading(root) -> (Labels, whether the files were read for it); what is kept equals what is read."""
     calls = []
-    for module, name in ((labels.coco, "read"), (labels.voc, "read"), (labels.yolo, "read"), (images, "size")):
+    for module, name in ((labels.coco, "read"), (labels.voc, "read"), (labels.yolo, "read"), (images, "header")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, real=real: calls.append(args) or real(*args))
 

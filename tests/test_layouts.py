@@ -235,7 +235,7 @@ def test_boxes_of_images_that_exif_turns(tmp_path, tag):
      "2 of 3 images have no label"),
     ({"images/train/1.png": None, "images/val/2.png": None, "labels/train/1.txt": LINE}, "none of the 1 validation")])
 def test_labels_that_are_rather_misunderstood(tmp_path, files, says):
-    refused(labels.read, write(tmp_path, files), cache=None, says=f"{says}.*--allow-bad-labels")
+    refused(labels.read, write(tmp_path, files), cache=None, says=f"{says}.*--allow-bad")
     assert labels.read(tmp_path, cache=None, allow_bad=True).files
 
 
