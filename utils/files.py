@@ -152,7 +152,7 @@ def locked(path):
         yield
 
 
-# ---- keeping what was found ----------------------------------------------------------------------------------------------------
+# ---- keeping what was found ------------------------------------------------------------------------------------------
 def store_of(cache, what, root, variant=None):
     """The file in the folder `cache` for what is kept of a data set. None: a name at which nothing can be written."""
     key = hashlib.sha256(repr((os.path.realpath(root), variant)).encode()).hexdigest()[:16]
