@@ -371,7 +371,7 @@ def predict_cls(args, device, members):
     twice = next((file for key, file in zip(keys, files) if file_of[key] != file), None)
     if twice:
         raise UserError(f"{twice}: another image has the number {int(twice.stem)} too; predict them in two runs")
-    _, _, tables = submissions.read_tables(args.probs or (), names, [key for key in keys if file_of[key] in good])
+    _, _, tables = submissions.read_tables(args.probs or (), names, [key for key in keys if file_of[key] not in failed])
     known, answers = cls.held_out(paths, [m.state for m in members]) if args.fit_weights else ([], None)
     out = new_folder(args, members[0].path)
 

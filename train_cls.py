@@ -199,7 +199,7 @@ def main():
     # ---- loss ----
     counts = answers.sum(0).astype(int)
     per_class = class_weights(args, names, counts.tolist(), None if single_label else (len(answers) - counts).tolist())
-    options_of_loss = dict(smoothing=args.label_smoothing, weight=per_class and torch.tensor(per_class, device=device))
+    loss_options = {"smoothing": args.label_smoothing, "weight": per_class and torch.tensor(per_class, device=device)}
 
     def mixed(batch):
         x, labels = inputs(batch), batch["label"]
@@ -209,7 +209,7 @@ def main():
     def compute_loss(model, batch):
         x, labels = mixed(batch)
         logits = model(x)
-        parts = {f"{name}_loss": weight * LOSSES[name](logits, labels, **options_of_loss) for name, weight in terms}
+        parts = {f"{name}_loss": weight * LOSSES[name](logits, labels, **loss_options) for name, weight in terms}
         return sum(parts.values()), parts if len(parts) > 1 else {}
 
     def draw_augmented(epoch):  # labels above 1 % are written below

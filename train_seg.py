@@ -110,8 +110,8 @@ def check_flags(args):
     for flag, option in OPTIONS.items():
         takers = {name for name, loss in known.items() if takes(loss, option)}
         if vars(args)[flag] and args.loss and not takers & dict(args.loss).keys() and args.resume is None:
-            raise UserError(f"{word(flag)}: does nothing without a --loss of {', '.join(sorted(takers))}; leave it out, "
-                            f"or add one")
+            raise UserError(f"{word(flag)}: does nothing without a --loss of {', '.join(sorted(takers))}; leave it "
+                            f"out, or add one")
     with torch.device("meta"), answers_for("--net, --encoder, --decoder:"):
         net = nets.build(describe_net(args, in_chans=1))
     check_batch(args, net.stride)

@@ -86,7 +86,7 @@ def read(root, *, bands=None, classes=1, ignore=None, allow_bad=False):
 def test_folder(root):
     """Where the images without masks are that predict.py reads by default."""
     root = Path(root)
-    return (root.parent if root.suffix.lower() == ".csv" else root) / "test_img"
+    return (root.parent if root.is_file() else root) / "test_img"
 
 
 def read_mask(path, classes=1, ignore=None, window=None):

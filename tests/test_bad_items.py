@@ -18,12 +18,13 @@ import train_cls
 import train_det
 import train_seg
 from data import bad, images, seg
-from tests.conftest import TINY, TINY_CLS, TINY_DET, lot, tile, write_dirty, write_parking, write_tif, write_wildfire
+from tests.conftest import TINY, TINY_CLS, TINY_DET, tile, write_dirty, write_parking, write_tif, write_wildfire
 from utils.errors import UserError
 
 TRAIN = {"seg": (train_seg, TINY), "det": (train_det, TINY_DET), "cls": (train_cls, TINY_CLS)}
 WRITE = {"seg": lambda root: write_wildfire(root, train=6, test=4, size=(32, 32)),
-         "det": lambda root: write_parking(root, train=6, test=4), "cls": lambda root: write_dirty(root, train=6, test=4)}
+         "det": lambda root: write_parking(root, train=6, test=4),
+         "cls": lambda root: write_dirty(root, train=6, test=4)}
 IMAGES = {"seg": "train_img", "det": "train/images", "cls": "dirty_mnist_2nd"}
 TEST = {"seg": "test_img", "det": "test/images", "cls": "test_dirty_mnist_2nd"}
 TASKS = pytest.mark.parametrize("task", TRAIN)

@@ -147,6 +147,13 @@ def test_classification(script, tmp_path, capsys, refused):
     weights = checkpoint.load("runs/cls/exp/last.pt")["args"]["class_weights"]
     assert weights == pytest.approx((12 - count) / count)
     assert f"a {int(count[0])} (weight {weights[0]:.4g})" in capsys.readouterr().out
+    losses_of = {}
+    for loss in ("bce", "focal"):
+        for weights in ("1,1,1,1", "9,1,1,1"):
+            name = f"{loss}{weights[0]}"
+            script(train_cls, "--data", root, *TINY_CLS, "--folds", 0, "--loss", loss, "--class-weights", weights, "--name", name)
+            losses_of[name] = checkpoint.load(f"runs/cls/{name}/last.pt")["history"][0]["loss"]
+    assert len(set(losses_of.values())) == 4  # the weights have come to the losses
     refused(train_cls, "--data", root, *TINY_CLS, "--class-weights", "1,2", says=["--class-weights", "2 numbers for 4"])
 
 

@@ -97,7 +97,7 @@ def test_mask_pictures(tmp_path):
         seg.read_mask(tmp_path / "colour.png")
 
 
-# ---- pairs of image and mask ------------------------------------------------------------------------------------------------------------
+# ---- pairs of image and mask -----------------------------------------------------------------------------------------
 def test_check_mask_tells_size_and_pixels_per_class(tmp_path):
     paired = []
     for i, (h, w, bands) in enumerate([(5, 9, 2), (9, 5, 3), (1, 1, 1)]):

@@ -59,7 +59,8 @@ def one_line(error):
 
 def cli(main):
     """Runs a script's `main()` and ends the process with an exit code: 0; 2, 3 or 4 with one line on stderr for a
-    UserError, a NumericalError or a PartialError; 130 or 143 after a signal; 141 when nobody reads the output any more; 1 with a
+    UserError, a NumericalError or a PartialError; 130 or 143
+    after a signal; 141 when nobody reads the output any more; 1 with a
     traceback for every other error, which is a bug."""
     def stop(signum, frame):
         raise Stopped(signum)

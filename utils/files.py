@@ -183,7 +183,7 @@ def locked(path):
         yield
 
 
-# ---- keeping what was found ----------------------------------------------------------------------------------------------------
+# ---- keeping what was found ------------------------------------------------------------------------------------------
 def store_of(cache, what, root, variant=None):
     """The file in the folder `cache` for what is kept of a data set. None: a name at which nothing can be written."""
     key = hashlib.sha256(repr((os.path.realpath(root), variant)).encode()).hexdigest()[:16]
@@ -204,12 +204,11 @@ def kept_values(store):
             stack.enter_context(locked(store.with_suffix(".lock")))
         with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):
             known = dict(json.loads(zlib.decompress(store.read_bytes())))
-        before = json.dumps(known)
+        before = dict(known)
         yield known
-        after = json.dumps(known)
-        if after != before:
+        if known != before:
             with contextlib.suppress(UserError), whole_file(store) as temporary:
-                temporary.write_bytes(zlib.compress(after.encode(), 1))
+                temporary.write_bytes(zlib.compress(json.dumps(known).encode(), 1))
 
 
 def stamps_of(files):

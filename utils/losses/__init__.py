@@ -4,8 +4,8 @@ No loss loops over images or synchronises with the GPU (as boolean indexing and 
 to zero before they are computed with, so that they change neither the value nor the gradient, which is exactly 0 there.
 Labels are not range-checked, because that would synchronise, too.
 
-weight: of the loss's elements, a number per class (C,), such as those of `balanced`, as a tensor; in binary losses it is
-the weight of positives, whose negatives weigh 1: a number, or a tensor that broadcasts against the logits, (K,) for
+weight: of the loss's elements, a tensor with a number per class (C,), such as those of `balanced`; in binary losses it
+is the weight of positives, whose negatives weigh 1: a number, or a tensor that broadcasts against the logits, (K,) for
 (B,K). The mean is divided by the weights of the labels, as in torch's cross_entropy; in losses that are a mean over
 classes each class has its weight there. None: all weigh the same.
 
@@ -28,8 +28,8 @@ def _in_fp32(loss):
 
 
 def balanced(counts, negatives=None):
-    """Numbers of samples or pixels per class -> [weight per class], in inverse proportion to them, so that the mean over
-    the samples is 1. A class without samples has 0. negatives: for several classes per image, how many samples do not
+    """Numbers of samples or pixels per class -> [weight per class], in inverse proportion to them, so that the mean
+    over the samples is 1. A class without samples has 0. negatives: for several classes per image, how many samples do not
     have the class: the weights then are of its positives, whose sum equals that of its negatives."""
     counts = torch.tensor(counts, dtype=torch.float64)
     others = counts.sum() / (counts > 0).sum() if negatives is None else torch.tensor(negatives)
@@ -285,8 +285,8 @@ def focus(loss, distance, gamma):
 
 @_in_fp32
 def focal(logits, labels, smoothing=0., gamma=2., ignore=None, weight=None):
-    """Binary focal loss (Lin et al. 2017, arXiv 1708.02002; its alpha is the weight): cross entropy times |y - p|^gamma,
-    mean over the valid elements. Shapes, smoothing, weight, ignore and errors: see `bce`."""
+    """Binary focal loss (Lin et al. 2017, arXiv 1708.02002; its alpha is the weight): cross entropy times
+    |y - p|^gamma, mean over the valid elements. Shapes, smoothing, weight, ignore and errors: see `bce`."""
     loss, mass, distance = _binary_cross_entropy(logits, labels, smoothing, weight, ignore)
     return _ratio(focus(loss, distance(), gamma).sum(), mass.sum())
 
@@ -301,8 +301,8 @@ def focal_softmax(logits, labels, gamma=2., ignore=None, weight=None):
 
 
 def _top_mean(loss, mass, share):
-    """Mean of the largest `share` of the valid elements of `loss`, at least one, by their weights in `mass`. The loss is
-    weighted already, and both are 0 where ignored.
+    """Mean of the largest `share` of the valid elements of `loss`, at least one, by their weights in `mass`. The loss
+    is weighted already, and both are 0 where ignored.
 
     The number k of elements depends on the labels, and reading it would synchronise with the GPU. So topk gets the k of
     a batch without ignored elements, and the excess is masked.
