@@ -63,6 +63,19 @@ def test_no_data_is_nan_however_it_is_declared(tmp_path, kind):
     assert images.read_picture(path, bands, window=(0, 3, 6, 5)).dtype != torch.float64
 
 
+def test_a_mask_beside_does_not_open_what_it_points_to(tmp_path):
+    secret = write_tif(tmp_path / "secret.tif", np.zeros((4, 4), np.uint8))
+    path = write_tif(tmp_path / "a.tif", np.ones((4, 4), np.uint8))
+    (tmp_path / "a.tif.msk").write_text(
+        '<VRTDataset rasterXSize="4" rasterYSize="4"><Metadata><MDI key="INTERNAL_MASK_FLAGS_1">2</MDI></Metadata>'
+        f'<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>{secret}</SourceFilename></SimpleSource>'
+        '</VRTRasterBand></VRTDataset>')
+    with rasterio.open(path) as file:  # without our guard it does
+        assert not file.read_masks(1).any()
+    with pytest.raises(UserError, match="a.tif.msk: not a .tif"):
+        images.read(path)
+
+
 def test_bands_have_no_data_each_for_itself(tmp_path):
     array = np.arange(24).reshape(2, 3, 4).astype(np.float32)
     path = write_tif(tmp_path / "a.tif", array, nodata=13)
