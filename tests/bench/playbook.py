@@ -44,7 +44,8 @@ ROWS = {
               "--swa 0.5 --swa-cycle 2", "--optimizer adamp", "--encoder efficientnetv2_b0", "--cutout 0.5",
               "--label-smoothing 0.1", "--optimizer radam", "--no-ema", "--schedule restarts",
               "--encoder repvgg_a0", *(f"--encoder hrnet_{w}" for w in ("w18_small", "w18", "w32")), "--resize",
-              "--schedule plateau --period 2", "--schedule flat", "--optimizer sgd --lr 0.02 --weight-decay 5e-4"],
+              "--schedule plateau --period 2", "--schedule flat", "--optimizer sgd --lr 0.02 --weight-decay 5e-4",
+              "--class-weights balanced"],
     "bccd": ["", "--mixup 0.15", "--lookahead 5", "--swa 0.25", "--gridmask 0.5", "--cutout 0.5", "--close-mosaic 3",
              "--schedule plateau --period 3", "--schedule cosine", "--image-weights", "--grid 9", "--optimizer adamp",
              "--optimizer radam", "--optimizer adam --weight-decay 5e-4",
@@ -53,7 +54,7 @@ ROWS = {
                 "--net efficientnetv2_b0 --drop 0 --drop-path 0", "--cutout 0", "--lookahead 5", "--swa 0.5",
                 "--no-ema", "--schedule plateau --period 1", "--schedule flat", "--optimizer adamp",
                 "--optimizer radam", "--optimizer adam --weight-decay 1e-5",
-                "--optimizer sgd --lr 0.05 --weight-decay 5e-4"],
+                "--optimizer sgd --lr 0.05 --weight-decay 5e-4", "--class-weights balanced"],
 }
 PREDICT = {  # with the baseline's weights of each seed; EPOCHS: its last three, of letters both
     "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
