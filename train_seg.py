@@ -87,6 +87,10 @@ def describe_net(args, in_chans):
     return {"name": args.net, "kwargs": kwargs}
 
 
+def class_names(args):
+    return ["background", "object"] if args.classes == 1 else list(map(str, range(args.classes)))
+
+
 def takes(loss, option):
     return option in inspect.signature(loss).parameters
 
@@ -128,9 +132,8 @@ def load_samples(args, folder):
         folder, data.names, folds.parse_folds(args.folds, data.names, data.held_out, args.fold), args.fold,
         files=data.images, groups=args.groups or (data.groups if any(data.groups) else None),
         strata=folds.area_strata(data.areas), drop=args.drop_noisy)
-    objects = [[area > 0] for area in data.areas]
-    folds.describe(args.data, f"{data.pairs[0][0]} has the mask {data.pairs[0][1]}", ["with an object"], objects,
-                   (train, val))
+    folds.describe(args.data, f"{data.pairs[0][0]} has the mask {data.pairs[0][1]}, by pixels", class_names(args)[1:],
+                   [counts[1:] for counts in data.counts], (train, val))
     few = 8 * args.bs if args.debug else 10**9
     train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
     samples = data.pick(train)
@@ -188,8 +191,7 @@ def main():
     # ---- loss ----
     known = BINARY if args.classes == 1 else MULTICLASS
     terms = args.loss or [(name, 1.0) for name in (("lovasz_elu", "bce") if args.classes == 1 else ("lovasz", "ce"))]
-    weights = class_weights(args, ["background", "object"] if args.classes == 1 else range(args.classes),
-                            np.sum(samples.counts, 0).tolist())
+    weights = class_weights(args, class_names(args), np.sum(samples.counts, 0).tolist())
     if weights:
         weights = weights[1] / weights[0] if args.classes == 1 else torch.tensor(weights, device=device)
     given = {"ignore": seg.IGNORE, "smoothing": args.label_smoothing, "weight": weights}

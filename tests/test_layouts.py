@@ -1,13 +1,16 @@
 """Layouts of data as people have them: parts, names and classes that the data tells are obeyed, or refused."""
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import train_seg
 from data import cls, folds, labels, pairs, seg
 from data.labels import data_yaml
+from tests.conftest import TINY, write_wildfire
 from utils.errors import UserError
 
 LINE = "0 .5 .5 .5 .5\n"
@@ -296,3 +299,15 @@ def test_what_is_printed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "DATA: labels in .txt files; 5 samples, 25 classes"
     assert lines[1].startswith("  training: 3 samples, 0 without a label: a 3, 0 3") and lines[1].endswith("and 5 more")
+
+
+def test_segmentation_holds_out_its_own_part(script, tmp_path, capsys):
+    root = write_wildfire(tmp_path / "W", train=4)
+    for kind in ("img", "mask"):
+        (root / f"val_{kind}").mkdir()
+        (root / f"train_{kind}/train_{kind}_3.tif").rename(root / f"val_{kind}/train_{kind}_3.tif")
+    script(train_seg, "--data", root, *TINY)
+    assert json.loads(Path("runs/seg/exp/folds.json").read_text()) == {
+        "train_img_0": 1, "train_img_1": 1, "train_img_2": 1, "train_img_3": 0}
+    shown = capsys.readouterr().out
+    assert "training: 3 samples, 0 without a label: object" in shown and "validation: 1 samples" in shown

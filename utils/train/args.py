@@ -157,8 +157,8 @@ def train_parser(description, task, **defaults):
     add = parser.add_argument_group("records").add_argument
     add("--project", default=f"runs/{task}", metavar="DIR", help="folder of the runs")
     add("--name", default="exp", help="folder of this run in it; numbered when it exists")
-    add("--folds", default="5", metavar="N|F|FILE", help="N folds, a held-out fraction F, or a split's JSON file; "
-        "0: train on everything")
+    add("--folds", metavar="N|F|FILE", help="N folds, a held-out fraction F, or a split's JSON file; 0: train on "
+        "everything; without: the data's own validation part, else 5")
     add("--groups", metavar="CSV", help="groups of the samples (place, person, film); a group stays on one side of the "
         "split")
     add("--drop-noisy", type=noise_list, metavar="CSV:K", help="do not train on the K worst samples of a noise.csv: "
