@@ -197,7 +197,7 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
         want = values(flat[:, 0] if classes == 1 else flat, y[valid].astype(float), s)
         assert want.keys() | {"lovasz", "lovasz_elu"} >= known.keys() and len(want) == 4
         for name, loss in known.items():
-            loss = functools.partial(loss, ignore=255, **{"smoothing": s} if loss in train_seg.SMOOTHED else {})
+            loss = functools.partial(loss, ignore=255, **{"smoothing": s} if train_seg.takes(loss, "smoothing") else {})
             logits = torch.from_numpy(z.copy()).requires_grad_()
             value = loss(logits, mask)
             value.backward()
@@ -213,21 +213,20 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
                                             (3, {"dice": 1, "topk": 3, "focal": 1, "ce": 0.5})])
 def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms):
     root = write_wildfire(tmp_path / "data", train=4, test=1, size=(32, 32), classes=classes)
-    known, seen, smoothed = train_seg.BINARY if classes == 1 else train_seg.MULTICLASS, {}, []
+    known, seen = train_seg.BINARY if classes == 1 else train_seg.MULTICLASS, {}
     for name in terms:
+        @functools.wraps(known[name])
         def loss(*args, name=name, real=known[name], **options):
             seen[name] = options
             return real(*args, **options)
-        smoothed += [loss] if known[name] in train_seg.SMOOTHED else []
         monkeypatch.setitem(known, name, loss)
-    monkeypatch.setattr(train_seg, "SMOOTHED", smoothed)
     script(train_seg, "--data", root, *TRAIN, "--folds", 0, "--classes", classes, "--ignore", 255, "--label-smoothing",
            0.1, "--loss", *(f"{name}={weight}" for name, weight in terms.items()))
     row = checkpoint.load("runs/seg/exp/last.pt")["history"][-1]
     assert row["loss"] == pytest.approx(sum(row[f"{name}_loss"] for name in terms), rel=1e-5)  # weighted
     assert all(0 < row[f"{name}_loss"] < 10 * weight for name, weight in terms.items())
     assert seen == {name: {"ignore": 255} | ({"smoothing": 0.1} if name == ("focal" if classes == 1 else "ce") else {})
-                    for name in terms}
+                    | ({"weight": None} if (classes, name) != (1, "dice") else {}) for name in terms}
 
 
 def test_smoothing_without_a_loss_that_smooths(script, refused, small):
@@ -249,10 +248,10 @@ def test_presence_of_classes_in_masks():
         got = seg.present(torch.from_numpy(masks), classes)
         assert got.dtype == torch.float32 and got.tolist() == want
         assert {value for row in want for value in row} == {1, 0, -1}
-    masks = torch.tensor([[[0, 2]], [[2, 2]], [[1, 0]]], dtype=torch.uint8)
-    # whether a class is among ignored pixels is not known, nor whether the ignored one is there
-    assert seg.present(masks, 3, 2).tolist() == [[1, -1, -1], [-1, -1, -1], [1, 1, 0]]
-    assert seg.present(masks, 3).tolist() == [[1, 0, 1], [0, 0, 1], [1, 1, 0]]
+    masks = torch.tensor([[[0, 255]], [[255, 255]], [[1, 0]]], dtype=torch.uint8)
+    # whether a class is among ignored pixels is not known
+    assert seg.present(masks, 3).tolist() == [[1, -1, -1], [-1, -1, -1], [1, 1, 0]]
+    assert seg.present(masks.clamp(max=2), 3).tolist() == [[1, 0, 1], [0, 0, 1], [1, 1, 0]]
 
 
 @pytest.mark.parametrize("known", [[True, False, True], [False] * 3], ids=["some", "none"])
