@@ -165,12 +165,12 @@ def test_unsure_pixels_are_left_out(script, small, classes):
     script(predict, *PREDICT, "--weights", "net.pt", "--out", "out", "--pseudo", least)
     for file, p in probs.items():
         sure = np.abs(own[file] - least) > 1e-5
-        labels = np.where(own[file] < least, 254, (p[0] > 0.5) if classes == 1 else p.argmax(0))
+        labels = np.where(own[file] < least, 255, (p[0] > 0.5) if classes == 1 else p.argmax(0))
         found = pixels(f"out/pseudo/train_mask/{file.stem}.tif")
-        assert (found == labels)[sure].all() and sure.mean() > 0.99 and 0.1 < (found == 254).mean() < 0.9
+        assert (found == labels)[sure].all() and sure.mean() > 0.99 and 0.1 < (found == 255).mean() < 0.9
         assert Path(f"out/pseudo/train_img/{file.name}").resolve() == file.resolve()
         plain = pixels(f"out/masks/{file.stem}.tif")  # the prediction itself stays whole
-        assert set(np.unique(plain)) <= set(range(max(classes, 2))) and (plain == found)[found < 254].all()
+        assert set(np.unique(plain)) <= set(range(max(classes, 2))) and (plain == found)[found < 255].all()
 
 
 def test_unsure_pixels_of_windows(script, small):
@@ -183,7 +183,7 @@ def test_unsure_pixels_of_windows(script, small):
     for file in sorted((small / "test_img").iterdir()):
         half, low, high = (pixels(f"{out}/masks/{file.stem}.tif") for out in ("half", "low", "high"))
         found = pixels(f"half/pseudo/train_mask/{file.stem}.tif")
-        assert (found == np.where(low > high, 254, half)).all() and 0.1 < (found == 254).mean() < 0.9
+        assert (found == np.where(low > high, 255, half)).all() and 0.1 < (found == 255).mean() < 0.9
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.9])
@@ -194,17 +194,17 @@ def test_a_pseudo_label_is_the_class_that_the_net_is_sure_of(script, small, thre
     for file, p in probs.items():
         found = pixels(f"out/pseudo/train_mask/{file.stem}.tif")
         assert not (found[p[0] > 0.7501] == 0).any() and not (found[p[0] < 0.2499] == 1).any()
-        assert (found[np.abs(p[0] - 0.5) < 0.2499] == 254).all()
+        assert (found[np.abs(p[0] - 0.5) < 0.2499] == 255).all()
 
 
 def test_training_reads_pseudo_labels_and_draws_them_by_weight(script, small, monkeypatch, capsys):
     checkpoint_of(small)
     script(predict, *PREDICT, "--weights", "net.pt", "--out", "out", "--pseudo", 0.7)
-    assert "pseudo labels: train_seg.py --extra-data out/pseudo --ignore 254" in capsys.readouterr().out
+    assert "pseudo labels: train_seg.py --extra-data out/pseudo" in capsys.readouterr().out
     loaders, make = [], train_seg.train_loader
     monkeypatch.setattr(train_seg, "train_loader", lambda *args, **options: loaders.append(make(*args, **options))
                         or loaders[-1])
-    flags = ["--data", small, *TRAIN, "--bs", 8, "--folds", 3, "--ignore", 254, "--repeat", 2]
+    flags = ["--data", small, *TRAIN, "--bs", 8, "--folds", 3, "--repeat", 2]
     script(train_seg, *flags, "--extra-data", "out/pseudo:2.5", small)
     assert "10 tiles to train, 2 to validate" in capsys.readouterr().out  # its own held-out ones are not seen again
     data, sampler = loaders[0].dataset, loaders[0].batch_sampler
@@ -215,7 +215,7 @@ def test_training_reads_pseudo_labels_and_draws_them_by_weight(script, small, mo
         sampler.set_epoch(epoch)
         np.add.at(count, sampler.order() % 20 % 10, 1)
     assert count / count.sum() == pytest.approx(np.where(np.array(sources) == small, 1, 2.5) / 13, rel=0.1)
-    assert any((data[0, i]["mask"] == 254).any() for i in (4, 5))
+    assert any((data[0, i]["mask"] == 255).any() for i in (4, 5))
     assert np.isfinite(checkpoint.load("runs/seg/exp/last.pt")["history"][-1]["loss"])
     monkeypatch.setattr(train_seg, "train_loader", lambda *args, weights, **options: loaders.append(weights) or stop())
     with pytest.raises(Stopped):
@@ -350,14 +350,14 @@ def test_extra_data_of_nothing_new(script, tmp_path, monkeypatch, capsys, module
     assert len(training_set(module, seen[0][0])) == 5 and set(seen[0][1]) == {1.0}
 
 
-@pytest.mark.parametrize("ignore, flag", [(None, 254), (9, 9)])
-def test_unsure_pixels_fit_the_masks_that_there_are(script, small, tmp_path, ignore, flag):
-    """Binary masks of 0 and 255 with --ignore 255 would have no object left; a run that ignores 9 cannot ignore 255."""
+@pytest.mark.parametrize("ignore", [None, 9])
+def test_unsure_pixels_fit_the_masks_that_there_are(script, small, tmp_path, ignore):
+    """In other masks 255 may be an object, or another value may be ignored: the files declare their own."""
     checkpoint_of(small)
-    state = torch.load("net.pt", weights_only=True)
-    torch.save(state | {"args": state["args"] | {"ignore": ignore}}, "net.pt")
     script(predict, *PREDICT, "--weights", "net.pt", "--out", "out", "--pseudo", 0.9)
-    values = {value for path in Path("out/pseudo/train_mask").iterdir() for value in np.unique(pixels(path)).tolist()}
-    assert flag in values <= {0, 1, flag}
+    for path in Path("out/pseudo/train_mask").iterdir():
+        found = pixels(path)
+        assert set(np.unique(found)) <= {0, 1, 255} and (found == 255).any()
+        assert (seg.read_mask(path, 1, ignore).numpy() == found).all()
     Image.fromarray(np.array([[0, 255]], np.uint8)).save("base.png")
-    assert seg.read_mask("base.png", 1, flag).tolist() == [[0, 1]]
+    assert seg.read_mask("base.png", 1, ignore).tolist() == [[0, 1]]

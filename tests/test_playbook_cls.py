@@ -232,8 +232,8 @@ def test_extra_data_that_does_not_fit(refused, dirty, tmp_path):
     write_dirty(tmp_path / "more", train=3, test=0, classes=6)
     squares(tmp_path / "photos", train=6, test=0)
     train = [*TINY_CLS, "--data", dirty, "--extra-data"]
-    refused(train_cls, *train, "more:2", says=["more: ", "class e", "--extra-data"])
-    refused(train_cls, *train, "photos", says=["photos: ", "--data"])
+    refused(train_cls, *train, "more:2", says=["more: ", "class e", "training data"])
+    refused(train_cls, *train, "photos", says=["photos: ", "training data"])
     refused(train_cls, *train, "nowhere", says="nowhere: no such folder")
     table = cls.Samples([], np.zeros((0, 2), np.float32), ["b", "a"], False)
     extra = cls.Samples(["x", "y"], np.array([[1], [0]], np.float32), ["a"], False)
