@@ -19,7 +19,7 @@ def leave_out(root, cases, total, what, *, allow_bad=False, file=None, notes=())
 
     cases: {kind: [place of each]}. notes: {kind: what happens to these items}, which are not counted as bad.
     """
-    see = ""
+    see, cases = "", {kind: places for kind, places in cases.items() if places}
     if file and cases:
         with suppress(UserError):
             if dist.rank() == 0:

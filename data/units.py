@@ -141,17 +141,14 @@ def check(files, inputs):
         pixels, damaged = bad.attempt(_sample, file, inputs.bands)
         if damaged or np.isnan(pixels).all():  # told where it is read as a whole
             return ""
-        reached = np.nanmax(np.abs(pixels))
-        trained = np.abs([seen["low"], seen["high"]]).max()
+        reached, trained = np.nanmax(np.abs(pixels)), np.abs([seen["low"], seen["high"]]).max()
         factor = max(reached, 1e-30) / max(trained, 1e-30)
-        if not 1 / APART <= factor <= APART:
-            what = f"reaches {reached:g}, and the training's pixels {trained:g}"
-            if dtype != seen["dtype"] and reached:
-                raise UserError(f"{file}: has {dtype} pixels and {what} ({seen['dtype']}); convert it to the units of "
-                                f"the training")
-            return f"{file}: {what}; convert it unless that is right"
-        return f"{file}: has {dtype} pixels, and the training had {seen['dtype']}; convert it unless that is right" \
-            if dtype != seen["dtype"] else ""
+        unlike = dtype != seen["dtype"], not 1 / APART <= factor <= APART
+        what = f"{file}: has {dtype} pixels up to {reached:g}, and the training had {seen['dtype']} up to {trained:g}; " \
+            f"convert it"
+        if all(unlike) and reached:
+            raise UserError(what)
+        return f"{what} unless that is right" if any(unlike) else ""
 
     for line in filter(None, images.in_threads(compare, files)):
         dist.print0(f"warning: {line}")

@@ -23,7 +23,7 @@ from data.labels.records import MISSING, NO_BOX, list_files
 from utils.errors import UserError
 from utils.files import kept_values, show, stamps_of, store_of
 
-VERSION = 5  # of the kept result: to be raised when a reader finds something else in the same files
+VERSION = 6  # of the kept result: to be raised when a reader finds something else in the same files
 # A side of less than a pixel shows nothing, and its logarithm diverges. 0.1 is left for YOLO's rounding: with four
 # decimals, one pixel of 2000 is written as 0.95 to 1.05
 MIN_SIDE = 0.9
@@ -31,7 +31,7 @@ DROPPED = ("not finite", "unknown category", "less than a pixel inside the image
 UNREADABLE = (NO_BOX, yolo.BAD_LINE)
 MAX_CUT = 0.2  # share of the boxes that may lose this share of their area by clipping; else they are of another format
 CLIPPED = "clipped to the image"
-TURNED, UNSURE = "boxes turned with the image, by its EXIF", "boxes may be of the image before its EXIF turns it"
+TURNED = "boxes turned with the image, by its EXIF"
 RESIZED = "image of another size than its labels state"
 NOTES = {CLIPPED: "found", RESIZED: "found", TURNED: "found", "crowd": "left out"}  # cases that are no faults
 
@@ -130,30 +130,29 @@ def _check(layout):
     held_out = [out and not all(held_out) for out in held_out]
     return {"stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
             "held_out": held_out, "category_ids": list(category_of.values()), "names": list(category_of),
-            "cases": {kind: places for kind, places in cases.items() if places}, "cut": cut,
+            "cases": cases, "cut": cut,
             "total": len(records.boxes) + sum(len(cases.get(kind, ())) for kind in UNREADABLE)}
 
 
 def _turns(headers, files, stated):
     """-> per image the EXIF orientation by which its boxes are to be turned (1: none), {kind of case: its places}.
 
-    Images are read upright, and some programs label them as they are stored. Which of both holds is told by the size
-    that the labels state, where the orientation exchanges height and width; other images follow these.
+    Images are read upright, and some programs label them as they are stored. The size that the labels state tells this
+    where the orientation exchanges height and width. Once an image of the set is labelled so, the boxes of those are
+    turned too whose size cannot tell: of squares and of orientations that keep the sides.
     """
-    tags = [header.orientation if header and shape else 1 for header, shape in zip(headers, stated)]
-    sizes = [header.size[1:] if header else shape for header, shape in zip(headers, stated)]
-    stored = [tag > 4 and shape == size[::-1] != size for tag, shape, size in zip(tags, stated, sizes)]
-    known = {turned for turned, tag, size in zip(stored, tags, sizes) if tag > 4 and size[0] != size[1]}
-    found, cases = [], {TURNED: [], UNSURE: [], RESIZED: []}
-    for file, tag, size, shape, turned in zip(files, tags, sizes, stated, stored):
-        unclear = tag > 1 and (tag < 5 or size[0] == size[1])
-        turned = turned or unclear and known == {True}
-        kind = TURNED if turned else RESIZED if shape not in (None, size) else \
-            UNSURE if unclear and known != {False} else None
-        if kind:
-            cases[kind].append(f"{file}: {size[0]} x {size[1]}, not {show(shape)}" if kind == RESIZED else file)
-        found.append(tag if turned else 1)
-    return found, cases
+    turns, cases = [], {TURNED: [], RESIZED: []}
+    known = [(header.orientation, header.size[1:], shape) if header and shape else (1, None, None)
+             for header, shape in zip(headers, stated)]
+    stored = any(tag > 4 and shape == size[::-1] != size for tag, size, shape in known)
+    for file, (tag, size, shape) in zip(files, known):
+        turned = stored and (1 < tag < 5 or tag > 4 and shape == size[::-1])
+        turns.append(tag if turned else 1)
+        if turned:
+            cases[TURNED].append(file)
+        elif shape != size:
+            cases[RESIZED].append(f"{file}: {size[0]} x {size[1]}, not {show(shape)}")
+    return turns, cases
 
 
 def _turn(box, size, tag):
@@ -198,10 +197,9 @@ def _report(path, found, layout, file, allow_bad):
     """Tells of what is wrong with images and boxes, see `bad.leave_out`. UserError where too many are, none are left, or
     the labels are rather misunderstood (unless allow_bad)."""
     cases, total, count = found["cases"], found["total"], len(found["files"])
-    of_images = {kind: places for kind, places in cases.items() if kind in (MISSING, UNSURE)}
-    bad.leave_out(path, of_images, count + len(cases.get(MISSING, ())), "images", allow_bad=allow_bad, file=file)
-    bad.leave_out(path, {kind: cases[kind] for kind in cases if kind not in of_images}, total, "boxes",
-                  allow_bad=allow_bad, notes=NOTES, file=file)
+    missing = cases.pop(MISSING, [])
+    bad.leave_out(path, {MISSING: missing}, count + len(missing), "images", allow_bad=allow_bad, file=file)
+    bad.leave_out(path, cases, total, "boxes", allow_bad=allow_bad, notes=NOTES, file=file)
     held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
     bare = sum(label is None for label, _ in layout.images.values())
     doubts = {f"{found['cut']} of {total} boxes lie to more than a fifth outside their images, as boxes of another "
