@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from data import augment, bad, folds, images, units
 from data.cache import Cache
 from utils.errors import UserError
-from utils.files import finder, read_csv
+from utils.files import by_name, finder, read_csv
 from utils.ops import geometry
 from utils.train import checkpoint, dist
 
@@ -38,13 +38,13 @@ class Samples(NamedTuple):
     labels: object  # float32 (N, classes) of 0 and 1
     names: list     # of the classes
     single_label: bool  # every image has one class
-    held_out: list = ()  # True where the data set itself has the image for validation; or empty
+    held_out: list = ()  # True where the data set itself has the image for validation
 
     def usable(self, root, bands, allow_bad=False):
         """The Samples without the images that cannot be read, see `bad.readable`. root: where they are."""
-        kept = bad.readable(root, self.files, bands, allow_bad=allow_bad)
-        return self._replace(files=[self.files[i] for i in kept], labels=self.labels[kept],
-                             held_out=[self.held_out[i] for i in kept if self.held_out])
+        columns = self.files, self.labels, self.held_out
+        files, labels, held_out = bad.readable(root, columns, bands, allow_bad=allow_bad)
+        return self._replace(files=files, labels=np.stack(labels), held_out=held_out)
 
 
 def read(root, *, table=None, folder=None, columns=None, least=2):
@@ -80,8 +80,7 @@ def read(root, *, table=None, folder=None, columns=None, least=2):
     if spare:
         dist.print0(f"{root}: {len(spare)} images have no row to train or validate on and are left out, such as "
                     f"{min(spare)}")
-    held_out = [part == "val" for *_, part in rows]
-    return Samples(list(files), labels, names, single_label, held_out if any(held_out) else ())
+    return Samples(list(files), labels, names, single_label, [part == "val" for *_, part in rows])
 
 
 def _tables(root):
@@ -111,19 +110,17 @@ def _images_below(folder):
 def find_files(folder):
     """-> function(name in a table) -> image file or None. Names are compared with their folders or without, with the
     suffix or without, in capitals or not, and as numbers."""
-    path_of, stems = {}, set()
-    for path in _images_below(folder) or images.find(folder):  # which tells that there are none
-        if path.with_suffix("") in stems:
-            raise UserError(f"{path}: another image has the same name; rename or remove one")
-        stems.add(path.with_suffix(""))
-        path_of[path.relative_to(folder).as_posix()] = path
-    numbers = {f"#{int(path.stem)}": path for path in path_of.values() if _is_number(path.stem)}
-    find = finder(numbers | {name.lower(): path for name, path in path_of.items()} | path_of)
-    return lambda key: find(key) or find(key.lower()) or (find(f"#{int(key)}") if _is_number(key) else None)
+    files = _images_below(folder) or images.find(folder)  # which tells that there are none
+    by_name(files, lambda path: path.with_suffix(""))
+    path_of = {path.relative_to(folder).as_posix(): path for path in files}
+    find = finder({_numbered(path.stem): path for path in files if path.stem.isdecimal()}
+                  | {name.lower(): path for name, path in path_of.items()} | path_of)
+    return lambda key: find(key) or find(key.lower()) or find(_numbered(key))
 
 
-def _is_number(name):
-    return name.isdecimal() and len(name) < 20
+def _numbered(name):
+    """A name that is a number without its leading zeros, other names as they are."""
+    return f"#{int(name)}" if name.isdecimal() and len(name) < 20 else name
 
 
 def read_table(tables, least=2, columns=None):
@@ -260,7 +257,7 @@ def _class_folders(root, least):
             others += [p for p in there if p.suffix.lower() not in images.SUFFIXES]
     if others:
         dist.print0(f"{root}: {len(others)} files are no TIFF, PNG or JPEG and left out, such as {others[0]}")
-    return Samples(files, np.eye(len(names), dtype=np.float32)[classes], names, True, held_out if any(held_out) else ())
+    return Samples(files, np.eye(len(names), dtype=np.float32)[classes], names, True, held_out)
 
 
 def with_names(extra, table, root):
@@ -272,7 +269,7 @@ def with_names(extra, table, root):
         raise UserError(f"{root}: {what}, unlike the training data; correct its table, or leave it out")
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)
     labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
-    return Samples(extra.files, labels, table.names, table.single_label)
+    return extra._replace(labels=labels, names=table.names, single_label=table.single_label)
 
 
 def held_out(paths, states):

@@ -39,7 +39,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import read_bytes, reading
+from utils.files import by_name, read_bytes, reading
 from utils.train import dist
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
@@ -84,7 +84,7 @@ def find_sources(patterns, default):
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
         for match in map(Path, sorted(matches)):
             files += find(match) if match.is_dir() else [match]
-    return list(by_stem(files).values())
+    return list(by_name(files, lambda file: file.stem).values())
 
 
 def in_threads(function, items, what=None):
@@ -93,15 +93,6 @@ def in_threads(function, items, what=None):
     with ThreadPoolExecutor(8) as pool:
         return list(tqdm(pool.map(function, items), total=len(items), desc=what, unit="img", leave=False,
                          disable=dist.rank() > 0 or not items or what is None))
-
-
-def by_stem(files):
-    """Image files -> {name without folder and suffix: file}. UserError for two files of one name."""
-    found = {}
-    for file in files:
-        if found.setdefault(file.stem, file) != file:
-            raise UserError(f"{file}: {found[file.stem]} has the same name; rename or remove one")
-    return found
 
 
 class Header(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data import folds, images
 from utils.errors import UserError
-from utils.files import list_tree, read_csv, show
+from utils.files import by_name, list_tree, read_csv, show
 
 IMAGE_WORDS = {"img", "image", "images", "imgs", "sat", "rgb", "photo", "photos"}
 MASK_WORDS = {"mask", "masks", "msk", "label", "labels", "annotation", "annotations", "gt", "seg", "segmentation"}
@@ -68,7 +68,7 @@ def _found(root):
     found = [(pair, part == "val") for part, pair_of in sides.items() if part != "test" for pair in match(*pair_of)]
     for part in () if files else ("train", "val"):
         if part == "train" or os.path.isdir(root / "val_img"):
-            found += [(pair, part == "val") for pair in of_folders(root / f"{part}_img", root / f"{part}_mask").values()]
+            found += [(pair, part == "val") for pair in of_folders(root / f"{part}_img", root / f"{part}_mask")]
     names = [image.stem for (image, _), _ in found]
     if len(set(names)) < len(names):  # several folders have them
         names = [str(image.relative_to(root).with_suffix("")) for (image, _), _ in found]
@@ -80,9 +80,8 @@ def _words(path):
 
 
 def of_folders(image_folder, mask_folder):
-    """-> {image stem: (image path, mask path)} of two folders, see `match`. UserError for two files of one name too."""
-    matched = match(*(images.by_stem(images.find(folder)) for folder in (image_folder, mask_folder)))
-    return {image.stem: (image, mask) for image, mask in matched}
+    """-> [(image path, mask path)] of two folders, see `match`. UserError for two files of one name too."""
+    return match(*(by_name(images.find(folder), lambda file: file.stem) for folder in (image_folder, mask_folder)))
 
 
 def match(image_of, mask_of):

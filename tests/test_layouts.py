@@ -87,7 +87,7 @@ def test_tables_of_two_parts(tmp_path):
 def test_tables(tmp_path, table, names, rows, held_out):
     write(tmp_path, {f"d/{name}.png": None for name in "abc"} | {"train.csv": table})
     data = cls.read(tmp_path)
-    assert (data.names, data.labels.tolist(), list(data.held_out)) == (names, rows, list(held_out))
+    assert (data.names, data.labels.tolist(), list(data.held_out)) == (names, rows, list(held_out or [False] * len(rows)))
 
 
 @pytest.mark.parametrize("table, columns, says", [

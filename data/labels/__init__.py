@@ -41,9 +41,9 @@ class Labels(NamedTuple):
     sizes: list         # (height, width), after EXIF rotation; None where the header cannot be read, see `usable`
     boxes: list         # float64 arrays (n, 4): x1 y1 x2 y2, pixels, inside the image
     classes: list       # int64 arrays (n,), from 0
+    held_out: list      # True for images that the data set itself holds out for validation
     names: list         # of the classes
     category_ids: list  # the classes' numbers in the label files, for submissions in COCO's format
-    held_out: list      # True for images that the data set itself holds out for validation
     layout: str = ""    # in words
 
 
@@ -68,15 +68,13 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
     return Labels([layout.root / file for file in found["files"]], [size and tuple(size) for size in found["sizes"]],
                   [np.array(boxes, np.float64).reshape(-1, 4) for boxes in found["boxes"]],
                   [np.array(classes, np.int64) for classes in found["classes"]],
-                  found["names"], found["category_ids"], found["held_out"],
+                  found["held_out"], found["names"], found["category_ids"],
                   f"labels in {Path(layout.labels[-1]).suffix} files")
 
 
 def usable(path, data, bands, allow_bad=False):
     """The Labels of a data set without the images that cannot be read, see `bad.readable`."""
-    kept = bad.readable(path, data.files, bands, allow_bad=allow_bad)
-    files, sizes, boxes, classes, held_out = ([column[i] for i in kept] for column in (*data[:4], data.held_out))
-    return data._replace(files=files, sizes=sizes, boxes=boxes, classes=classes, held_out=held_out)
+    return Labels(*bad.readable(path, data[:5], bands, allow_bad=allow_bad), *data[5:])
 
 
 def with_names(extra, names, root):
@@ -102,7 +100,7 @@ def _find(path):
         if layout:
             return layout
     if os.path.isdir(path):  # unlike Path.is_dir, for every name
-        shown = ", ".join(map(show, list_files(path, "")[:2])) or "nothing"
+        shown = ", ".join(map(show, list_files(path)[:2])) or "nothing"
         raise UserError(f"{path}: no labels in it, but {shown}: neither train/label/Train.json nor annotations/*.json "
                         f"nor images with labels/*.txt or annotations/*.xml or with these beside them nor train_img "
                         f"and train_mask; check --data, or convert the labels to one JSON file in COCO's format")
