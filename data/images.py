@@ -63,13 +63,16 @@ ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
 DAMAGED = "{}: truncated or damaged; replace or remove it"
 
 
-def find(folder):
-    """The image files in a folder, sorted by name. Raises UserError when it is missing or has none."""
+def find(folder, below=False):
+    """The image files in a folder, with `below` also those in the folders in it, sorted by name. Raises UserError when
+    it is missing or has none."""
     try:
-        files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+        paths = list(Path(folder).iterdir())
     except OSError:
         raise UserError(f"{folder}: no such folder, or not readable; put the data there, or point --data or --source "
                         f"to it (python -m data.samples makes sample data)") from None
+    paths = Path(folder).rglob("*") if below else paths
+    files = sorted(p for p in paths if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
     if not files:
         raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)}); check the path")
     return files
@@ -133,11 +136,10 @@ def _header(path, changed, length, regular):
             if getattr(file, "n_frames", 1) > 1:
                 raise UserError(f"{path}: has {file.n_frames} frames; save them as files of their own")
             orientation, mode = file.getexif().get(ORIENTATION, 1), _mode(file.mode)
-            palette = file.mode == "P" and np.array(file.getpalette("RGB"), np.uint8).reshape(-1, 3)
             bands = len(file.getbands() if kind == "JPEG" else Image.new(mode, (1, 1)).getbands())
             sides = file.size if orientation in range(5, 9) else file.size[::-1]
             return Header(kind, (bands, *sides), "uint8", 1 if mode == "1" else 8, orientation=orientation,
-                          palette=_palette(palette) if file.mode == "P" else None,
+                          palette=_palette(file.getpalette("RGB")) if file.mode == "P" else None,
                           opacity=kind != "JPEG" and mode.endswith("A"))
     with _open(path, kind) as file:
         if file.height * file.width > MAX_SCENE:
@@ -148,7 +150,7 @@ def _header(path, changed, length, regular):
         if file.count == 1:
             with contextlib.suppress(ValueError):  # it has none
                 colours = file.colormap(1)
-                colours = _palette([colours.get(i, (0, 0, 0))[:3] for i in range(256)])
+                colours = _palette(value for i in range(256) for value in colours.get(i, (0, 0, 0))[:3])
         located = file.crs or not file.transform.is_identity
         orientation = 1 if located or file.gcps[0] else _orientation(path, head, kind)
         return Header(
@@ -161,8 +163,8 @@ def _header(path, changed, length, regular):
 
 
 def _palette(colours):
-    """Colours of three bytes -> (256, 3) uint8."""
-    return torch.tensor([*map(list, colours), *[[0, 0, 0]] * 256][:256], dtype=torch.uint8)
+    """Red, green and blue of one colour after another -> (256, 3) uint8, black where there are fewer colours."""
+    return torch.tensor([*colours, *[0] * 768][:768], dtype=torch.uint8).reshape(256, 3)
 
 
 @contextlib.contextmanager
@@ -200,8 +202,7 @@ def _orientation(path, head, kind):
 def _nodata_beside(path, count):
     """The no-data value per band in PATH.aux.xml, where GDAL writes what a format has no room for; () without one."""
     try:
-        with reading(path):
-            bands = ElementTree.fromstring(read_bytes(f"{path}.aux.xml")).iter("PAMRasterBand")
+        bands = ElementTree.fromstring(read_bytes(f"{path}.aux.xml")).iter("PAMRasterBand")
         found = {int(band.get("band")): float(band.findtext("NoDataValue")) for band in bands
                  if band.findtext("NoDataValue")}
     except (UserError, ElementTree.ParseError, ValueError, TypeError):
@@ -300,16 +301,13 @@ def void(image):
 
 def digest(path, middle=None):
     """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever the
-    format and the compression. Where pixels are indices, the colours count too. Of a JPEG beyond MAX_VALUES the bytes of
-    the file count.
+    format and the compression. Where pixels are indices, the colours count too.
 
     middle: only this number of rows in the middle counts. All bands are read, in pieces (a PNG or JPEG as a whole), so
     memory does not grow with the scene. Raises UserError naming the file.
     """
     found = header(path)
     count, height, width = found.size
-    if found.kind == "JPEG" and count * height * width > MAX_VALUES:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
     hashed = hashlib.blake2b(f"{count, height, width, found.dtype}".encode(), digest_size=16)
     whole = None if in_windows(found) else read(path)
     first = (height - min(middle or height, height)) // 2
@@ -377,10 +375,10 @@ def resize(image, size):
     return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
 
 
-def reduced(size, limit):
-    """size (height, width) -> the same shape with the long side at most `limit`."""
-    factor = min(1, limit / max(size))
-    return tuple(max(1, round(side * factor)) for side in size)
+def reduced(size, limit, side=max):
+    """size (height, width) -> the same shape with the long side (side=min: the short side) at most `limit`."""
+    factor = min(1, limit / side(size))
+    return tuple(max(1, round(n * factor)) for n in size)
 
 
 def thumbnail(path, bands, limit):

@@ -101,9 +101,7 @@ def match(image_of, mask_of):
         sides = [{str(rule(name, side)): path for name, path in side.items()} for side in (image_of, mask_of)]
         if sides[0].keys() == sides[1].keys() and len(image_of) == len(mask_of) == len(sides[0]):
             return [(path, sides[1][key]) for key, path in sides[0].items()]
-    of_images, of_masks = sides
-    lone = [path for key, path in of_images.items() if key not in of_masks][:1]
-    lone += [path for key, path in of_masks.items() if key not in of_images][:1]
+    lone = [path for one, other in (sides, sides[::-1]) for key, path in one.items() if key not in other]
     lone = lone or list(image_of.values())[:2]
     raise UserError(f"{lone[0]}: no file of that name on the other side (neither for {lone[-1]}); add it, or remove "
                     f"this one, {WAY_OUT}")

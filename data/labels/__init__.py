@@ -156,10 +156,11 @@ def _turns(headers, files, stated):
 def _turn(box, size, tag):
     """A box x1, y1, x2, y2 of an image as it is stored -> the box in the image as EXIF turns it, of size (height,
     width)."""
-    xs, ys = (box[::2], box[1::2]) if tag < 5 else (box[1::2], box[::2])
-    xs = [size[1] - x for x in xs[::-1]] if tag in (2, 3, 6, 7) else xs
-    ys = [size[0] - y for y in ys[::-1]] if tag in (3, 4, 7, 8) else ys
-    return xs[0], ys[0], xs[1], ys[1]
+    x1, y1, x2, y2 = box
+    sides = [[y1, y2], [x1, x2]] if tag < 5 else [[x1, x2], [y1, y2]]  # vertical, horizontal
+    for axis in images.MIRRORED.get(tag, ()):
+        sides[axis - 1] = [size[axis - 1] - side for side in sides[axis - 1][::-1]]
+    return tuple(side for pair in zip(*sides[::-1]) for side in pair)
 
 
 def _area(box):

@@ -53,22 +53,22 @@ def pair(root, suffix, label_folders, entries=()):
     testing are left out. Raises UserError for two files of one path, and for a label file in a folder of labels without
     an image.
     """
-    def lies_in(file, names):
-        return not names.isdisjoint(os.path.dirname(file).lower().split("/"))
+    def folders_of(file):
+        return os.path.dirname(file).lower().split("/")
 
     def key_of(file):
-        words = os.path.dirname(file).lower().split("/")
-        return "/".join([*(word for word in words if word not in IMAGE_FOLDERS | label_folders), Path(file).stem])
+        return "/".join([*(name for name in folders_of(file) if name not in IMAGE_FOLDERS | label_folders),
+                         Path(file).stem])
 
     files = list_tree(root)
     pictures = [file for file in files if file.lower().endswith(images.SUFFIXES)]
     if not entries:
-        pictures = [file for file in pictures if lies_in(file, IMAGE_FOLDERS)] or pictures
+        pictures = [file for file in pictures if IMAGE_FOLDERS.intersection(folders_of(file))] or pictures
     image_of = by_name(pictures, key_of, root)
     label_of = by_name((file for file in files if file.lower().endswith(suffix)
                         and Path(file).name.lower() not in NO_LABELS), key_of, root)
     for key in sorted(label_of.keys() - image_of.keys()):
-        if lies_in(label_of[key], label_folders) and part_of(os.path.dirname(label_of[key])) != "test":
+        if label_folders.intersection(folders_of(label_of[key])) and part_of(os.path.dirname(label_of[key])) != "test":
             raise UserError(f"{root / label_of[key]}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
                             f"remove the label file")
     parts, missing = _listed_parts(root, pictures, entries)
