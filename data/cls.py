@@ -139,11 +139,12 @@ def read_table(tables, least=2, columns=None):
         if lines[0][-1] != header:
             raise UserError(f"{path}: has other columns than {tables[0]}; make them equal")
         rows += lines[1:]
-    unknown = [name for name in columns or () if name not in header]
+    columns = columns or ()
+    unknown = [name for name in columns if name not in header]
     if unknown or columns and len(columns) < 2:
         raise UserError(f"{path}: --columns: no column {(unknown or ['of labels'])[0]}; name that of the images, then "
                         f"those of the labels, of {', '.join(header)[:300]}")
-    key = header.index(columns[0]) if columns else 0
+    key, *used = map(header.index, columns) if columns else range(len(header))
     for path, i, row in rows:
         if len(row) != len(header):
             raise UserError(f"{path}: line {i} has another number of columns than the header's {len(header)}; correct "
@@ -151,8 +152,8 @@ def read_table(tables, least=2, columns=None):
         if seen.setdefault((path, row[key]), i) != i:
             raise UserError(f"{path}: line {i}: {row[key]} stands in line {seen[path, row[key]]} too; remove one")
     part = next((k for k, name in enumerate(header) if k != key and name.lower() in PART_COLUMNS
-                 and name not in (columns or ()) and all(row[k].lower() in folds.PARTS for *_, row in rows)), None)
-    used = list(map(header.index, columns[1:])) if columns else [k for k in range(len(header)) if k not in (key, part)]
+                 and name not in columns and all(row[k].lower() in folds.PARTS for *_, row in rows)), None)
+    used = [k for k in used if k != part]
     parts = [folds.part_of(row[part]) if part is not None else "train" if path == tables[0] else "val"
              for path, _, row in rows]
     rows = [(*row, part) for row, part in zip(rows, parts) if part != "test"]

@@ -50,9 +50,7 @@ def per_band(values, device):
 def default_scale(files):
     """The number that pixel values are divided by to lie in 0..1: 65535 for uint16 (as in the wildfire system), 255 for
     uint8, else 1. UserError where the files differ in it."""
-    file_of = {}
-    for file in files:
-        file_of.setdefault({"uint8": 255.0, "uint16": 65535.0}.get(images.header(file).dtype, 1.0), file)
+    file_of = {{"uint8": 255.0, "uint16": 65535.0}.get(images.header(file).dtype, 1.0): file for file in files}
     if len(file_of) > 1:
         one, other = list(file_of.values())[:2]
         raise UserError(f"{other}: has {images.header(other).dtype} pixels, {one} {images.header(one).dtype}, and one "
@@ -121,7 +119,7 @@ def choose(files, bands, scale, *, clamped=False):
 
 
 def _show(values):
-    return ", ".join(f"{value:.6g}" for value in (values if isinstance(values, list) else [values]))
+    return ", ".join(f"{value:.6g}" for value in np.ravel(values))
 
 
 def check(files, inputs):

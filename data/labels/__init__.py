@@ -113,7 +113,7 @@ def _check(layout):
     records = layout.read(layout)
     if not records.images and not records.cases.get(MISSING):
         raise UserError(f"{layout.root}: no images in its labels, or in its folders; check the path given to --data")
-    files, held_out, stated = map(list, zip(*records.images)) if records.images else ([], [], [])
+    files, held_out, stated = ([row[k] for row in records.images] for k in range(3))
     stamps = _stamps(layout, files)
     headers = images.in_threads(lambda file: bad.attempt(images.header, layout.root / file)[0], files, "sizes")
     sizes = [header and header.size[1:] for header in headers]  # None where an image cannot be read
