@@ -95,7 +95,6 @@ def decode(path, bands, longest=math.inf):
     """UserError for an image of which `images.read_picture` cannot give these bands. GeoTIFFs are read in pieces, so
     that memory does not grow with the scene. longest: of an image with a longer side only the header is read."""
     found = images.header(path)
-    count, height, width = found.size
-    rows, shape = (images.STRIP // (count * width) + 1, None) if images.in_windows(found) else (height, (1, 1))
-    for y in range(0, height if max(height, width) <= longest else 0, rows):
-        images.read_picture(path, bands, window=(y, 0, min(rows, height - y), width), shape=shape)
+    pieces, shape = (images.strips(found.size), None) if images.in_windows(found) else ([None], (1, 1))
+    for window in pieces if max(found.size[1:]) <= longest else ():
+        images.read_picture(path, bands, window=window, shape=shape)

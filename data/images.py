@@ -136,7 +136,7 @@ def _header(path, changed, length, regular):
             if getattr(file, "n_frames", 1) > 1:
                 raise UserError(f"{path}: has {file.n_frames} frames; save them as files of their own")
             orientation, mode = file.getexif().get(ORIENTATION, 1), _mode(file.mode)
-            bands = len(file.getbands() if kind == "JPEG" else Image.new(mode, (1, 1)).getbands())
+            bands = Image.getmodebands(file.mode if kind == "JPEG" else mode)
             sides = file.size if orientation in range(5, 9) else file.size[::-1]
             return Header(kind, (bands, *sides), "uint8", 1 if mode == "1" else 8, orientation=orientation,
                           palette=_palette(file.getpalette("RGB")) if file.mode == "P" else None,
@@ -220,20 +220,18 @@ def open_raster(path, *, sidecars=False):
 
     sidecars: whether GDAL may look for files beside it, which can tell the place on Earth; it is not for pixels then.
     """
-    return _open(path, header(path).kind, sidecars, {} if sidecars else PIXELS)
-
-
-# Overviews may lie in another file that a tag points to. A file opened so has no valid place on Earth
-PIXELS = {"OVERVIEW_LEVEL": "NONE"}
+    # Overviews may lie in another file that a tag points to. A file opened so has no valid place on Earth
+    kind = header(path).kind
+    return _open(path, kind, env={}) if sidecars else _open(path, kind, OVERVIEW_LEVEL="NONE")
 
 
 @contextlib.contextmanager
-def _open(path, driver, sidecars=False, options=()):
+def _open(path, driver, *, env=ALONE, **options):
     # GDAL's shortcut for whole PNGs does not notice that data is missing, and returns wrong pixels (version 3.10)
-    with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **({} if sidecars else ALONE)):
+    with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **env):
         try:
             # an absolute name is neither a /vsi name nor a URL
-            file = rasterio.open(os.path.abspath(path), driver=driver, **dict(options))
+            file = rasterio.open(os.path.abspath(path), driver=driver, **options)
         except UnicodeEncodeError:
             raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
         except (RasterioError, ValueError):  # ValueError: a damaged name of a coordinate system
@@ -291,6 +289,14 @@ def in_windows(found):
     return found.kind == "GTiff" and found.orientation == 1
 
 
+def strips(size, margin=0):
+    """The windows (row, column, height, width) in which an image of size (bands, height, width) is read in pieces: all
+    columns, and all rows but `margin` at the top and at the bottom. Files of one size are cut alike, in every format."""
+    count, height, width = size
+    step, end = max(1, STRIP // (count * width)), height - margin
+    return [(row, 0, min(step, end - row), width) for row in range(margin, end, step)]
+
+
 def void(image):
     """Image (..., C, H, W) -> bool (..., H, W): the pixels that hold no data in any band; None where all hold some."""
     if not image.is_floating_point():
@@ -310,11 +316,8 @@ def digest(path, middle=None):
     count, height, width = found.size
     hashed = hashlib.blake2b(f"{count, height, width, found.dtype}".encode(), digest_size=16)
     whole = None if in_windows(found) else read(path)
-    first = (height - min(middle or height, height)) // 2
-    step = max(1, STRIP // (count * width))  # the shape alone decides, so that every format is cut alike
-    for row in range(first, height - first, step):
-        rows = min(step, height - first - row)
-        pixels = read(path, window=(row, 0, rows, width)) if whole is None else whole[:, row:row + rows]
+    for window in strips(found.size, (height - min(middle or height, height)) // 2):
+        pixels = read(path, window=window) if whole is None else whole[:, window[0]:window[0] + window[2]]
         hashed.update(np.asarray(pixels).ravel().view(np.uint8))
     colours = None if middle else found.palette
     if colours is not None:

@@ -36,8 +36,8 @@ def _listed(table):
         try:
             image, mask = table.parent / entry["image"], table.parent / (entry["mask"] or entry["image"])
             part, weight = folds.PARTS[entry["part"].lower() or "train"], float(entry["weight"])
-            wrong = [path for path in (image, mask) if not path.is_file()]
-            if wrong or image in listed or not 0 < weight < 1e9 or len(row) != len(header):
+            if image in listed or not (image.is_file() and mask.is_file() and 0 < weight < 1e9) \
+                    or len(row) != len(header):
                 raise ValueError
         except (KeyError, ValueError):
             raise UserError(f"{table}: row {number}: {show(','.join(row))}: not a new image, its mask and, if wanted, "
