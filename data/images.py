@@ -449,8 +449,8 @@ def _checked(path, image, nodata, opaque):
     where a plane has its value of `nodata`, and where `opaque` (H, W) is 0; None: nowhere."""
     if image.dtype.kind == "c":
         raise UserError(f"{path}: has complex pixels; save their amplitudes, or remove the file")
-    empty = np.stack([np.zeros(image.shape[1:], bool) if value is None else plane == value
-                      for plane, value in zip(image, nodata)]) if nodata else np.zeros(1, bool)
+    # no pixel equals None
+    empty = np.stack([plane == value for plane, value in zip(image, nodata)]) if nodata else np.zeros(1, bool)
     empty = empty if opaque is None else empty | (opaque == 0)
     if empty.any() or image.dtype not in (np.uint8, np.uint16, np.int16, np.int32, np.float32):
         image = np.where(empty, np.float32(np.nan), image.astype(np.float32))

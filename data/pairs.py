@@ -56,7 +56,7 @@ def _found(root):
     files = [] if os.path.isdir(root / "train_img") else [
         Path(file) for file in list_tree(root) if file.lower().endswith(images.SUFFIXES)]
     for place in ("parent", "name"):
-        masks = [file for file in files if MASK_WORDS & set(_words(getattr(file, place)))]
+        masks = {file for file in files if MASK_WORDS.intersection(_words(getattr(file, place)))}
         if masks:
             break
     sides = defaultdict(lambda: ({}, {}))
