@@ -88,17 +88,17 @@ def match(image_of, mask_of):
     """{name: image path}, {name: mask path} -> [(image path, mask path)], by the first rule that pairs all: names equal
     without what all images, and all masks, have in common at start and end (numbers stay whole); names equal without
     words for images and masks. Raises UserError naming the first files without partner."""
-    def without_common(name, names):
-        names = names if len(names) > 1 else ("", name)
-        starts = (os.path.commonprefix([name[::step] for name in names]) for step in (1, -1))
+    def without_common(names):
+        several = names if len(names) > 1 else [""]
+        starts = (os.path.commonprefix([name[::step] for name in several]) for step in (1, -1))
         first, last = (len(start.rstrip("0123456789")) for start in starts)
-        return name[first:len(name) - last]
+        return [name[first:len(name) - last] for name in names]
 
-    def without_words(name, names):
-        return [word for word in _words(name) if word not in IMAGE_WORDS | MASK_WORDS]
+    def without_words(names):
+        return [" ".join(word for word in _words(name) if word not in IMAGE_WORDS | MASK_WORDS) for name in names]
 
     for rule in (without_common, without_words):
-        sides = [{str(rule(name, side)): path for name, path in side.items()} for side in (image_of, mask_of)]
+        sides = [dict(zip(rule(list(side)), side.values())) for side in (image_of, mask_of)]
         if sides[0].keys() == sides[1].keys() and len(image_of) == len(mask_of) == len(sides[0]):
             return [(path, sides[1][key]) for key, path in sides[0].items()]
     lone = [path for one, other in (sides, sides[::-1]) for key, path in one.items() if key not in other]

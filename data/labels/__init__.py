@@ -68,7 +68,7 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
     return Labels([layout.root / file for file in found["files"]], [size and tuple(size) for size in found["sizes"]],
                   [np.array(boxes, np.float64).reshape(-1, 4) for boxes in found["boxes"]],
                   [np.array(classes, np.int64) for classes in found["classes"]],
-                  found["held_out"], found["names"], found["category_ids"],
+                  found["held_out"], list(found["category_of"]), list(found["category_of"].values()),
                   f"labels in {Path(layout.labels[-1]).suffix} files")
 
 
@@ -123,12 +123,11 @@ def _check(layout):
             raise UserError(f"{layout.root / layout.labels[0]}: the categories {category_of[name]} and {category} are "
                             f"both named {show(name)}; rename one, or give all their boxes one category")
     turns, cases = _turns(headers, files, stated)
-    boxes, classes, more, cut = _sort_out(records, files, sizes, turns, list(category_of.values()), layout.place)
+    boxes, classes, more, cut = _sort_out(records, files, sizes, turns, category_of.values(), layout.place)
     cases |= more | records.cases | layout.cases
     held_out = [out and not all(held_out) for out in held_out]
     return {"stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
-            "held_out": held_out, "category_ids": list(category_of.values()), "names": list(category_of),
-            "cases": cases, "cut": cut,
+            "held_out": held_out, "category_of": category_of, "cases": cases, "cut": cut,
             "total": len(records.boxes) + sum(len(cases.get(kind, ())) for kind in UNREADABLE)}
 
 
