@@ -65,8 +65,8 @@ def read(root, *, table=None, folder=None, columns=None, least=2):
             raise UserError(f"{f'--images {folder}' if folder else '--columns'}: is for a table, and {root} has none; "
                             f"name it by --labels")
         return _class_folders(root, least)
-    places = {path: Path(folder or next(place for place in (root / path.stem.removesuffix(ANSWER), root / "images", root)
-                                        if place.is_dir())) for path in tables}
+    usual = {path: (root / path.stem.removesuffix(ANSWER), root / "images", root) for path in tables}
+    places = {path: Path(folder or next(place for place in usual[path] if place.is_dir())) for path in tables}
     finders = {path: find_files(places[path]) for path in tables}
     rows, labels, names, single_label = read_table(tables, least, columns)
     files, lost = {}, []

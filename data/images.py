@@ -291,7 +291,8 @@ def in_windows(found):
 
 def strips(size, margin=0):
     """The windows (row, column, height, width) in which an image of size (bands, height, width) is read in pieces: all
-    columns, and all rows but `margin` at the top and at the bottom. Files of one size are cut alike, in every format."""
+    columns, and all rows but `margin` at the top and at the bottom. The size alone decides, so every format is cut alike.
+    """
     count, height, width = size
     step, end = max(1, STRIP // (count * width)), height - margin
     return [(row, 0, min(step, end - row), width) for row in range(margin, end, step)]
@@ -306,8 +307,8 @@ def void(image):
 
 
 def digest(path, middle=None):
-    """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever the
-    format and the compression. Where pixels are indices, the colours count too.
+    """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever
+    the format and the compression. Where pixels are indices, the colours count too.
 
     middle: only this number of rows in the middle counts. All bands are read, in pieces (a PNG or JPEG as a whole), so
     memory does not grow with the scene. Raises UserError naming the file.

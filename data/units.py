@@ -142,8 +142,8 @@ def check(files, inputs):
         reached, trained = np.nanmax(np.abs(pixels)), np.abs([seen["low"], seen["high"]]).max()
         factor = max(reached, 1e-30) / max(trained, 1e-30)
         unlike = dtype != seen["dtype"], not 1 / APART <= factor <= APART
-        what = f"{file}: has {dtype} pixels up to {reached:g}, and the training had {seen['dtype']} up to {trained:g}; " \
-            f"convert it"
+        what = f"{file}: has {dtype} pixels up to {reached:g}, and the training had {seen['dtype']} up to " \
+            f"{trained:g}; convert it"
         if all(unlike) and reached:
             raise UserError(what)
         return f"{what} unless that is right" if any(unlike) else ""
