@@ -118,7 +118,7 @@ def split(args, folder, data):
     are held out, else a fifth; with --synthesize, which trains on none of the files, all of them are."""
     names = [os.path.relpath(path, args.data) for path in data.files]
     spec = folds.parse_folds(args.folds, names, data.held_out, args.fold)
-    if args.synthesize and args.folds is None and not data.held_out:
+    if args.synthesize and args.folds is None and not any(data.held_out):
         spec = dict.fromkeys(names, args.fold)
     train, val = folds.load_or_make_split(folder, names, spec, args.fold, files=data.files, groups=args.groups,
                                           strata=cls.strata(data.labels), drop=args.drop_noisy,

@@ -19,7 +19,7 @@ def leave_out(root, cases, total, what, *, allow_bad=False, file=None, notes=())
 
     cases: {kind: [place of each]}. notes: {kind: what happens to these items}, which are not counted as bad.
     """
-    see = ""
+    see, cases = "", {kind: places for kind, places in cases.items() if places}
     if file and cases:
         with suppress(UserError):
             if dist.rank() == 0:
@@ -37,9 +37,20 @@ def leave_out(root, cases, total, what, *, allow_bad=False, file=None, notes=())
 
 def sort_out(root, items, check, *, variant, allow_bad=False, cache="runs/cache"):
     """-> the indices of the items that can be used, and what check(item) has returned for each of these. The others are
-    left out, see `leave_out`. Arguments: of `inspect`."""
-    found, store = inspect(root, items, check, variant, cache)
-    cases = {}
+    left out, see `leave_out`.
+
+    items: tuples of files, such as an image and its mask. check: item -> plain values, or a UserError that tells what
+    is wrong. variant: what else the result of `check` depends on. cache: the folder in which the results are kept until
+    a file or `variant` changes, None: they are not kept.
+    """
+    store, cases = store_of(cache, "images", root, variant), {}
+    with kept_values(store) as known:
+        names = ["\n".join(map(str, item)) for item in items]
+        stamps = [stamps_of(item) for item in items]
+        new = [i for i, name in enumerate(names) if known.get(name, [None])[0] != stamps[i]]
+        for i, found in zip(new, images.in_threads(lambda i: attempt(check, items[i]), new, "check")):
+            known[names[i]] = [stamps[i], *found]
+    found = [known[name][1:] for name in names]
     for _, wrong in found:
         if wrong:  # "FILE: kind of fault; remedy"
             cases.setdefault(re.split("[;,(]", wrong.partition(": ")[2])[0].strip(), []).append(wrong)
@@ -48,22 +59,6 @@ def sort_out(root, items, check, *, variant, allow_bad=False, cache="runs/cache"
     if not kept:
         raise UserError(f"{root}: none of its {len(items)} images can be used; replace them")
     return kept, [found[i][0] for i in kept]
-
-
-def inspect(root, items, check, variant, cache="runs/cache"):
-    """-> per item `attempt(check, item)`, and the file in which this is kept until a file or `variant` changes.
-
-    items: tuples of files, such as an image and its mask. check: item -> plain values, or a UserError that tells what
-    is wrong. variant: what else the result of `check` depends on. cache: folder of the file, None: it is not kept.
-    """
-    store = store_of(cache, "images", root, variant)
-    with kept_values(store) as known:
-        names = ["\n".join(map(str, item)) for item in items]
-        stamps = [stamps_of(item) for item in items]
-        new = [i for i, name in enumerate(names) if known.get(name, [None])[0] != stamps[i]]
-        for i, found in zip(new, images.in_threads(lambda i: attempt(check, items[i]), new, "check")):
-            known[names[i]] = [stamps[i], *found]
-        return [known[name][1:] for name in names], store
 
 
 def attempt(function, *args):
@@ -75,11 +70,13 @@ def attempt(function, *args):
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
-def readable(root, files, bands=None, **options):
-    """-> the indices of the images that can be decoded and have these bands (from 1; None: `default_bands`). options:
-    of `sort_out`."""
-    bands = bands or default_bands(files)
-    return sort_out(root, [(file,) for file in files], lambda item: decode(*item, bands), variant=bands, **options)[0]
+def readable(root, columns, bands=None, **options):
+    """Columns of a data set, the first of which holds image files -> the same as lists, without the images that cannot
+    be decoded or lack one of the bands (from 1; None: `default_bands`). options: of `sort_out`."""
+    bands = bands or default_bands(columns[0])
+    kept, _ = sort_out(root, [(file,) for file in columns[0]], lambda item: decode(*item, bands), variant=bands,
+                       **options)
+    return [[column[i] for i in kept] for column in columns]
 
 
 def unreadable(files, bands, longest):
@@ -98,7 +95,6 @@ def decode(path, bands, longest=math.inf):
     """UserError for an image of which `images.read_picture` cannot give these bands. GeoTIFFs are read in pieces, so
     that memory does not grow with the scene. longest: of an image with a longer side only the header is read."""
     found = images.header(path)
-    count, height, width = found.size
-    rows, shape = (images.STRIP // (count * width) + 1, None) if images.in_windows(found) else (height, (1, 1))
-    for y in range(0, height if max(height, width) <= longest else 0, rows):
-        images.read_picture(path, bands, window=(y, 0, min(rows, height - y), width), shape=shape)
+    pieces, shape = (images.strips(found.size), None) if images.in_windows(found) else ([None], (1, 1))
+    for window in pieces if max(found.size[1:]) <= longest else ():
+        images.read_picture(path, bands, window=window, shape=shape)

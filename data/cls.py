@@ -7,6 +7,7 @@
 In place of train and val: training, valid, validation, dev, in capitals too; test parts are left out. val.csv beside
 train.csv, and a column split, part, set or subset of a table, tell the part as well.
 """
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from data import augment, bad, folds, images, units
 from data.cache import Cache
 from utils.errors import UserError
-from utils.files import finder, read_csv
+from utils.files import by_name, finder, read_csv
 from utils.ops import geometry
 from utils.train import checkpoint, dist
 
@@ -38,13 +39,13 @@ class Samples(NamedTuple):
     labels: object  # float32 (N, classes) of 0 and 1
     names: list     # of the classes
     single_label: bool  # every image has one class
-    held_out: list = ()  # True where the data set itself has the image for validation; or empty
+    held_out: list = ()  # True where the data set itself has the image for validation
 
     def usable(self, root, bands, allow_bad=False):
         """The Samples without the images that cannot be read, see `bad.readable`. root: where they are."""
-        kept = bad.readable(root, self.files, bands, allow_bad=allow_bad)
-        return self._replace(files=[self.files[i] for i in kept], labels=self.labels[kept],
-                             held_out=[self.held_out[i] for i in kept if self.held_out])
+        columns = self.files, self.labels, self.held_out
+        files, labels, held_out = bad.readable(root, columns, bands, allow_bad=allow_bad)
+        return self._replace(files=files, labels=np.stack(labels), held_out=held_out)
 
 
 def read(root, *, table=None, folder=None, columns=None, least=2):
@@ -76,26 +77,25 @@ def read(root, *, table=None, folder=None, columns=None, least=2):
             raise UserError(f"{path}: {files[file][1]} and {key} are one image, {file}; remove one")
     if lost:
         raise UserError(f"{lost[0]} ({len(lost)} such); add it, or remove the row")
-    spare = {path for place in set(places.values()) for path in _images_below(place)} - set(files)
+    spare = {path for place in set(places.values()) for path in images.find(place, below=True)} - set(files)
     if spare:
         dist.print0(f"{root}: {len(spare)} images have no row to train or validate on and are left out, such as "
                     f"{min(spare)}")
-    held_out = [part == "val" for *_, part in rows]
-    return Samples(list(files), labels, names, single_label, held_out if any(held_out) else ())
+    return Samples(list(files), labels, names, single_label, [part == "val" for *_, part in rows])
 
 
 def _tables(root):
     """The training table in root, and validation tables that belong to it; none where folders tell the classes."""
-    found = sorted(p for p in root.iterdir() if p.suffix.lower() == ".csv" and folds.part_of(p.stem) != "test")
-    parts = {p: folds.PARTS.get(p.stem.lower()) for p in found}
-    train = [p for p in found if p.stem.endswith(ANSWER) or parts[p] == "train"]
-    if not train and len(found) == 1 and len(_folders(root)) < 2:
-        train = found
+    part_of = {p: folds.PARTS.get(p.stem.lower()) for p in sorted(root.iterdir())
+               if p.suffix.lower() == ".csv" and folds.part_of(p.stem) != "test"}
+    train = [p for p, part in part_of.items() if p.stem.endswith(ANSWER) or part == "train"]
+    if not train and len(part_of) == 1 and len(_folders(root)) < 2:
+        train = list(part_of)
     train = [p for p in train if p.name == COMPETITION] or train
     if len(train) > 1:
         raise UserError(f"{root}: has the tables {train[0].name} and {train[1].name}; tell by --labels which one to "
                         f"train on")
-    return train + [p for p in found if train and parts[p] == "val"]
+    return train + [p for p, part in part_of.items() if train and part == "val"]
 
 
 def test_folder(root):
@@ -104,26 +104,20 @@ def test_folder(root):
     return competition if competition.is_dir() else Path(root) / "test"
 
 
-def _images_below(folder):
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES and p.name[0] != ".")
-
-
 def find_files(folder):
     """-> function(name in a table) -> image file or None. Names are compared with their folders or without, with the
     suffix or without, in capitals or not, and as numbers."""
-    path_of, stems = {}, set()
-    for path in _images_below(folder) or images.find(folder):  # which tells that there are none
-        if path.with_suffix("") in stems:
-            raise UserError(f"{path}: another image has the same name; rename or remove one")
-        stems.add(path.with_suffix(""))
-        path_of[path.relative_to(folder).as_posix()] = path
-    numbers = {f"#{int(path.stem)}": path for path in path_of.values() if _is_number(path.stem)}
-    find = finder(numbers | {name.lower(): path for name, path in path_of.items()} | path_of)
-    return lambda key: find(key) or find(key.lower()) or (find(f"#{int(key)}") if _is_number(key) else None)
+    files = images.find(folder, below=True)
+    by_name(files, lambda path: path.with_suffix(""))
+    path_of = {path.relative_to(folder).as_posix(): path for path in files}
+    find = finder({_numbered(path.stem): path for path in files if path.stem.isdecimal()}
+                  | {name.lower(): path for name, path in path_of.items()} | path_of)
+    return lambda key: find(key) or find(key.lower()) or find(_numbered(key))
 
 
-def _is_number(name):
-    return name.isdecimal() and len(name) < 20
+def _numbered(name):
+    """A name that is a number without its leading zeros, other names as they are."""
+    return f"#{int(name)}" if name.isdecimal() and len(name) < 20 else name
 
 
 def read_table(tables, least=2, columns=None):
@@ -135,22 +129,22 @@ def read_table(tables, least=2, columns=None):
     val.csv are for validation. One column holds the class, or several, see `split_labels`. Several columns are the
     classes, 0 or 1 in each row; images have a single label where every row has one 1.
     """
-    rows = []
+    header, rows, seen = None, [], {}
     for path in tables:
         lines = [(path, i, [value.strip() for value in row]) for i, row in enumerate(read_csv(path), 1) if row]
-        if len(lines) < 2 or len(lines[0][2]) < 2:
+        if len(lines) < 2 or len(lines[0][-1]) < 2:
             raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts "
                             f"in data/cls.py")
-        header = rows[0][2] if rows else lines[0][2]
-        if lines[0][2] != header:
-            raise UserError(f"{path}: has other columns than {rows[0][0]}; make them equal")
-        rows += lines if path == tables[0] else lines[1:]
-    rows, seen = rows[1:], {}
-    unknown = [name for name in columns or () if name not in header]
+        header = header or lines[0][-1]
+        if lines[0][-1] != header:
+            raise UserError(f"{path}: has other columns than {tables[0]}; make them equal")
+        rows += lines[1:]
+    columns = columns or ()
+    unknown = [name for name in columns if name not in header]
     if unknown or columns and len(columns) < 2:
         raise UserError(f"{path}: --columns: no column {(unknown or ['of labels'])[0]}; name that of the images, then "
                         f"those of the labels, of {', '.join(header)[:300]}")
-    key = header.index(columns[0]) if columns else 0
+    key, *used = map(header.index, columns) if columns else range(len(header))
     for path, i, row in rows:
         if len(row) != len(header):
             raise UserError(f"{path}: line {i} has another number of columns than the header's {len(header)}; correct "
@@ -158,8 +152,8 @@ def read_table(tables, least=2, columns=None):
         if seen.setdefault((path, row[key]), i) != i:
             raise UserError(f"{path}: line {i}: {row[key]} stands in line {seen[path, row[key]]} too; remove one")
     part = next((k for k, name in enumerate(header) if k != key and name.lower() in PART_COLUMNS
-                 and name not in (columns or ()) and all(row[k].lower() in folds.PARTS for *_, row in rows)), None)
-    used = list(map(header.index, columns[1:])) if columns else [k for k in range(len(header)) if k not in (key, part)]
+                 and name not in columns and all(row[k].lower() in folds.PARTS for *_, row in rows)), None)
+    used = [k for k in used if k != part]
     parts = [folds.part_of(row[part]) if part is not None else "train" if path == tables[0] else "val"
              for path, _, row in rows]
     rows = [(*row, part) for row, part in zip(rows, parts) if part != "test"]
@@ -204,18 +198,17 @@ def _class_columns(path, key, names, rows, chosen):
     if label:
         raise UserError(f"{path}: has the column {label} beside {len(names) - 1} others, which may be no classes; name "
                         f"the columns by --columns {key} {label}")
-    truth_of = {value: _truth(value) for value in {value for _, row in rows for value in row}}
-    for place, row in rows:
-        bad = next((value for value in row if truth_of[value] not in (0, 1)), None)
-        if bad is not None:
-            raise UserError(f"{place} has the value {bad[:20]!r} in a column of a class; labels are 0 or 1, or name "
-                            f"the columns by --columns {key} LABEL")
-    return np.array([[truth_of[value] for value in row] for _, row in rows], np.float32), names
+    wrong = next(((place, value) for place, row in rows for value in row if _truth(value) not in (0, 1)), None)
+    if wrong:
+        raise UserError(f"{wrong[0]} has the value {wrong[1][:20]!r} in a column of a class; labels are 0 or 1, or "
+                        f"name the columns by --columns {key} LABEL")
+    return np.array([list(map(_truth, row)) for _, row in rows], np.float32), names
 
 
+@functools.cache
 def _truth(value):
     """"1", "1.00", "True" -> 1.0; None for what is no number."""
-    word = value.strip().lower()
+    word = value.lower()
     try:
         return TRUTHS[word] if word in TRUTHS else float(word)
     except ValueError:
@@ -247,20 +240,18 @@ def _class_folders(root, least):
         what = "two folders" if least > 1 else "a folder"
         raise UserError(f"{trained[0]}: neither a table (train.csv, *{ANSWER}.csv) nor {what} of classes in it; see "
                         f"--data, or write a table of images and labels, see --labels")
-    files, classes, held_out, others = [], [], [], []
-    for part in parts:
-        for folder in _folders(part):
-            if folder.name not in names:
-                raise UserError(f"{folder}: no such class in {trained[0]}; rename or remove it")
-            there = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-            found = [p for p in there if p.suffix.lower() in images.SUFFIXES]
-            files += found or images.find(folder)  # which tells that there are none
-            classes += [names.index(folder.name)] * len(found)
-            held_out += [part not in trained] * len(found)
-            others += [p for p in there if p.suffix.lower() not in images.SUFFIXES]
+    folders = [folder for part in parts for folder in _folders(part)]
+    unknown = [folder for folder in folders if folder.name not in names]
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such class in {trained[0]}; rename or remove it")
+    found = [(file, names.index(folder.name), folder.parent not in trained) for folder in folders
+             for file in images.find(folder, below=True)]
+    files, classes, held_out = map(list, zip(*found))
+    others = sorted(p for folder in folders for p in folder.rglob("*")
+                    if p.is_file() and p.name[0] != "." and p.suffix.lower() not in images.SUFFIXES)
     if others:
         dist.print0(f"{root}: {len(others)} files are no TIFF, PNG or JPEG and left out, such as {others[0]}")
-    return Samples(files, np.eye(len(names), dtype=np.float32)[classes], names, True, held_out if any(held_out) else ())
+    return Samples(files, np.eye(len(names), dtype=np.float32)[classes], names, True, held_out)
 
 
 def with_names(extra, table, root):
@@ -272,7 +263,7 @@ def with_names(extra, table, root):
         raise UserError(f"{root}: {what}, unlike the training data; correct its table, or leave it out")
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)
     labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
-    return Samples(extra.files, labels, table.names, table.single_label)
+    return extra._replace(labels=labels, names=table.names, single_label=table.single_label)
 
 
 def held_out(paths, states):
@@ -296,7 +287,7 @@ def held_out(paths, states):
         fold_of = folds.read_split(split, names)
         out = {file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
                if fold_of[name] == settings["fold"]}
-        found = out if found is None else found
+        found = found or out
         if out.keys() != found.keys():
             raise UserError(f"{path}: its run held out other images than that of {paths[0]}; give --ensemble-weights "
                             f"instead of --fit-weights (equal ones for the folds of one split)")
@@ -374,8 +365,7 @@ class AugmentedImages(Dataset):
 
 def reduce(image, limit):
     """An image whose shorter side is longer than `limit`, reduced to that: the later warp does not average."""
-    factor = min(1, limit / min(image.shape[1:]))
-    return images.resize(image, tuple(max(1, round(n * factor)) for n in image.shape[1:]))
+    return images.resize(image, images.reduced(image.shape[1:], limit, min))
 
 
 def collate(samples):

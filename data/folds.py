@@ -126,11 +126,12 @@ def read_groups(path, names):
     if not rows or any(len(row) <= column for row in rows):
         raise UserError(f"{path}: not a table of groups; {remedy}")
     group_of = {row[0]: row[column] for row in rows}
-    rows = [next((n for n in (name, Path(name).name, Path(name).stem) if n in group_of), None) for name in names]
-    if None in rows:
-        raise UserError(f"{path}: has no group for {names[rows.index(None)]} ({rows.count(None)} in total); add the "
+    found = [next((group_of[n] for n in (name, Path(name).name, Path(name).stem) if n in group_of), None)
+             for name in names]
+    if None in found:
+        raise UserError(f"{path}: has no group for {names[found.index(None)]} ({found.count(None)} in total); add the "
                         f"rows")
-    return [group_of[row] for row in rows]
+    return found
 
 
 def load_or_make_split(folder, names, spec, fold, *, files, strata=None, groups=None, drop=None, untrained=False):
@@ -208,7 +209,7 @@ def leak_warnings(train, val, *, groups=None):
         lines.append(f"warning: {len(copies)} of {len(val)} validation files are copies of training files, such as "
                      f"{copies[0][0]} = {copies[0][1]}; the score will be too good (remove them, or give a file and "
                      f"its copies one group)")
-    seen, held = ({groups[path] for path in side} if groups else set() for side in (train, val))
+    seen, held = ({groups[path] for path in side if groups} for side in (train, val))
     if seen & held:
         lines.append(f"warning: {len(seen & held)} groups are on both sides of the split, such as "
                      f"{min(seen & held, key=str)}; the score will be too good (make a new split with the groups)")

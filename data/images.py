@@ -39,7 +39,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import read_bytes, reading
+from utils.files import by_name, read_bytes, reading
 from utils.train import dist
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
@@ -63,13 +63,16 @@ ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
 DAMAGED = "{}: truncated or damaged; replace or remove it"
 
 
-def find(folder):
-    """The image files in a folder, sorted by name. Raises UserError when it is missing or has none."""
+def find(folder, below=False):
+    """The image files in a folder, with `below` also those in the folders in it, sorted by name. Raises UserError when
+    it is missing or has none."""
     try:
-        files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+        paths = list(Path(folder).iterdir())
     except OSError:
         raise UserError(f"{folder}: no such folder, or not readable; put the data there, or point --data or --source "
                         f"to it (python -m data.samples makes sample data)") from None
+    paths = Path(folder).rglob("*") if below else paths
+    files = sorted(p for p in paths if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
     if not files:
         raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)}); check the path")
     return files
@@ -84,7 +87,7 @@ def find_sources(patterns, default):
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
         for match in map(Path, sorted(matches)):
             files += find(match) if match.is_dir() else [match]
-    return list(by_stem(files).values())
+    return list(by_name(files, lambda file: file.stem).values())
 
 
 def in_threads(function, items, what=None):
@@ -93,15 +96,6 @@ def in_threads(function, items, what=None):
     with ThreadPoolExecutor(8) as pool:
         return list(tqdm(pool.map(function, items), total=len(items), desc=what, unit="img", leave=False,
                          disable=dist.rank() > 0 or not items or what is None))
-
-
-def by_stem(files):
-    """Image files -> {name without folder and suffix: file}. UserError for two files of one name."""
-    found = {}
-    for file in files:
-        if found.setdefault(file.stem, file) != file:
-            raise UserError(f"{file}: {found[file.stem]} has the same name; rename or remove one")
-    return found
 
 
 class Header(NamedTuple):
@@ -142,11 +136,10 @@ def _header(path, changed, length, regular):
             if getattr(file, "n_frames", 1) > 1:
                 raise UserError(f"{path}: has {file.n_frames} frames; save them as files of their own")
             orientation, mode = file.getexif().get(ORIENTATION, 1), _mode(file.mode)
-            palette = file.mode == "P" and np.array(file.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            bands = len(file.getbands() if kind == "JPEG" else Image.new(mode, (1, 1)).getbands())
+            bands = Image.getmodebands(file.mode if kind == "JPEG" else mode)
             sides = file.size if orientation in range(5, 9) else file.size[::-1]
             return Header(kind, (bands, *sides), "uint8", 1 if mode == "1" else 8, orientation=orientation,
-                          palette=_palette(palette) if file.mode == "P" else None,
+                          palette=_palette(file.getpalette("RGB")) if file.mode == "P" else None,
                           opacity=kind != "JPEG" and mode.endswith("A"))
     with _open(path, kind) as file:
         if file.height * file.width > MAX_SCENE:
@@ -157,7 +150,7 @@ def _header(path, changed, length, regular):
         if file.count == 1:
             with contextlib.suppress(ValueError):  # it has none
                 colours = file.colormap(1)
-                colours = _palette([colours.get(i, (0, 0, 0))[:3] for i in range(256)])
+                colours = _palette(value for i in range(256) for value in colours.get(i, (0, 0, 0))[:3])
         located = file.crs or not file.transform.is_identity
         orientation = 1 if located or file.gcps[0] else _orientation(path, head, kind)
         return Header(
@@ -170,8 +163,8 @@ def _header(path, changed, length, regular):
 
 
 def _palette(colours):
-    """Colours of three bytes -> (256, 3) uint8."""
-    return torch.tensor([*map(list, colours), *[[0, 0, 0]] * 256][:256], dtype=torch.uint8)
+    """Red, green and blue of one colour after another -> (256, 3) uint8, black where there are fewer colours."""
+    return torch.tensor([*colours, *[0] * 768][:768], dtype=torch.uint8).reshape(256, 3)
 
 
 @contextlib.contextmanager
@@ -209,8 +202,7 @@ def _orientation(path, head, kind):
 def _nodata_beside(path, count):
     """The no-data value per band in PATH.aux.xml, where GDAL writes what a format has no room for; () without one."""
     try:
-        with reading(path):
-            bands = ElementTree.fromstring(read_bytes(f"{path}.aux.xml")).iter("PAMRasterBand")
+        bands = ElementTree.fromstring(read_bytes(f"{path}.aux.xml")).iter("PAMRasterBand")
         found = {int(band.get("band")): float(band.findtext("NoDataValue")) for band in bands
                  if band.findtext("NoDataValue")}
     except (UserError, ElementTree.ParseError, ValueError, TypeError):
@@ -228,20 +220,18 @@ def open_raster(path, *, sidecars=False):
 
     sidecars: whether GDAL may look for files beside it, which can tell the place on Earth; it is not for pixels then.
     """
-    return _open(path, header(path).kind, sidecars, {} if sidecars else PIXELS)
-
-
-# Overviews may lie in another file that a tag points to. A file opened so has no valid place on Earth
-PIXELS = {"OVERVIEW_LEVEL": "NONE"}
+    # Overviews may lie in another file that a tag points to. A file opened so has no valid place on Earth
+    kind = header(path).kind
+    return _open(path, kind, env={}) if sidecars else _open(path, kind, OVERVIEW_LEVEL="NONE")
 
 
 @contextlib.contextmanager
-def _open(path, driver, sidecars=False, options=()):
+def _open(path, driver, *, env=ALONE, **options):
     # GDAL's shortcut for whole PNGs does not notice that data is missing, and returns wrong pixels (version 3.10)
-    with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **({} if sidecars else ALONE)):
+    with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **env):
         try:
             # an absolute name is neither a /vsi name nor a URL
-            file = rasterio.open(os.path.abspath(path), driver=driver, **dict(options))
+            file = rasterio.open(os.path.abspath(path), driver=driver, **options)
         except UnicodeEncodeError:
             raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
         except (RasterioError, ValueError):  # ValueError: a damaged name of a coordinate system
@@ -299,6 +289,15 @@ def in_windows(found):
     return found.kind == "GTiff" and found.orientation == 1
 
 
+def strips(size, margin=0):
+    """The windows (row, column, height, width) in which an image of size (bands, height, width) is read in pieces: all
+    columns, and all rows but `margin` at the top and at the bottom. The size alone decides, so every format is cut alike.
+    """
+    count, height, width = size
+    step, end = max(1, STRIP // (count * width)), height - margin
+    return [(row, 0, min(step, end - row), width) for row in range(margin, end, step)]
+
+
 def void(image):
     """Image (..., C, H, W) -> bool (..., H, W): the pixels that hold no data in any band; None where all hold some."""
     if not image.is_floating_point():
@@ -308,24 +307,18 @@ def void(image):
 
 
 def digest(path, middle=None):
-    """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever the
-    format and the compression. Where pixels are indices, the colours count too. Of a JPEG beyond MAX_VALUES the bytes of
-    the file count.
+    """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever
+    the format and the compression. Where pixels are indices, the colours count too.
 
     middle: only this number of rows in the middle counts. All bands are read, in pieces (a PNG or JPEG as a whole), so
     memory does not grow with the scene. Raises UserError naming the file.
     """
     found = header(path)
     count, height, width = found.size
-    if found.kind == "JPEG" and count * height * width > MAX_VALUES:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
     hashed = hashlib.blake2b(f"{count, height, width, found.dtype}".encode(), digest_size=16)
     whole = None if in_windows(found) else read(path)
-    first = (height - min(middle or height, height)) // 2
-    step = max(1, STRIP // (count * width))  # the shape alone decides, so that every format is cut alike
-    for row in range(first, height - first, step):
-        rows = min(step, height - first - row)
-        pixels = read(path, window=(row, 0, rows, width)) if whole is None else whole[:, row:row + rows]
+    for window in strips(found.size, (height - min(middle or height, height)) // 2):
+        pixels = read(path, window=window) if whole is None else whole[:, window[0]:window[0] + window[2]]
         hashed.update(np.asarray(pixels).ravel().view(np.uint8))
     colours = None if middle else found.palette
     if colours is not None:
@@ -386,10 +379,10 @@ def resize(image, size):
     return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
 
 
-def reduced(size, limit):
-    """size (height, width) -> the same shape with the long side at most `limit`."""
-    factor = min(1, limit / max(size))
-    return tuple(max(1, round(side * factor)) for side in size)
+def reduced(size, limit, side=max):
+    """size (height, width) -> the same shape with the long side (side=min: the short side) at most `limit`."""
+    factor = min(1, limit / side(size))
+    return tuple(max(1, round(n * factor)) for n in size)
 
 
 def thumbnail(path, bands, limit):
@@ -457,8 +450,8 @@ def _checked(path, image, nodata, opaque):
     where a plane has its value of `nodata`, and where `opaque` (H, W) is 0; None: nowhere."""
     if image.dtype.kind == "c":
         raise UserError(f"{path}: has complex pixels; save their amplitudes, or remove the file")
-    empty = np.stack([np.zeros(image.shape[1:], bool) if value is None else plane == value
-                      for plane, value in zip(image, nodata)]) if nodata else np.zeros(1, bool)
+    # no pixel equals None
+    empty = np.stack([plane == value for plane, value in zip(image, nodata)]) if nodata else np.zeros(1, bool)
     empty = empty if opaque is None else empty | (opaque == 0)
     if empty.any() or image.dtype not in (np.uint8, np.uint16, np.int16, np.int32, np.float32):
         image = np.where(empty, np.float32(np.nan), image.astype(np.float32))

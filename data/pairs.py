@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data import folds, images
 from utils.errors import UserError
-from utils.files import list_tree, read_csv, show
+from utils.files import by_name, list_tree, read_csv, show
 
 IMAGE_WORDS = {"img", "image", "images", "imgs", "sat", "rgb", "photo", "photos"}
 MASK_WORDS = {"mask", "masks", "msk", "label", "labels", "annotation", "annotations", "gt", "seg", "segmentation"}
@@ -36,8 +36,8 @@ def _listed(table):
         try:
             image, mask = table.parent / entry["image"], table.parent / (entry["mask"] or entry["image"])
             part, weight = folds.PARTS[entry["part"].lower() or "train"], float(entry["weight"])
-            wrong = [path for path in (image, mask) if not path.is_file()]
-            if wrong or image in listed or not 0 < weight < 1e9 or len(row) != len(header):
+            if image in listed or not (image.is_file() and mask.is_file() and 0 < weight < 1e9) \
+                    or len(row) != len(header):
                 raise ValueError
         except (KeyError, ValueError):
             raise UserError(f"{table}: row {number}: {show(','.join(row))}: not a new image, its mask and, if wanted, "
@@ -56,7 +56,7 @@ def _found(root):
     files = [] if os.path.isdir(root / "train_img") else [
         Path(file) for file in list_tree(root) if file.lower().endswith(images.SUFFIXES)]
     for place in ("parent", "name"):
-        masks = [file for file in files if MASK_WORDS & set(_words(getattr(file, place)))]
+        masks = {file for file in files if MASK_WORDS.intersection(_words(getattr(file, place)))}
         if masks:
             break
     sides = defaultdict(lambda: ({}, {}))
@@ -68,7 +68,7 @@ def _found(root):
     found = [(pair, part == "val") for part, pair_of in sides.items() if part != "test" for pair in match(*pair_of)]
     for part in () if files else ("train", "val"):
         if part == "train" or os.path.isdir(root / "val_img"):
-            found += [(pair, part == "val") for pair in of_folders(root / f"{part}_img", root / f"{part}_mask").values()]
+            found += [(pair, part == "val") for pair in of_folders(root / f"{part}_img", root / f"{part}_mask")]
     names = [image.stem for (image, _), _ in found]
     if len(set(names)) < len(names):  # several folders have them
         names = [str(image.relative_to(root).with_suffix("")) for (image, _), _ in found]
@@ -80,31 +80,28 @@ def _words(path):
 
 
 def of_folders(image_folder, mask_folder):
-    """-> {image stem: (image path, mask path)} of two folders, see `match`. UserError for two files of one name too."""
-    matched = match(*(images.by_stem(images.find(folder)) for folder in (image_folder, mask_folder)))
-    return {image.stem: (image, mask) for image, mask in matched}
+    """-> [(image path, mask path)] of two folders, see `match`. UserError for two files of one name too."""
+    return match(*(by_name(images.find(folder), lambda file: file.stem) for folder in (image_folder, mask_folder)))
 
 
 def match(image_of, mask_of):
     """{name: image path}, {name: mask path} -> [(image path, mask path)], by the first rule that pairs all: names equal
     without what all images, and all masks, have in common at start and end (numbers stay whole); names equal without
     words for images and masks. Raises UserError naming the first files without partner."""
-    def without_common(name, names):
-        names = names if len(names) > 1 else ("", name)
-        starts = (os.path.commonprefix([name[::step] for name in names]) for step in (1, -1))
+    def without_common(names):
+        several = names if len(names) > 1 else [""]
+        starts = (os.path.commonprefix([name[::step] for name in several]) for step in (1, -1))
         first, last = (len(start.rstrip("0123456789")) for start in starts)
-        return name[first:len(name) - last]
+        return [name[first:len(name) - last] for name in names]
 
-    def without_words(name, names):
-        return [word for word in _words(name) if word not in IMAGE_WORDS | MASK_WORDS]
+    def without_words(names):
+        return [" ".join(word for word in _words(name) if word not in IMAGE_WORDS | MASK_WORDS) for name in names]
 
     for rule in (without_common, without_words):
-        sides = [{str(rule(name, side)): path for name, path in side.items()} for side in (image_of, mask_of)]
+        sides = [dict(zip(rule(list(side)), side.values())) for side in (image_of, mask_of)]
         if sides[0].keys() == sides[1].keys() and len(image_of) == len(mask_of) == len(sides[0]):
             return [(path, sides[1][key]) for key, path in sides[0].items()]
-    of_images, of_masks = sides
-    lone = [path for key, path in of_images.items() if key not in of_masks][:1]
-    lone += [path for key, path in of_masks.items() if key not in of_images][:1]
+    lone = [path for one, other in (sides, sides[::-1]) for key, path in one.items() if key not in other]
     lone = lone or list(image_of.values())[:2]
     raise UserError(f"{lone[0]}: no file of that name on the other side (neither for {lone[-1]}); add it, or remove "
                     f"this one, {WAY_OUT}")

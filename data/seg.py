@@ -75,11 +75,10 @@ def read(root, *, bands=None, classes=1, ignore=None, allow_bad=False):
     sizes, counts = zip(*found)
     columns = (list(column) for column in zip(*(rows[i] for i in kept)))
     samples = Samples(*columns, list(map(tuple, sizes)), list(counts), bands)
-    declared = {mask: declared_class(mask, classes) for image, mask in samples.pairs if mask != image}
-    masks = [mask for mask, value in declared.items() if value is not None]
-    if masks:
-        dist.print0(f"{masks[0]}: declares {declared[masks[0]]} as no data, which is a class ({len(masks)} such masks); "
-                    f"it counts as that class, unless --ignore names it")
+    declared = [mask for image, mask in samples.pairs if mask != image and declared_class(mask, classes) is not None]
+    if declared:
+        dist.print0(f"{declared[0]}: declares {declared_class(declared[0], classes)} as no data, which is a class "
+                    f"({len(declared)} such masks); it counts as that class, unless --ignore names it")
     return samples
 
 
@@ -233,7 +232,7 @@ class SegData(Dataset):
         self.paired, self.imgsz, self.repeat, self.seed = paired, imgsz, repeat, seed
         self.gain, self.p_object, self.resize = gain, p_object, resize
         windows = windows or [None] * len(paired)
-        image_files, mask_files = ([pair[side] for pair in paired] for side in (0, 1))
+        image_files, mask_files = zip(*paired)
         places = tuple(windows) if any(windows) else ()
         self.images = Cache(image_files, lambda i: images.read_picture(image_files[i], bands, window=windows[i]), cache,
                             variant=(bands, *places))
@@ -277,19 +276,19 @@ class SegData(Dataset):
 
 
 class Tiles(Dataset):
-    """Some bands (from 1) of whole images, or of windows of one image: {"image": (C, H, W), "index"}."""
+    """Some bands (from 1) of images: {"image": (C, H, W), "index"}. windows: the part of each that is read, or None for
+    whole images."""
 
     def __init__(self, files, bands, windows=None):
-        self.files, self.bands, self.windows = files, bands, windows
+        self.files, self.bands, self.windows = files, bands, windows or [None] * len(files)
 
     def __len__(self):
-        return len(self.windows or self.files)
+        return len(self.files)
 
     def __getitem__(self, i):
-        if not self.windows:
-            image = images.read_picture(self.files[i], self.bands)
-            return {"image": image.float(), "index": i}  # images of a batch may differ in dtype
-        return {"image": images.read_picture(self.files[0], self.bands, window=self.windows[i]), "index": i}
+        image = images.read_picture(self.files[i], self.bands, window=self.windows[i])
+        # whole images of a batch may differ in dtype
+        return {"image": image if self.windows[i] else image.float(), "index": i}
 
 
 def predict_windows(file, part, bands, predict, *, tile, overlap, bs, workers=0):
@@ -304,7 +303,7 @@ def predict_windows(file, part, bands, predict, *, tile, overlap, bs, workers=0)
     swaths = tiles.plan(height, width, tile, overlap)
     places = [(top + y, left + x, min(tile, height), min(tile, width)) for y, x in tiles.windows(swaths)]
     workers = workers if len(places) > 1 else 0
-    loader = DataLoader(Tiles([file], bands, places), bs, num_workers=workers)
+    loader = DataLoader(Tiles([file] * len(places), bands, places), bs, num_workers=workers)
     maps = (probs for batch in tqdm(loader, desc=file.name, leave=False, disable=dist.rank() > 0 or not workers)
             for probs in predict(batch["image"]))
     for y, x, block in tiles.stitch(swaths, maps, height):

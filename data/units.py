@@ -50,9 +50,7 @@ def per_band(values, device):
 def default_scale(files):
     """The number that pixel values are divided by to lie in 0..1: 65535 for uint16 (as in the wildfire system), 255 for
     uint8, else 1. UserError where the files differ in it."""
-    file_of = {}
-    for file in files:
-        file_of.setdefault({"uint8": 255.0, "uint16": 65535.0}.get(images.header(file).dtype, 1.0), file)
+    file_of = {{"uint8": 255.0, "uint16": 65535.0}.get(images.header(file).dtype, 1.0): file for file in files}
     if len(file_of) > 1:
         one, other = list(file_of.values())[:2]
         raise UserError(f"{other}: has {images.header(other).dtype} pixels, {one} {images.header(one).dtype}, and one "
@@ -121,7 +119,7 @@ def choose(files, bands, scale, *, clamped=False):
 
 
 def _show(values):
-    return ", ".join(f"{value:.6g}" for value in (values if isinstance(values, list) else [values]))
+    return ", ".join(f"{value:.6g}" for value in np.ravel(values))
 
 
 def check(files, inputs):
@@ -141,17 +139,14 @@ def check(files, inputs):
         pixels, damaged = bad.attempt(_sample, file, inputs.bands)
         if damaged or np.isnan(pixels).all():  # told where it is read as a whole
             return ""
-        reached = np.nanmax(np.abs(pixels))
-        trained = np.abs([seen["low"], seen["high"]]).max()
+        reached, trained = np.nanmax(np.abs(pixels)), np.abs([seen["low"], seen["high"]]).max()
         factor = max(reached, 1e-30) / max(trained, 1e-30)
-        if not 1 / APART <= factor <= APART:
-            what = f"reaches {reached:g}, and the training's pixels {trained:g}"
-            if dtype != seen["dtype"] and reached:
-                raise UserError(f"{file}: has {dtype} pixels and {what} ({seen['dtype']}); convert it to the units of "
-                                f"the training")
-            return f"{file}: {what}; convert it unless that is right"
-        return f"{file}: has {dtype} pixels, and the training had {seen['dtype']}; convert it unless that is right" \
-            if dtype != seen["dtype"] else ""
+        unlike = dtype != seen["dtype"], not 1 / APART <= factor <= APART
+        what = f"{file}: has {dtype} pixels up to {reached:g}, and the training had {seen['dtype']} up to " \
+            f"{trained:g}; convert it"
+        if all(unlike) and reached:
+            raise UserError(what)
+        return f"{what} unless that is right" if any(unlike) else ""
 
     for line in filter(None, images.in_threads(compare, files)):
         dist.print0(f"warning: {line}")

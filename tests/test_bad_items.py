@@ -45,11 +45,11 @@ def test_one_percent(tmp_path, capsys, count, passes):
         file.write_bytes(b"" if file.stem == "000" else b"text")
     options = dict(cache=tmp_path / "cache")
     if passes:
-        assert bad.readable("DATA", files, **options) == list(range(1, 100))
+        assert bad.readable("DATA", [files, range(100)], **options) == [files[1:], list(range(1, 100))]
     else:
         with pytest.raises(UserError, match="DATA: 3 of 100 images cannot be used .1 empty, 2 not a .tif.*--allow-bad"):
-            bad.readable("DATA", files, **options)
-    assert bad.readable("DATA", files, allow_bad=True, **options) == list(range(count, 100))
+            bad.readable("DATA", [files], **options)
+    assert bad.readable("DATA", [files], allow_bad=True, **options) == [files[count:]]
     assert f"DATA: empty: 1 left out, first {files[0]}: empty; replace or remove it; all in" in capsys.readouterr().out
     [report] = (tmp_path / "cache").glob("*.txt")
     assert [line.split(": ")[1] for line in report.read_text().splitlines()] == list(map(str, files[:count]))
@@ -65,7 +65,8 @@ def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):
 
     def check(*changed, left=(0, 1, 2), bands=(1,)):
         read.clear()
-        assert bad.readable(tmp_path, files, bands, **options) == list(left) and sorted(read) == sorted(changed)
+        assert bad.readable(tmp_path, [files], bands, **options) == [[files[i] for i in left]]
+        assert sorted(read) == sorted(changed)
     check(*files)
     check()
     check(cut(files[1]), left=(0, 2))

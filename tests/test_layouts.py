@@ -90,7 +90,8 @@ def test_tables_of_two_parts(tmp_path):
 def test_tables(tmp_path, table, names, rows, held_out):
     write(tmp_path, {f"d/{name}.png": None for name in "abc"} | {"train.csv": table})
     data = cls.read(tmp_path)
-    assert (data.names, data.labels.tolist(), list(data.held_out)) == (names, rows, list(held_out))
+    assert (data.names, data.labels.tolist()) == (names, rows)
+    assert data.held_out == list(held_out or [False] * len(rows))
 
 
 @pytest.mark.parametrize("table, columns, says", [
@@ -228,7 +229,7 @@ def test_boxes_of_images_that_exif_turns(tmp_path, tag):
     if tag in (2, 3, 4):
         content["images"], content["annotations"] = content["images"][:1], content["annotations"][:1]
         write(tmp_path, {"a.json": json.dumps(content)})
-        refused(labels.read, tmp_path, cache=None, says="1 of 1 images cannot be used .*EXIF")
+        assert labels.read(tmp_path, cache=None).boxes[0].tolist() == [[40, 8, 88, 24]]  # upright
 
 
 @pytest.mark.parametrize("files, says", [

@@ -305,8 +305,9 @@ def test_each_band_has_its_scale(scale):
 
 
 @pytest.mark.parametrize("dtype, factor, said", [
-    ("uint16", 1, ""), ("int16", 1, "has int16 pixels, and the training had uint16"),
-    ("uint16", 1 / 5000, "reaches 2, and the training's pixels 9999"), ("float32", 1 / 10000, None)])
+    ("uint16", 1, ""), ("int16", 1, "has int16 pixels up to 9999, and the training had uint16 up to 9999"),
+    ("uint16", 1 / 5000, "has uint16 pixels up to 2, and the training had uint16 up to 9999"),
+    ("float32", 1 / 10000, None)])
 def test_files_in_other_units_are_told(tmp_path, capsys, dtype, factor, said):
     array = np.linspace(0, 9999, 64).reshape(8, 8)
     trained = write_tif(tmp_path / "a.tif", array.astype(np.uint16))
@@ -314,7 +315,7 @@ def test_files_in_other_units_are_told(tmp_path, capsys, dtype, factor, said):
     capsys.readouterr()
     file = write_tif(tmp_path / "b.tif", (array * factor + 0.4).astype(dtype))
     if said is None:
-        with pytest.raises(UserError, match=r"b.tif: has float32 pixels and reaches 1.3999, .*9999 \(uint16\); convert"):
+        with pytest.raises(UserError, match="b.tif: has float32 pixels up to 1.3999, .* uint16 up to 9999; convert"):
             units.check([file], inputs)
     else:
         units.check([file], inputs)

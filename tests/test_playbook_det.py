@@ -114,8 +114,8 @@ def test_extra_boxes_of_unknown_classes(refused, script, tmp_path, lots, finder)
     root = edit(write_parking(tmp_path / "DATA", train=4, test=0, size=(48, 48), most=1), lambda data: data.update(
         categories=[{"id": 1, "name": "sedan"}, {"id": 2, "name": "van"}, {"id": 3, "name": "adult"}]))
     refused(train_det, "--data", root, *TINY_DET, "--extra-data", "out/pseudo", says=["out/pseudo: ", "bus", "--data"])
-    extra = labels.Labels(["x"], [(9, 9)], [np.zeros((2, 4))], [np.array([2, 0])], ["c", "unseen", "a"], [1, 2, 3],
-                          [False])
+    extra = labels.Labels(["x"], [(9, 9)], [np.zeros((2, 4))], [np.array([2, 0])], [False],
+                          ["c", "unseen", "a"], [1, 2, 3])
     mapped = labels.with_names(extra, ["a", "b", "c"], "y")
     assert mapped.classes[0].tolist() == [0, 2] and mapped.names == ["a", "b", "c"]  # unseen has no boxes: no harm
     with pytest.raises(UserError, match="y: has boxes of c,"):

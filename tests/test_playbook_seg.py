@@ -359,7 +359,7 @@ def test_the_best_threshold_by_brute_force(ignore):
 
 def test_checkpoints_keep_the_threshold_of_their_own_evaluation(averaged, small):
     names = [name for name, fold in json.loads((averaged / "folds.json").read_text()).items() if fold == 0]
-    paired = pairs.of_folders(small / "train_img", small / "train_mask")
+    paired = {pair[0].stem: pair for pair in pairs.of_folders(small / "train_img", small / "train_mask")}
     data, stored = seg.SegData([paired[name] for name in names], bands=list(range(1, 8))), {}
     batch = {key: torch.stack([data[i][key] for i in range(len(data))]) for key in ("image", "mask")}
     for name in ("epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "epoch_4.pt", "last.pt", "best.pt", "swa.pt"):

@@ -200,7 +200,7 @@ def test_the_newest_run_and_a_fresh_folder_are_found(script, wildfire):
 
 
 def test_the_smallest_epoch_still_trains_on_every_tile(wildfire):
-    data = seg.SegData(list(pairs.of_folders(wildfire / "train_img", wildfire / "train_mask").values()), repeat=3)
+    data = seg.SegData(pairs.of_folders(wildfire / "train_img", wildfire / "train_mask"), repeat=3)
     assert len(data) == 24 and data[0, 9]["index"] == 1
 
 

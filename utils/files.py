@@ -72,6 +72,16 @@ def same_name(name):
     return unicodedata.normalize("NFC", name)
 
 
+def by_name(files, name_of, root=""):
+    """{name_of(file): file} of files in `root`. UserError for two files of one name."""
+    found = {}
+    for file in files:
+        other = found.setdefault(name_of(file), file)
+        if other != file:
+            raise UserError(f"{os.path.join(root, file)}: {other} has the same name; rename or remove one")
+    return found
+
+
 def list_tree(root):
     """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders."""
     found = []

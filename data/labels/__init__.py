@@ -23,7 +23,7 @@ from data.labels.records import MISSING, NO_BOX, list_files
 from utils.errors import UserError
 from utils.files import kept_values, show, stamps_of, store_of
 
-VERSION = 5  # of the kept result: to be raised when a reader finds something else in the same files
+VERSION = 6  # of the kept result: to be raised when a reader finds something else in the same files
 # A side of less than a pixel shows nothing, and its logarithm diverges. 0.1 is left for YOLO's rounding: with four
 # decimals, one pixel of 2000 is written as 0.95 to 1.05
 MIN_SIDE = 0.9
@@ -31,7 +31,7 @@ DROPPED = ("not finite", "unknown category", "less than a pixel inside the image
 UNREADABLE = (NO_BOX, yolo.BAD_LINE)
 MAX_CUT = 0.2  # share of the boxes that may lose this share of their area by clipping; else they are of another format
 CLIPPED = "clipped to the image"
-TURNED, UNSURE = "boxes turned with the image, by its EXIF", "boxes may be of the image before its EXIF turns it"
+TURNED = "boxes turned with the image, by its EXIF"
 RESIZED = "image of another size than its labels state"
 NOTES = {CLIPPED: "found", RESIZED: "found", TURNED: "found", "crowd": "left out"}  # cases that are no faults
 
@@ -41,9 +41,9 @@ class Labels(NamedTuple):
     sizes: list         # (height, width), after EXIF rotation; None where the header cannot be read, see `usable`
     boxes: list         # float64 arrays (n, 4): x1 y1 x2 y2, pixels, inside the image
     classes: list       # int64 arrays (n,), from 0
+    held_out: list      # True for images that the data set itself holds out for validation
     names: list         # of the classes
     category_ids: list  # the classes' numbers in the label files, for submissions in COCO's format
-    held_out: list      # True for images that the data set itself holds out for validation
     layout: str = ""    # in words
 
 
@@ -68,15 +68,13 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
     return Labels([layout.root / file for file in found["files"]], [size and tuple(size) for size in found["sizes"]],
                   [np.array(boxes, np.float64).reshape(-1, 4) for boxes in found["boxes"]],
                   [np.array(classes, np.int64) for classes in found["classes"]],
-                  found["names"], found["category_ids"], found["held_out"],
+                  found["held_out"], list(found["category_of"]), list(found["category_of"].values()),
                   f"labels in {Path(layout.labels[-1]).suffix} files")
 
 
 def usable(path, data, bands, allow_bad=False):
     """The Labels of a data set without the images that cannot be read, see `bad.readable`."""
-    kept = bad.readable(path, data.files, bands, allow_bad=allow_bad)
-    files, sizes, boxes, classes, held_out = ([column[i] for i in kept] for column in (*data[:4], data.held_out))
-    return data._replace(files=files, sizes=sizes, boxes=boxes, classes=classes, held_out=held_out)
+    return Labels(*bad.readable(path, data[:5], bands, allow_bad=allow_bad), *data[5:])
 
 
 def with_names(extra, names, root):
@@ -102,7 +100,7 @@ def _find(path):
         if layout:
             return layout
     if os.path.isdir(path):  # unlike Path.is_dir, for every name
-        shown = ", ".join(map(show, list_files(path, "")[:2])) or "nothing"
+        shown = ", ".join(map(show, list_files(path)[:2])) or "nothing"
         raise UserError(f"{path}: no labels in it, but {shown}: neither train/label/Train.json nor annotations/*.json "
                         f"nor images with labels/*.txt or annotations/*.xml or with these beside them nor train_img "
                         f"and train_mask; check --data, or convert the labels to one JSON file in COCO's format")
@@ -115,7 +113,7 @@ def _check(layout):
     records = layout.read(layout)
     if not records.images and not records.cases.get(MISSING):
         raise UserError(f"{layout.root}: no images in its labels, or in its folders; check the path given to --data")
-    files, held_out, stated = map(list, zip(*records.images)) if records.images else ([], [], [])
+    files, held_out, stated = ([row[k] for row in records.images] for k in range(3))
     stamps = _stamps(layout, files)
     headers = images.in_threads(lambda file: bad.attempt(images.header, layout.root / file)[0], files, "sizes")
     sizes = [header and header.size[1:] for header in headers]  # None where an image cannot be read
@@ -125,44 +123,43 @@ def _check(layout):
             raise UserError(f"{layout.root / layout.labels[0]}: the categories {category_of[name]} and {category} are "
                             f"both named {show(name)}; rename one, or give all their boxes one category")
     turns, cases = _turns(headers, files, stated)
-    boxes, classes, more, cut = _sort_out(records, files, sizes, turns, list(category_of.values()), layout.place)
+    boxes, classes, more, cut = _sort_out(records, files, sizes, turns, category_of.values(), layout.place)
     cases |= more | records.cases | layout.cases
     held_out = [out and not all(held_out) for out in held_out]
     return {"stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
-            "held_out": held_out, "category_ids": list(category_of.values()), "names": list(category_of),
-            "cases": {kind: places for kind, places in cases.items() if places}, "cut": cut,
+            "held_out": held_out, "category_of": category_of, "cases": cases, "cut": cut,
             "total": len(records.boxes) + sum(len(cases.get(kind, ())) for kind in UNREADABLE)}
 
 
 def _turns(headers, files, stated):
     """-> per image the EXIF orientation by which its boxes are to be turned (1: none), {kind of case: its places}.
 
-    Images are read upright, and some programs label them as they are stored. Which of both holds is told by the size
-    that the labels state, where the orientation exchanges height and width; other images follow these.
+    Images are read upright, and some programs label them as they are stored. The size that the labels state tells this
+    where the orientation exchanges height and width. Once an image of the set is labelled so, the boxes of those are
+    turned too whose size cannot tell: of squares and of orientations that keep the sides.
     """
-    tags = [header.orientation if header and shape else 1 for header, shape in zip(headers, stated)]
-    sizes = [header.size[1:] if header else shape for header, shape in zip(headers, stated)]
-    stored = [tag > 4 and shape == size[::-1] != size for tag, shape, size in zip(tags, stated, sizes)]
-    known = {turned for turned, tag, size in zip(stored, tags, sizes) if tag > 4 and size[0] != size[1]}
-    found, cases = [], {TURNED: [], UNSURE: [], RESIZED: []}
-    for file, tag, size, shape, turned in zip(files, tags, sizes, stated, stored):
-        unclear = tag > 1 and (tag < 5 or size[0] == size[1])
-        turned = turned or unclear and known == {True}
-        kind = TURNED if turned else RESIZED if shape not in (None, size) else \
-            UNSURE if unclear and known != {False} else None
-        if kind:
-            cases[kind].append(f"{file}: {size[0]} x {size[1]}, not {show(shape)}" if kind == RESIZED else file)
-        found.append(tag if turned else 1)
-    return found, cases
+    turns, cases = [], {TURNED: [], RESIZED: []}
+    known = [(header.orientation, header.size[1:], shape) if header and shape else (1, None, None)
+             for header, shape in zip(headers, stated)]
+    stored = any(tag > 4 and shape == size[::-1] != size for tag, size, shape in known)
+    for file, (tag, size, shape) in zip(files, known):
+        turned = stored and (1 < tag < 5 or tag > 4 and shape == size[::-1])
+        turns.append(tag if turned else 1)
+        if turned:
+            cases[TURNED].append(file)
+        elif shape != size:
+            cases[RESIZED].append(f"{file}: {size[0]} x {size[1]}, not {show(shape)}")
+    return turns, cases
 
 
 def _turn(box, size, tag):
     """A box x1, y1, x2, y2 of an image as it is stored -> the box in the image as EXIF turns it, of size (height,
     width)."""
-    xs, ys = (box[::2], box[1::2]) if tag < 5 else (box[1::2], box[::2])
-    xs = [size[1] - x for x in xs[::-1]] if tag in (2, 3, 6, 7) else xs
-    ys = [size[0] - y for y in ys[::-1]] if tag in (3, 4, 7, 8) else ys
-    return xs[0], ys[0], xs[1], ys[1]
+    x1, y1, x2, y2 = box
+    sides = [[y1, y2], [x1, x2]] if tag < 5 else [[x1, x2], [y1, y2]]  # vertical, horizontal
+    for axis in images.MIRRORED.get(tag, ()):
+        sides[axis - 1] = [size[axis - 1] - side for side in sides[axis - 1][::-1]]
+    return tuple(side for pair in zip(*sides[::-1]) for side in pair)
 
 
 def _area(box):
@@ -198,10 +195,9 @@ def _report(path, found, layout, file, allow_bad):
     """Tells of what is wrong with images and boxes, see `bad.leave_out`. UserError where too many are, none are left, or
     the labels are rather misunderstood (unless allow_bad)."""
     cases, total, count = found["cases"], found["total"], len(found["files"])
-    of_images = {kind: places for kind, places in cases.items() if kind in (MISSING, UNSURE)}
-    bad.leave_out(path, of_images, count + len(cases.get(MISSING, ())), "images", allow_bad=allow_bad, file=file)
-    bad.leave_out(path, {kind: cases[kind] for kind in cases if kind not in of_images}, total, "boxes",
-                  allow_bad=allow_bad, notes=NOTES, file=file)
+    missing = cases.pop(MISSING, [])
+    bad.leave_out(path, {MISSING: missing}, count + len(missing), "images", allow_bad=allow_bad, file=file)
+    bad.leave_out(path, cases, total, "boxes", allow_bad=allow_bad, notes=NOTES, file=file)
     held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
     bare = sum(label is None for label, _ in layout.images.values())
     doubts = {f"{found['cut']} of {total} boxes lie to more than a fifth outside their images, as boxes of another "

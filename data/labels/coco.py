@@ -44,7 +44,7 @@ def find(path):
 def find_other(path):
     """The Layout of a folder with a JSON among the images of each part, or with one JSON file; else None. To be asked
     after the other formats, whose folders may hold a JSON too. Raises UserError for several JSON files."""
-    among = [f"{part}/{name}" for part in list_files(path, "") if part_of(part) in ("train", "val")
+    among = [f"{part}/{name}" for part in list_files(path) if part_of(part) in ("train", "val")
              for name in list_files(path / part, ".json")]
     if "train" in map(part_of, map(os.path.dirname, among)):
         return _layout(path, among)
@@ -56,7 +56,7 @@ def find_other(path):
 
 def _json_files(path):
     """The JSON files in the folder `annotations`, in capitals too."""
-    return [f"{folder}/{name}" for folder in list_files(path, "") if folder.lower() == "annotations"
+    return [f"{folder}/{name}" for folder in list_files(path) if folder.lower() == "annotations"
             for name in list_files(path / folder, ".json")]
 
 
@@ -71,7 +71,7 @@ def read(layout):
     for label in layout.labels:
         path, part = layout.root / label, part_of(Path(label).name) or part_of(os.path.dirname(label))
         data, index_of = read_json(path), {}
-        locate = _locator(layout.root, label, part)
+        locate = _locator(layout.root, _image_folders(layout.root, label, part))
         for place, entry, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,)):
             file = locate(name)
             if key in index_of:
@@ -112,37 +112,25 @@ def _image_folders(root, label, part):
     """Where the images of a label file may lie, relative to the root, in the order in which they are looked for."""
     if label == COMPETITION:
         return ["train/images"]
-    inside = []
-    for top, folders, _ in os.walk(root, followlinks=True):
-        inside += [os.path.relpath(os.path.join(top, name), root) for name in sorted(folders)]
-        if top != str(root):
-            folders.clear()
+    inside = [str(folder.relative_to(root)) for depth in ("*/", "*/*/") for folder in sorted(root.glob(depth))]
     # the images of instances_val2017.json are rather in val2017 than in train2017; CVAT's subsets have any name
     named = [name for name in inside if os.path.basename(name) == Path(label).stem.removeprefix("instances_")]
     usual = [name for name in inside if name.lower().startswith("images") or part_of(name)]
     return [os.path.dirname(label), "", *named, *sorted(usual, key=lambda name: part_of(name) != part)]
 
 
-def _locator(root, label, part):
+def _locator(root, folders):
     """-> function(file_name) -> the image's path relative to root, or None. Each folder is listed once: a look-up
     per image is slow on network disks. Names are compared by `same_name`."""
-    top, folders = os.path.abspath(root), dict.fromkeys(_image_folders(root, label, part))
-
-    @functools.cache
-    def names(folder):
-        try:
-            return {same_name(name): name for name in os.listdir(os.path.join(top, folder))}
-        except (OSError, ValueError):  # ValueError: a name with a zero byte
-            return {}
+    names = functools.cache(lambda folder: {same_name(name): name for name in list_files(root / folder)})
 
     def locate(name):
         name = name if "/" in name else name.replace("\\", "/")  # Label Studio's on Windows
-        for base in folders:
-            path = os.path.relpath(os.path.join(top, base, name), top)  # `name` may be absolute
+        for base in folders if name else ():
+            path = os.path.relpath(os.path.join(root, base, name), root)  # `name` may be absolute
             folder, file = os.path.split(path)
-            file = names(folder).get(same_name(file)) if name and path.split("/")[0] != ".." else None
-            if file:
-                return os.path.join(folder, file)
+            if same_name(file) in names(folder) and path.split("/")[0] != "..":
+                return os.path.join(folder, names(folder)[same_name(file)])
         return None
     return locate
 

@@ -22,7 +22,7 @@ def find(path):
     if not (os.path.isdir(path / "train_img") and os.path.isdir(path / "train_mask")):
         return None
     files, masks = ([str(file.relative_to(path)) for file in part]
-                    for part in zip(*pairs.of_folders(path / "train_img", path / "train_mask").values()))
+                    for part in zip(*pairs.of_folders(path / "train_img", path / "train_mask")))
     return Layout(path, masks, {file: [mask, "train"] for file, mask in zip(files, masks)}, read, "object {}")
 
 

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 from data import images
 from data.folds import PARTS, part_of
 from utils.errors import UserError
-from utils.files import finder, list_tree, read_bytes, show
+from utils.files import by_name, finder, list_tree, read_bytes, show
 
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
 MISSING, NO_BOX = "image not found", "no box of 4 numbers, nor a polygon"  # kinds of cases
@@ -37,11 +37,11 @@ class Records(NamedTuple):
     normalised: bool = False  # the boxes are shares of the image's width and height instead of pixels
 
 
-def list_files(folder, *suffixes):
-    """The names in a folder that end with one of the suffixes, sorted; none where there is no such folder."""
+def list_files(folder, suffix=""):
+    """The names in a folder that end with the suffix, sorted; none where there is no such folder."""
     try:
-        return sorted(n for n in os.listdir(folder) if n.lower().endswith(suffixes) and not n.startswith("."))
-    except OSError:
+        return sorted(n for n in os.listdir(folder) if n.lower().endswith(suffix) and not n.startswith("."))
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
         return []
 
 
@@ -53,28 +53,22 @@ def pair(root, suffix, label_folders, entries=()):
     testing are left out. Raises UserError for two files of one path, and for a label file in a folder of labels without
     an image.
     """
-    def lies_in(file, names):
-        return not names.isdisjoint(os.path.dirname(file).lower().split("/"))
+    def folders_of(file):
+        return os.path.dirname(file).lower().split("/")
 
-    def by_key(files):
-        found = {}
-        for file in files:
-            words = os.path.dirname(file).lower().split("/")
-            words = [word for word in words if word not in IMAGE_FOLDERS | label_folders]
-            other = found.setdefault("/".join([*words, Path(file).stem]), file)
-            if other != file:
-                raise UserError(f"{root / file}: {other} has the same name; rename or remove one")
-        return found
+    def key_of(file):
+        return "/".join([*(name for name in folders_of(file) if name not in IMAGE_FOLDERS | label_folders),
+                         Path(file).stem])
 
     files = list_tree(root)
     pictures = [file for file in files if file.lower().endswith(images.SUFFIXES)]
     if not entries:
-        pictures = [file for file in pictures if lies_in(file, IMAGE_FOLDERS)] or pictures
-    image_of = by_key(pictures)
-    label_of = by_key(file for file in files
-                      if file.lower().endswith(suffix) and Path(file).name.lower() not in NO_LABELS)
+        pictures = [file for file in pictures if IMAGE_FOLDERS.intersection(folders_of(file))] or pictures
+    image_of = by_name(pictures, key_of, root)
+    label_of = by_name((file for file in files if file.lower().endswith(suffix)
+                        and Path(file).name.lower() not in NO_LABELS), key_of, root)
     for key in sorted(label_of.keys() - image_of.keys()):
-        if lies_in(label_of[key], label_folders) and part_of(os.path.dirname(label_of[key])) != "test":
+        if label_folders.intersection(folders_of(label_of[key])) and part_of(os.path.dirname(label_of[key])) != "test":
             raise UserError(f"{root / label_of[key]}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
                             f"remove the label file")
     parts, missing = _listed_parts(root, pictures, entries)
@@ -97,13 +91,14 @@ def _listed_parts(root, files, entries):
         else:  # VOC has lines such as "000005 -1"
             names = [(line, locate(line.strip()) or locate(line.partition(" ")[0]), f"{where}: line {number}")
                      for number, line in enumerate(read_lines(root / entry), 1) if line.strip()]
-        missing += [f"{place}: no image {show(name.strip())}" for name, file, place in names
-                    if not file and part != "test"]
-        for _, file, place in names:
-            other, there = found.get(file, (part, where))
+        for name, file, place in names:
+            if not file:
+                missing += [f"{place}: no image {show(name.strip())}"] if part != "test" else []
+                continue
+            other, there = found[file]
             if there and other != part and "train" in (other, part):
                 raise UserError(f"{place}: {file} is in the part {part} here and in {other} in {there}; remove one")
-            if file and not (there and part == "test"):  # what is for validation and testing is for validation
+            if not there or part != "test":  # what is for validation and testing is for validation
                 found[file] = part, place
     return {file: part for file, (part, _) in found.items()}, missing
 

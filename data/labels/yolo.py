@@ -27,10 +27,9 @@ def find(path):
     file without an image."""
     alone = path.suffix.lower() in YAML and os.path.isfile(path)
     home = path.parent if alone else path
-    names = [path.name] if alone else [name for name in NAMES if os.path.exists(home / name)][:1]
-    yaml = path.name if alone else next((name for name in NAMES[-2:] if os.path.exists(home / name)), None)
-    declared = data_yaml.read(home / yaml) if yaml else {}
-    root, entries = _declared_parts(home, yaml, declared)
+    names = [path.name] if alone else [name for name in NAMES if os.path.exists(home / name)]
+    yaml = next((name for name in names if name.lower().endswith(YAML)), None)
+    root, entries = _declared_parts(home, yaml) if yaml else (home, [])
     entries = entries or list_entries(root, ".")
     found, cases = pair(root, ".txt", LABEL_FOLDERS, entries)
     labels = [label for label, _ in found.values() if label]
@@ -38,22 +37,23 @@ def find(path):
     if not (labels or usual or alone):
         return None
     lists = [entry for _, entry, _ in entries if os.path.isfile(root / entry)]
-    return Layout(root, [os.path.relpath(home / name, root) for name in names] + lists + labels, found, read, "line {}",
-                  cases)
+    named = [os.path.relpath(home / name, root) for name in names[:1]]
+    return Layout(root, named + lists + labels, found, read, "line {}", cases)
 
 
-def _declared_parts(home, yaml, declared):
+def _declared_parts(home, yaml):
     """The parts that a data.yaml in the folder `home` declares -> their folder, entries for `records.pair`. Where none
     of them is there, the names of folders tell the parts. Raises UserError for a part that is not there."""
-    values = {part: declared.get(part) or [] for part in ("train", "val", "test")}
-    values = {part: value if type(value) is list else [value] for part, value in values.items()}
-    if any(type(value) is not str for value in [*sum(values.values(), []), declared.get("path") or ""]):
+    declared = data_yaml.read(home / yaml)
+    values = [(part, value) for part, found in declared.items() if part in ("train", "val", "test")
+              for value in (found if type(found) is list else [found] if found else [])]
+    if any(type(value) is not str for _, value in [*values, ("path", declared.get("path") or "")]):
         raise UserError(f"{home / yaml}: path, train, val and test are not texts; write folders or lists of images")
     for root in [home / declared["path"], home] if declared.get("path") else [home]:
         # Roboflow writes ../train/images for what lies beside the file
         entries = [(part, next((os.path.normpath(name) for name in (value, value.lstrip("./"))
                                 if os.path.exists(root / name)), None), f"{home / yaml}: {part}: {value}")
-                   for part in values for value in values[part]]
+                   for part, value in values]
         lost = [where for part, place, where in entries if not place and part != "test"]
         if not lost:
             return root, [entry for entry in entries if entry[1]]
