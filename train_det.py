@@ -372,8 +372,7 @@ def draw_sample(file, bands, truth, found, names):
     """-> an image, at most 1920 pixels wide and high, with its labels drawn in, and with its detections drawn in."""
     image, zoom = images.thumbnail(file, bands, 1920)  # a larger scene may be too large to be read
     rgb = sheets.to_rgb(image)
-    return [pictures.draw_boxes(rgb, truth[:, :4] * zoom, truth[:, 4].long(), names),
-            pictures.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
+    return [pictures.draw_boxes(rgb, rows, names, zoom) for rows in (truth, found)]
 
 
 def make_tables(scores, classes, names):
