@@ -270,7 +270,7 @@ def write_report(state, evaluate_metric, names, folder, files, bands):
             caption=lambda row: f"{row['labels']} > {row['predicted']}   {os.path.basename(row['name'])}",
             tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
-        print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        print(f"last epoch: {engine.line(scores)}")
 
 
 if __name__ == "__main__":

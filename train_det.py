@@ -213,9 +213,8 @@ def experiment(args, device, folder, resume):
     # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
     count = args.bs * args.accumulate
     rate = count if args.optimizer == "sgd" else 1
-    decay = args.weight_decay / {"sgd": 64, "adam": count}.get(args.optimizer, 1)
-    state, options = training(args, folder, model, loader, device, lr=args.lr * rate, weight_decay=decay,
-                              eps=1e-8 / count)
+    state, options = training(args, folder, model, loader, device, lr_factor=rate, eps=1e-8 / count,
+                              decay_divisor={"sgd": 64, "adam": count}.get(args.optimizer, 1))
     optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
                   bias_lr=args.warmup_bias_lr * rate, momentum=args.warmup_momentum)
 
@@ -350,9 +349,9 @@ def draw_labels(folder, data, samples, augmented, names, batch_size):
     charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
 
 
-def save_augmentations(path, data, augmented, names, samples=5, epochs=5):
+def save_augmentations(path, data, augmented, names):
     """Draws a sheet of what is trained on: a row per image (and the mosaic around it), a column per epoch."""
-    batch = det.collate([data[epoch, i] for i in range(samples) for epoch in range(epochs)])
+    batch = det.collate([data[epoch, i] for i in range(5) for epoch in range(5)])
     x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
     if dist.rank() == 0:
         pictures.detection_sheet(path, x, det.gt_boxes(batch), names=names, limit=len(x))
@@ -401,7 +400,7 @@ def write_report(state, average_precision, names, folder, files, bands):
                         titles=("labels", "detections"), max_side=640)
     charts.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     charts.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
-    print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    print(f"last epoch: {engine.line(scores)}")
     for name, c in zip(names, classes):
         print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")
 

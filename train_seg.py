@@ -272,7 +272,7 @@ def write_report(state, evaluate, inputs, data, folder, files):
                         titles=("image", "truth", "prediction", "errors"),
                         draw=lambda chosen: engine.evaluate_on(state, lambda model: list(draw(model, chosen))))
     write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
-    print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    print(f"last epoch with flip-TTA: {engine.line(scores)}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,8 @@ def to_xywh(xyxy):
 
 def clip(boxes, height, width):
     """A copy of boxes (..., 4) or detections (..., 6) with all corners inside the image of height x width pixels."""
-    boxes = boxes.clone()
-    boxes[..., 0:4:2] = boxes[..., 0:4:2].clamp(0, width)
-    boxes[..., 1:4:2] = boxes[..., 1:4:2].clamp(0, height)
-    return boxes
+    inside = torchvision.ops.clip_boxes_to_image(boxes[..., :4], (height, width))
+    return torch.cat((inside, boxes[..., 4:]), -1)
 
 
 def iou(a, b, *, kind="iou", eps=1e-7):
@@ -174,7 +172,6 @@ def drop_border_boxes(rows, window, height, width, margin=2):
     window: (y, x, height, width) in an image of height x width.
     """
     y, x, h, w = window
-    x1, y1, x2, y2 = rows[:, :4].unbind(1)
-    cut = ((x1 < x + margin) & (x > 0) | (x2 > x + w - margin) & (x + w < width)
-           | (y1 < y + margin) & (y > 0) | (y2 > y + h - margin) & (y + h < height))
-    return rows[~cut]
+    start, end, size = rows.new_tensor([(x, y), (x + w, y + h), (width, height)])
+    cut = (rows[:, :2] < start + margin) & (start > 0) | (rows[:, 2:4] > end - margin) & (end < size)
+    return rows[~cut.any(1)]

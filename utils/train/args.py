@@ -281,20 +281,19 @@ def class_weights(args, names, counts, negatives=None):
     return args.class_weights
 
 
-def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_decay=None, eps=1e-8):
+def training(args, folder, model, loader, device, *, part=1.0, lr_factor=1, decay_divisor=1, eps=1e-8):
     """What the shared flags decide -> (State, the keyword arguments of engine.fit: epochs, records, ...).
 
     The model is moved to the device, and its batch norms are synchronised with --sync-bn: see `State.model`.
     part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
-    count passes. lr, weight_decay: instead of --lr and --weight-decay. eps: of Adam and its relatives.
+    count passes. lr_factor, decay_divisor: of --lr and --weight-decay. eps: of Adam and its relatives.
     """
     model = model.to(device, memory_format=torch.channels_last)
     model = dist.sync_batch_norm(model, device) if args.sync_bn else model
     dist.print0(f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}")
     steps, epochs = -(-len(loader) // args.accumulate), round(args.epochs / part)
-    decay = args.weight_decay if weight_decay is None else weight_decay
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay),
-                                     lr=args.lr if lr is None else lr, momentum=args.momentum, eps=eps)
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay / decay_divisor),
+                                     lr=args.lr * lr_factor, momentum=args.momentum, eps=eps)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
     swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0

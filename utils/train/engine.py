@@ -83,7 +83,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
                 _write_results(folder, state)
                 for log, _ in loggers:
                     log(state.history[-1], len(state.history))
-                dist.print0(_line(state.history[-1]))
+                dist.print0(line(state.history[-1]))
                 signals.check()
             if state.swa:
                 _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, seed=seed)
@@ -164,7 +164,7 @@ def _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, *,
     save("swa.pt", model=model.state_dict(), ema=None, ema_steps=0, swa_scores=metrics, threshold=threshold)
     if dist.rank() == 0 and metrics:  # no row of results.csv: that is the history, of other weights
         write_json(folder / "swa.json", metrics)
-    dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: {_line(metrics)}")
+    dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: {line(metrics)}")
     signals.check()
 
 
@@ -200,5 +200,6 @@ def _write_results(folder, state):
             runs.add_record(folder, score=state.score)
 
 
-def _line(row):
+def line(row):
+    """{name: number} in one line."""
     return "  ".join(f"{name} {value:.4g}" for name, value in row.items())
