@@ -182,8 +182,6 @@ def second_stage(args, folder):
 
 def experiment(args, device, folder, resume):
     """One run, from the labels to the results of the last epoch."""
-    engine.seed_everything(args.seed, args.deterministic)
-
     # ---- samples ----
     data, val, samples = load_samples(args, folder)
     names, files = data.names, [data.files[i] for i in val]
@@ -203,7 +201,7 @@ def experiment(args, device, folder, resume):
     arch = describe_net(args, len(names), len(bands))
     model = nets.build(arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:
-        if dist.rank() == 0:  # other machines need not have the file: the first stage's lies on one
+        if dist.is_main():  # other machines need not have the file: the first stage's lies on one
             with answers_for("--weights"):
                 print(pretrained.describe(pretrained.load(model, args.weights)))
         dist.same_weights(model)
@@ -267,7 +265,7 @@ def experiment(args, device, folder, resume):
     # ---- training ----
     if args.show_augment:
         return save_augmentations(folder / "augment.png", train_data, augmented, names)
-    if dist.rank() == 0:
+    if dist.is_main():
         print(f"{len(train_data)} images with {sum(len(sample.boxes) for sample in samples)} boxes to train, "
               f"{len(val)} to validate; {len(names)} classes")
         draw_labels(folder, train_data, samples, augmented, names, batch_size=min(args.bs, 8))
@@ -353,7 +351,7 @@ def save_augmentations(path, data, augmented, names):
     """Draws a sheet of what is trained on: a row per image (and the mosaic around it), a column per epoch."""
     batch = det.collate([data[epoch, i] for i in range(5) for epoch in range(5)])
     x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
-    if dist.rank() == 0:
+    if dist.is_main():
         pictures.detection_sheet(path, x, det.gt_boxes(batch), names=names, limit=len(x))
         print(path)
 
@@ -386,7 +384,7 @@ def write_report(state, average_precision, names, folder, files, bands):
     """Evaluates the last weights of the run class by class (results.json, precision-recall curves, confusion matrix)
     and image by image (samples.csv; the worst and the best images and tables in review.png)."""
     metric = engine.evaluate_on(state, average_precision)
-    if dist.rank() > 0:
+    if not dist.is_main():
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
     write_json(folder / "results.json", {

@@ -40,8 +40,8 @@ def gain(rng, bands, spread):
 
 
 def zoom_turn(rng, size, zoom, degrees):
-    """The matrix of a random zoom, by 1 - zoom to 1 + zoom, and a random rotation either way of a size x size image about
-    its middle, which it moves to the origin."""
+    """The matrix of a random zoom, by 1 - zoom to 1 + zoom, and a random rotation of a size x size image about its
+    middle, which it moves to the origin."""
     factor, angle = 1 + rng.uniform(-zoom, zoom), rng.uniform(-degrees, degrees)
     return geometry.rotate(angle) @ geometry.scale(factor, factor) @ geometry.translate(-size / 2, -size / 2)
 

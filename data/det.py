@@ -71,13 +71,12 @@ def crop(rows, moved, area):
     return np.column_stack((rows[keep, 0], clipped[keep]))
 
 
-def rect(size, imgsz, stride, pad=0.5):
+def rect(size, imgsz, stride):
     """size (height, width) of an image -> (height, width) of the smallest canvas for its long side at imgsz pixels, in
-    multiples of the stride.
-
-    pad: least border, in strides, both sides together: objects at the edge get some surroundings.
+    multiples of the stride, with a border of half a stride at least, both sides together: objects at the edge get some
+    surroundings.
     """
-    return tuple(math.ceil(side * imgsz / max(size) / stride + pad) * stride for side in size)
+    return tuple(math.ceil(side * imgsz / max(size) / stride + 0.5) * stride for side in size)
 
 
 class Pictures:

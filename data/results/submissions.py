@@ -80,7 +80,7 @@ def write_boxes(out, files, sizes, results, *, ids, category_ids, max_mb):
         write_text(out / "labels" / f"{file.stem}.txt", yolo_lines(rows, *size))
     items = coco_items(results, ids, category_ids)
     submission, dropped = cut(parking_items(items), max_mb * 1e6)
-    if dist.rank() == 0:
+    if dist.is_main():
         write_json(out / "coco.json", items, indent=None)
         write_text(out / "submission.json", submission)
     return dropped

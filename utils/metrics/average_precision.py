@@ -3,7 +3,6 @@ import collections
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from utils.ops import boxes
 
@@ -171,16 +170,15 @@ def _joined(rows_of, columns):
 def _pairs(detections, gt_boxes, least, across_classes=False):
     """Lists of the boxes of images -> all pairs in one image and class with IoU >= least > 0: the number of the
     detection and of the ground-truth box, through all images, and the IoU, each (p,)."""
-    found, n, m = [np.zeros((3, 0))], *(np.cumsum([0, *map(len, kept)]) for kept in (detections, gt_boxes))
-    for start in range(0, len(detections), 16):
-        a, b = (pad_sequence(kept[start:start + 16], batch_first=True, padding_value=np.nan)  # whose IoU is NaN
-                for kept in (detections, gt_boxes))
-        overlap = boxes.iou(a[:, :, None, :4], b[:, None, :, :4], eps=0)
+    found, n, m = [np.zeros((3, 0))], 0, 0
+    for a, b in zip(detections, gt_boxes):
+        overlap = boxes.iou(a[:, None, :4], b[:, :4], eps=0)  # NaN for two boxes without area
         near = overlap >= least
         if not across_classes:
-            near &= a[:, :, None, 5] == b[:, None, :, 4]
-        image, d, t = near.numpy().nonzero()
-        found.append((d + n[start + image], t + m[start + image], overlap[image, d, t]))
+            near &= a[:, None, 5] == b[:, 4]
+        d, t = near.numpy().nonzero()
+        found.append((d + n, t + m, overlap[d, t]))
+        n, m = n + len(a), m + len(b)
     d, t, overlap = np.concatenate(found, 1)
     return d.astype(int), t.astype(int), overlap
 

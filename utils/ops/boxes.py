@@ -118,13 +118,12 @@ def suppress(detections, *, iou=0.6, max_det=300, agnostic=False):
 
 
 @torch.no_grad()
-def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
+def wbf(detections, *, weights=None, iou=0.55):
     """Weighted boxes fusion (Solovyev et al. 2021): the detections of several models of one image -> (n, 6), sorted.
 
     detections  a (n_i, 6) tensor per model, all in the same pixels; scores are probabilities
     weights     one positive number per model; without, all models count the same
     iou         a box joins the fused box of its class that it overlaps most, if their IoU is greater than this
-    conf        boxes whose score is not greater than this are left out
 
     A fused box is the mean of its members' corners, weighted by weight x score. Its score is the weighted mean over all
     models of the best score that each model has in it, 0 for models without a member: boxes that few models have found
@@ -137,8 +136,7 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
         raise ValueError(f"weights {weights.tolist()} must be {len(detections)} positive numbers, one per model")
     if not detections:
         return torch.zeros(0, 6)
-    rows = torch.cat([F.pad(d[d[:, 4] > conf].cpu().double(), (0, 1), value=model)
-                      for model, d in enumerate(detections)])
+    rows = torch.cat([F.pad(d.cpu().double(), (0, 1), value=model) for model, d in enumerate(detections)])
     rows = rows[rows.isfinite().all(1)]
     fused = [torch.zeros(0, 6)]
     for label in rows[:, 5].unique():

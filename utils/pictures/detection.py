@@ -29,8 +29,8 @@ def colour_of(k):
 def draw_boxes(rgb, rows, names, zoom=1):
     """Draws boxes and their tags (name, score) into a copy of a picture, which is an image scaled by `zoom`.
 
-    rgb: uint8 (H, W, 3); rows, in pixels of the image: ground truth (n, 5) of x1 y1 x2 y2 class, or detections (n, 6) of
-    x1 y1 x2 y2 score class -> uint8 (H, W, 3).
+    rgb: uint8 (H, W, 3); rows, in pixels of the image: ground truth (n, 5) of x1 y1 x2 y2 class, or detections (n, 6)
+    of x1 y1 x2 y2 score class -> uint8 (H, W, 3).
     Boxes are cut at the picture's edge; boxes beyond it, inverted ones and NaN are not drawn. Higher scores (without
     scores: later boxes) are drawn over lower ones and choose the place of their tag first: above the box, inside,
     below. Tags never overlap each other; in a crowd, where they would hide the picture, the rest has only its colour.

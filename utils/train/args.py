@@ -6,7 +6,7 @@ import torch
 from utils import losses
 from utils.errors import Parser, UserError
 from utils.files import write_json
-from utils.train import dist, optim, runs
+from utils.train import dist, engine, optim, runs
 from utils.train.loggers import make_loggers
 from utils.train.state import State
 from utils.train.swa import SWA, with_swa
@@ -195,7 +195,8 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
 
 
 def begin_run(parser, args, given=None, check=lambda args: None):
-    """Opens the run folder of `args` and writes down its flags -> (args, folder, the checkpoint to go on from or None).
+    """Opens the run folder of `args`, writes down its flags, and seeds the initialisation of the net -> (args, folder,
+    the checkpoint to go on from or None).
 
     When a run is resumed, its own flags hold. given: {flag: value} that override them, which is reported, and `check`
     is called with the result. A script may begin further runs, each with a name of its own: when torchrun restarts the
@@ -215,11 +216,12 @@ def begin_run(parser, args, given=None, check=lambda args: None):
         check(args)
     if args.debug:
         args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
-    if dist.rank() == 0:
+    if dist.is_main():
         if not resume:  # else engine.fit writes them, when it has accepted the checkpoint
             write_json(folder / "args.json", vars(args))
         runs.record_start(folder, vars(parser.parse_args([])))
         print(f"resuming: {folder} at step {resume['step']}" if resume else f"run: {folder}")
+    engine.seed_everything(args.seed, args.deterministic)
     return args, folder, resume
 
 
@@ -296,7 +298,7 @@ def training(args, folder, model, loader, device, *, part=1.0, lr_factor=1, deca
                                      lr=args.lr * lr_factor, momentum=args.momentum, eps=eps)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
-    swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
+    swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.is_main()
     schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa)
     state = State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
                   ema=optim.make_ema(model, steps * epochs) if args.ema else None,

@@ -22,13 +22,18 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
+def is_main():
+    """Whether this is the process that prints and writes for all, rank 0."""
+    return rank() == 0
+
+
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(*values):
     """print, on rank 0 only."""
-    if rank() == 0:
+    if is_main():
         print(*values, flush=True)
 
 
