@@ -32,7 +32,7 @@ LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
 
 
 def make_parser():
-    parser = train_parser(__doc__.splitlines()[0], "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
+    parser = train_parser(__doc__, "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
                           optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01, folds=None,
                           cutout=0.5, cutout_size=0.3)
     add = parser.add_argument_group("classification").add_argument

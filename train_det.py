@@ -62,7 +62,7 @@ PRESETS = {
 
 
 def make_parser():
-    parser = train_parser(__doc__.splitlines()[0], "det", data="DATA", epochs=50, bs=16, imgsz=640, folds=None)
+    parser = train_parser(__doc__, "det", data="DATA", epochs=50, bs=16, imgsz=640, folds=None)
     add = parser.add_argument_group("detection").add_argument
     add("--preset", choices=PRESETS, default="default", help="our recipe, or a stage of the competition's recipe")
     add("--stages", type=stage_list, metavar="N,N", help="two runs: N epochs of scratch-low, then N epochs of finetune "

@@ -47,7 +47,7 @@ OPTIONS = {"label_smoothing": "smoothing", "class_weights": "weight"}  # flag: t
 
 
 def make_parser():
-    parser = train_parser(__doc__.splitlines()[0], "seg", data="Wildfire", epochs=150, bs=64, imgsz=256, lr=1e-3,
+    parser = train_parser(__doc__, "seg", data="Wildfire", epochs=150, bs=64, imgsz=256, lr=1e-3,
                           schedule="restarts", bands="1-7")
     add = parser.add_argument_group("segmentation").add_argument
     add("--mean-planes", action=BooleanOptionalAction, default=True,

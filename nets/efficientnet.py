@@ -156,13 +156,12 @@ class EfficientNetV2(Backbone):
 
     def __init__(self, variant="s", in_chans=3, num_classes=1000, *, drop_rate=0.0, drop_path_rate=0.0,
                  padding="same", grad_checkpoint=False):
-        super().__init__()
         if padding not in ("same", "symmetric"):
             raise ValueError(f"unknown padding {padding!r}; choose same or symmetric")
         stem, head, *stages = VARIANTS[variant]
-        self.padding, self.drop_rate, self.grad_checkpoint = padding, drop_rate, grad_checkpoint
         # a map is the last one of its resolution
-        self.channels, self.strides = [stages[i][1] for i in (0, 1, 2, 4, -1)], [2, 4, 8, 16, 32]
+        super().__init__([stages[i][1] for i in (0, 1, 2, 4, -1)], grad_checkpoint)
+        self.padding, self.drop_rate = padding, drop_rate
         same, total = padding == "same", sum(depth for depth, _ in stages)
         self.conv_stem = conv3x3(in_chans, stem, 2, same=same)
         self.bn1 = norm(stem)

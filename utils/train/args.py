@@ -93,8 +93,9 @@ def loss_term(known):
 
 
 def train_parser(description, task, **defaults):
-    """A parser with the flags that all training scripts share; `defaults`: the competition's recipe."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """A parser with the flags that all training scripts share; `description`: a text of which the first line is shown;
+    `defaults`: the competition's recipe."""
+    parser = Parser(description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("training").add_argument
     add("--data", metavar="DIR", help="folder of the data")
     add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on these "

@@ -48,7 +48,8 @@ class AdamP(torch.optim.Optimizer):
 
     The scale of a weight in front of a norm does not matter to the net, but momentum makes it grow, and growing makes
     the steps small. The gradients of such weights are orthogonal to them: |cos(w, g)| < 0.1 / sqrt(dim(w)), in every
-    output channel, or else in the layer as a whole. They decay only a tenth as much as others. Vectors and scalars get AdamW's step. The CPU reads no numbers to decide this, so it does not wait for the GPU.
+    output channel, or else in the layer as a whole. They decay only a tenth as much as others. Vectors and scalars get
+    AdamW's step. The CPU reads no numbers to decide this, so it does not wait for the GPU.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
