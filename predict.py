@@ -272,7 +272,7 @@ def predict_seg(args, device, members):
                 if not failed[file]:  # it is not the scene that is at fault
                     raise
             bar.update(dist.world_size())
-    failed = {file: reason for share in dist.gather(failed) for file, reason in share.items()}
+    failed = dist.gather_dicts(failed)
     check_some(files, failed)
     if dist.is_main():
         writer.finish(files, failed)
@@ -288,7 +288,7 @@ def find_parts(args, device, files):
     members = load_members(args, "det", device, [args.detector], [checkpoint.load(args.detector)])
     views, parts = det_views(args, members, files), {}
     for file, size, rows in zip(files, views.sizes, detect(args, device, members, views)):
-        margin = 0.1 * (rows[:, 2:4] - rows[:, :2])
+        margin = 0.1 * boxes.sides(rows)
         grown = boxes.clip(torch.cat(((rows[:, :2] - margin).floor(), (rows[:, 2:4] + margin).ceil()), 1), *size)
         parts[file] = [(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in grown.int().flip(0).tolist()]
     return parts

@@ -27,6 +27,7 @@ from utils.files import write_json
 from utils.losses import detection as losses
 from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.ops import anchors, decide
+from utils.ops.boxes import confident
 from utils.pictures import charts, detection as pictures, review, sheets, table
 from utils.train import dist, engine, optim
 from utils.train.args import begin_run, float_range, fraction, int_range, setup_run, train_parser, training
@@ -391,8 +392,8 @@ def write_report(state, average_precision, names, folder, files, bands):
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
 
     def draw(chosen):
-        kept = (metric.detections[i][metric.detections[i][:, 4] >= threshold] for i in chosen)
-        return [draw_sample(files[i], bands, metric.gt_boxes[i], rows, names) for i, rows in zip(chosen, kept)]
+        return [draw_sample(files[i], bands, metric.gt_boxes[i], confident(metric.detections[i], threshold), names)
+                for i in chosen]
 
     review.write_review(folder, metric.samples(files), draw, tables=make_tables(scores, classes, names),
                         titles=("labels", "detections"), max_side=640)

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import torch
 
-from utils.ops import geometry
+from utils.ops import boxes, geometry
 
 
 def crop_flip(rng, height, width, size, point=None):
@@ -112,7 +112,7 @@ def visible(before, after):
 
     Sides above 2 pixels, a tenth of the area still there, no side a hundred times the other. -> bool (n,)
     """
-    size, whole = after[:, 2:] - after[:, :2], before[:, 2:] - before[:, :2]
+    size, whole = boxes.sides(after), boxes.sides(before)
     return (size > 2).all(1) & (size.prod(1) > 0.1 * whole.prod(1)) & (size.max(1) < 100 * size.min(1))
 
 

@@ -71,8 +71,8 @@ EXPECTS = {name: expects for _, expects, files in _PUBLISHED for name in files}
 def download(name):
     """The content of a published file, by its name in URLS, from the network or from torch.hub's cache. Raises OSError
     and ValueError as `nets.pretrained.load`."""
-    url, folder = URLS[name], os.path.join(torch.hub.get_dir(), "checkpoints")
-    path, digest = os.path.join(folder, os.path.basename(url)), re.search(r"-([0-9a-f]{8})\.pth$", url)
+    url, folder = URLS[name], f"{torch.hub.get_dir()}/checkpoints"
+    path, digest = f"{folder}/{os.path.basename(url)}", re.search(r"-([0-9a-f]{8})\.pth$", url)
     try:
         if not os.path.exists(path):
             os.makedirs(folder, exist_ok=True)

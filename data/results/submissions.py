@@ -91,7 +91,7 @@ def draw_boxes(folder, files, results, *, names, bands, threshold):
     Every rank draws its share."""
     for file, rows in _share(files, results):
         image, zoom = images.thumbnail(file, bands, 1920)
-        rgb = pictures_det.draw_boxes(sheets.to_rgb(image), rows[rows[:, 4] >= threshold], names, zoom)
+        rgb = pictures_det.draw_boxes(sheets.to_rgb(image), boxes.confident(rows, threshold), names, zoom)
         sheets.save_image(folder / f"{file.stem}.jpg", Image.fromarray(rgb), quality=90)
 
 

@@ -43,7 +43,7 @@ class DetectionAP:
 
     def _best(self, rows):
         """Of each class the max_det rows with the highest scores."""
-        rows = rows[rows[:, 4].argsort(descending=True, stable=True)]
+        rows = boxes.by_score(rows)
         return torch.cat([rows[rows[:, 5] == c][:self.max_det] for c in rows[:, 5].unique()])
 
     def compute(self):
@@ -88,7 +88,7 @@ class DetectionAP:
         """-> (C+1, C+1) int64: row ground truth, column prediction, the last of each is background. Of the detections
         with at least this score, whatever their class, the pairs of highest IoU are matched first, one to one; of
         equal IoUs first the pair of one class, then the higher score."""
-        kept = [rows[rows[:, 4] >= score] for rows in self.detections]
+        kept = [boxes.confident(rows, score) for rows in self.detections]
         detections, gt_boxes = _joined(kept, 6), _joined(self.gt_boxes, 5)
         predicted, actual = detections[:, 5].astype(int), gt_boxes[:, 4].astype(int)
         d, t, overlap = _pairs(kept, self.gt_boxes, iou, across_classes=True)
@@ -106,7 +106,7 @@ class DetectionAP:
         detections from `best_threshold` on; 1 where nothing is and nothing is found), and the numbers of its
         ground-truth boxes, detections and hits."""
         threshold = self.best_threshold(iou)[0]
-        kept = [rows[rows[:, 4] >= threshold] for rows in self.detections]
+        kept = [boxes.confident(rows, threshold) for rows in self.detections]
         d, t, overlap = _pairs(kept, self.gt_boxes, iou)
         order = np.lexsort((-overlap, d, -_joined(kept, 6)[d, 4]))  # each, the best first, takes the highest IoU
         image = np.repeat(np.arange(len(kept)), np.array([len(rows) for rows in kept], int))
@@ -125,7 +125,7 @@ class DetectionAP:
         detections, gt_boxes = _joined(self.detections, 6), _joined(self.gt_boxes, 5)
         low, high = np.transpose(areas)
         inside, gt_inside = ((low <= size) & (size <= high) for size in (
-            (rows[:, 2:4] - rows[:, :2]).prod(1, keepdims=True) for rows in (detections, gt_boxes)))
+            boxes.sides(rows).prod(1, keepdims=True) for rows in (detections, gt_boxes)))
         ious = np.minimum(ious, 1 - 1e-10)  # COCO's: 1 shall be reached in spite of rounding
         d, t, overlap = _pairs(self.detections, self.gt_boxes, ious.min())
         order = np.lexsort((-t, -overlap, d, -detections[d, 4]))  # of equal IoUs the last box

@@ -20,6 +20,21 @@ def to_xywh(xyxy):
     return torchvision.ops.box_convert(xyxy, "xyxy", "cxcywh")
 
 
+def sides(boxes):
+    """Boxes (..., 4) or detections (..., 6), tensors or numpy arrays -> (..., 2): width and height."""
+    return boxes[..., 2:4] - boxes[..., :2]
+
+
+def confident(detections, least):
+    """The detections (n, 6) with a score of at least `least`."""
+    return detections[detections[:, 4] >= least]
+
+
+def by_score(detections):
+    """The detections (n, 6), the best score first, equal ones in their order."""
+    return detections[detections[:, 4].argsort(descending=True, stable=True)]
+
+
 def clip(boxes, height, width):
     """A copy of boxes (..., 4) or detections (..., 6) with all corners inside the image of height x width pixels."""
     inside = torchvision.ops.clip_boxes_to_image(boxes[..., :4], (height, width))
@@ -38,7 +53,7 @@ def iou(a, b, *, kind="iou", eps=1e-7):
     if kind not in ("iou", "ciou"):
         raise ValueError(f'kind {kind!r} must be "iou" or "ciou"')
     a, b = (t if t.dtype == torch.float64 else t.float() for t in (a, b))
-    size_a, size_b = ((t[..., 2:] - t[..., :2]).clamp(min=0) for t in (a, b))
+    size_a, size_b = (sides(t).clamp(min=0) for t in (a, b))
     inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     overlap = inter / (size_a.prod(-1) + size_b.prod(-1) - inter + eps)
     if kind == "iou":
@@ -97,7 +112,7 @@ def _candidates(rows, conf, multi_label, count):
 
 def suppress(detections, *, iou=0.6, max_det=300, agnostic=False):
     """Greedy suppression of one image's detections (n, 6): the best max_det survivors, the best score first."""
-    detections = detections[detections[:, 4].argsort(descending=True, stable=True)]
+    detections = by_score(detections)
     # Each class is shifted to a place of its own, in float64: in float32, 80 classes that are 7680 px apart leave steps
     # of 1/16 px (so does torchvision's batched_nms). Beyond 2^24 px float32 has no whole pixels; clamped, a stray box
     # out there does not cost the others their precision.
@@ -141,8 +156,7 @@ def wbf(detections, *, weights=None, iou=0.55):
     fused = [torch.zeros(0, 6)]
     for label in rows[:, 5].unique():
         fused.append(_fuse(rows[rows[:, 5] == label], weights, iou).float())
-    fused = torch.cat(fused)
-    return fused[fused[:, 4].argsort(descending=True, stable=True)].to(detections[0].device)
+    return by_score(torch.cat(fused)).to(detections[0].device)
 
 
 def _fuse(rows, weights, threshold):

@@ -9,6 +9,7 @@ import unicodedata
 import numpy as np
 from PIL import Image, ImageDraw
 
+from utils.ops.boxes import confident
 from utils.pictures.sheets import INK, PALETTE, abreast, contact_sheet, fit, font, text_line, to_numpy, to_rgb
 
 MOST = 20  # classes in a legend
@@ -84,8 +85,7 @@ def detection_sheet(path, images, gt_boxes, predictions=None, *, names, limit=8,
         zoom = max(picture.shape) / max(rgb.shape)
         groups.append([draw_boxes(picture, gt_boxes[i], names, zoom)])
         if predictions is not None:
-            found = predictions[i]
-            groups[-1].append(draw_boxes(picture, found[found[:, 4] >= score], names, zoom))
+            groups[-1].append(draw_boxes(picture, confident(predictions[i], score), names, zoom))
     legend = {class_name(names, k): colour_of(k) for k in range(len(names))} if len(names) <= MOST else None
     titles = () if predictions is None else ["truth", f"prediction, score >= {score:g}"]
     contact_sheet(path, abreast(groups), titles=titles, legend=legend, max_side=max_side)

@@ -299,13 +299,13 @@ def training(args, folder, model, loader, device, *, part=1.0, lr_factor=1, deca
                                      lr=args.lr * lr_factor, momentum=args.momentum, eps=eps)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
-    swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.is_main()
+    swa = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part))
     schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa)
     state = State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
                   ema=optim.make_ema(model, steps * epochs) if args.ema else None,
                   swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
                   clip=args.clip, compile=args.compile)
-    loggers = make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
-                           config=vars(args))
+    loggers = make_loggers(folder, tensorboard=args.tensorboard, wandb=args.wandb,
+                           config=vars(args)) if dist.is_main() else []
     return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,
                        loggers=loggers)

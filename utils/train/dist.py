@@ -121,6 +121,11 @@ def gather(value):
     return box
 
 
+def gather_dicts(values):
+    """Returns one dict of all ranks' entries on every rank."""
+    return {key: value for share in gather(values) for key, value in share.items()}
+
+
 def any_rank(number):
     """Returns the largest of the ranks' integers, so that all stop when one of them has to."""
     if world_size() == 1:
