@@ -169,7 +169,7 @@ def find_sources(args, members, longest=math.inf):
     """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
     reason} of those that cannot be read, and the others. longest: see `bad.decode`."""
     files = images.find_sources(args.source, TEST_FOLDER[args.task](members[0].state["args"]["data"]))
-    failed = dist.broadcast(dist.rank() == 0 and bad.unreadable(files, all_bands(members), longest))
+    failed = dist.broadcast(dist.is_main() and bad.unreadable(files, all_bands(members), longest))
     check_some(files, failed)
     good = [file for file in files if file not in failed]
     units.check(good, members[0].inputs)
@@ -184,7 +184,7 @@ def check_some(files, failed):
 
 def report_failed(out, files, failed):
     """Names the files that could not be predicted, all of them in OUT/failed.txt. Raises PartialError."""
-    if dist.rank() == 0:
+    if dist.is_main():
         write_text(out / "failed.txt", "".join(f"{reason}\n" for reason in failed.values()))
         print("\n".join(["not predicted:", *list(failed.values())[:20], f"all in {out / 'failed.txt'}"]))
     raise PartialError(f"{len(failed)} of {len(files)} images cannot be read and were not predicted, see "
@@ -272,9 +272,9 @@ def predict_seg(args, device, members):
                 if not failed[file]:  # it is not the scene that is at fault
                     raise
             bar.update(dist.world_size())
-    failed = {file: reason for share in dist.gather(failed) for file, reason in share.items()}
+    failed = dist.gather_dicts(failed)
     check_some(files, failed)
-    if dist.rank() == 0:
+    if dist.is_main():
         writer.finish(files, failed)
         if args.pseudo:
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'}")
@@ -288,7 +288,7 @@ def find_parts(args, device, files):
     members = load_members(args, "det", device, [args.detector], [checkpoint.load(args.detector)])
     views, parts = det_views(args, members, files), {}
     for file, size, rows in zip(files, views.sizes, detect(args, device, members, views)):
-        margin = 0.1 * (rows[:, 2:4] - rows[:, :2])
+        margin = 0.1 * boxes.sides(rows)
         grown = boxes.clip(torch.cat(((rows[:, :2] - margin).floor(), (rows[:, 2:4] + margin).ceil()), 1), *size)
         parts[file] = [(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in grown.int().flip(0).tolist()]
     return parts
@@ -309,7 +309,7 @@ def predict_det(args, device, members):
     if args.overlays:
         submissions.draw_boxes(out / "overlays", good, results, names=names, threshold=threshold,
                                bands=members[0].inputs.bands)
-    if dist.rank() == 0:
+    if dist.is_main():
         if args.pseudo:
             count, boxed = pseudo.write_boxes(out / "pseudo", good, views.sizes, results, names, category_ids,
                                               args.pseudo)
@@ -378,10 +378,10 @@ def predict_cls(args, device, members):
     found = [class_probabilities(args, device, member, known + good) for member in members]
     if args.fit_weights:
         shares, thresholds = ensemble.fit([probs[:len(known)] for probs in found], answers, single_label)
-        if dist.rank() == 0:
+        if dist.is_main():
             ensemble.write(out / "ensemble.json", paths, shares, names, () if single_label else thresholds, flags=views)
     probs = ensemble.average([*(probs[len(known):] for probs in found), *tables], shares)
-    if dist.rank() == 0:
+    if dist.is_main():
         # an image that cannot be read has no class, or where it must have one the most frequent
         rows = np.full((len(files), len(names)), probs.mean(0) * single_label)
         rows[[file not in failed for file in files]] = probs
@@ -407,7 +407,7 @@ def combine_tables(args):
     threshold = best_threshold(args, [], single_label)
     probs = ensemble.average(tables, args.ensemble_weights or [1.0] * len(tables))
     out = new_folder(args, args.probs[0])
-    if dist.rank() == 0:
+    if dist.is_main():
         submissions.write_classes(out, keys, probs, names, single_label, threshold)
         print(f"{len(keys)} rows: {out}")
 

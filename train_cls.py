@@ -32,7 +32,7 @@ LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
 
 
 def make_parser():
-    parser = train_parser(__doc__.splitlines()[0], "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
+    parser = train_parser(__doc__, "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
                           optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01,
                           cutout=0.5, cutout_size=0.3)
     add = parser.add_argument_group("classification").add_argument
@@ -101,13 +101,12 @@ def load_samples(args, folder, resume):
     train, val = split(args, folder, data)
     folds.describe(args.data, f"{'one label' if data.single_label else 'several labels'} each, such as {data.files[0]}",
                    data.names, data.labels, (train, val))
-    if args.debug:
-        train, val = folds.spread(train, 8 * args.bs), folds.spread(val, args.bs)
+    few = 8 * args.bs if args.debug else 10**9
+    train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
     files, labels, weights = [data.files[i] for i in train], data.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
         extra = cls.with_names(cls.read(more, least=1).usable(more, bands, args.allow_bad), data, more)
-        chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
-        chosen = folds.spread(chosen, 8 * args.bs) if args.debug else chosen
+        chosen = folds.spread(folds.without_copies(extra.files, [data.files[i] for i in val], more), few)
         files, labels = files + [extra.files[i] for i in chosen], np.concatenate((labels, extra.labels[chosen]))
         weights += [weight] * len(chosen)
     return data, val, bands, files, labels, weights
@@ -149,7 +148,6 @@ def synthetic_source(args, data, bands, device):
 def main():
     needs = {"synthesize": ("letters_per_image", "noise", "synthesize_count")}
     args, device, folder, resume = setup_run(make_parser(), needs=needs, check=check_flags)
-    engine.seed_everything(args.seed, args.deterministic)
 
     # ---- samples ----
     data, val, bands, files, labels, weights = load_samples(args, folder, resume)
@@ -167,8 +165,9 @@ def main():
     loader = train_loader(train_data, args.bs, workers=0 if on_gpu else args.workers, seed=args.seed,
                           device="cpu" if on_gpu else device, parts=parts, same=args.debug, collate=cls.collate,
                           weights=weights)
+    val_files = [data.files[i] for i in val]
     if val:
-        val_images = cls.Images([data.files[i] for i in val], data.labels[val], **options)
+        val_images = cls.Images(val_files, data.labels[val], **options)
         val_data = cls.AugmentedImages(val_images, args.imgsz)
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), workers=args.workers, device=device,
                                  collate=cls.collate)
@@ -179,7 +178,7 @@ def main():
             pretrained.normalisation(args.weights, len(bands))
     inputs = cls.Input(bands, imgsz=args.imgsz, mean=mean, std=std, **units.choose(
         files or data.files, bands, args.pixel_scale))
-    units.check([data.files[i] for i in val], inputs)
+    units.check(val_files, inputs)
 
     # ---- net ----
     arch, drop = describe_net(args, len(bands), len(names))
@@ -233,8 +232,8 @@ def main():
 
     # ---- training ----
     if args.show_augment:
-        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.rank() == 0 else None
-    if dist.rank() == 0:
+        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.is_main() else None
+    if dist.is_main():
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
         shown = [sheets.to_rgb(x) for x in dataclasses.replace(inputs, mean=(0.0,), std=(1.0,))(batch)]
@@ -246,7 +245,7 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        write_report(state, evaluate_metric, names, folder, [data.files[i] for i in val], bands)
+        write_report(state, evaluate_metric, names, folder, val_files, bands)
 
 
 def init_classifier(linear, shares, single_label):
@@ -262,7 +261,7 @@ def write_report(state, evaluate_metric, names, folder, files, bands):
     """Evaluates the run's last weights: results.json, class by class; samples.csv, a row per image; review.png, the
     worst and the best images with labels and predictions, and scores by class."""
     metric = engine.evaluate_on(state, evaluate_metric)
-    if dist.rank() == 0:
+    if dist.is_main():
         scores, classes = metric.compute(), metric.per_class()
         review.write_review(
             folder, metric.samples(files, names), across=4,
@@ -270,7 +269,7 @@ def write_report(state, evaluate_metric, names, folder, files, bands):
             caption=lambda row: f"{row['labels']} > {row['predicted']}   {os.path.basename(row['name'])}",
             tables={"Classes": [{"class": k} | row for k, row in zip(names, classes)]})
         write_json(folder / "results.json", {"last": scores, "classes": dict(zip(names, classes))})
-        print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        print(f"last epoch: {engine.line(scores)}")
 
 
 if __name__ == "__main__":

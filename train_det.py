@@ -27,6 +27,7 @@ from utils.files import write_json
 from utils.losses import detection as losses
 from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.ops import anchors, decide
+from utils.ops.boxes import confident
 from utils.pictures import charts, detection as pictures, review, sheets, table
 from utils.train import dist, engine, optim
 from utils.train.args import begin_run, float_range, fraction, int_range, setup_run, train_parser, training
@@ -62,7 +63,7 @@ PRESETS = {
 
 
 def make_parser():
-    parser = train_parser(__doc__.splitlines()[0], "det", data="DATA", epochs=50, bs=16, imgsz=640)
+    parser = train_parser(__doc__, "det", data="DATA", epochs=50, bs=16, imgsz=640)
     add = parser.add_argument_group("detection").add_argument
     add("--preset", choices=PRESETS, default="default", help="our recipe, or a stage of the competition's recipe")
     add("--stages", type=stage_list, metavar="N,N", help="two runs: N epochs of scratch-low, then N epochs of finetune "
@@ -182,8 +183,6 @@ def second_stage(args, folder):
 
 def experiment(args, device, folder, resume):
     """One run, from the labels to the results of the last epoch."""
-    engine.seed_everything(args.seed, args.deterministic)
-
     # ---- samples ----
     data, val, samples = load_samples(args, folder)
     names, files = data.names, [data.files[i] for i in val]
@@ -203,7 +202,7 @@ def experiment(args, device, folder, resume):
     arch = describe_net(args, len(names), len(bands))
     model = nets.build(arch, grad_checkpoint=args.grad_checkpoint)
     if args.weights and not resume:
-        if dist.rank() == 0:  # other machines need not have the file: the first stage's lies on one
+        if dist.is_main():  # other machines need not have the file: the first stage's lies on one
             with answers_for("--weights"):
                 print(pretrained.describe(pretrained.load(model, args.weights)))
         dist.same_weights(model)
@@ -213,9 +212,8 @@ def experiment(args, device, folder, resume):
     # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
     count = args.bs * args.accumulate
     rate = count if args.optimizer == "sgd" else 1
-    decay = args.weight_decay / {"sgd": 64, "adam": count}.get(args.optimizer, 1)
-    state, options = training(args, folder, model, loader, device, lr=args.lr * rate, weight_decay=decay,
-                              eps=1e-8 / count)
+    state, options = training(args, folder, model, loader, device, lr_factor=rate, eps=1e-8 / count,
+                              decay_divisor={"sgd": 64, "adam": count}.get(args.optimizer, 1))
     optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
                   bias_lr=args.warmup_bias_lr * rate, momentum=args.warmup_momentum)
 
@@ -268,7 +266,7 @@ def experiment(args, device, folder, resume):
     # ---- training ----
     if args.show_augment:
         return save_augmentations(folder / "augment.png", train_data, augmented, names)
-    if dist.rank() == 0:
+    if dist.is_main():
         print(f"{len(train_data)} images with {sum(len(sample.boxes) for sample in samples)} boxes to train, "
               f"{len(val)} to validate; {len(names)} classes")
         draw_labels(folder, train_data, samples, augmented, names, batch_size=min(args.bs, 8))
@@ -350,11 +348,11 @@ def draw_labels(folder, data, samples, augmented, names, batch_size):
     charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
 
 
-def save_augmentations(path, data, augmented, names, samples=5, epochs=5):
+def save_augmentations(path, data, augmented, names):
     """Draws a sheet of what is trained on: a row per image (and the mosaic around it), a column per epoch."""
-    batch = det.collate([data[epoch, i] for i in range(samples) for epoch in range(epochs)])
+    batch = det.collate([data[epoch, i] for i in range(5) for epoch in range(5)])
     x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
-    if dist.rank() == 0:
+    if dist.is_main():
         pictures.detection_sheet(path, x, det.gt_boxes(batch), names=names, limit=len(x))
         print(path)
 
@@ -372,8 +370,7 @@ def draw_sample(file, bands, truth, found, names):
     """-> an image, at most 1920 pixels wide and high, with its labels drawn in, and with its detections drawn in."""
     image, zoom = images.thumbnail(file, bands, 1920)  # a larger scene may be too large to be read
     rgb = sheets.to_rgb(image)
-    return [pictures.draw_boxes(rgb, truth[:, :4] * zoom, truth[:, 4].long(), names),
-            pictures.draw_boxes(rgb, found[:, :4] * zoom, found[:, 5].long(), names, found[:, 4])]
+    return [pictures.draw_boxes(rgb, rows, names, zoom) for rows in (truth, found)]
 
 
 def make_tables(scores, classes, names):
@@ -388,21 +385,21 @@ def write_report(state, average_precision, names, folder, files, bands):
     """Evaluates the last weights of the run class by class (results.json, precision-recall curves, confusion matrix)
     and image by image (samples.csv; the worst and the best images and tables in review.png)."""
     metric = engine.evaluate_on(state, average_precision)
-    if dist.rank() > 0:
+    if not dist.is_main():
         return
     scores, classes, (threshold, f1) = metric.compute(), metric.per_class(), metric.best_threshold()
     write_json(folder / "results.json", {
         "last": scores, "best F1": {"score threshold": threshold, "f1": f1}, "classes": dict(zip(names, classes))})
 
     def draw(chosen):
-        kept = (metric.detections[i][metric.detections[i][:, 4] >= threshold] for i in chosen)
-        return [draw_sample(files[i], bands, metric.gt_boxes[i], rows, names) for i, rows in zip(chosen, kept)]
+        return [draw_sample(files[i], bands, metric.gt_boxes[i], confident(metric.detections[i], threshold), names)
+                for i in chosen]
 
     review.write_review(folder, metric.samples(files), draw, tables=make_tables(scores, classes, names),
                         titles=("labels", "detections"), max_side=640)
     charts.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
     charts.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
-    print("last epoch: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    print(f"last epoch: {engine.line(scores)}")
     for name, c in zip(names, classes):
         print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")
 

@@ -12,6 +12,7 @@ from argparse import BooleanOptionalAction
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 import nets
 from data import folds, mix, seg, units
@@ -46,7 +47,7 @@ OPTIONS = {"label_smoothing": "smoothing", "class_weights": "weight"}  # flag: t
 
 
 def make_parser():
-    parser = train_parser(__doc__.splitlines()[0], "seg", data="Wildfire", epochs=150, bs=64, imgsz=256, lr=1e-3,
+    parser = train_parser(__doc__, "seg", data="Wildfire", epochs=150, bs=64, imgsz=256, lr=1e-3,
                           schedule="restarts", bands="1-7")
     add = parser.add_argument_group("segmentation").add_argument
     add("--mean-planes", action=BooleanOptionalAction, default=True,
@@ -147,7 +148,6 @@ def load_samples(args, folder):
 
 def main():
     args, device, folder, resume = setup_run(make_parser(), needs={"tile": ("overlap",)}, check=check_flags)
-    engine.seed_everything(args.seed, args.deterministic)
 
     # ---- samples ----
     data, val, samples, weights = load_samples(args, folder)
@@ -216,7 +216,7 @@ def main():
 
     def draw_augmented(epoch):
         indices = range(min(8, len(train_data.paired)))
-        image, [(masks, _), *_] = mixed(torch.utils.data.default_collate([train_data[epoch, i] for i in indices]))
+        image, [(masks, _), *_] = mixed(default_collate([train_data[epoch, i] for i in indices]))
         return ([sheets.overlay(sheets.to_rgb(x), mask) for x, mask in zip(image, masks)],
                 [train_data.paired[i][0].name for i in indices])
 
@@ -229,17 +229,17 @@ def main():
             metric.update(probs if args.classes == 1 else probs.argmax(1), batch["mask"])
             if per_sample:
                 per_sample.update(batch["index"], decide.masks(probs), batch["mask"])
-            if i == 0 and dist.rank() == 0:
+            if i == 0 and dist.is_main():
                 sheets.segmentation_sheet(folder / "val.png", batch["image"], batch["mask"], probs, ignore=seg.IGNORE)
         metric.reduce()
         return metric.compute() | ({"threshold": metric.best_threshold()} if args.classes == 1 else {})
 
     # ---- training ----
     if args.show_augment:
-        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.rank() == 0 else None
-    if dist.rank() == 0:
+        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.is_main() else None
+    if dist.is_main():
         print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val else 0} to validate")
-        batch = torch.utils.data.default_collate([train_data[0, i] for i in range(min(args.bs, 8))])
+        batch = default_collate([train_data[0, i] for i in range(min(args.bs, 8))])
         sheets.segmentation_sheet(folder / "train_batch.png", batch["image"], batch["mask"], ignore=seg.IGNORE)
     header = {"task": "seg", "arch": arch, "classes": args.classes, "input": dataclasses.asdict(inputs),
               "args": vars(args)}
@@ -259,12 +259,12 @@ def write_report(state, evaluate, inputs, data, folder, files):
                                                          per_sample=per_sample))
     scores.pop("threshold", None)
     per_sample.reduce()
-    if dist.rank() > 0:
+    if not dist.is_main():
         return
 
     def draw(model, indices):
         for sample in (data[i] for i in indices):
-            batch = engine.to_device(torch.utils.data.default_collate([sample]), state.device)
+            batch = engine.to_device(default_collate([sample]), state.device)
             probs = decide.segment(model, inputs(batch["image"]), decide.SEGMENTATION_VIEWS, side=inputs.side)
             yield sheets.segmentation_row(sample["image"], sample["mask"], probs[0], ignore=seg.IGNORE)
 
@@ -274,7 +274,7 @@ def write_report(state, evaluate, inputs, data, folder, files):
                         titles=("image", "truth", "prediction", "errors"),
                         draw=lambda chosen: engine.evaluate_on(state, lambda model: list(draw(model, chosen))))
     write_json(folder / "results.json", {"last": state.history[-1], "last with flips": scores} | tables)
-    print("last epoch with flip-TTA: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    print(f"last epoch with flip-TTA: {engine.line(scores)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import torch
 
-from utils.ops import geometry
+from utils.ops import boxes, geometry
 
 
 def crop_flip(rng, height, width, size, point=None):
@@ -39,6 +39,18 @@ def gain(rng, bands, spread):
     return np.exp2(octaves).astype(np.float32)
 
 
+def zoom_turn(rng, size, zoom, degrees):
+    """The matrix of a random zoom, by 1 - zoom to 1 + zoom, and a random rotation of a size x size image about its
+    middle, which it moves to the origin."""
+    factor, angle = 1 + rng.uniform(-zoom, zoom), rng.uniform(-degrees, degrees)
+    return geometry.rotate(angle) @ geometry.scale(factor, factor) @ geometry.translate(-size / 2, -size / 2)
+
+
+def shifted(rng, size, share):
+    """The matrix that moves the origin to the middle of a size x size image, give or take a share of the size."""
+    return geometry.translate(*(size * (0.5 + rng.uniform(-share, share, 2))))
+
+
 # ---- detection ----
 
 def affine(rng, canvas, size, *, degrees=0.0, translate=0.1, scale=0.5, shear=0.0, flip_ud=0.0, flip_lr=0.5):
@@ -48,11 +60,9 @@ def affine(rng, canvas, size, *, degrees=0.0, translate=0.1, scale=0.5, shear=0.
     to 1 + scale. translate: its middle is at most so far, as a share of size, from the view's. flip_ud, flip_lr:
     probabilities.
     """
-    matrix = geometry.translate(-canvas / 2, -canvas / 2)
-    zoom, angle = 1 + rng.uniform(-scale, scale), rng.uniform(-degrees, degrees)
-    matrix = geometry.rotate(angle) @ geometry.scale(zoom, zoom) @ matrix
+    matrix = zoom_turn(rng, canvas, scale, degrees)
     matrix = geometry.shear(*rng.uniform(-shear, shear, 2)) @ matrix
-    matrix = geometry.translate(*(size * (0.5 + rng.uniform(-translate, translate, 2)))) @ matrix
+    matrix = shifted(rng, size, translate) @ matrix
     if rng.random() < flip_ud:
         matrix = geometry.flip_v(size) @ matrix
     if rng.random() < flip_lr:
@@ -102,7 +112,7 @@ def visible(before, after):
 
     Sides above 2 pixels, a tenth of the area still there, no side a hundred times the other. -> bool (n,)
     """
-    size, whole = after[:, 2:] - after[:, :2], before[:, 2:] - before[:, :2]
+    size, whole = boxes.sides(after), boxes.sides(before)
     return (size > 2).all(1) & (size.prod(1) > 0.1 * whole.prod(1)) & (size.max(1) < 100 * size.min(1))
 
 
@@ -146,9 +156,8 @@ def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625
         if rng.random() < flip:
             matrix = mirror(size) @ matrix
     if rng.random() < p_affine:
-        centre, factor = geometry.translate(-size / 2, -size / 2), 1 + rng.uniform(-zoom, zoom)
-        moved = geometry.rotate(rng.uniform(-degrees, degrees)) @ geometry.scale(factor, factor) @ centre
-        matrix = geometry.translate(*(size * (0.5 + rng.uniform(-shift, shift, 2)))) @ moved @ matrix
+        moved = zoom_turn(rng, size, zoom, degrees)
+        matrix = shifted(rng, size, shift) @ moved @ matrix
     if rng.random() >= p_cutout:
         return matrix, np.zeros(4)
     corner = rng.uniform(0, size * (1 - cutout_size), 2)

@@ -71,13 +71,12 @@ def crop(rows, moved, area):
     return np.column_stack((rows[keep, 0], clipped[keep]))
 
 
-def rect(size, imgsz, stride, pad=0.5):
+def rect(size, imgsz, stride):
     """size (height, width) of an image -> (height, width) of the smallest canvas for its long side at imgsz pixels, in
-    multiples of the stride.
-
-    pad: least border, in strides, both sides together: objects at the edge get some surroundings.
+    multiples of the stride, with a border of half a stride at least, both sides together: objects at the edge get some
+    surroundings.
     """
-    return tuple(math.ceil(side * imgsz / max(size) / stride + pad) * stride for side in size)
+    return tuple(math.ceil(side * imgsz / max(size) / stride + 0.5) * stride for side in size)
 
 
 class Pictures:
@@ -261,14 +260,14 @@ class TiledImages(Dataset):
                 found[k] = [move(rows.cpu(), np.linalg.inv(matrix)) for rows in members]
                 if window:
                     found[k] = [boxes.drop_border_boxes(rows, window, *self.sizes[i]) for rows in found[k]]
-        found = {k: members for share in dist.gather(found) for k, members in share.items()}
+        found = dist.gather_dicts(found)
         results = []
         for i, views in itertools.groupby(range(len(self)), key=lambda k: self.views[k][0]):
             members = [boxes.suppress(torch.cat(rows), iou=iou, max_det=max_det) if len(rows) > 1 else rows[0]
                        for rows in zip(*(found[k] for k in views))]
             rows = boxes.wbf(members, weights=weights)[:max_det] if len(members) > 1 else members[0]
             rows = boxes.clip(rows, *self.sizes[i])
-            rows = rows[(rows[:, 2:4] > rows[:, :2]).all(1)]
+            rows = rows[(boxes.sides(rows) > 0).all(1)]
             results.append(rows[[not in_void(self.files[i], self.pictures.bands, box) for box in rows[:, :4].tolist()]])
         return results
 

@@ -402,7 +402,7 @@ def nearest(image, size):
 def _decode(path, changed):
     """A whole file of a kind that has no windows, upright, as an array (C, H, W)."""
     found = header(path)
-    if math.prod(found.size) > MAX_VALUES:
+    if found.kind != "JPEG" and math.prod(found.size) > MAX_VALUES:
         raise UserError(f"{path}: {found.size[2]} x {found.size[1]} pixels are too many to read; cut it into tiles")
     if found.kind == "JPEG":
         return _decode_jpeg(path)

@@ -92,9 +92,14 @@ class Head(nn.Module):
 class Backbone(nn.Module):
     """A classifier that can also be the encoder of another net.
 
-    Subclasses set `channels`, `strides`, `grad_checkpoint` and `head`, and define `features(x)`: (B, in_chans, H, W) ->
-    a list of maps, fine to coarse, with these channels and strides.
+    Subclasses set `head`, and define `features(x)`: (B, in_chans, H, W) -> a list of maps, fine to coarse, with these
+    channels and with strides of which each is twice the one before.
     """
+
+    def __init__(self, channels, grad_checkpoint, stem_stride=2):
+        super().__init__()
+        self.channels, self.grad_checkpoint = channels, grad_checkpoint
+        self.strides = [stem_stride * 2 ** i for i in range(len(channels))]
 
     def run(self, module, *inputs):
         """`module(*inputs)`; with grad_checkpoint the backward pass computes the activations again."""

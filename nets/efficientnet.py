@@ -6,13 +6,15 @@ paddings differ for even sides, that is almost always:
   padding="symmetric"  PyTorch's: one row and one column on all four sides. torchvision's efficientnet_v2_*
 nets.pretrained.EXPECTS lists the padding of every published file, and the mean and standard deviation of its images.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nets.blocks import Backbone, conv2d, fold_norms, init_fan_out, silu
 
-EPS = 1e-3  # of batch norm, as in the TensorFlow implementation
+norm = functools.partial(nn.BatchNorm2d, eps=1e-3)  # as in the TensorFlow implementation
 
 
 class SameConv(nn.Conv2d):
@@ -72,7 +74,7 @@ class ConvBnAct(Block):
     def __init__(self, cin, cout, expansion, stride, drop, same):
         super().__init__(cin, cout, stride, drop)
         self.conv = conv3x3(cin, cout, stride, same=same)
-        self.bn1 = nn.BatchNorm2d(cout, EPS)
+        self.bn1 = norm(cout)
 
     def body(self, x):
         return silu(self.bn1(self.conv(x)))
@@ -85,9 +87,9 @@ class FusedMBConv(Block):
         super().__init__(cin, cout, stride, drop)
         inner = cin * expansion
         self.conv_exp = conv3x3(cin, inner, stride, same=same)
-        self.bn1 = nn.BatchNorm2d(inner, EPS)
+        self.bn1 = norm(inner)
         self.conv_pwl = conv2d(inner, cout)
-        self.bn2 = nn.BatchNorm2d(cout, EPS)
+        self.bn2 = norm(cout)
 
     def body(self, x):
         return self.bn2(self.conv_pwl(silu(self.bn1(self.conv_exp(x)))))
@@ -112,12 +114,12 @@ class MBConv(Block):
         super().__init__(cin, cout, stride, drop)
         inner = cin * expansion
         self.conv_pw = conv2d(cin, inner)
-        self.bn1 = nn.BatchNorm2d(inner, EPS)
+        self.bn1 = norm(inner)
         self.conv_dw = conv3x3(inner, inner, stride, groups=inner, same=same)
-        self.bn2 = nn.BatchNorm2d(inner, EPS)
+        self.bn2 = norm(inner)
         self.se = SqueezeExcite(inner, cin // 4)
         self.conv_pwl = conv2d(inner, cout)
-        self.bn3 = nn.BatchNorm2d(cout, EPS)
+        self.bn3 = norm(cout)
 
     def body(self, x):
         x = silu(self.bn1(self.conv_pw(x)))
@@ -154,16 +156,15 @@ class EfficientNetV2(Backbone):
 
     def __init__(self, variant="s", in_chans=3, num_classes=1000, *, drop_rate=0.0, drop_path_rate=0.0,
                  padding="same", grad_checkpoint=False):
-        super().__init__()
         if padding not in ("same", "symmetric"):
             raise ValueError(f"unknown padding {padding!r}; choose same or symmetric")
         stem, head, *stages = VARIANTS[variant]
-        self.padding, self.drop_rate, self.grad_checkpoint = padding, drop_rate, grad_checkpoint
         # a map is the last one of its resolution
-        self.channels, self.strides = [stages[i][1] for i in (0, 1, 2, 4, -1)], [2, 4, 8, 16, 32]
+        super().__init__([stages[i][1] for i in (0, 1, 2, 4, -1)], grad_checkpoint)
+        self.padding, self.drop_rate = padding, drop_rate
         same, total = padding == "same", sum(depth for depth, _ in stages)
         self.conv_stem = conv3x3(in_chans, stem, 2, same=same)
-        self.bn1 = nn.BatchNorm2d(stem, EPS)
+        self.bn1 = norm(stem)
         self.blocks, cin, index = nn.Sequential(), stem, 0
         for (block, expansion, first_stride), (depth, width) in zip(STAGES, stages):
             stage = nn.Sequential()
@@ -173,7 +174,7 @@ class EfficientNetV2(Backbone):
             self.blocks.append(stage)
         if num_classes is not None:
             self.conv_head = conv2d(cin, head)
-            self.bn2 = nn.BatchNorm2d(head, EPS)
+            self.bn2 = norm(head)
             self.classifier = nn.Linear(head, num_classes) if num_classes else nn.Identity()
         init_fan_out(self)
         if num_classes:

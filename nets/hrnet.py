@@ -127,11 +127,9 @@ class HRNet(Backbone):
     fuse_ = fold_norms
 
     def __init__(self, variant="w18", in_chans=3, num_classes=1000, *, grad_checkpoint=False):
-        super().__init__()
         modules, (depth, narrow), blocks, width = VARIANTS[variant]
         widths = [width * 2 ** i for i in range(4)]
-        self.channels, self.strides = [64, *widths], [2, 4, 8, 16, 32]
-        self.grad_checkpoint = grad_checkpoint
+        super().__init__([64, *widths], grad_checkpoint)
         self.conv1 = conv2d(in_chans, 64, 3, 2)
         self.bn1 = nn.BatchNorm2d(64)
         self.conv2 = conv2d(64, 64, 3, 2)

@@ -44,12 +44,9 @@ class RegNetX(Backbone):
     """
 
     def __init__(self, in_chans=3, variant="regnetx_002", num_classes=1000, stem_stride=2, grad_checkpoint=False):
-        super().__init__()
         group_width, *stages = VARIANTS[variant]
-        self.grad_checkpoint = grad_checkpoint
+        super().__init__([32, *(width for width, _ in stages)], grad_checkpoint, stem_stride)
         self.stem = ConvNorm(in_chans, 32, 3, stem_stride)
-        self.channels = [32, *(width for width, _ in stages)]
-        self.strides = [stem_stride * 2 ** i for i in range(5)]
         for i, (width, depth) in enumerate(stages, 1):
             stage = nn.Sequential()
             for j in range(depth):

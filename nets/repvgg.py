@@ -76,10 +76,8 @@ class RepVGG(Backbone):
     """
 
     def __init__(self, variant="a2", in_chans=3, num_classes=1000, *, grad_checkpoint=False):
-        super().__init__()
         depths, widths, groups = VARIANTS[variant]
-        self.channels, self.strides = [min(64, widths[0]), *widths], [2, 4, 8, 16, 32]
-        self.grad_checkpoint = grad_checkpoint
+        super().__init__([min(64, widths[0]), *widths], grad_checkpoint)
         self.stem = Block(in_chans, self.channels[0], 2)
         self.stages = nn.Sequential()
         for depth, cin, width in zip(depths, self.channels, widths):

@@ -13,6 +13,7 @@ from urllib.error import URLError
 import torch
 from torch import nn
 
+from nets.yolo import VARIANTS
 from utils.train import checkpoint
 
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/"
@@ -61,7 +62,7 @@ _PUBLISHED = (  # address, what the weights expect, {name: file}; the eight digi
     }),
 )
 URLS = {name: address + file for address, _, files in _PUBLISHED for name, file in files.items()}
-URLS |= {f"yolov5:yolov5{v}": f"{_YOLOV5}yolov5{v}.pt" for v in ("n", "s", "m", "l", "x", "n6", "s6", "m6", "l6", "x6")}
+URLS |= {f"yolov5:yolov5{v}": f"{_YOLOV5}yolov5{v}.pt" for v in VARIANTS}
 # how images are normalised for the weights, (image in 0...1 - mean) / std, and the padding of an EfficientNetV2.
 # YOLOv5's nets take images in 0...1 without normalisation.
 EXPECTS = {name: expects for _, expects, files in _PUBLISHED for name in files}
@@ -70,8 +71,8 @@ EXPECTS = {name: expects for _, expects, files in _PUBLISHED for name in files}
 def download(name):
     """The content of a published file, by its name in URLS, from the network or from torch.hub's cache. Raises OSError
     and ValueError as `nets.pretrained.load`."""
-    url, folder = URLS[name], os.path.join(torch.hub.get_dir(), "checkpoints")
-    path, digest = os.path.join(folder, os.path.basename(url)), re.search(r"-([0-9a-f]{8})\.pth$", url)
+    url, folder = URLS[name], f"{torch.hub.get_dir()}/checkpoints"
+    path, digest = f"{folder}/{os.path.basename(url)}", re.search(r"-([0-9a-f]{8})\.pth$", url)
     try:
         if not os.path.exists(path):
             os.makedirs(folder, exist_ok=True)

@@ -242,3 +242,9 @@ def refused(command, tmp_path):
         assert mine() == before
         return done.lines[0]
     return call
+
+
+def warp_points(points, matrix):
+    """Points (..., 2) of x, y -> the same points, moved by a matrix of utils/ops/geometry.py; float64."""
+    points = np.asarray(points, np.float64)
+    return points @ matrix[:2, :2].T + matrix[:2, 2]

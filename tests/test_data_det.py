@@ -6,6 +6,7 @@ from PIL import Image
 
 from data import augment, det, images
 from data.det import DetData, Sample, TiledImages, collate, rect
+from tests.conftest import warp_points
 from tests.test_images import png
 from utils.errors import UserError
 from utils.ops import geometry
@@ -372,7 +373,7 @@ def test_validation_resizes_once(tmp_path):
     """What is read is reduced to the letterbox at once, to the pixels that torch gives for the whole file."""
     made = write_images(tmp_path, [(h * 4, w * 4) for h, w in SIZES])
     for view, sample in zip(views(made), made):
-        (x, y), (right, bottom) = geometry.warp_points([(0, 0), sample.size[::-1]], view["matrix"]).round().astype(int)
+        (x, y), (right, bottom) = warp_points([(0, 0), sample.size[::-1]], view["matrix"]).round().astype(int)
         whole = torch.from_numpy(np.asarray(Image.open(sample.file)).copy()).permute(2, 0, 1)[None]
         want = torch.nn.functional.interpolate(whole, (bottom - y, right - x), mode="bilinear", antialias=True)[0]
         assert torch.equal(view["image"][y:bottom, x:right].permute(2, 0, 1), want)

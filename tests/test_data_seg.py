@@ -12,8 +12,8 @@ from PIL import Image
 
 from data import augment, images, pairs, seg
 from data.cache import Cache
-from tests.conftest import digest, tile, write_tif
-from utils.ops import geometry, tiles
+from tests.conftest import digest, tile, warp_points, write_tif
+from utils.ops import tiles
 from utils.errors import UserError
 
 
@@ -221,7 +221,7 @@ def test_gain_scales_bands_within_its_octaves(mixed):
 def test_crops_lie_in_the_padded_tile_and_move_whole_pixels(seed, height, width, size):
     matrix, border = augment.crop_flip(np.random.default_rng(seed), height, width, size)
     assert border in ("reflect", "wrap")
-    corners = geometry.warp_points([[0, 0], [size, size]], np.linalg.inv(matrix))
+    corners = warp_points([[0, 0], [size, size]], np.linalg.inv(matrix))
     low, high = np.sort(np.round(corners, 6), 0)
     assert (high - low == size).all() and (low == np.rint(low)).all()
     for axis, side in enumerate((width, height)):
@@ -233,7 +233,7 @@ def test_crops_reach_every_place_and_all_eight_orientations():
     places, turns = set(), Counter()
     for seed in range(2000):
         matrix, border = augment.crop_flip(np.random.default_rng(seed), 8, 8, 4)
-        low = np.round(geometry.warp_points([[0, 0], [4, 4]], np.linalg.inv(matrix))).min(0)
+        low = np.round(warp_points([[0, 0], [4, 4]], np.linalg.inv(matrix))).min(0)
         places.add(tuple(low.astype(int)))
         turns[tuple(np.round(matrix[:2, :2]).astype(int).ravel()), border] += 1
     assert places == {(x, y) for x in range(5) for y in range(5)}
@@ -367,7 +367,7 @@ def test_a_crop_holds_its_point():
         height, width, size = (int(n) for n in rng.integers(1, 90, 3))
         point = (int(rng.integers(height)), int(rng.integers(width)))
         matrix, _ = augment.crop_flip(rng, height, width, size, point)
-        x, y = geometry.warp_points([point[1] + 0.5, point[0] + 0.5], matrix)
+        x, y = warp_points([point[1] + 0.5, point[0] + 0.5], matrix)
         assert 0 < x < size and 0 < y < size
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data.augment import crop_flip, gain
-from utils.ops.geometry import flip_h, flip_v, rot90, rotate, scale, translate, warp, warp_boxes, warp_points
+from tests.conftest import warp_points
+from utils.ops.geometry import flip_h, flip_v, rot90, rotate, scale, translate, warp, warp_boxes
 
 BORDERS = ("constant", "reflect", "wrap")
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool, torch.float16,
@@ -54,8 +55,8 @@ def test_a_product_is_the_sequence():
              (translate(2, 1), (12, 12)), (rot90(3, 12, 12), (12, 12))]
     moved, product = x, np.eye(3)
     for matrix, size in steps:
-        moved, product = warp(moved, matrix, size, fill=7), matrix @ product
-    assert torch.equal(warp(x, product, (12, 12), fill=7), moved)
+        moved, product = warp(moved, matrix, size), matrix @ product
+    assert torch.equal(warp(x, product, (12, 12)), moved)
     a, b, points = general(0, 20, 30), general(1, 20, 30), np.random.default_rng(0).uniform(0, 20, (5, 4, 2))
     assert np.allclose(warp_points(warp_points(points, a), b), warp_points(points, b @ a))
 
@@ -129,7 +130,6 @@ def numpy_move(height, width, pads, border, k, flip):
 def test_exact_moves_are_numpys(border, dtype):
     """Crops, pads far beyond the image, flips and quarter turns are bit-equal, for one image and for a batch."""
     batch = image(3, 2, 5, 7, dtype=dtype)
-    fill = {torch.bool: True}.get(dtype, 77)
     for pads in ([(0, 0), (0, 0)], [(3, 2), (4, 4)], [(-1, 2), (3, -2)], [(13, 9), (20, 1)], [(-2, -1), (-3, -3)]):
         for k in range(4):
             for flip in (False, True):
@@ -140,11 +140,11 @@ def test_exact_moves_are_numpys(border, dtype):
                 where = torch.from_numpy(np.maximum(index, 0).copy())
                 bits = batch.view(torch.int16) if dtype == torch.uint16 else batch
                 expected = bits.flatten(-2)[..., where].view(dtype)
-                expected = torch.where(torch.from_numpy(index < 0), torch.tensor(fill, dtype=dtype), expected)
+                expected = torch.where(torch.from_numpy(index < 0), torch.tensor(0, dtype=dtype), expected)
                 for mode in ("bilinear", "nearest"):
-                    moved = warp(batch, matrix, index.shape, mode=mode, border=border, fill=fill)
+                    moved = warp(batch, matrix, index.shape, mode=mode, border=border)
                     assert moved.dtype == dtype and moved.tolist() == expected.tolist()
-                one = warp(batch[1], matrix, index.shape, border=border, fill=fill)
+                one = warp(batch[1], matrix, index.shape, border=border)
                 assert one.shape == (2, *index.shape) and one.tolist() == expected[1].tolist()
 
 
@@ -152,7 +152,7 @@ def test_large_values_survive():
     for dtype, value in ((torch.uint16, 65535), (torch.int32, 2 ** 31 - 1), (torch.int64, 2 ** 53 + 1)):
         x = torch.tensor([[[value, value - 1], [1, 0]]], dtype=dtype)
         assert warp(x, flip_h(2), (2, 2)).tolist() == [[[value - 1, value], [0, 1]]]
-        assert warp(x, translate(1, 0), (1, 3), fill=value).tolist() == [[[value, value, value - 1]]]
+        assert warp(x, translate(1, 0), (1, 3)).tolist() == [[[0, value, value - 1]]]
     x = torch.tensor([[[float("nan"), -0.0, float("inf")]]])
     assert str(warp(x, flip_h(3), (1, 3)).tolist()) == "[[[inf, -0.0, nan]]]"
 
@@ -176,13 +176,13 @@ def fold(i, length, border):
     return i if 0 <= i < length else None
 
 
-def loop_warp(x, matrix, size, mode, border, fill):
+def loop_warp(x, matrix, size, mode, border):
     """The definition of `warp`, pixel by pixel in float64. x: one channel as nested lists."""
     inverse, height, width = np.linalg.inv(matrix), len(x), len(x[0])
 
     def at(row, column):
         row, column = fold(row, height, border), fold(column, width, border)
-        return fill if row is None or column is None else x[row][column]
+        return 0 if row is None or column is None else x[row][column]
 
     out = np.zeros(size)
     for v in range(size[0]):
@@ -207,10 +207,10 @@ def test_resampling_is_the_definition(shape, border, mode):
     for seed in range(2):
         matrix = translate(6, 5) @ general(seed, *shape)
         x = image(2, *shape, seed=seed, dtype=torch.float64)
-        expected = np.stack([loop_warp(c, matrix, (12, 14), mode, border, 0.3) for c in x.tolist()])
-        moved = warp(x, matrix, (12, 14), mode=mode, border=border, fill=0.3)
+        expected = np.stack([loop_warp(c, matrix, (12, 14), mode, border) for c in x.tolist()])
+        moved = warp(x, matrix, (12, 14), mode=mode, border=border)
         assert moved.dtype == torch.float64 and np.allclose(moved.numpy(), expected, atol=1e-9)
-        assert np.allclose(warp(x.float(), matrix, (12, 14), mode=mode, border=border, fill=0.3), expected, atol=1e-4)
+        assert np.allclose(warp(x.float(), matrix, (12, 14), mode=mode, border=border), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,18 +218,17 @@ def test_resampling_is_the_definition(shape, border, mode):
 def test_resampling_in_every_dtype(border, dtype):
     """All dtypes are interpolated as float32 and rounded once: half precision is too coarse for coordinates."""
     x, matrix = image(2, 40, 300, dtype=dtype), general(3, 40, 300)
-    fill = True if dtype == torch.bool else 3
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for mode in ("bilinear", "nearest"):
-        expected = warp(x.to(wide), matrix, (50, 280), mode=mode, border=border, fill=float(fill))
+        expected = warp(x.to(wide), matrix, (50, 280), mode=mode, border=border)
         expected = expected if dtype.is_floating_point else expected.round()
-        moved = warp(x, matrix, (50, 280), mode=mode, border=border, fill=fill)
+        moved = warp(x, matrix, (50, 280), mode=mode, border=border)
         assert moved.dtype == dtype and torch.equal(moved.to(wide), expected.to(dtype).to(wide))
 
 
 def test_masks_keep_their_labels():
     x = torch.tensor([0, 1, 5, 255], dtype=torch.uint8)[torch.arange(200) % 4].reshape(1, 10, 20)
-    moved = warp(x, general(1, 10, 20), (30, 30), mode="nearest", fill=255)
+    moved = warp(x, general(1, 10, 20), (30, 30), mode="nearest")
     assert set(moved.flatten().tolist()) == {0, 1, 5, 255} and moved.dtype == torch.uint8
 
 
@@ -237,9 +236,9 @@ def test_masks_keep_their_labels():
 @pytest.mark.parametrize("border", BORDERS)
 def test_one_matrix_per_image(border, mode):
     x, matrices = image(4, 2, 8, 9), np.stack([general(0, 8, 9), np.eye(3), flip_h(9), general(5, 8, 9)])
-    moved = warp(x, matrices, (7, 10), mode=mode, border=border, fill=0.5)
+    moved = warp(x, matrices, (7, 10), mode=mode, border=border)
     for a, b, matrix in zip(moved, x, matrices):
-        assert torch.allclose(a, warp(b, matrix, (7, 10), mode=mode, border=border, fill=0.5), atol=1e-5)
+        assert torch.allclose(a, warp(b, matrix, (7, 10), mode=mode, border=border), atol=1e-5)
     same = warp(x, general(0, 8, 9), (7, 10), mode=mode, border=border)
     assert torch.equal(same[2], warp(x[2], general(0, 8, 9), (7, 10), mode=mode, border=border))
 
@@ -277,7 +276,7 @@ def test_fractions_of_pixels_far_from_the_origin():
 @pytest.mark.parametrize("matrix", [rot90(1, 3, 4) @ translate(1, -1), general(0, 3, 4)], ids=["exact", "general"])
 def test_gradients(matrix, border):
     x = image(2, 3, 4, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: warp(x, matrix, (5, 5), border=border, fill=0.1), x)
+    assert torch.autograd.gradcheck(lambda x: warp(x, matrix, (5, 5), border=border), x)
     y = image(2, 1, 3, 4, dtype=torch.bfloat16).requires_grad_()
     warp(y, matrix, (5, 5), border=border).sum().backward()
     assert y.grad.dtype == torch.bfloat16 and y.grad.abs().sum() > 0

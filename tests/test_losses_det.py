@@ -270,7 +270,7 @@ def test_the_best_cell_is_to_score_as_its_overlap():
     half = torch.rand(1, 64, 4) * 40
     found = torch.cat((centres - half[..., :2], centres + half[..., 2:]), -1)
     owner, goal = assign(torch.rand(1, 64, 2), found, centres, torch.full((64, 1), 8.), gt_boxes,
-                         torch.zeros(1, 1).long(), torch.ones(1, 1, dtype=torch.bool), topk=10, alpha=.5, beta=6.0)
+                         torch.zeros(1, 1).long(), torch.ones(1, 1, dtype=torch.bool), topk=10)
     assert (goal > 0).sum() <= 10 and (owner == 0).all()
     overlaps = losses_det.iou(gt_boxes[0], found[0])
     assert float(goal.max()) == pytest.approx(float(overlaps[goal[0] > 0].max()), rel=1e-4)
@@ -285,5 +285,5 @@ def test_small_objects_have_a_goal_from_the_first_step(dtype):
     gt_boxes, mask = centres.new_tensor([[[20, 20, 30, 30], [0, 0, 0, 0]]]), torch.tensor([[True, False]])
     for low in (1e-4, 0):  # without any score nothing is known
         _, goal = assign(torch.full((1, 64, 2), low, dtype=dtype), found, centres, torch.full((64, 1), 8., dtype=dtype),
-                         gt_boxes, torch.zeros(1, 2).long(), mask, topk=10, alpha=.5, beta=6.0)
+                         gt_boxes, torch.zeros(1, 2).long(), mask, topk=10)
         assert float(goal.max()) == pytest.approx(100 / 120 ** 2 if low else 0, rel=1e-4)

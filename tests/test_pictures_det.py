@@ -10,7 +10,7 @@ from PIL import Image
 from utils.pictures import detection as pictures_det
 from utils.errors import UserError
 from utils.pictures.sheets import INK, PALETTE, to_rgb
-from utils.pictures.detection import detection_sheet, draw_boxes
+from utils.pictures.detection import detection_sheet
 
 pytestmark = pytest.mark.filterwarnings("error")
 ODD = ["a name that is much longer than any picture is wide " * 4, "Müller", "飞机", "two\nlines", "", "50%"]
@@ -50,6 +50,11 @@ def outline(picture, x1, y1, x2, y2, colour, line=1):
 
 
 # ---- draw_boxes ------------------------------------------------------------------------------------------------------
+def draw_boxes(rgb, boxes, classes, names, scores=None):
+    columns = [boxes, classes] if scores is None else [boxes, scores, classes]
+    return pictures_det.draw_boxes(rgb, np.column_stack([np.asarray(column) for column in columns]), names)
+
+
 @pytest.mark.parametrize("side, line, tall", [(100, 1, 12), (1000, 3, 21)])
 def test_a_box_is_its_outline_and_a_tag_above(side, line, tall, texts):
     rgb = grey(side, side)

@@ -20,7 +20,8 @@ import train_det
 import train_seg
 from data import augment, images, seg
 from nets.unet import UNet
-from tests.conftest import TINY, TINY_CLS, TINY_DET, tile, write_dirty, write_parking, write_tif, write_wildfire
+from tests.conftest import (TINY, TINY_CLS, TINY_DET, tile, warp_points, write_dirty, write_parking, write_tif,
+                            write_wildfire)
 from tests.harness import differences, read
 from utils.ops import geometry
 from utils.train import checkpoint
@@ -44,7 +45,7 @@ def test_a_crop_over_a_point_shows_it():
         height, width = rng.integers(1, (70, 9)[case % 2], 2)
         size, point = int(rng.integers(1, 25)), (int(rng.integers(height)), int(rng.integers(width)))
         matrix, border = augment.crop_flip(rng, height, width, size, point)
-        (x, y), = geometry.warp_points([(point[1] + 0.5, point[0] + 0.5)], matrix)
+        (x, y), = warp_points([(point[1] + 0.5, point[0] + 0.5)], matrix)
         assert 0 < x < size and 0 < y < size, (height, width, size, point)
         numbers = torch.arange(height * width).view(1, height, width)
         crop = geometry.warp(numbers, matrix, (size, size), border=border, mode="nearest")[0]

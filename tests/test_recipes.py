@@ -448,7 +448,7 @@ def test_head_with_one_more_output(recipe):
         _, parts = detection.free_loss([raw], boxes, [8], 16, topk=1)
         points = detection.decode_points([raw[..., :-1]], [8], 16)
         _, score = detection.assign(points.classes.sigmoid(), points.boxes, points.centres, points.strides,
-                                    *detection.pad(boxes, 1), topk=1, alpha=0.5, beta=6.0)
+                                    *detection.pad(boxes, 1), topk=1)
         return float(parts["centre"]), score
 
     centre, score = code.ask(question)
@@ -482,7 +482,7 @@ def test_iou_loss(recipe):
         points = detection.decode_points(maps, strides, 16)
         gt_boxes, classes, mask = detection.pad(boxes, 2)
         which, score = detection.assign(points.classes.sigmoid(), points.boxes, points.centres, points.strides,
-                                        gt_boxes, classes, mask, topk=10, alpha=0.5, beta=6.0)
+                                        gt_boxes, classes, mask, topk=10)
         taught = score > 0
         wanted = gt_boxes.gather(1, which[..., None].expand(-1, -1, 4))
         each = generalized_box_iou_loss(points.boxes[taught].double(), wanted[taught].double())

@@ -14,7 +14,7 @@ from data import det, images
 from nets.unet import UNet
 from nets.yolo import YOLOv5
 from tests import test_bad_input_cls, test_predict_det
-from tests.conftest import tile, write_tif
+from tests.conftest import tile, warp_points, write_tif
 from tests.test_predict_det import Finder, finder  # noqa: F401, a fixture
 from tests.test_scripts_cls import results
 from tests.test_scripts_seg import masks_of
@@ -102,9 +102,9 @@ def test_every_view_is_resized_then_flipped_and_turned(stride):
         restored = tta.warp_view(view, np.linalg.inv(matrix), (64, 80))
         assert np.allclose(restored, back(view.numpy()), atol=1e-5)
         corners = np.array([(0, 0), (80, 0), (80, 64), (0, 64)])
-        moved = geometry.warp_points(corners, matrix)
+        moved = warp_points(corners, matrix)
         assert sorted(moved.round(9).tolist()) == sorted([x, y] for x in (0, size[1]) for y in (0, size[0]))
-        assert np.allclose(geometry.warp_points(moved, np.linalg.inv(matrix)), corners)
+        assert np.allclose(warp_points(moved, np.linalg.inv(matrix)), corners)
 
 
 # ---- maps ------------------------------------------------------------------------------------------------------------

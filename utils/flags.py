@@ -11,11 +11,7 @@ def check_task(args, known):
         used = args.task in tasks or args.detector and flag in ("imgsz", "conf", "iou", "max_det")
         if vars(args)[flag] != default and not used:
             raise UserError(f"{word(flag)}: does nothing for --task {args.task}; leave it out")
-    check_views(args)
-
-
-def check_views(args):
-    """Whether the flags of test-time augmentation go together."""
+    # test-time augmentation
     if args.merge and (args.merge == "wbf") != (args.task == "det"):
         raise UserError(f"--merge {args.merge}: not for --task {args.task}; wbf is for boxes, the others are for "
                         f"probabilities")

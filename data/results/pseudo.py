@@ -15,7 +15,7 @@ import torch
 from data.labels import MIN_SIDE
 from data.results.submissions import coco_items
 from utils.files import write_csv, write_json, writing
-
+from utils.ops import boxes
 
 UNSURE = 255  # in masks: the pixel is not to be trained on; the files declare it as no data
 
@@ -41,7 +41,7 @@ def sure_mask(probs, mask, least):
 def write_boxes(root, files, sizes, results, names, category_ids, least):
     """The competition's layout: ROOT/train/{images, label/Train.json}. results: per image detections (n, 6) of x1, y1,
     x2, y2, score, class, of which those with a score of at least `least` count. -> number of images, of boxes."""
-    sure = [(file, size, _sound(rows[rows[:, 4] >= least])) for file, size, rows in zip(files, sizes, results)]
+    sure = [(file, size, _sound(boxes.confident(rows, least))) for file, size, rows in zip(files, sizes, results)]
     sure = [item for item in sure if len(item[2])]
     link([file for file, _, _ in sure], root / "train/images")
     items = coco_items([rows for _, _, rows in sure], range(len(sure)), category_ids)
@@ -57,7 +57,7 @@ def write_boxes(root, files, sizes, results, names, category_ids, least):
 def _sound(rows):
     """Detections (n, 6) without the boxes that reading labels would drop: less than a pixel, or equal to another box
     after clipping to the image."""
-    rows = rows[(rows[:, 2:4] - rows[:, :2] >= MIN_SIDE).all(1)]
+    rows = rows[(boxes.sides(rows) >= MIN_SIDE).all(1)]
     _, first = np.unique(rows[:, [0, 1, 2, 3, 5]].numpy(), axis=0, return_index=True)
     return rows[np.sort(first)]
 

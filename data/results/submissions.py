@@ -80,18 +80,18 @@ def write_boxes(out, files, sizes, results, *, ids, category_ids, max_mb):
         write_text(out / "labels" / f"{file.stem}.txt", yolo_lines(rows, *size))
     items = coco_items(results, ids, category_ids)
     submission, dropped = cut(parking_items(items), max_mb * 1e6)
-    if dist.rank() == 0:
+    if dist.is_main():
         write_json(out / "coco.json", items, indent=None)
         write_text(out / "submission.json", submission)
     return dropped
 
 
-def draw_boxes(folder, files, results, *, names, bands, threshold, limit=1920):
-    """Writes FOLDER/NAME.jpg: the images, at most `limit` pixels a side, with their detections of at least this score.
+def draw_boxes(folder, files, results, *, names, bands, threshold):
+    """Writes FOLDER/NAME.jpg: the images, at most 1920 pixels a side, with their detections of at least this score.
     Every rank draws its share."""
     for file, rows in _share(files, results):
-        rows, (image, zoom) = rows[rows[:, 4] >= threshold], images.thumbnail(file, bands, limit)
-        rgb = pictures_det.draw_boxes(sheets.to_rgb(image), rows[:, :4] * zoom, rows[:, 5].long(), names, rows[:, 4])
+        image, zoom = images.thumbnail(file, bands, 1920)
+        rgb = pictures_det.draw_boxes(sheets.to_rgb(image), boxes.confident(rows, threshold), names, zoom)
         sheets.save_image(folder / f"{file.stem}.jpg", Image.fromarray(rgb), quality=90)
 
 

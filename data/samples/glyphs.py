@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.errors import UserError
+from utils.files import reading
 
 SIDE = 28
 LETTERS = list(string.ascii_uppercase)
@@ -33,13 +34,12 @@ def read(path=None):
 
 
 def _content(path):
-    try:
+    with reading(path):
         content = Path(path).read_bytes()
+    try:
         return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise UserError(f"{path}: damaged gzip; fetch or write it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a file of letters") from None
 
 
 def _read_csv(path, content):

@@ -3,14 +3,13 @@
 The lots are seen from above. Vehicles and people are made of rectangles. Bounding boxes are measured on the pixels that
 are drawn, to half a pixel.
 """
-import json
 import os
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from data.samples import numbered
-from utils.files import whole_folder
+from utils.files import whole_folder, write_json
 
 GLASS = "#2c3642"
 USUAL = ("white", "silver", "#222428", "gray", "navy", "firebrick")
@@ -125,18 +124,17 @@ def parking(out, *, train=48, test=12, size=(720, 1280), seed=0):
     categories = [{"id": k, "name": name} for k, name in enumerate(classes, 1)]
     labels = {split: {"images": [], "annotations": [], "categories": categories} for split in ("train", "test")}
     with whole_folder(target) as root:
-        for folder in ("train/images", "train/label", "test/images", "test/label"):
-            os.makedirs(os.path.join(root, folder))
+        for split in labels:
+            os.makedirs(f"{root}/{split}/images")
         for split, i, rng in numbered(target, train=train, test=test, seed=seed):
             image, found = scene(rng, size, first=classes[i % 14] if i % 12 != 7 else None)
             name = f"{split}_{i:04d}.jpg"
-            image.save(os.path.join(root, split, "images", name), quality=90)
+            image.save(f"{root}/{split}/images/{name}", quality=90)
             labels[split]["images"].append({"id": i + 1, "file_name": name})
             labels[split]["annotations"] += [
                 {"image_id": i + 1, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1]}
                 for category, (x1, y1, x2, y2) in found]
         for path, content in {"train/label/Train.json": labels["train"], "test/label/Test.json": labels["test"],
                               "Test_Images_Information.json": {"images": labels["test"]["images"]}}.items():
-            with open(os.path.join(root, path), "w") as file:
-                json.dump(content, file)
+            write_json(f"{root}/{path}", content, indent=None)
     return target

@@ -96,12 +96,12 @@ def wildfire(out, *, train=48, test=12, size=256, seed=0):
     target = os.path.join(out, "Wildfire")
     with whole_folder(target) as root:
         for folder in ("train_img", "train_mask", "test_img", "test_mask"):
-            os.mkdir(os.path.join(root, folder))
+            os.mkdir(f"{root}/{folder}")
         for split, i, rng in numbered(target, train=train, test=test, seed=seed):
             fraction = np.exp(rng.uniform(np.log(4e-4), np.log(.13))) if i % 8 != 5 else 0     # of 256 px: 26 to 8520
             row = i // 16 + 1 if split == "train" else -(i // 16)                              # no two tiles overlap
             corner = 300_000 + 30 * size * (i % 16), 4_000_000 + 30 * size * row
             image, mask = scene(rng, size, fraction=fraction)
             for kind, bands in (("img", image), ("mask", mask[None])):
-                _write_tif(os.path.join(root, f"{split}_{kind}", f"{split}_{kind}_{i:04d}.tif"), bands, corner)
+                _write_tif(f"{root}/{split}_{kind}/{split}_{kind}_{i:04d}.tif", bands, corner)
     return target

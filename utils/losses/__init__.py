@@ -70,16 +70,14 @@ def _binary_rows(logits, labels, per_image, ignore):
     return (t.flatten(1) if per_image else t.reshape(1, -1) for t in tensors)
 
 
-def _class_rows(logits, labels, per_image, ignore):
-    """(B,C,...) logits and labels (B,...) -> probabilities, bool positives and bool valid, each (R,P). The rows are the
-    classes of each image, or of the batch."""
+def _class_rows(logits, labels, ignore):
+    """(B,C,...) logits and labels (B,...) -> probabilities, bool positives and bool valid, each (C,P): a row per class,
+    over all pixels of the batch."""
     logits, labels, valid = _multiclass(logits, labels, ignore)
-    logits, labels, valid = logits.flatten(2), labels.flatten(1), valid.flatten(1)
-    if not per_image:
-        logits, labels, valid = logits.transpose(0, 1).flatten(1)[None], labels.reshape(1, -1), valid.reshape(1, -1)
-    valid = valid[:, None].expand_as(logits)
-    positive = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)[:, None]) & valid
-    return (t.flatten(0, 1) for t in (logits.softmax(1), positive, valid))
+    probs = logits.transpose(0, 1).flatten(1).softmax(0)
+    valid = valid.flatten().expand_as(probs)
+    positive = (labels.flatten() == torch.arange(len(probs), device=labels.device)[:, None]) & valid
+    return probs, positive, valid
 
 
 # ---- Lovász losses: convex surrogates of 1 - IoU -------------------------------------------------------------------
@@ -137,28 +135,23 @@ def lovasz_hinge(logits, labels, per_image=True, elu=False, ignore=None):
 
 
 @_in_fp32
-def lovasz_softmax(logits, labels, per_image=False, classes="present", ignore=None, weight=None):
+def lovasz_softmax(logits, labels, ignore=None, weight=None):
     """Multi-class Lovász-softmax loss (Berman, Triki, Blaschko 2018, arXiv 1705.08790, sec. 3.2).
 
     logits     (B,C,H,W), float, C >= 2; the softmax is taken here
     labels     (B,H,W), any dtype, 0 .. C-1 or `ignore`
-    per_image  mean over images of the loss of each image (0 for an image without valid pixels);
-               False: the batch is one large image
-    classes    mean over the classes "present" in the labels, or over "all" C
-    weight     (C,), of the classes in that mean
     ignore     label value of pixels without influence on value and gradient
-    returns    scalar fp32
-    ValueError for wrong shapes, for a single class (use lovasz_hinge) and for another value of `classes`.
+    weight     (C,), of the classes in the mean
+    returns    scalar fp32: the mean over the classes that are present in the labels; the batch is one large image
+    ValueError for wrong shapes and for a single class (use lovasz_hinge).
     """
-    count = logits.shape[1]
-    if classes not in ("present", "all") or count < 2:
-        raise ValueError(f'classes is "present" or "all", not {classes!r}, of two or more channels, not {count}')
-    probs, positive, valid = _class_rows(logits, labels, per_image, ignore)
+    if logits.shape[1] < 2:
+        raise ValueError(f"the softmax is of two or more channels, not {logits.shape[1]}")
+    probs, positive, valid = _class_rows(logits, labels, ignore)
     errors = torch.where(positive, 1 - probs, probs)
-    losses = _lovasz_rows(errors, positive, valid, F.relu).view(-1, count)  # errors are >= 0: relu only maps -inf to 0
-    used = positive.any(1).view(-1, count) if classes == "present" else torch.ones_like(losses)
-    used = used if weight is None else used * weight
-    return _ratio((losses * used).sum(1), used.sum(1)).mean()
+    losses = _lovasz_rows(errors, positive, valid, F.relu)  # errors are >= 0: relu only maps -inf to 0
+    used = positive.any(1) if weight is None else positive.any(1) * weight
+    return _ratio((losses * used).sum(), used.sum())
 
 
 # ---- Dice losses: 1 - F1 of probabilities ---------------------------------------------------------------------------
@@ -169,30 +162,29 @@ def _dice_rows(probs, labels, smooth):
 
 
 @_in_fp32
-def dice(logits, labels, per_image=False, smooth=1., ignore=None):
+def dice(logits, labels, smooth=1., ignore=None):
     """Binary soft Dice loss (Milletari et al. 2016, arXiv 1606.04797, with the sums of Drozdzal et al. 2016):
     1 - (2 sum(p y) + s) / (sum(p) + sum(y) + s), where p is the sigmoid of the logits.
 
     logits     (B,H,W) or (B,1,H,W), float, before the sigmoid
     labels     (B,H,W) or (B,1,H,W), any dtype, 0 .. 1
-    per_image  mean over images of the loss of each image; False: the batch is one large image, as in the IoU of a
-               competition (and in the training of nnU-Net's 2D nets and segmentation-models-pytorch), so that an image
-               with few positives does not outweigh the others
     smooth     s, in pixels, > 0. Without positives the loss is P / (P + s), where P is the sum of the probabilities;
                the gradients of all logits then add up to 1/4 at most. (In segmentation-models-pytorch it is 0 then,
                whatever was found; nnU-Net's s = 1e-5 gives a constant 1 without gradient.)
     ignore     label value of pixels without influence on value and gradient
-    returns    scalar fp32; 0 when nothing is valid
+    returns    scalar fp32; 0 when nothing is valid. The batch is one large image, as in the IoU of a competition (and
+               in the training of nnU-Net's 2D nets and segmentation-models-pytorch), so that an image with few
+               positives does not outweigh the others
     ValueError when the shapes differ or there are several channels.
     """
-    logits, labels, valid = _binary_rows(logits, labels, per_image, ignore)
+    logits, labels, valid = _binary_rows(logits, labels, False, ignore)
     return _dice_rows(logits.sigmoid() * valid, labels, smooth).mean()
 
 
 @_in_fp32
-def dice_softmax(logits, labels, per_image=False, smooth=1., ignore=None, weight=None):
+def dice_softmax(logits, labels, smooth=1., ignore=None, weight=None):
     """Soft Dice loss of several classes: `dice` of each class against the rest, averaged over all C classes (also the
-    background and absent classes), where p is the softmax of the logits. per_image, smooth: see `dice`.
+    background and absent classes), where p is the softmax of the logits. smooth: see `dice`.
 
     logits     (B,C,...), float; the softmax is taken here
     labels     (B,...), any dtype, 0 .. C-1 or `ignore`
@@ -201,9 +193,9 @@ def dice_softmax(logits, labels, per_image=False, smooth=1., ignore=None, weight
     returns    scalar fp32; 0 when nothing is valid
     ValueError on wrong shapes.
     """
-    probs, positive, valid = _class_rows(logits, labels, per_image, ignore)
+    probs, positive, valid = _class_rows(logits, labels, ignore)
     losses = _dice_rows(probs * valid, positive.to(probs.dtype), smooth)
-    return losses.mean() if weight is None else (losses.view(-1, len(weight)) * weight).sum(1).mean() / weight.sum()
+    return losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
 
 
 # ---- Cross entropies ------------------------------------------------------------------------------------------------

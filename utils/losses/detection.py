@@ -74,12 +74,12 @@ def match_anchors(shape, boxes, anchors, stride, threshold):
     return index, anchors[anchor], relative, classes
 
 
-def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10, alpha=0.5, beta=6.0):
+def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10):
     """Task-aligned loss of the anchor-free head (TOOD, Feng et al. 2021), with the distribution focal loss of GFL (Li
     et al. 2020).
 
     maps: per level (B, rows, columns, 4 * bins + classes), raw, see `anchors.decode_points`; strides: pixels per cell.
-    box, dfl, cls: weights of the three parts; topk, alpha, beta: see `assign`.
+    box, dfl, cls: weights of the three parts; topk: see `assign`.
     -> (loss, {"box", "dfl", "cls"}), the loss being the sum of the three: 1 - CIoU; distances as distributions;
     classes, whose target is the alignment of the cell with its box. Each is weighted, a sum divided by the sum of the
     targets.
@@ -88,7 +88,7 @@ def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10,
     gt_boxes, gt_classes, mask = pad(boxes, len(points.boxes))
     with torch.no_grad():
         assigned, target_scores = assign(points.classes.sigmoid(), points.boxes, points.centres, points.strides,
-                                         gt_boxes, gt_classes, mask, topk=topk, alpha=alpha, beta=beta)
+                                         gt_boxes, gt_classes, mask, topk=topk)
     total = dist.mean(target_scores.sum()).clamp(min=1 / dist.world_size())  # at least 1 over all ranks
 
     labels = torch.zeros_like(points.classes)
@@ -104,8 +104,8 @@ def free_loss(maps, boxes, strides, bins, *, box=7.5, dfl=1.5, cls=0.5, topk=10,
     return sum(parts.values()), parts
 
 
-def assign(scores, predicted, centres, strides, gt_boxes, gt_classes, mask, *, topk, alpha, beta):
-    """Task-aligned assignment: each box gets the `topk` cells inside it with the highest score^alpha * IoU^beta.
+def assign(scores, predicted, centres, strides, gt_boxes, gt_classes, mask, *, topk):
+    """Task-aligned assignment: each box gets the `topk` cells inside it with the highest score^0.5 * IoU^6.
 
     scores (B, N, C), 0..1, and predicted (B, N, 4): the net's output; centres (N, 2) and strides (N, 1) of the cells,
     pixels; gt_boxes (B, M, 4), gt_classes (B, M), mask (B, M): the ground truth, see `pad`.
@@ -118,7 +118,7 @@ def assign(scores, predicted, centres, strides, gt_boxes, gt_classes, mask, *, t
     inside = ((centres - middle).abs() < torch.maximum(size / 2, strides)).all(-1) & mask[..., None]  # (B, M, N)
     overlap = iou(gt_boxes[:, :, None], predicted[:, None]).clamp(min=0) * inside
     score = scores.transpose(1, 2).gather(1, gt_classes[..., None].expand(-1, -1, scores.shape[1]))
-    align = score ** alpha * overlap ** beta * inside
+    align = score ** 0.5 * overlap ** 6.0 * inside
     best = align.topk(min(topk, align.shape[-1]), dim=-1).indices
     claimed = torch.zeros_like(inside).scatter_(2, best, True) & inside
     assigned = torch.where(claimed, overlap, -1).argmax(1)

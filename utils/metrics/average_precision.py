@@ -3,7 +3,6 @@ import collections
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from utils.ops import boxes
 
@@ -44,7 +43,7 @@ class DetectionAP:
 
     def _best(self, rows):
         """Of each class the max_det rows with the highest scores."""
-        rows = rows[rows[:, 4].argsort(descending=True, stable=True)]
+        rows = boxes.by_score(rows)
         return torch.cat([rows[rows[:, 5] == c][:self.max_det] for c in rows[:, 5].unique()])
 
     def compute(self):
@@ -89,7 +88,7 @@ class DetectionAP:
         """-> (C+1, C+1) int64: row ground truth, column prediction, the last of each is background. Of the detections
         with at least this score, whatever their class, the pairs of highest IoU are matched first, one to one; of
         equal IoUs first the pair of one class, then the higher score."""
-        kept = [rows[rows[:, 4] >= score] for rows in self.detections]
+        kept = [boxes.confident(rows, score) for rows in self.detections]
         detections, gt_boxes = _joined(kept, 6), _joined(self.gt_boxes, 5)
         predicted, actual = detections[:, 5].astype(int), gt_boxes[:, 4].astype(int)
         d, t, overlap = _pairs(kept, self.gt_boxes, iou, across_classes=True)
@@ -107,7 +106,7 @@ class DetectionAP:
         detections from `best_threshold` on; 1 where nothing is and nothing is found), and the numbers of its
         ground-truth boxes, detections and hits."""
         threshold = self.best_threshold(iou)[0]
-        kept = [rows[rows[:, 4] >= threshold] for rows in self.detections]
+        kept = [boxes.confident(rows, threshold) for rows in self.detections]
         d, t, overlap = _pairs(kept, self.gt_boxes, iou)
         order = np.lexsort((-overlap, d, -_joined(kept, 6)[d, 4]))  # each, the best first, takes the highest IoU
         image = np.repeat(np.arange(len(kept)), np.array([len(rows) for rows in kept], int))
@@ -126,7 +125,7 @@ class DetectionAP:
         detections, gt_boxes = _joined(self.detections, 6), _joined(self.gt_boxes, 5)
         low, high = np.transpose(areas)
         inside, gt_inside = ((low <= size) & (size <= high) for size in (
-            (rows[:, 2:4] - rows[:, :2]).prod(1, keepdims=True) for rows in (detections, gt_boxes)))
+            boxes.sides(rows).prod(1, keepdims=True) for rows in (detections, gt_boxes)))
         ious = np.minimum(ious, 1 - 1e-10)  # COCO's: 1 shall be reached in spite of rounding
         d, t, overlap = _pairs(self.detections, self.gt_boxes, ious.min())
         order = np.lexsort((-t, -overlap, d, -detections[d, 4]))  # of equal IoUs the last box
@@ -171,16 +170,15 @@ def _joined(rows_of, columns):
 def _pairs(detections, gt_boxes, least, across_classes=False):
     """Lists of the boxes of images -> all pairs in one image and class with IoU >= least > 0: the number of the
     detection and of the ground-truth box, through all images, and the IoU, each (p,)."""
-    found, n, m = [np.zeros((3, 0))], *(np.cumsum([0, *map(len, kept)]) for kept in (detections, gt_boxes))
-    for start in range(0, len(detections), 16):
-        a, b = (pad_sequence(kept[start:start + 16], batch_first=True, padding_value=np.nan)  # whose IoU is NaN
-                for kept in (detections, gt_boxes))
-        overlap = boxes.iou(a[:, :, None, :4], b[:, None, :, :4], eps=0)
+    found, n, m = [np.zeros((3, 0))], 0, 0
+    for a, b in zip(detections, gt_boxes):
+        overlap = boxes.iou(a[:, None, :4], b[:, :4], eps=0)  # NaN for two boxes without area
         near = overlap >= least
         if not across_classes:
-            near &= a[:, :, None, 5] == b[:, None, :, 4]
-        image, d, t = near.numpy().nonzero()
-        found.append((d + n[start + image], t + m[start + image], overlap[image, d, t]))
+            near &= a[:, None, 5] == b[:, 4]
+        d, t = near.numpy().nonzero()
+        found.append((d + n, t + m, overlap[d, t]))
+        n, m = n + len(a), m + len(b)
     d, t, overlap = np.concatenate(found, 1)
     return d.astype(int), t.astype(int), overlap
 

@@ -20,12 +20,25 @@ def to_xywh(xyxy):
     return torchvision.ops.box_convert(xyxy, "xyxy", "cxcywh")
 
 
+def sides(boxes):
+    """Boxes (..., 4) or detections (..., 6), tensors or numpy arrays -> (..., 2): width and height."""
+    return boxes[..., 2:4] - boxes[..., :2]
+
+
+def confident(detections, least):
+    """The detections (n, 6) with a score of at least `least`."""
+    return detections[detections[:, 4] >= least]
+
+
+def by_score(detections):
+    """The detections (n, 6), the best score first, equal ones in their order."""
+    return detections[detections[:, 4].argsort(descending=True, stable=True)]
+
+
 def clip(boxes, height, width):
     """A copy of boxes (..., 4) or detections (..., 6) with all corners inside the image of height x width pixels."""
-    boxes = boxes.clone()
-    boxes[..., 0:4:2] = boxes[..., 0:4:2].clamp(0, width)
-    boxes[..., 1:4:2] = boxes[..., 1:4:2].clamp(0, height)
-    return boxes
+    inside = torchvision.ops.clip_boxes_to_image(boxes[..., :4], (height, width))
+    return torch.cat((inside, boxes[..., 4:]), -1)
 
 
 def iou(a, b, *, kind="iou", eps=1e-7):
@@ -40,7 +53,7 @@ def iou(a, b, *, kind="iou", eps=1e-7):
     if kind not in ("iou", "ciou"):
         raise ValueError(f'kind {kind!r} must be "iou" or "ciou"')
     a, b = (t if t.dtype == torch.float64 else t.float() for t in (a, b))
-    size_a, size_b = ((t[..., 2:] - t[..., :2]).clamp(min=0) for t in (a, b))
+    size_a, size_b = (sides(t).clamp(min=0) for t in (a, b))
     inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     overlap = inter / (size_a.prod(-1) + size_b.prod(-1) - inter + eps)
     if kind == "iou":
@@ -99,7 +112,7 @@ def _candidates(rows, conf, multi_label, count):
 
 def suppress(detections, *, iou=0.6, max_det=300, agnostic=False):
     """Greedy suppression of one image's detections (n, 6): the best max_det survivors, the best score first."""
-    detections = detections[detections[:, 4].argsort(descending=True, stable=True)]
+    detections = by_score(detections)
     # Each class is shifted to a place of its own, in float64: in float32, 80 classes that are 7680 px apart leave steps
     # of 1/16 px (so does torchvision's batched_nms). Beyond 2^24 px float32 has no whole pixels; clamped, a stray box
     # out there does not cost the others their precision.
@@ -120,13 +133,12 @@ def suppress(detections, *, iou=0.6, max_det=300, agnostic=False):
 
 
 @torch.no_grad()
-def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
+def wbf(detections, *, weights=None, iou=0.55):
     """Weighted boxes fusion (Solovyev et al. 2021): the detections of several models of one image -> (n, 6), sorted.
 
     detections  a (n_i, 6) tensor per model, all in the same pixels; scores are probabilities
     weights     one positive number per model; without, all models count the same
     iou         a box joins the fused box of its class that it overlaps most, if their IoU is greater than this
-    conf        boxes whose score is not greater than this are left out
 
     A fused box is the mean of its members' corners, weighted by weight x score. Its score is the weighted mean over all
     models of the best score that each model has in it, 0 for models without a member: boxes that few models have found
@@ -139,14 +151,12 @@ def wbf(detections, *, weights=None, iou=0.55, conf=0.0):
         raise ValueError(f"weights {weights.tolist()} must be {len(detections)} positive numbers, one per model")
     if not detections:
         return torch.zeros(0, 6)
-    rows = torch.cat([F.pad(d[d[:, 4] > conf].cpu().double(), (0, 1), value=model)
-                      for model, d in enumerate(detections)])
+    rows = torch.cat([F.pad(d.cpu().double(), (0, 1), value=model) for model, d in enumerate(detections)])
     rows = rows[rows.isfinite().all(1)]
     fused = [torch.zeros(0, 6)]
     for label in rows[:, 5].unique():
         fused.append(_fuse(rows[rows[:, 5] == label], weights, iou).float())
-    fused = torch.cat(fused)
-    return fused[fused[:, 4].argsort(descending=True, stable=True)].to(detections[0].device)
+    return by_score(torch.cat(fused)).to(detections[0].device)
 
 
 def _fuse(rows, weights, threshold):
@@ -174,7 +184,6 @@ def drop_border_boxes(rows, window, height, width, margin=2):
     window: (y, x, height, width) in an image of height x width.
     """
     y, x, h, w = window
-    x1, y1, x2, y2 = rows[:, :4].unbind(1)
-    cut = ((x1 < x + margin) & (x > 0) | (x2 > x + w - margin) & (x + w < width)
-           | (y1 < y + margin) & (y > 0) | (y2 > y + h - margin) & (y + h < height))
-    return rows[~cut]
+    start, end, size = rows.new_tensor([(x, y), (x + w, y + h), (width, height)])
+    cut = (rows[:, :2] < start + margin) & (start > 0) | (rows[:, 2:4] > end - margin) & (end < size)
+    return rows[~cut.any(1)]

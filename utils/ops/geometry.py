@@ -51,12 +51,6 @@ def rot90(k, height, width):
     return matrix
 
 
-def warp_points(points, matrix):
-    """Points (..., 2) of x, y -> the same points, moved; float64."""
-    points = np.asarray(points, np.float64)
-    return points @ matrix[:2, :2].T + matrix[:2, 2]
-
-
 def warp_boxes(boxes, matrix):
     """Boxes (N, 4) of x1, y1, x2, y2 -> the boxes (N, 4) around their moved corners; float64."""
     terms = np.asarray(boxes, np.float64).reshape(-1, 2, 1, 2) * matrix[:2, :2]  # (N, corner, x or y, terms of the sum)
@@ -111,11 +105,11 @@ def _paste_warped(image, matrix, canvas, low, high):
     return drawn
 
 
-def warp(image, matrix, size, *, mode="bilinear", border="constant", fill=0):
+def warp(image, matrix, size, *, mode="bilinear", border="constant"):
     """Moves an image by `matrix` onto a canvas of `size` = (height, width), in one resampling.
 
     image: (C, H, W) or (B, C, H, W), any dtype; matrix: (3, 3), or (B, 3, 3) with one per image.
-    mode: "bilinear", or "nearest" for masks. border: the values outside of the source: "constant" (`fill`), "reflect"
+    mode: "bilinear", or "nearest" for masks. border: the values outside of the source: "constant" (0), "reflect"
     (without repeating the edge) or "wrap".
 
     Flips, quarter turns and shifts by whole pixels move pixels exactly, in any dtype; with the identity the result is
@@ -124,15 +118,15 @@ def warp(image, matrix, size, *, mode="bilinear", border="constant", fill=0):
     inverse = np.linalg.inv(matrix)
     steps, offset = inverse[..., :2, :2], inverse[..., :2, :2] @ (0.5, 0.5) + inverse[..., :2, 2] - 0.5
     if inverse.ndim == 2 and _whole(steps, 1e-9) and _whole(offset, 1e-6) and (abs(np.rint(steps)).sum(0) == 1).all():
-        return _move(image, np.rint(steps).astype(int), np.rint(offset).astype(int), size, border, fill)
-    return _resample(image, inverse, size, mode, border, fill)
+        return _move(image, np.rint(steps).astype(int), np.rint(offset).astype(int), size, border)
+    return _resample(image, inverse, size, mode, border)
 
 
 def _whole(values, tolerance):
     return (abs(values - np.rint(values)) < tolerance).all()
 
 
-def _move(image, steps, offset, size, border, fill):
+def _move(image, steps, offset, size, border):
     """Output pixel (row v, column u) is source pixel steps @ (u, v) + offset: only indices are computed."""
     if steps[0, 0] == 0:  # a quarter turn: source x runs along output rows
         image, steps, offset = image.transpose(-1, -2), steps[::-1], offset[::-1]
@@ -147,7 +141,7 @@ def _move(image, steps, offset, size, border, fill):
             image = image.index_select(axis, torch.from_numpy(index.clip(0, source - 1)).to(image.device))
     if outside[0].any() or outside[1].any():
         outside = (outside[1][:, None] | outside[0][None]).to(image.device)
-        image = torch.where(outside, image.new_tensor(fill), image)  # masked_fill has no uint16
+        image = torch.where(outside, image.new_zeros(()), image)  # masked_fill has no uint16
     return image
 
 
@@ -160,15 +154,14 @@ def _fold(index, length, border):
     return index
 
 
-def _resample(image, inverse, size, mode, border, fill):
+def _resample(image, inverse, size, mode, border):
     """`warp` by grid_sample, with matrices (3, 3) or (B, 3, 3) from output to source coordinates."""
     batched = image if image.ndim == 4 else image[None]
     values = batched if batched.dtype == torch.float64 else batched.float()  # half precision is too coarse
     if border == "reflect":  # one row or column is doubled, else grid_sample would divide by 0
         values = values.repeat(1, 1, *(2 if side == 1 else 1 for side in values.shape[-2:]))
     height, width = values.shape[-2:]
-    dtype, filled = values.dtype, border == "constant" and fill
-    values = values - float(fill) if filled else values  # grid_sample fills with 0 only
+    dtype = values.dtype
     inverse = np.reshape(inverse, (-1, 3, 3))
     # grid_sample's -1 and 1 are the image's edges, with align_corners the centres of its outermost pixels
     corners = int(border == "reflect")
@@ -191,6 +184,5 @@ def _resample(image, inverse, size, mode, border, fill):
     grid = grid.to(values).expand(len(values), -1, -1, -1)
     padding = {"constant": "zeros", "reflect": "reflection", "wrap": "border"}[border]
     out = F.grid_sample(values, grid, mode=mode, padding_mode=padding, align_corners=bool(corners))
-    out = out + float(fill) if filled else out
     out = (out if image.is_floating_point() else out.round()).to(image.dtype)
     return out if image.ndim == 4 else out[0]

@@ -121,9 +121,9 @@ def _density(xs, ys, x, y, axis, **texts):
     return plot.image
 
 
-def _instances(counts, names, most=30):
+def _instances(counts, names):
     """The number of instances of the classes, of many classes of the most frequent."""
-    order = np.argsort(-counts, kind="stable")[:most]
+    order = np.argsort(-counts, kind="stable")[:30]
     colours = map(tuple, shade(counts[order] / max(1, counts.max()), LINE).tolist())
     return cells.as_picture(f"{np.count_nonzero(counts)} of {len(counts)} classes occur",
                             [{"class": class_name(names, k), "boxes": int(counts[k])} for k in order], [*colours])

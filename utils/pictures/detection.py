@@ -9,6 +9,7 @@ import unicodedata
 import numpy as np
 from PIL import Image, ImageDraw
 
+from utils.ops.boxes import confident
 from utils.pictures.sheets import INK, PALETTE, abreast, contact_sheet, fit, font, text_line, to_numpy, to_rgb
 
 MOST = 20  # classes in a legend
@@ -26,24 +27,26 @@ def colour_of(k):
     return tuple(PALETTE[int(k) % len(PALETTE)].tolist())
 
 
-def draw_boxes(rgb, boxes, classes, names, scores=None):
-    """Draws boxes and their tags (name, score) into a copy of a picture.
+def draw_boxes(rgb, rows, names, zoom=1):
+    """Draws boxes and their tags (name, score) into a copy of a picture, which is an image scaled by `zoom`.
 
-    rgb: uint8 (H, W, 3); boxes: (n, 4); classes: (n,); scores: (n,) or None -> uint8 (H, W, 3).
+    rgb: uint8 (H, W, 3); rows, in pixels of the image: ground truth (n, 5) of x1 y1 x2 y2 class, or detections (n, 6)
+    of x1 y1 x2 y2 score class -> uint8 (H, W, 3).
     Boxes are cut at the picture's edge; boxes beyond it, inverted ones and NaN are not drawn. Higher scores (without
     scores: later boxes) are drawn over lower ones and choose the place of their tag first: above the box, inside,
     below. Tags never overlap each other; in a crowd, where they would hide the picture, the rest has only its colour.
     """
     picture, (height, width) = Image.fromarray(rgb), rgb.shape[:2]
     draw, line = ImageDraw.Draw(picture), round(max(height, width) / 400 + 0.5)
-    boxes, classes, edge = to_numpy(boxes), to_numpy(classes).astype(int), (width, height)
-    order = np.arange(len(boxes)) if scores is None else np.argsort(to_numpy(scores), kind="stable")
-    low, high, tags = boxes[:, :2], boxes[:, 2:], []
+    rows, edge, tags = to_numpy(rows), (width, height), []
+    classes, scored = rows[:, -1].astype(int), rows.shape[1] == 6
+    order = np.argsort(rows[:, 4], kind="stable") if scored else np.arange(len(rows))
+    low, high = rows[:, :2] * zoom, rows[:, 2:4] * zoom
     for i in order[((low < edge) & (high > 0) & (low <= high)).all(1)[order]]:
         corner = np.minimum(low[i].clip(0).round(), np.subtract(edge, 1))
         opposite = np.maximum(np.minimum(high[i], edge).round() - 1, corner)
         draw.rectangle([*corner, *opposite], outline=colour_of(classes[i]), width=line)
-        text = class_name(names, classes[i]) + ("" if scores is None else f" {float(scores[i]):.2f}")
+        text = class_name(names, classes[i]) + (f" {rows[i, 4]:.2f}" if scored else "")
         tags.append((*map(int, (*corner, opposite[1])), text, colour_of(classes[i])))
     _draw_tags(draw, tags[::-1], width, height)
     return np.array(picture)
@@ -80,12 +83,9 @@ def detection_sheet(path, images, gt_boxes, predictions=None, *, names, limit=8,
         rgb = to_rgb(image)
         picture = fit(rgb, max_side)
         zoom = max(picture.shape) / max(rgb.shape)
-        truth = to_numpy(gt_boxes[i])
-        groups.append([draw_boxes(picture, truth[:, :4] * zoom, truth[:, 4], names)])
+        groups.append([draw_boxes(picture, gt_boxes[i], names, zoom)])
         if predictions is not None:
-            found = to_numpy(predictions[i])
-            found = found[found[:, 4] >= score]
-            groups[-1].append(draw_boxes(picture, found[:, :4] * zoom, found[:, 5], names, found[:, 4]))
+            groups[-1].append(draw_boxes(picture, confident(predictions[i], score), names, zoom))
     legend = {class_name(names, k): colour_of(k) for k in range(len(names))} if len(names) <= MOST else None
     titles = () if predictions is None else ["truth", f"prediction, score >= {score:g}"]
     contact_sheet(path, abreast(groups), titles=titles, legend=legend, max_side=max_side)

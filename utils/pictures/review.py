@@ -44,14 +44,14 @@ def write_review(folder, samples, draw, *, tables=None, titles=(), caption=score
         captions += [f"{part} {i}:   {caption(samples[k])}" for i, k in enumerate(indices, 1)]
     for i, (k, row) in enumerate(zip(parts[0], pictures), 1):
         samples[k]["picture"] = f"worst/{i:02}.jpg"
-        contact_sheet(Path(folder) / samples[k]["picture"], [row], titles=titles, captions=[[caption(samples[k])]],
+        contact_sheet(f"{folder}/{samples[k]['picture']}", [row], titles=titles, captions=[[caption(samples[k])]],
                       max_side=max_side)
     starts = range(0, len(pictures), across)
     sheet = draw_sheet([sum(pictures[i:i + across], []) for i in starts], titles=titles, max_side=max_side,
                        captions=[captions[i:i + across] for i in starts])
     drawn = [cells.as_picture(title, rows) for title, rows in (tables or {}).items()]
-    save_image(Path(folder) / "review.png", join([sheet, *drawn], 1))
-    cells.write_csv(Path(folder) / "samples.csv", samples)
+    save_image(f"{folder}/review.png", join([sheet, *drawn], 1))
+    cells.write_csv(f"{folder}/samples.csv", samples)
 
 
 # ---- label noise -----------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def read_noise(path, count=None, run=None):
     names = [row["name"] for row in sorted(rows, key=lambda row: row["rank"])][:count]
     if run is None:
         return names
-    samples = _read(Path(run) / "samples.csv", "score", "give a checkpoint in its run's folder")
+    samples = _read(f"{run}/samples.csv", "score", "give a checkpoint in its run's folder")
     held_out = {row["name"] for row in samples}.intersection(names)
     if not held_out:
         raise UserError(f"{path}: {run} has held out none of the {len(names)} worst samples; take another run's "

@@ -179,12 +179,12 @@ def draw_sheet(rows, *, titles=(), captions=(), legend=None, max_side=256):
     return ImageOps.expand(join([join(strip, 0) for strip in strips], 1), (GAP, GAP, 0, 0), "white")
 
 
-def augmentation_sheet(path, draw, epochs=6):
+def augmentation_sheet(path, draw):
     """Writes what is trained on: a row per sample, a column per epoch. draw: a function of the epoch
     that returns the pictures, and a text for each of them."""
-    columns, captions = zip(*map(draw, range(epochs)))
+    columns, captions = zip(*map(draw, range(6)))
     contact_sheet(path, list(zip(*columns)), captions=list(zip(*captions)),
-                  titles=[f"epoch {k + 1}" for k in range(epochs)])
+                  titles=[f"epoch {k}" for k in range(1, 7)])
     print(path)
 
 

@@ -6,7 +6,7 @@ import torch
 from utils import losses
 from utils.errors import Parser, UserError
 from utils.files import write_json
-from utils.train import dist, optim, runs
+from utils.train import dist, engine, optim, runs
 from utils.train.loggers import make_loggers
 from utils.train.state import State
 from utils.train.swa import SWA, with_swa
@@ -93,8 +93,9 @@ def loss_term(known):
 
 
 def train_parser(description, task, **defaults):
-    """A parser with the flags that all training scripts share; `defaults`: the competition's recipe."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """A parser with the flags that all training scripts share; `description`: a text of which the first line is shown;
+    `defaults`: the competition's recipe."""
+    parser = Parser(description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("training").add_argument
     add("--data", metavar="DIR", help="folder of the data")
     add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on these "
@@ -195,7 +196,8 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
 
 
 def begin_run(parser, args, given=None, check=lambda args: None):
-    """Opens the run folder of `args` and writes down its flags -> (args, folder, the checkpoint to go on from or None).
+    """Opens the run folder of `args`, writes down its flags, and seeds the initialisation of the net -> (args, folder,
+    the checkpoint to go on from or None).
 
     When a run is resumed, its own flags hold. given: {flag: value} that override them, which is reported, and `check`
     is called with the result. A script may begin further runs, each with a name of its own: when torchrun restarts the
@@ -215,11 +217,12 @@ def begin_run(parser, args, given=None, check=lambda args: None):
         check(args)
     if args.debug:
         args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
-    if dist.rank() == 0:
+    if dist.is_main():
         if not resume:  # else engine.fit writes them, when it has accepted the checkpoint
             write_json(folder / "args.json", vars(args))
         runs.record_start(folder, vars(parser.parse_args([])))
         print(f"resuming: {folder} at step {resume['step']}" if resume else f"run: {folder}")
+    engine.seed_everything(args.seed, args.deterministic)
     return args, folder, resume
 
 
@@ -268,42 +271,41 @@ def _check_flags(parser, args, given, needs):
 
 
 def class_weights(args, names, counts, negatives=None):
-    """Prints how often each class is trained on -> [weight per class] of --class-weights, or None without. `balanced`
-    becomes numbers in `args`, which checkpoints keep. counts, negatives: of `losses.balanced`."""
+    """-> [weight per class] of --class-weights, which are printed, or None without the flag. `balanced` becomes numbers
+    in `args`, which checkpoints keep. counts, negatives: of `losses.balanced`."""
     if args.class_weights == "balanced":
         args.class_weights = losses.balanced(counts, negatives)
-    weights = args.class_weights or [1.0] * len(names)
-    if len(weights) != len(names):
+    weights = args.class_weights
+    if weights and len(weights) != len(names):
         raise UserError(f"--class-weights: has {len(weights)} numbers for {len(names)} classes; give one per class")
-    dist.print0("trained on, by class: " + ", ".join(
-        f"{name} {count:,}" + f" (weight {weight:.4g})" * bool(args.class_weights)
-        for name, count, weight in zip(names, counts, weights)))
-    return args.class_weights
+    if weights:
+        dist.print0("weights in the loss: " + ", ".join(
+            f"{name} ({count:,}) {weight:.4g}" for name, count, weight in zip(names, counts, weights)))
+    return weights
 
 
-def training(args, folder, model, loader, device, *, part=1.0, lr=None, weight_decay=None, eps=1e-8):
+def training(args, folder, model, loader, device, *, part=1.0, lr_factor=1, decay_divisor=1, eps=1e-8):
     """What the shared flags decide -> (State, the keyword arguments of engine.fit: epochs, records, ...).
 
     The model is moved to the device, and its batch norms are synchronised with --sync-bn: see `State.model`.
     part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
-    count passes. lr, weight_decay: instead of --lr and --weight-decay. eps: of Adam and its relatives.
+    count passes. lr_factor, decay_divisor: of --lr and --weight-decay. eps: of Adam and its relatives.
     """
     model = model.to(device, memory_format=torch.channels_last)
     model = dist.sync_batch_norm(model, device) if args.sync_bn else model
     dist.print0(f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}")
     steps, epochs = -(-len(loader) // args.accumulate), round(args.epochs / part)
-    decay = args.weight_decay if weight_decay is None else weight_decay
-    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, decay),
-                                     lr=args.lr if lr is None else lr, momentum=args.momentum, eps=eps)
+    optimizer = optim.make_optimizer(args.optimizer, optim.param_groups(model, args.weight_decay / decay_divisor),
+                                     lr=args.lr * lr_factor, momentum=args.momentum, eps=eps)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
-    swa, first = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part)), dist.rank() == 0
+    swa = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part))
     schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa)
     state = State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
                   ema=optim.make_ema(model, steps * epochs) if args.ema else None,
                   swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
                   clip=args.clip, compile=args.compile)
-    loggers = make_loggers(folder, tensorboard=args.tensorboard and first, wandb=args.wandb and first,
-                           config=vars(args))
+    loggers = make_loggers(folder, tensorboard=args.tensorboard, wandb=args.wandb,
+                           config=vars(args)) if dist.is_main() else []
     return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,
                        loggers=loggers)

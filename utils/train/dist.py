@@ -22,13 +22,18 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
+def is_main():
+    """Whether this is the process that prints and writes for all, rank 0."""
+    return rank() == 0
+
+
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(*values):
     """print, on rank 0 only."""
-    if rank() == 0:
+    if is_main():
         print(*values, flush=True)
 
 
@@ -114,6 +119,11 @@ def gather(value):
     box = [None] * world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def gather_dicts(values):
+    """Returns one dict of all ranks' entries on every rank."""
+    return {key: value for share in gather(values) for key, value in share.items()}
 
 
 def any_rank(number):

@@ -56,19 +56,19 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
     state.steps_per_epoch = -(-len(loader) // state.accumulate)
     if resume:
         state.load_state_dict(resume)
-        if dist.rank() == 0 and "args" in header:  # no sooner: they might have been refused
+        if dist.is_main() and "args" in header:  # no sooner: they might have been refused
             write_json(folder / "args.json", header["args"])
         _write_results(folder, state)  # the run may have been killed between its checkpoint and this
-    saved = state.step, len(state.history)  # how far last.pt goes
+    saved = state.step, state.epoch  # how far last.pt goes
 
     def save(name="last.pt", **changes):
         nonlocal saved
         content = header | state.state_dict() | changes  # on every rank: all notice numbers that are not finite
         if name == "last.pt":
-            saved = state.step, len(state.history)
+            saved = state.step, state.epoch
         else:  # it can predict but not go on, at a third of the size
             content = {k: v for k, v in content.items() if k not in ("optimizer", "scaler", "swa", "swa_count")}
-        if dist.rank() == 0:
+        if dist.is_main():
             checkpoint.save(folder / name, content, keep_previous=name == "last.pt")
 
     evaluate = evaluate or (lambda model: {})
@@ -76,23 +76,23 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
         for _, close in loggers:
             stack.callback(close)
         try:
-            while len(state.history) < epochs and not _out_of_patience(state.scores, patience):
+            while state.epoch < epochs and not _out_of_patience(state.scores, patience):
                 began = time.monotonic()
                 _train_epoch(state, loader, compute_loss, save, signals, epochs=epochs, seed=seed)
                 _finish_epoch(state, loader, evaluate, save, signals, began=began, save_period=save_period)
                 _write_results(folder, state)
                 for log, _ in loggers:
-                    log(state.history[-1], len(state.history))
-                dist.print0(_line(state.history[-1]))
+                    log(state.history[-1], state.epoch)
+                dist.print0(line(state.history[-1]))
                 signals.check()
             if state.swa:
                 _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, seed=seed)
         except Stopped:  # the state is that between two steps, or that of a trained epoch before its evaluation
-            if saved != (state.step, len(state.history)):
+            if saved != (state.step, state.epoch):
                 save()
             dist.print0(f"stopped and saved at step {state.step}; go on with --resume")
             raise
-    if dist.rank() == 0:
+    if dist.is_main():
         try:
             table.write(folder)
         except UserError as error:  # all else is written, and the next run's end makes this table anew
@@ -101,7 +101,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
 
 def _train_epoch(state, loader, compute_loss, save, signals, *, epochs, seed):
     """Trains the rest of an epoch, from the step that `state` has reached. Raises Stopped between two steps."""
-    epoch, batches = len(state.history), len(loader)
+    epoch, batches = state.epoch, len(loader)
     done = (state.step - epoch * state.steps_per_epoch) * state.accumulate
     if done >= batches:
         return
@@ -112,7 +112,7 @@ def _train_epoch(state, loader, compute_loss, save, signals, *, epochs, seed):
             if not state.train_batch(compute_loss, batch, i, batches):
                 continue
             progress.show(state, i + 1)
-            if signals.check(int(dist.rank() == 0 and time.monotonic() - saved > SAVE_MINUTES * 60)):
+            if signals.check(int(dist.is_main() and time.monotonic() - saved > SAVE_MINUTES * 60)):
                 save()
                 saved = time.monotonic()
 
@@ -129,7 +129,7 @@ def _seeded(loader, epoch, done, seed):
 
 def _finish_epoch(state, loader, evaluate, save, signals, *, began, save_period):
     """Evaluates a trained epoch, appends its row to the history and saves."""
-    row = {"epoch": len(state.history) + 1, "lr": state.lr}
+    row = {"epoch": state.epoch + 1, "lr": state.lr}
     row |= {name: float(dist.mean(value / len(loader))) for name, value in state.sums.items()}
     state.check()
     for module in (state.model, state.eval_model):
@@ -141,11 +141,11 @@ def _finish_epoch(state, loader, evaluate, save, signals, *, began, save_period)
     if metrics:
         state.score, state.threshold = next(iter(metrics)), threshold
     if state.swa:
-        state.swa.take(state.model, len(state.history))
+        state.swa.take(state.model, state.epoch)
     if metrics and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
         save("best.pt")
-    if save_period and len(state.history) % save_period == 0:
-        save(f"epoch_{len(state.history)}.pt")
+    if save_period and state.epoch % save_period == 0:
+        save(f"epoch_{state.epoch}.pt")
     save()  # after the others: a run that is killed before this comes here again and writes them
 
 
@@ -157,14 +157,14 @@ def _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, *,
     model = state.swa.module
     with signals.interruptible():
         with autocast(state.device, state.dtype), state.swa.new_statistics(), Progress("batch norms", loader) as bar:
-            for _, batch in _seeded(loader, len(state.history), 0, seed):
+            for _, batch in _seeded(loader, state.epoch, 0, seed):
                 compute_loss(model, to_device(batch, state.device))
                 bar.update(bar.size)
         metrics, threshold = _metrics(evaluate_on(state, evaluate, model))
     save("swa.pt", model=model.state_dict(), ema=None, ema_steps=0, swa_scores=metrics, threshold=threshold)
-    if dist.rank() == 0 and metrics:  # no row of results.csv: that is the history, of other weights
+    if dist.is_main() and metrics:  # no row of results.csv: that is the history, of other weights
         write_json(folder / "swa.json", metrics)
-    dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: {_line(metrics)}")
+    dist.print0(f"swa.pt, the mean of {int(state.swa.n_averaged)} epochs: {line(metrics)}")
     signals.check()
 
 
@@ -193,12 +193,13 @@ def _out_of_patience(scores, patience):
 
 
 def _write_results(folder, state):
-    if dist.rank() == 0 and state.history:
+    if dist.is_main() and state.history:
         cells.write_csv(folder / "results.csv", state.history)
         charts.plot_curves(folder / "results.png", state.history, state.score)
         if state.score:
             runs.add_record(folder, score=state.score)
 
 
-def _line(row):
+def line(row):
+    """{name: number} in one line."""
     return "  ".join(f"{name} {value:.4g}" for name, value in row.items())

@@ -47,14 +47,13 @@ class AdamP(torch.optim.Optimizer):
     """AdamW without the part of its step that lies along scale-invariant weights (Heo et al. 2021, arXiv 2006.08217).
 
     The scale of a weight in front of a norm does not matter to the net, but momentum makes it grow, and growing makes
-    the steps small. The gradients of such weights are orthogonal to them: |cos(w, g)| < delta / sqrt(dim(w)), in every
-    output channel, or else in the layer as a whole. They decay only `wd_ratio` as much as others. Vectors and scalars
-    get AdamW's step. The CPU reads no numbers to decide this, so it does not wait for the GPU.
+    the steps small. The gradients of such weights are orthogonal to them: |cos(w, g)| < 0.1 / sqrt(dim(w)), in every
+    output channel, or else in the layer as a whole. They decay only a tenth as much as others. Vectors and scalars get
+    AdamW's step. The CPU reads no numbers to decide this, so it does not wait for the GPU.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, delta=0.1, wd_ratio=0.1):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, delta=delta,
-                                      wd_ratio=wd_ratio))
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -74,20 +73,20 @@ class AdamP(torch.optim.Optimizer):
         root = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
         update = state["exp_avg"] / root / (1 - beta1 ** state["step"])
         if p.ndim > 1:
-            update, ratio = project(p, p.grad, update, group["delta"], group["wd_ratio"])
+            update, ratio = project(p, p.grad, update)
         p.mul_(1 - lr * group["weight_decay"] * ratio).sub_(update, alpha=lr)
 
 
-def project(weight, grad, update, delta=0.1, wd_ratio=0.1):
+def project(weight, grad, update):
     """-> (AdamP's update, the ratio of its weight decay). Three tensors of one shape, (out, ...), and a 0-d tensor."""
     ratio, projected = weight.new_ones(()), update
     for rows in (1, len(weight)):  # the layer as a whole, then its channels, which override it if all are invariant
         w, g, u = (t.reshape(rows, -1) for t in (weight, grad, update))
         unit = F.normalize(w)
-        invariant = (unit * F.normalize(g)).sum(1).abs().max() < delta / math.sqrt(w.shape[1])
+        invariant = (unit * F.normalize(g)).sum(1).abs().max() < 0.1 / math.sqrt(w.shape[1])
         along = (unit * u).sum(1, keepdim=True) * unit
         projected = torch.where(invariant, (u - along).view_as(update), projected)
-        ratio = torch.where(invariant, wd_ratio, ratio)
+        ratio = torch.where(invariant, 0.1, ratio)
     return projected, ratio
 
 
@@ -124,7 +123,7 @@ def lookahead(optimizer, k=5, alpha=0.5):
     return optimizer
 
 
-def warm_up(optimizer, steps, *, bias_lr=0.0, momentum=None):
+def warm_up(optimizer, steps, *, bias_lr, momentum):
     """For the first `steps` optimizer steps, beside a schedule whose warm-up is as long: the learning rate of biases
     falls from `bias_lr`, while the others rise from 0, so that the net finds its output's scale before its weights
     move; the momentum rises from `momentum`. Returns the optimizer.
@@ -132,7 +131,7 @@ def warm_up(optimizer, steps, *, bias_lr=0.0, momentum=None):
     for group in optimizer.param_groups:
         final = group["betas"][0] if "betas" in group else group["momentum"]
         group["warmup"] = {"steps": steps, "lr": bias_lr if group["name"] == "biases" else 0.0,
-                           "momentum": final if momentum is None else momentum, "final": final}
+                           "momentum": momentum, "final": final}
     return optimizer
 
 

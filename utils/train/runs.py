@@ -102,7 +102,7 @@ def open_run(project, name, resume=None):
     Workers that torchrun has restarted go on in the folder of this name that they used before.
     """
     found = None
-    if dist.rank() == 0:
+    if dist.is_main():
         try:
             found = _open(Path(project), name, resume)
         except UserError as error:
@@ -136,7 +136,7 @@ def new_folder(path):
     path = Path(path)
     if path.name in ("", ".."):  # there is no name to put a number behind
         path = path.resolve()
-    return Path(dist.broadcast(str(dist.rank() == 0 and create(path.parent, path.name))))
+    return Path(dist.broadcast(str(dist.is_main() and create(path.parent, path.name))))
 
 
 # ---- run.json, the record of a run, for the table of runs (utils/pictures/table.py) ----------------------------------

@@ -68,6 +68,11 @@ class State:
         return self.ema.module if self.ema else self.model
 
     @property
+    def epoch(self):
+        """The number of finished epochs."""
+        return len(self.history)
+
+    @property
     def lr(self):
         """The learning rate of the last step."""
         return self.optimizer.param_groups[0]["lr"]
