@@ -151,13 +151,15 @@ def _header(path, changed, length, regular):
             with contextlib.suppress(ValueError):  # it has none
                 colours = file.colormap(1)
                 colours = _palette(value for i in range(256) for value in colours.get(i, (0, 0, 0))[:3])
+        # the one colour of a PNG that is transparent is one of all its bands together
+        nodata = file.nodatavals if kind == "GTiff" or file.count == 1 else ()
         located = file.crs or not file.transform.is_identity
         orientation = 1 if located or file.gcps[0] else _orientation(path, head, kind)
         return Header(
             kind, (file.count, *(file.shape[::-1] if orientation > 4 else file.shape)), file.dtypes[0],
             int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)), colours, orientation,
             file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha,
-            file.nodatavals if any(v is not None for v in file.nodatavals) else _nodata_beside(path, file.count),
+            nodata if any(value is not None for value in nodata) else _nodata_beside(path, file.count),
             "beside" if beside else "inside" if file.mask_flag_enums[0] == [MaskFlags.per_dataset] else "",
             (file.crs, file.transform) if located else None)
 

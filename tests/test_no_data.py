@@ -83,6 +83,12 @@ def test_bands_have_no_data_each_for_itself(tmp_path):
     assert image.isnan().sum() == 1 and images.void(image) is None and images.void(images.read(path, [2])).sum() == 1
 
 
+def test_a_transparent_colour_is_no_value_of_a_band(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 3, (6, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", transparency=(1, 1, 1))
+    assert (images.read(tmp_path / "a.png").numpy() == pixels.transpose(2, 0, 1)).all()
+
+
 def test_opacity_that_is_asked_for_is_a_band(tmp_path):
     image = images.read(scene(tmp_path / "a.tif", "alpha"), [1, 4])
     assert image.dtype == torch.uint8 and (image[1].numpy() == np.where(HOLE, 0, 255)).all()
