@@ -119,7 +119,7 @@ def test_a_class_of_a_thousandth_is_found(script, tmp_path, capsys):
     for name, more in (("plain", []), ("weighted", ["--class-weights", "balanced"])):
         script(train_seg, *flags, "--name", name, *more)
         out = capsys.readouterr().out
-        assert "background 8,184" in out and "object 8" in out and ("weight 512" in out) == bool(more)
+        assert "object 8" in out and ("background (8,184)" in out and "object (8) 512" in out) == bool(more)
         state = checkpoint.load(f"runs/seg/{name}/last.pt")
         found[name] = recall(state, tmp_path / "DATA")
     assert found["plain"] == 0 and found["weighted"] >= 6, found
@@ -146,12 +146,13 @@ def test_classification(script, tmp_path, capsys, refused):
     count = answers.sum(0)
     weights = checkpoint.load("runs/cls/exp/last.pt")["args"]["class_weights"]
     assert weights == pytest.approx((12 - count) / count)
-    assert f"a {int(count[0])} (weight {weights[0]:.4g})" in capsys.readouterr().out
+    assert f"a ({int(count[0])}) {weights[0]:.4g}" in capsys.readouterr().out
     losses_of = {}
     for loss in ("bce", "focal"):
         for weights in ("1,1,1,1", "9,1,1,1"):
             name = f"{loss}{weights[0]}"
-            script(train_cls, "--data", root, *TINY_CLS, "--folds", 0, "--loss", loss, "--class-weights", weights, "--name", name)
+            script(train_cls, "--data", root, *TINY_CLS, "--folds", 0, "--loss", loss, "--class-weights", weights,
+                   "--name", name)
             losses_of[name] = checkpoint.load(f"runs/cls/{name}/last.pt")["history"][0]["loss"]
     assert len(set(losses_of.values())) == 4  # the weights have come to the losses
     refused(train_cls, "--data", root, *TINY_CLS, "--class-weights", "1,2", says=["--class-weights", "2 numbers for 4"])
