@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 import nets
-from data import cls, folds, images, mix, units
+from data import cls, folds, images, units
+from data.augment import mix
 from data.loader import eval_loader, train_loader
 from data.samples import dirty_mnist
 from nets import pretrained

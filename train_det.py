@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import nets
-from data import det, folds, images, labels, mix, units
+from data import det, folds, images, labels, units
+from data.augment import mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS

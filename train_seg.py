@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import default_collate
 
 import nets
-from data import folds, mix, seg, units
+from data import folds, seg, units
+from data.augment import mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from utils import losses

@@ -1,4 +1,4 @@
-"""data/seg.py, data/cache.py and data/augment.py: pairs, masks, checks, samples and their caches."""
+"""data/seg.py, data/cache.py and data/augment/__init__.py: pairs, masks, checks, samples and their caches."""
 import os
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""utils/ops/geometry.py and data/augment.py against numpy's pad, flip and rot90 and against a pixel loop."""
+"""utils/ops/geometry.py and data/augment/__init__.py against numpy's pad, flip and rot90 and against a pixel loop."""
 import math
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""data/mix.py: the source of every pixel, and labels that agree with it."""
+"""data/augment/mix.py: the source of every pixel, and labels that agree with it."""
 import math
 
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data import mix
+from data.augment import mix
 import nets
 from nets.blocks import silu
 from utils import losses

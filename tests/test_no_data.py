@@ -12,7 +12,8 @@ from rasterio.enums import ColorInterp
 from rasterio.rpc import RPC
 from rasterio.transform import from_origin
 
-from data import det, images, mix, seg, units
+from data import det, images, seg, units
+from data.augment import mix
 from data.results import masks
 from tests.conftest import write_tif
 from utils.errors import UserError

@@ -239,7 +239,7 @@ def cross_entropy(logits, labels, smoothing=0., weight=None, ignore=None):
 
     logits     (B,C) or (B,C,...), float
     labels     (B) or (B,...), any dtype, 0 .. C-1 or `ignore`; or soft labels in the shape of the logits, such as those
-               of data/mix.py: a share per class, ignored where any of them is `ignore`. The loss is
+               of data/augment/mix.py: a share per class, ignored where any of them is `ignore`. The loss is
                -sum(share * log p), also for shares that do not add up to 1
     smoothing  s is spread over all C classes: 1 - s + s/C at the label, s/C elsewhere (Szegedy et al. 2016,
                arXiv 1512.00567)
