@@ -126,7 +126,9 @@ def test_the_checkpoint_says_what_prediction_needs(script, dirty, capsys):
     script(train_cls, "--data", dirty, *TINY_CLS)
     state = torch.load("runs/cls/exp/last.pt", weights_only=True)
     assert (state["task"], state["classes"], state["single_label"]) == ("cls", ["a", "b", "c", "d"], False)
-    assert state["input"] == {"bands": [1], "pixel_scale": 255.0, "imgsz": 32, "mean": [0.5], "std": [0.5]}
+    assert state["input"].pop("seen")["dtype"] == "uint8"
+    assert state["input"] == {"bands": [1], "pixel_scale": 255.0, "pixel_mean": [], "imgsz": 32, "mean": [0.5],
+                              "std": [0.5]}
     assert state["arch"] == {"name": "regnetx_002", "kwargs": {"in_chans": 1, "num_classes": 4}}
     assert state["score"] == "acc" and len(state["threshold"]) == 4
     nets.build(state["arch"]).load_state_dict(state["model"])

@@ -103,7 +103,8 @@ def test_the_checkpoint_says_what_prediction_needs(script, parking, head, capsys
     state = torch.load("runs/det/exp/last.pt", weights_only=True)
     assert (state["task"], state["arch"]["name"], state["score"]) == ("det", "yolo.YOLOv5", "ap")
     assert (state["classes"], state["category_ids"]) == (["sedan", "bus", "adult"], [1, 2, 3])
-    assert state["input"] == {"bands": [1, 2, 3], "pixel_scale": 255.0, "imgsz": 64}
+    assert state["input"].pop("seen")["dtype"] == "uint8"
+    assert state["input"] == {"bands": [1, 2, 3], "pixel_scale": 255.0, "pixel_mean": [], "imgsz": 64}
     kwargs, out = state["arch"]["kwargs"], capsys.readouterr().out
     assert kwargs["head"] == head and kwargs["num_classes"] == 3
     assert out.count("anchors changed: ") == (head == "anchor")
@@ -229,11 +230,11 @@ def test_pixels_below_black(refused, script, tmp_path):
 
     write(-20)
     flags = ["--data", root, *TINY_DET]
-    refused(train_det, *flags, says=[".jpg: has float32 pixels down to -19.9", "add a number", "--pixel-scale"])
+    refused(train_det, *flags, says=[".jpg: float32 pixels lie between -20 and -19.1", "--pixel-scale standard"])
     write(0)
     script(train_det, *flags, "--name", "moved")
     write(-0.001)
-    refused(train_det, *flags, says=[".jpg: has float32 pixels down to -0.00"])
+    refused(train_det, *flags, says=[".jpg: float32 pixels lie between -0.00"])
     script(train_det, *flags, "--pixel-scale", 1, "--name", "cut")
     assert last("moved")["input"]["pixel_scale"] == last("cut")["input"]["pixel_scale"] == 1
 
