@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
@@ -241,7 +242,7 @@ def _open(path, driver, *, env=ALONE, **options):
         with file:
             try:
                 yield file
-            except RasterioError:
+            except (RasterioError, CPLE_BaseError):  # some functions pass on GDAL's own errors
                 raise UserError(DAMAGED.format(path)) from None
 
 
