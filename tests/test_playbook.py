@@ -70,13 +70,13 @@ def test_it_may_lie_anywhere_in_the_crop(side, at, places):
 def test_object_pixels_are_positive_and_count():
     rng, mask = np.random.default_rng(0), torch.zeros(9, 7, dtype=torch.uint8)
     mask[2:4, 1:3], mask[5, 5], mask[8] = 1, 3, 255
-    data = seg.SegData([], p_object=1.0, ignore=255)
+    data = seg.SegData([("i", "m")], p_object=1.0, ignore=255)
     drawn = [tuple(data.object_pixel(rng, mask)) for _ in range(400)]
     counts = {pixel: drawn.count(pixel) for pixel in drawn}
     assert counts.keys() == {(2, 1), (2, 2), (3, 1), (3, 2), (5, 5)} and min(counts.values()) > 50
     assert data.object_pixel(rng, mask.masked_fill(mask < 255, 0)) is data.object_pixel(rng, mask * 0) is None
-    assert seg.SegData([]).object_pixel(rng, mask) is None
-    some = seg.SegData([], p_object=0.3, ignore=255)
+    assert seg.SegData([("i", "m")]).object_pixel(rng, mask) is None
+    some = seg.SegData([("i", "m")], p_object=0.3, ignore=255)
     assert 0.2 < np.mean([some.object_pixel(rng, mask) is not None for _ in range(400)]) < 0.4
 
 
