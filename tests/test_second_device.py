@@ -37,6 +37,13 @@ def test_the_pretence_itself(gpu):
     assert torch.arange(3, device=y.device).add(1).tolist() == [1, 2, 3] and float(y.mean() * 0) == 0
 
 
+def cases(flags, quick):
+    """One test per list of flags; the first `quick` of them in every run of the tests, all in `make test-slow`."""
+    return pytest.mark.parametrize("flags", [
+        pytest.param(case, id=case[0] if case else "default", marks=[pytest.mark.slow] if i >= quick else [])
+        for i, case in enumerate(flags)])
+
+
 SEG = [
     [], ["--classes", 3, "--ignore", 255, "--loss", "lovasz", "ce", "dice", "focal", "topk", "--aux-cls", 0.5],
     ["--loss", "lovasz", "bce", "dice", "focal", "topk", "--ignore", 255, "--mixup", 0.5, "--cutmix", 0.5, "--gridmask",
@@ -47,7 +54,7 @@ SEG = [
     ["--encoder", "efficientnetv2_b0", "--label-smoothing", 0.1]]
 
 
-@pytest.mark.parametrize("flags", SEG, ids=lambda flags: flags[0] if flags else "default")
+@cases(SEG, quick=3)
 def test_segmentation(flags, script, tmp_path, gpu):
     data = write_wildfire(tmp_path / "Wildfire", classes=3 if "--classes" in flags else 1)
     script(train_seg, "--data", data, *TINY, *OFF, *flags)
@@ -63,7 +70,7 @@ DET = [
     ["--stages", "1,1", "--bs", 2, "--accumulate", 2], ["--no-ema", "--multi-scale", 0.5, "--grad-checkpoint"]]
 
 
-@pytest.mark.parametrize("flags", DET, ids=lambda flags: flags[0] if flags else "default")
+@cases(DET, quick=2)
 def test_detection(flags, script, tmp_path, gpu):
     data = write_parking(tmp_path / "DATA")
     once = TINY_DET if "--stages" not in flags else [flag for flag in TINY_DET if flag not in ("--epochs", "1")]
@@ -79,7 +86,7 @@ CLS = [
     ["--net", "efficientnetv2_b0", "--optimizer", "sgd", "--lr", 1e-3, "--clip", 1]]
 
 
-@pytest.mark.parametrize("flags", CLS, ids=lambda flags: flags[0] if flags else "default")
+@cases(CLS, quick=3)
 def test_classification(flags, script, tmp_path, gpu):
     data = write_dirty(tmp_path / "resources")
     script(train_cls, "--data", data, *TINY_CLS, *flags)
