@@ -57,7 +57,7 @@ def sort_out(root, items, check, *, variant, allow_bad=False, cache="runs/cache"
     leave_out(root, cases, len(items), "images", allow_bad=allow_bad, file=store.with_name(f"bad-{store.stem}.txt"))
     kept = [i for i, (_, wrong) in enumerate(found) if not wrong]
     if not kept:
-        raise UserError(f"{root}: none of its {len(items)} images can be used; replace them")
+        raise UserError(f"{root}: none of its {len(items)} images can be used, such as {found[0][1]}")
     return kept, [found[i][0] for i in kept]
 
 
