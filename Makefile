@@ -24,7 +24,7 @@ announce-demo:
 	@echo "After the installation, the demo takes about 4 minutes on 2 processor cores, and less on newer ones."
 
 test: $(VENV)/installed-dev
-	ls -S tests/test_*.py | OMP_NUM_THREADS=1 xargs -P 2 -n 3 $(PYTHON) -m pytest -m "not slow"
+	ls -S tests/test_*.py | OMP_NUM_THREADS=1 xargs -P 2 -n 5 $(PYTHON) -m pytest -m "not slow"
 
 test-slow: $(VENV)/installed-dev
 	$(PYTHON) -m pytest -m slow

@@ -311,6 +311,7 @@ def test_unet_of_any_input_size(decoder, factor):
         UNet("efficientnetv2_b0", decoder=(8,) * 6)
 
 
+@pytest.mark.slow
 def test_train_and_predict_with_this_encoder(script, wildfire):
     script(train_seg, "--data", wildfire, *TINY, "--encoder", "efficientnetv2_b0", "--amp", "off")
     assert checkpoint.load("runs/seg/exp/last.pt")["arch"]["kwargs"]["encoder"] == "efficientnetv2_b0"

@@ -240,6 +240,7 @@ def losses_of_two(folder, rank, port):
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """They train the net that one process trains; with batch norms, whose statistics change between the two views."""
     two_ranks(losses_of_two, tmp_path, 120)

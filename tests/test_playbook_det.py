@@ -369,6 +369,7 @@ def test_validation_is_predicts(script, tmp_path, seeing):
     assert [last["ap"], last["ap50"]] == pytest.approx(coco_ap(root, held_out, "out"), abs=1e-3) and last["ap"] > 0.2
 
 
+@pytest.mark.slow
 def test_two_processes_validate_windows_as_one(script, tmp_path, seeing):
     """Of an image's windows each has some."""
     root = wide_lots(tmp_path / "DATA")

@@ -203,6 +203,7 @@ def test_the_memory_does_not_grow_with_the_scene(tmp_path):
     assert large - small < 60, (small, large)  # MiB; the scene has 99, 198 in float32
 
 
+@pytest.mark.slow
 def test_two_processes_predict_what_one_does(script, tmp_path, colour_model):
     (tmp_path / "in").mkdir()
     for i, (height, width) in enumerate([(64, 64), (64, 64), (30, 50), (64, 64), (100, 70)]):

@@ -143,6 +143,7 @@ def data_of(script, module, monkeypatch, *flags):
     return made[0]
 
 
+@pytest.mark.slow
 def test_relabelling_goes_round(script, refused, tmp_path, monkeypatch, capsys):
     """Two folds, their ranking, new labels of the worst by the net that has not seen the old ones, a new training."""
     data = write_wildfire(tmp_path / "Wildfire", train=8, test=0, size=(32, 32))

@@ -303,6 +303,7 @@ def test_two_processes_train_what_one_does(script, tmp_path, dirty):
     assert (one - two).norm() < 2e-3 * step and step > 0.01  # rounding, and a true step
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_looks_where_the_net_looks(tmp_path, dirty):
     """SnapMix of one rank's batch: the other must not wait for its sums in another order."""
     flags = ["--data", dirty, *TINY_CLS, "--amp", "bf16", "--sync-bn", "--snapmix", 0.5, "--epochs", 6, "--folds", 0]
@@ -412,6 +413,7 @@ def test_an_interval_that_divides_no_pass_leaves_their_number(script, dirty, int
     assert len(last()["history"]) == 2 * parts and last()["step"] == 8
 
 
+@pytest.mark.slow
 def test_periods_are_passes_whatever_the_validations_interval(script, dirty):
     rates = {}
     for interval in (1.0, 0.5):

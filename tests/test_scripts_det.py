@@ -441,6 +441,7 @@ def test_the_second_stage_restarted_before_its_first_checkpoint(script, parking,
     assert len(last("exp-finetune")["history"]) == 2 and Path("runs/det/exp-finetune/run.json").exists()
 
 
+@pytest.mark.slow
 def test_the_second_stage_restarted_after_a_checkpoint(script, parking, monkeypatch):
     """By torchrun too: not the command line holds, which is the first stage's, but what the second one began with. A
     user's own --resume of it is another matter, also under torchrun."""
@@ -737,6 +738,7 @@ def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flag
     assert (one - two).norm() < 2e-3 * step and step > 0.01  # rounding, and a true step
 
 
+@pytest.mark.slow
 def test_two_stages_on_two_machines(tmp_path, parking):
     """Only the first one's first process has a run folder, and the first stage's weights in it."""
     ranks(train_det, "--data", parking, *STAGED, "--stages", "1,1", cwd=tmp_path, apart=True)

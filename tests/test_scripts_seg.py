@@ -189,6 +189,7 @@ def test_pictures_without_a_place_on_earth(script, tmp_path):
     assert sorted(masks_of("runs/seg/exp/predict")) == ["0.png", "1.jpg", "2.png", "3.jpg", "4.png", "5.jpg"]
 
 
+@pytest.mark.slow
 def test_the_newest_run_and_a_fresh_folder_are_found(script, wildfire):
     for _ in range(2):
         script(train_seg, "--data", wildfire, *TINY)

@@ -286,6 +286,7 @@ def test_places_where_it_cannot_be_written(tmp_path):
     assert not (tmp_path / "missing").exists()
 
 
+@pytest.mark.slow
 def test_every_training_that_ends_writes_it(tmp_path):
     toy(tmp_path, "--epochs", 2)
     toy(tmp_path, "--epochs", 1, "--lr", 0.01, "--val", 0)

@@ -327,6 +327,7 @@ def rank_of_two(folder, rank, port):
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Norms over both ranks' halves of the batches, the same on both; stopped and resumed, the same bits."""
     two_ranks(rank_of_two, tmp_path, 60)
