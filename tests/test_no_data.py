@@ -1,6 +1,7 @@
 """Pixels without data, orientation, place on Earth and units: what files declare is obeyed, from reading to results."""
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from rasterio.enums import ColorInterp
 from rasterio.rpc import RPC
 from rasterio.transform import from_origin
 
+import predict
+import train_seg
 from data import det, images, seg, units
 from data.augment import mix
 from data.results import masks
-from tests.conftest import write_tif
+from tests.conftest import TINY, write_tif, write_wildfire
 from utils.errors import UserError
 from utils.ops import decide
 
@@ -115,6 +118,27 @@ def test_pixels_without_data_count_nowhere(tmp_path):
     x = seg.Input([1, 2, 3], 100.0, 4)(data[0]["image"][None])
     assert (x[0, :3].numpy()[:, HOLE] == 0).all() and (x[0, 3:] == 0.5).all()  # the mean plane: of the valid pixels
     assert seg.hold_data([pair[0]] * 3, [None, (0, 0, 6, 3), (0, 0, 6, 4)], [1, 2, 3]) == [True, False, True]
+
+
+@pytest.mark.parametrize("empty, nodata", [(0, 0), (-9999, -9999), (np.nan, None)])
+def test_predictions_are_empty_where_there_is_no_data(script, tmp_path, empty, nodata):
+    """At a threshold of 0 all other pixels are an object, in images and in windows of images, and in what is made of
+    them."""
+    root = write_wildfire(tmp_path / "W", train=4, test=1)
+    for path in [*(root / "train_img").iterdir(), *(root / "test_img").iterdir()]:
+        image = images.read(path).float().numpy()
+        image[:, :, :20] = empty
+        write_tif(path, image, nodata=nodata)
+    script(train_seg, "--data", root, *TINY, "--pixel-scale", "standard")
+    predict_all = ["--task", "seg", "--device", "cpu", "--workers", 0, "--threshold", 0, "--tta", "--pseudo", 0.5]
+    script(predict, *predict_all, "--polygons", "--out", "whole")
+    script(predict, *predict_all, "--tile", 32, "--out", "windows")
+    for out in ("whole", "windows"):
+        with rasterio.open(f"{out}/masks/test_img_0.tif") as file:
+            assert not file.read(1)[:, :20].any() and file.read(1)[:, 20:].all()
+    outlines = json.loads(Path("whole/polygons/test_img_0.geojson").read_text())["features"]
+    xs = np.array(outlines[0]["geometry"]["coordinates"][0])[:, 0]
+    assert len(outlines) == 1 and (xs.min(), xs.max()) == (300_000 + 20 * 30, 300_000 + 64 * 30)
 
 
 def test_mixup_takes_the_image_that_holds_data():
