@@ -294,7 +294,7 @@ def in_windows(found):
 
 def strips(size, margin=0):
     """The windows (row, column, height, width) in which an image of size (bands, height, width) is read in pieces: all
-    columns, and all rows but `margin` at the top and at the bottom. The size alone decides, so every format is cut alike.
+    columns, and all rows but `margin` at the top and at the bottom. The size alone decides: every format is cut alike.
     """
     count, height, width = size
     step, end = max(1, STRIP // (count * width)), height - margin

@@ -1,4 +1,4 @@
-"""The numbers that pixels have: their scale for the net, and whether files to predict have the units of the training."""
+"""The numbers that pixels have: their scale for the net, and whether files to predict have the training's units."""
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,8 +68,8 @@ def _sample(file, bands):
 
 
 def look(files, bands):
-    """What the pixels of files are like -> {"dtype": of the first file, "low", "high", "mean", "std": numbers per band},
-    over the valid pixels of at most LOOKED_AT files. Raises UserError where none holds data."""
+    """What the pixels of files are like -> {"dtype": of the first file, "low", "high", "mean", "std": numbers per
+    band}, over the valid pixels of at most LOOKED_AT files. Raises UserError where none holds data."""
     sums, low, high = np.zeros((3, len(bands))), np.full(len(bands), np.inf), np.full(len(bands), -np.inf)
     for pixels in images.in_threads(lambda file: _sample(file, bands), spread(list(files), LOOKED_AT), "units"):
         valid = np.isfinite(pixels)
