@@ -1,5 +1,5 @@
-"""One bad item costs itself: what is wrong with an image, a mask or a box is collected over the whole data set before
-anything is trained, counted by kind, written to one list, and shown in one go. More than 1 % of bad items is an error.
+"""What happens to bad images, masks and boxes. They are collected over the whole data set before anything is trained,
+counted by kind, written to a list, and shown together. Training goes on without them, unless they are more than 1 %.
 """
 import math
 import re
@@ -22,7 +22,7 @@ def leave_out(root, cases, total, what, *, allow_bad=False, file=None, notes=())
     see, cases = "", {kind: places for kind, places in cases.items() if places}
     if file and cases:
         with suppress(UserError):
-            if dist.rank() == 0:
+            if dist.is_main():
                 write_text(file, "".join(f"{kind}: {place}\n" for kind in cases for place in cases[kind]))
             see = f"; all in {file}"
     for kind, places in cases.items():

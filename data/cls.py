@@ -116,7 +116,7 @@ def find_files(folder):
 
 
 def _numbered(name):
-    """A name that is a number without its leading zeros, other names as they are."""
+    """Drops the leading zeros of a name that is a number; other names stay unchanged."""
     return f"#{int(name)}" if name.isdecimal() and len(name) < 20 else name
 
 
@@ -124,10 +124,11 @@ def read_table(tables, least=2, columns=None):
     """CSVs of the same columns -> rows (table, the image's name, part or None), labels (N, classes) float32, class
     names, and whether every image has a single label.
 
-    columns: the column of the images, then that of the label or those of the classes; None: the first, then all others
-    but a column split, part, set or subset that tells the part of every row. Rows for testing are left out; those of
-    val.csv are for validation. One column holds the class, or several, see `split_labels`. Several columns are the
-    classes, 0 or 1 in each row; images have a single label where every row has one 1.
+    columns: the column of the images, then the column of the label, or the columns of the classes. None: the first
+    column has the images, and all others are classes, except a column split, part, set or subset which tells the part
+    of every row. Rows for testing are left out; the rows of val.csv are for validation. One column holds the class, or
+    several, see `split_labels`. Several columns are the classes, 0 or 1 in each row; images have a single label where
+    every row has one 1.
     """
     header, rows, seen = None, [], {}
     for path in tables:
@@ -142,8 +143,8 @@ def read_table(tables, least=2, columns=None):
     columns = columns or ()
     unknown = [name for name in columns if name not in header]
     if unknown or columns and len(columns) < 2:
-        raise UserError(f"{path}: --columns: no column {(unknown or ['of labels'])[0]}; name that of the images, then "
-                        f"those of the labels, of {', '.join(header)[:300]}")
+        raise UserError(f"{path}: --columns: no column {(unknown or ['of labels'])[0]}; name the column of the "
+                        f"images, then the columns of the labels; the table has {', '.join(header)[:300]}")
     key, *used = map(header.index, columns) if columns else range(len(header))
     for path, i, row in rows:
         if len(row) != len(header):

@@ -31,8 +31,8 @@ def part_of(name):
 def describe(data, layout, names, counts, sides):
     """Rank 0 prints what was understood of the data before a run trains on it.
 
-    layout: in words. names: of the classes. counts: (samples, classes), the objects or labels of every sample. sides:
-    the indices of the training and of the validation samples.
+    layout: a description in words. names: the classes. counts: (samples, classes), the number of objects or labels in
+    every sample. sides: the indices of the training samples, and of the validation samples.
     """
     dist.print0(f"{data}: {layout}; {len(counts)} samples, {len(names)} classes")
     for part, side in zip(("training", "validation"), sides):

@@ -172,7 +172,7 @@ def _palette(colours):
 
 @contextlib.contextmanager
 def _pillow(path, kind):
-    """A file opened by Pillow, of which so far only the header is read."""
+    """Opens a file with Pillow, which reads the header only until the pixels are asked for."""
     try:
         with Image.open(path, formats=(kind,)) as file:
             yield file
@@ -262,7 +262,7 @@ def read(path, bands=None, *, window=None, shape=None):
         raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; leave it out, or see --bands")
     if len(bands) * math.prod(shape or (h, w)) > MAX_VALUES:
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
-    opaque = None  # the opacity of the pixels, or a mask of those that hold data; where it is 0, they do not
+    opaque = None  # opacity or mask: 0 where a pixel holds no data
     planes = bands + [count] * (found.opacity and count not in bands)
     if in_windows(found):
         with open_raster(path) as file:
@@ -452,7 +452,7 @@ _decode_once = functools.lru_cache(maxsize=1)(_decode)  # for the windows of one
 
 
 def _checked(path, image, nodata, opaque):
-    """Planes as they are read -> an array (C, H, W) in a dtype that torch computes in, NaN where there is no data:
+    """The planes of a file -> an array (C, H, W) in a dtype that torch computes in, NaN where there is no data:
     where a plane has its value of `nodata`, and where `opaque` (H, W) is 0; None: nowhere."""
     if image.dtype.kind == "c":
         raise UserError(f"{path}: has complex pixels; save their amplitudes, or remove the file")

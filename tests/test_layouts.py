@@ -312,3 +312,13 @@ def test_segmentation_holds_out_its_own_part(script, tmp_path, capsys):
         "train_img_0": 1, "train_img_1": 1, "train_img_2": 1, "train_img_3": 0}
     shown = capsys.readouterr().out
     assert "training: 3 samples, 0 without a label: object" in shown and "validation: 1 samples" in shown
+
+
+def test_missing_images_and_bad_boxes_have_a_list_each(tmp_path):
+    write(tmp_path / "D", {"a.jpg": None, "b.jpg": None})
+    entries = [{"id": i, "file_name": name} for i, name in enumerate(("a.jpg", "b.jpg", "gone.jpg"))]
+    notes = [{"image_id": 0, "category_id": 1, "bbox": box} for box in ([1, 1, 9, 9], None)]
+    (tmp_path / "D/labels.json").write_text(json.dumps({"images": entries, "annotations": notes}))
+    labels.read(tmp_path / "D", allow_bad=True, cache=tmp_path / "kept")
+    lists = {path.name.split("-")[0]: path.read_text() for path in (tmp_path / "kept").glob("*.txt")}
+    assert lists.keys() == {"missing", "labels"} and "gone.jpg" in lists["missing"] and "annotations[1]" in lists["labels"]

@@ -134,9 +134,9 @@ def _check(layout):
 def _turns(headers, files, stated):
     """-> per image the EXIF orientation by which its boxes are to be turned (1: none), {kind of case: its places}.
 
-    Images are read upright, and some programs label them as they are stored. The size that the labels state tells this
-    where the orientation exchanges height and width. Once an image of the set is labelled so, the boxes of those are
-    turned too whose size cannot tell: of squares and of orientations that keep the sides.
+    Images are read upright, but some programs label them as they are stored. Where the orientation exchanges height and
+    width, the size that the labels state shows it. If one image of the set is labelled in this way, so are the images
+    whose size shows nothing: squares, and orientations that keep height and width.
     """
     turns, cases = [], {TURNED: [], RESIZED: []}
     known = [(header.orientation, header.size[1:], shape) if header and shape else (1, None, None)
@@ -153,8 +153,8 @@ def _turns(headers, files, stated):
 
 
 def _turn(box, size, tag):
-    """A box x1, y1, x2, y2 of an image as it is stored -> the box in the image as EXIF turns it, of size (height,
-    width)."""
+    """A box x1, y1, x2, y2 in the stored image -> the same box in the upright image of size (height, width). tag: the
+    orientation in EXIF."""
     x1, y1, x2, y2 = box
     sides = [[y1, y2], [x1, x2]] if tag < 5 else [[x1, x2], [y1, y2]]  # vertical, horizontal
     for axis in images.MIRRORED.get(tag, ()):
@@ -192,11 +192,12 @@ def _sort_out(records, files, sizes, turns, category_ids, place):
 
 
 def _report(path, found, layout, file, allow_bad):
-    """Tells of what is wrong with images and boxes, see `bad.leave_out`. UserError where too many are, none are left, or
-    the labels are rather misunderstood (unless allow_bad)."""
+    """Reports bad images and boxes, see `bad.leave_out`. UserError where no box is left and, unless allow_bad, where too
+    many are bad, or the labels are rather misunderstood."""
     cases, total, count = found["cases"], found["total"], len(found["files"])
     missing = cases.pop(MISSING, [])
-    bad.leave_out(path, {MISSING: missing}, count + len(missing), "images", allow_bad=allow_bad, file=file)
+    bad.leave_out(path, {MISSING: missing}, count + len(missing), "images", allow_bad=allow_bad,
+                  file=file.with_name(f"missing-{file.name}"))  # the next call writes a list of its own
     bad.leave_out(path, cases, total, "boxes", allow_bad=allow_bad, notes=NOTES, file=file)
     held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
     bare = sum(label is None for label, _ in layout.images.values())
