@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import functools
 import math
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +106,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = dist.setup(args.device, patience=timedelta(days=7))  # a rank may have the one large scene
+    device = dist.setup(args.device)
     if args.probs and not args.weights:
         return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
@@ -135,6 +134,8 @@ def load_members(args, task, device, paths, states):
         if state["task"] != task:
             raise UserError(f"{path}: trained for --task {state['task']}; give a checkpoint of train_{task}.py")
         try:
+            with torch.device("meta"):  # what does not fit is refused before it gets memory
+                checkpoint.load_weights(nets.build(state["arch"]), state, path)
             net, inputs, classes = nets.build(state["arch"]), INPUT[task](**state["input"]), state["classes"]
             np.broadcast_to(np.asarray(state.get("threshold") or 0.5, float), np.size(classes))
             [state["args"]["data"], *(state[key] for key in NEEDED[args.task])]

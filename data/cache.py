@@ -1,15 +1,35 @@
 """Decoded images kept in memory, or in one memory-mapped file that all processes share."""
+import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.files import locked, stamps_of, whole_file, write_json, writing
 from utils.train import dist
+
+
+LOOKED_AT = 100  # images, after which the size of all is estimated
+
+
+def free_memory():
+    """Bytes that processes can still get, in a container those up to its limit; infinity where the system does not say.
+    """
+    found = [math.inf]
+    with contextlib.suppress(OSError, TypeError):
+        found.append(1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]))
+    with contextlib.suppress(OSError, ValueError):  # without a limit it is "max"
+        group = Path("/sys/fs/cgroup")
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]  # can be dropped
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + int(kept))
+    return min(found)
 
 
 class Cache:
@@ -25,8 +45,12 @@ class Cache:
     def __init__(self, files, read, where, *, folder="runs/cache", variant=""):
         self.files, self.read, self.where, self.variant = files, read, where, str(variant)
         if where == "ram":
-            # cloned, because a view would keep the whole tensor that it is a part of
-            self.tensors = [self.read(i).clone(memory_format=torch.contiguous_format) for i in self._indices()]
+            self.tensors = []
+            for i in self._indices():
+                # cloned, because a view would keep the whole tensor that it is a part of
+                self.tensors.append(self.read(i).clone(memory_format=torch.contiguous_format))
+                if i == LOOKED_AT:
+                    self._check_room()
         elif where == "disk":
             name = hashlib.sha256("\n".join(str(Path(f).resolve()) for f in files).encode()).hexdigest()[:16]
             self.path = Path(folder) / name
@@ -46,6 +70,14 @@ class Cache:
 
     def _indices(self):
         return tqdm(range(len(self.files)), desc="cache", disable=dist.rank() > 0, leave=False)
+
+    def _check_room(self):
+        """UserError where the memory will not do: the system would end some process, perhaps this one, without a word."""
+        size = np.mean([tensor.nbytes for tensor in self.tensors]) * len(self.files)
+        free = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if size > free:
+            raise UserError(f"--cache ram: {len(self.files)} images need about {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
+                            f"of memory are free for each process; use --cache disk")
 
     def _stamp(self):
         return [self.variant, *stamps_of(self.files)]

@@ -1,15 +1,15 @@
 """Batches whose content depends on (seed, epoch, index) only: not on workers, ranks or restarts."""
+import atexit
 import contextlib
 import itertools
 import os
 import signal
+import weakref
 
 import numpy as np
 from torch.utils.data import DataLoader
 
-from utils.train import dist
-
-TIMEOUT = 300  # seconds without a batch, after which a worker is considered stuck
+from utils.train import dist, watchdog
 
 
 class EpochBatches:
@@ -64,14 +64,37 @@ class Loader(DataLoader):
     def __init__(self, dataset, batches, workers, device, collate):
         workers = min(workers, os.cpu_count() or 1)
         # fork: the workers share the cache's memory, which other ways of starting them would copy
-        options = {"persistent_workers": True, "prefetch_factor": 4, "timeout": TIMEOUT,
+        options = {"persistent_workers": True, "prefetch_factor": 4,
                    "multiprocessing_context": "fork"} if workers else {}
         super().__init__(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                          pin_memory=str(device).startswith("cuda"), **options)
 
     def __iter__(self):
         with _signals_held():
-            return super().__iter__()
+            batches = super().__iter__()
+        _workers.update(getattr(batches, "_workers", ()))
+        return self._received(batches) if self.num_workers else batches
+
+    def _received(self, batches):
+        factor = watchdog.FIRST
+        while True:
+            with watchdog.waiting("a loader worker (--workers 0 loads in the main process)", factor):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            factor = 1
+
+
+_workers = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers():
+    """Workers ignore SIGTERM, with which Python would end those that an exception has left: they end at once."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    for worker in _workers:
+        worker.kill()
 
 
 @contextlib.contextmanager

@@ -29,6 +29,23 @@ class Input:
     pixel_mean: list = field(default=(), kw_only=True)
     seen: dict = field(default_factory=dict, kw_only=True)
 
+    def __post_init__(self):
+        """Raises ValueError or TypeError for values that no input has, such as those of a damaged checkpoint."""
+        count = len(self.bands)
+        numbers = {name: np.ravel(getattr(self, name, 1.0)).astype(float)
+                   for name in ("pixel_scale", "pixel_mean", "mean", "std")}
+        positive = min(self.bands) >= 1 and self.imgsz >= 1 and (numbers["pixel_scale"] > 0).all() and \
+            (numbers["std"] > 0).all()
+        if not positive or any(len(values) not in (1, count) and (name, len(values)) != ("pixel_mean", 0) or
+                               not np.isfinite(values).all() for name, values in numbers.items()) or \
+                self.seen and any(len(self.seen[name]) != count for name in ("low", "high")):
+            raise ValueError("the values of its input do not belong together")
+
+    @property
+    def channels(self):
+        """How many channels the net's input has."""
+        return len(self.bands)
+
     def scaled(self, images, bands=None):
         """images (B, len(bands), H, W) in the files' numbers -> (B, len(self.bands), H, W) float32, the input's bands,
         scaled; pixels without data are 0. bands: what the channels of `images` are; None: the input's own bands."""

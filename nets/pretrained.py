@@ -4,14 +4,16 @@
     pretrained.load(model, "yolov5:yolov5s")          the same without a hash, because none is published
     pretrained.load(model, "weights.safetensors")     or .pth, .pt: no network
 
-The published files and the readers of all formats are in nets/weights.py.
+The published files are in nets/weights.py, the readers of all formats in utils/tensors.py.
 """
+import os
 import re
 
 import torch
 
 from nets.efficientnet import STAGES, ConvBnAct, FusedMBConv, MBConv
 from nets.weights import EXPECTS, HALF, IMAGENET, SAME, SYMMETRIC, URLS, download, read
+from utils import tensors
 
 # prefixes of layers that depend on the task and its data; the rest is the encoder. A net may have its own
 # `task_prefixes`.
@@ -43,7 +45,7 @@ def load(model, path_or_name):
     start with one of `model.task_prefixes` (TASK if the model has none). The anchors of a detector are loaded where
     their shape fits, because its head was trained for them. How images must be normalised: `normalisation`.
     Returns {"loaded", "adapted", "unused", "missing"}: lists of tensor names, in "unused" the file's names, in the
-    others the model's.
+    others the model's; and "sha256", the hash of a file whose format has no checksums, else None.
     Raises OSError when the file cannot be had; ValueError when it is damaged, holds weights of another net, or weights
     of an EfficientNetV2 that was trained with the other padding: it would run and be worse.
     """
@@ -64,8 +66,9 @@ def load(model, path_or_name):
             adapted.append(prefix + name)
         if tensor.shape != target.shape:
             unused.append(name)
-        elif tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path_or_name}: tensor {name} is not finite; fetch the file again")
+        elif not tensors.fits(tensor, target):
+            raise ValueError(f"{path_or_name}: tensor {name} is not finite, or not of {target.dtype}; fetch the file "
+                             f"again")
         else:
             loaded[prefix + name] = tensor
     missing = [name for name in ours if name not in loaded]
@@ -81,7 +84,9 @@ def load(model, path_or_name):
                          f"with the other padding (efficientnetv2_s for timm's weights, efficientnetv2_s_tv for "
                          f"torchvision's)")
     model.load_state_dict(loaded, strict=False)
-    return {"loaded": list(loaded), "adapted": adapted, "unused": unused, "missing": missing}
+    file = os.fspath(path_or_name).partition(":sha256=")[0]
+    return {"loaded": list(loaded), "adapted": adapted, "unused": unused, "missing": missing,
+            "sha256": None if file in URLS else tensors.sha256(file)}
 
 
 def normalisation(path_or_name, bands):
@@ -111,8 +116,8 @@ def expectations(path_or_name, content=None):
     if path_or_name in EXPECTS:
         return EXPECTS[path_or_name]
     content = read(path_or_name) if content is None else content
-    tensors = unwrap(content)
-    names, torchvision = to_timm_names(tensors), _STEM in tensors
+    state = unwrap(content)
+    names, torchvision = to_timm_names(state), _STEM in state
     stem, first = (len(names.get(name, ())) for name in ("conv_stem.weight", "blocks.0.0.conv.weight"))
     halved = stem == 32 if torchvision else first > 16 or stem == 40
     expects = (HALF if halved else IMAGENET) | (SYMMETRIC if torchvision else {})
@@ -131,7 +136,9 @@ def describe(report):
         return f"{len(report[key])} ({', '.join(top[:6])})" if top else "0"
 
     return (f"weights: {len(report['loaded'])} tensors loaded, {len(report['adapted'])} adapted to the input bands, "
-            f"not used: {names('unused')}, left as initialised: {names('missing')}")
+            f"not used: {names('unused')}, left as initialised: {names('missing')}"
+            + (f"; the file's format has no checksums, --weights FILE:sha256={report['sha256']} compares this one"
+               if report["sha256"] else ""))
 
 
 def unwrap(content):

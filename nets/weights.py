@@ -1,19 +1,17 @@
 """Files of weights: which are published where, and how they are read.
 
-Nothing in a file is executed. `torch.load(weights_only=True)` builds tensors and plain containers and refuses every
-other class or function that a file names; `read_module` and `read_safetensors` read the formats that it refuses.
+utils/tensors.py reads the formats; nothing in a file is executed.
 """
-import json
-import math
+import hashlib
 import os
 import re
-import zipfile
+from pathlib import Path
 from urllib.error import URLError
 
 import torch
-from torch import nn
 
 from nets.yolo import VARIANTS
+from utils import tensors
 from utils.train import checkpoint
 
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/"
@@ -90,84 +88,12 @@ def download(name):
 
 def read(path):
     """The content of a file of weights, a dict. Of pickled modules only the tensors are read; checkpoints of the first
-    edition are converted to today's layout. Raises OSError and ValueError as `nets.pretrained.load`."""
+    edition are converted to today's layout. path: with `:sha256=HEX` behind it, the file must have this hash. Raises
+    OSError and ValueError as `nets.pretrained.load`."""
+    path, _, wanted = os.fspath(path).partition(":sha256=")
     if not os.path.isfile(path):
         raise OSError(f"{path}: no such file; give a file of weights, or one of {', '.join(URLS)}")
-    if str(path).endswith(".safetensors"):
-        return read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen types on damaged files, OSError among them, and one on modules
-        return read_module(path)  # or ValueError, with the reason
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of tensors; save a state dict")
+    if wanted and hashlib.sha256(Path(path).read_bytes()).hexdigest() != wanted.lower():
+        raise ValueError(f"{path}: has another SHA-256; fetch it again")
+    content = tensors.read(path, modules=True)
     return checkpoint.convert(content, path) if "task" in content else content
-
-
-def read_safetensors(path):
-    """The state dict of a file in the safetensors format: 8 bytes with the header's length, a JSON header, the tensors'
-    bytes."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-              "U8": torch.uint8, "BOOL": torch.bool}
-    with open(path, "rb") as file:
-        data = bytearray(file.read())
-    try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        if start > len(data):
-            raise ValueError("its header is cut off")
-        header, state = json.loads(data[8:start]), {}
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            dtype, shape, (first, last) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            count = math.prod(shape)
-            if last - first != count * dtype.itemsize or first < 0:
-                raise ValueError(f"{name} has the shape {shape} and {last - first} bytes")
-            state[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first).reshape(shape) \
-                if count else torch.empty(shape, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
-    return state
-
-
-_PARTS = "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"  # of nn.Module, for state_dict()
-
-
-class _Inert(nn.Module):
-    """Replaces every class and function that a pickle names, so that none of them is imported or called: accepts all
-    arguments and keeps only what a state dict is made of."""
-
-    def __init__(self, *args):
-        super().__init__()
-
-    def __setstate__(self, state):
-        super().__init__()  # a pickle makes modules without __init__
-        if isinstance(state, dict):
-            self.__dict__.update({name: state[name] for name in _PARTS if name in state})
-
-
-def read_module(path):
-    """The state dict of a file in which a whole module was pickled, such as YOLOv5's releases, without its code.
-
-    The module stands under "ema" (if that is not None), under "model", or alone. Returns {name: tensor} in the order of
-    `Module.state_dict()`: parameters and persistent buffers in the file's dtypes (fp16 in the releases) on the CPU;
-    tensors that shared memory still share it.
-    Raises OSError if there is no such file, and ValueError in one line for all other faults: damaged (every record is
-    checked against its CRC-32), written before torch 1.6, not a module.
-    """
-    with open(path, "rb") as file:
-        try:
-            if broken := zipfile.ZipFile(file).testzip():
-                raise ValueError(f"bad CRC-32 of {broken}")
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(content, dict):
-                content = content.get("model") if content.get("ema") is None else content["ema"]
-            if not isinstance(content, _Inert) or not content.state_dict():
-                raise ValueError("there is no module in it")
-            return dict(content.state_dict())
-        except Exception as error:  # zipfile and torch raise a dozen types on damaged files
-            reason = " ".join(str(error.__context__ or error).split())[:200] or type(error).__name__
-            raise ValueError(f"{path}: holds neither plain tensors nor a module in torch's zip format ({reason}); "
-                             f"fetch it again, or save a state dict with torch.save(model.state_dict(), ...)") from None

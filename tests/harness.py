@@ -23,16 +23,12 @@ ENV = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
 
 
 def _child(argv, out, env):
-    from datetime import timedelta
-
     from tests import toy
-    from utils.train import dist
     from utils.errors import cli
     os.setsid()  # a terminal's job: signals to the group reach the loader's workers, not pytest
     for path, fd in ((f"{out}.out", 1), (f"{out}.err", 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.environ.update(env)
-    dist.PATIENCE = timedelta(seconds=float(env.get("PATIENCE", 600)))
     warnings.filterwarnings("ignore", "This DataLoader will create")  # on machines with one core
     sys.argv = ["toy", *map(str, argv)]
     cli(toy.main)

@@ -130,7 +130,7 @@ class Across(torch.autograd.Function):
 @contextlib.contextmanager
 def installed(monkeypatch):
     """While it is entered there is a GPU, as far as torch is asked from Python."""
-    monkeypatch.setattr(dist, "setup", lambda device="auto", patience=None: DEVICE)
+    monkeypatch.setattr(dist, "setup", lambda device="auto", timeout=60: DEVICE)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 2**20)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     monkeypatch.setattr(torch, "Generator", Generator)

@@ -136,7 +136,7 @@ def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
 
 def test_a_batch_that_the_processes_cannot_share(refused, root, monkeypatch):
     def main():  # in the forked process: one of three, whose group is never joined
-        monkeypatch.setattr("utils.train.dist.setup", lambda device: torch.device("cpu"))
+        monkeypatch.setattr("utils.train.dist.setup", lambda device, timeout: torch.device("cpu"))
         monkeypatch.setattr("utils.train.dist.broadcast", lambda value: value)
         monkeypatch.setenv("WORLD_SIZE", "3"), monkeypatch.setenv("RANK", "0")
         train_det.main()

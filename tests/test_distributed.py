@@ -132,14 +132,13 @@ def test_an_error_on_one_rank_ends_both(tmp_path, rank, fault, code):
         gone(run, 2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_noticed(tmp_path, rank):
-    """SIGSTOP; with 3 s of patience instead of 10 minutes."""
-    runs = world(tmp_path, *RUN, "--fault", "stop@batch:5", "--fault-rank", rank, PATIENCE=3)
+    """SIGSTOP. Rank 0 has the store through which the ranks give their signs of life, so it may be silent too."""
+    runs = world(tmp_path, *RUN, "--fault", "stop@batch:5", "--fault-rank", rank, "--timeout", 3)
     began = time.monotonic()
-    assert runs[1 - rank].wait(90) == 2 and 3 < time.monotonic() - began < 60
-    assert len(errors(runs[1 - rank])) == 1 and "has ended or hangs" in errors(runs[1 - rank])[0]
+    assert runs[1 - rank].wait(30) == 2 and 3 < time.monotonic() - began < 20
+    assert len(errors(runs[1 - rank])) == 1 and f"no sign of life from rank {rank}" in errors(runs[1 - rank])[0]
     runs[rank].send(signal.SIGKILL, group=True)
 
 

@@ -62,7 +62,6 @@ CASES = [
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "error: out of memory"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2,
      "error: DataLoader worker (pid 7) is killed by signal: Killed; lower --workers"),
-    (RuntimeError("DataLoader timed out after 300 seconds"), 2, "error: DataLoader timed out after 300 seconds; lower"),
     (KeyError("bug"), 1, "error: Traceback (most recent call last):\n")]
 
 

@@ -221,7 +221,8 @@ def test_more_signals_while_it_saves(tmp_path, straight):
 # ---- what else can happen --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fault, code, words", [
     ("kill@sample:40", 2, ["DataLoader worker", "--workers"]),
-    ("hang@sample:40", 2, ["DataLoader timed out after 1", "--workers"]),
+    ("hang@sample:40", 2, ["no sign of life from a loader worker", "--workers", "--timeout"]),
+    ("stop@sample:40", 2, ["no sign of life from a loader worker", "--workers", "--timeout"]),
     ("error@sample:40", 2, ["error: toy sample: an error to order; order another"])])
 def test_a_worker_that_fails(tmp_path, straight, fault, code, words):
     """One line, at once, no process left behind; and the run goes on from its last save."""

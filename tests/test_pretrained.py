@@ -51,7 +51,7 @@ def small_unet(**options):
 def test_timm_net(theirs, tmp_path):
     ours, x = RegNetX().eval(), randn(2, 3, 65, 97)
     report = pretrained.load(ours, save(tmp_path / "timm.pth", theirs.state_dict()))
-    assert report == {"loaded": list(ours.state_dict()), "adapted": [], "unused": [], "missing": []}
+    assert report == {"loaded": list(ours.state_dict()), "adapted": [], "unused": [], "missing": [], "sha256": None}
     with torch.no_grad():
         assert_equal(ours(x), theirs(x))
 
@@ -444,7 +444,7 @@ def test_a_release_of_yolov5(variant, tmp_path):
     net = YOLOv5(variant)
     with pytest.raises(ModuleNotFoundError):  # torch alone cannot open the file
         torch.load(path, weights_only=False)
-    assert pretrained.load(net, path) == {"loaded": list(source), "adapted": [], "unused": [], "missing": []}
+    assert pretrained.load(net, path) == {"loaded": list(source), "adapted": [], "unused": [], "missing": [], "sha256": None}
     assert all(torch.equal(tensor, source[name]) for name, tensor in net.state_dict().items())
     assert net.model[0].conv.weight.dtype == torch.float32 and net.model[0].conv.weight.requires_grad
 
@@ -674,7 +674,7 @@ def test_torchvisions_other_nets(wrong, tmp_path):
 def test_a_file_has_the_normalisation_of_its_source(tmp_path, name, kind):
     with torch.device("meta"):
         state = (timm.create_model(name) if name else torchvision.models.efficientnet_v2_s()).state_dict()
-    torch.save({name: torch.zeros(()).expand(t.shape) for name, t in state.items()}, tmp_path / "net.pth")
+    torch.save({name: torch.zeros(t.shape, dtype=torch.uint8) for name, t in state.items()}, tmp_path / "net.pth")
     want = getattr(pretrained, kind)
     assert pretrained.normalisation(str(tmp_path / "net.pth"), 3) == [list(want["mean"]), list(want["std"])]
 

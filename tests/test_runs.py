@@ -173,8 +173,8 @@ def test_what_cannot_be_resumed(tmp_path):
     written(tmp_path / "run", "last.pt")
     state = small()
     del state["optimizer"]
-    checkpoint.save(tmp_path / "run" / "best.pt", state | {"args": {}})
-    checkpoint.save(tmp_path / "run" / "foreign.pt", small())
+    checkpoint.save(tmp_path / "run" / "best.pt", state)
+    checkpoint.save(tmp_path / "run" / "foreign.pt", {key: small()[key] for key in ("task", "arch", "model")})
     (tmp_path / "empty").mkdir()
     for resume in ("run/best.pt", "run/foreign.pt", "empty", "missing", "missing/last.pt"):
         with pytest.raises(UserError) as caught:

@@ -3,6 +3,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import pickle
@@ -18,7 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-from nets.weights import read_module
+from utils import tensors
+
+read_module = functools.partial(tensors.read, modules=True)
 
 
 @contextlib.contextmanager
@@ -143,20 +146,31 @@ def test_other_layouts_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    {}, {"model": None, "ema": None}, {"model": {"weight": torch.ones(2)}}, {"weight": torch.ones(2)},
-    [nn.Linear(2, 2)], torch.ones(2), 3, None, {"ema": 0, "model": nn.Linear(2, 2)}, argparse.Namespace(a=1),
-    {"model": argparse.Namespace(_parameters={}, _buffers={})}])
-def test_no_module_in_it(content, tmp_path):
-    refused(written(tmp_path / "no.pt", content), "no module", "save a state dict")
+    [nn.Linear(2, 2)], torch.ones(2), 3, None, argparse.Namespace(a=1), argparse.Namespace(_parameters={}, _buffers={})])
+def test_neither_tensors_nor_a_module_in_it(content, tmp_path):
+    refused(written(tmp_path / "no.pt", content), "neither tensors nor a module", "save a state dict")
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"model": None, "ema": None}, {"model": {"weight": torch.ones(2)}}, {"weight": torch.ones(2)}])
+def test_without_a_module_it_is_the_content(content, tmp_path):
+    odd = content | {"args": argparse.Namespace(lr=0.1)}  # as timm's training writes it
+    for written_one in (content, odd):
+        found = read_module(written(tmp_path / "plain.pt", written_one))
+        assert found.keys() == written_one.keys()
+        assert [name for name, _ in tensors.walk(found)] == [name for name, _ in tensors.walk(content)]
 
 
 def test_legacy_and_other_formats(tmp_path):
     net = nn.Linear(2, 2)
-    refused(written(tmp_path / "legacy.pt", {"model": net}, _use_new_zipfile_serialization=False), "zip format")
+    legacy = dict(_use_new_zipfile_serialization=False)
+    refused(written(tmp_path / "legacy.pt", {"model": net}, **legacy), "Unsupported")
+    assert_same(read_module(written(tmp_path / "legacy.pt", net.state_dict(), **legacy)),
+                {name: tensor.detach() for name, tensor in net.state_dict().items()})
     refused(written(tmp_path / "protocol.pt", {"model": net}, pickle_protocol=4), "operand")
     for data in (b"", b"<!DOCTYPE html>\n<html>404</html>\n", pickle.dumps({"model": 1})):
         (tmp_path / "foreign.pt").write_bytes(data)
-        refused(tmp_path / "foreign.pt", "zip format")
+        refused(tmp_path / "foreign.pt", "not a file of tensors")
     for path in (tmp_path / "nothing.pt", tmp_path):
         with pytest.raises(OSError):
             read_module(path)

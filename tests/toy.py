@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import loader as loader_module
 from data.loader import eval_loader, train_loader
 from utils.train import checkpoint, dist, engine
 from utils.train.args import setup_run, train_parser, training
@@ -39,10 +38,9 @@ def parse_args():
     add("--every-step", action="store_true", help="save after every optimizer step")
     add("--fault", nargs="*", default=[], metavar="ACTION@EVENT:N")
     add("--fault-rank", type=int, default=0, help="the rank that has the faults; only before torchrun's first restart")
-    add("--timeout", type=float, help="seconds until a loader's worker counts as stuck")
     add("--slow", nargs="*", default=[], metavar="EVENT=SECONDS", help="wait so long at every such event")
     args, *run = setup_run(parser)
-    for name in ("fault", "fault_rank", "slow", "every_step", "timeout"):  # these are not kept by --resume
+    for name in ("fault", "fault_rank", "slow", "every_step"):  # these are not kept by --resume
         setattr(args, name, getattr(parser.parse_args(), name))
     return args, *run
 
@@ -172,7 +170,6 @@ def main():
     checkpoint.open = lambda *a: Noisy(open(*a), faults)
     if args.every_step:
         engine.SAVE_MINUTES = 0
-    loader_module.TIMEOUT = args.timeout or loader_module.TIMEOUT
     print("started", flush=True)
     faults("start")
 

@@ -13,6 +13,9 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wait
         "DistStoreError", "DistBackendError")
 
 
+STEERING = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage text
         self.exit(2, f"error: {' '.join(message.split())} (--help lists the flags)\n")
@@ -59,17 +62,16 @@ def one_line(error):
 
 def cli(main):
     """Runs a script's `main()` and ends the process with an exit code: 0; 2, 3 or 4 with one line on stderr for a
-    UserError, a NumericalError or a PartialError; 130 or 143
-    after a signal; 141 when nobody reads the output any more; 1 with a
-    traceback for every other error, which is a bug."""
+    UserError, a NumericalError or a PartialError; 130 or 143 after a signal; 141 when nobody reads the output any more;
+    1 with a traceback for every other error, which is a bug."""
     def stop(signum, frame):
         raise Stopped(signum)
 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell (>&-): the next open file would get its number
             setattr(sys, name, open(os.devnull, "w"))
-    with contextlib.suppress(AttributeError):  # stdout may have been replaced
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    for stream in (sys.stdout, sys.stderr):
+        _write_plainly(stream)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
@@ -88,14 +90,27 @@ def cli(main):
             signums.pop()
         except BaseException:  # raised by a handler that is still set, such as torch's for the next dead worker
             pass
-    # a failed process ends at once: the usual shutdown would wait for loader workers and for other ranks
-    for child in multiprocessing.active_children():
-        child.kill()
+    end(error)
+
+
+def _write_plainly(stream):
+    """Names of files may be any bytes: what is no text, and what would steer a terminal, is written with a backslash."""
+    with contextlib.suppress(AttributeError):  # the stream may have been replaced
+        stream.reconfigure(errors="backslashreplace")
+        write = stream.write
+        stream.write = lambda text: write(text.translate(STEERING))
+
+
+def end(error):
+    """Ends a failed process at once: the usual shutdown would wait for loader workers and for other ranks."""
     text, code = _verdict(error)
+    children = multiprocessing.active_children()
     with contextlib.suppress(OSError):  # nobody reads the output
         print(end="", flush=True)
         if text:
             print(f"error: {text}", file=sys.stderr, flush=True)
+    for child in children:
+        child.kill()
     os._exit(code)
 
 
@@ -108,7 +123,7 @@ def _verdict(error):
         return "", 141
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         error = UserError("out of memory; lower --bs or --imgsz, try --grad-checkpoint, or --tile for large images")
-    elif text.startswith(("DataLoader worker", "DataLoader timed out")):
+    elif text.startswith("DataLoader worker"):
         error = UserError(f"{text.splitlines()[0].rstrip('. ')}; lower --workers, 0 loads in the main process")
     elif isinstance(error, (EOFError, OSError)) and "_data_queue.get(" in trace:  # it died while passing on a batch
         error = UserError("DataLoader worker exited unexpectedly; lower --workers, 0 loads in the main process")

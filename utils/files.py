@@ -4,6 +4,7 @@ import contextlib
 import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import reprlib
@@ -22,6 +23,9 @@ short.maxstring = 200
 show = short.repr  # a value in a message stays short, and in one line
 
 
+LARGEST_TEXT = 4 * 10**9  # bytes; COCO's own files have 0.5 * 10**9
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def reading(path):
@@ -33,10 +37,13 @@ def reading(path):
 
 
 def read_bytes(path):
-    """The content of a regular file. Raises UserError."""
+    """The content of a regular file of text, at most LARGEST_TEXT bytes. Raises UserError."""
     with reading(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block
             raise UserError(f"{path}: not a regular file; replace or remove it")
+        if found.st_size > LARGEST_TEXT:
+            raise UserError(f"{path}: has {found.st_size:,} bytes, at most {LARGEST_TEXT:,} are read; divide it")
         return Path(path).read_bytes()
 
 
@@ -60,11 +67,9 @@ def read_json(path):
 def read_csv(path, remedy="replace it"):
     """The rows of a CSV file in UTF-8, with or without byte order mark, also the empty ones. Raises UserError."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: not a readable CSV ({reason}); {remedy}") from None
+        return list(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable CSV ({error}); {remedy}") from None
 
 
 def same_name(name):

@@ -152,6 +152,8 @@ def train_parser(description, task, **defaults):
         "about a third slower")
     add("--sync-bn", action="store_true", help="batch norm over the batch of all processes")
     add("--workers", type=int_range(0, 256), default=2, help="loader processes per training process")
+    add("--timeout", type=float_range(1), default=60, metavar="SECONDS", help="end the run when a loader worker or "
+        "another process gives no sign of life for so long; for the first batch five times as long")
     add("--cache", choices=("ram", "disk"), help="keep decoded images")
     add("--deterministic", action="store_true", help="bitwise repeatable on GPUs too (CPUs always are)")
 
@@ -190,7 +192,7 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
 
     if args.resume is None:
         check_all(args)
-    device = dist.setup(args.device)
+    device = dist.setup(args.device, args.timeout)
     args, folder, resume = begin_run(parser, args, given, check_all)
     return args, device, folder, resume
 
@@ -207,7 +209,7 @@ def begin_run(parser, args, given=None, check=lambda args: None):
     folder, resume = runs.open_run(args.project, args.name, args.resume)
     if resume:
         stored = {flag: value for flag, value in _present_names(resume["args"]).items() if flag in vars(args)}
-        stored["device"] = args.device  # it may be another machine
+        stored |= {"device": args.device, "timeout": args.timeout}  # it may be another machine
         for flag, value in given.items():
             if flag in KEPT and value != stored.get(flag):
                 raise UserError(f"{word(flag)}: a resumed run keeps its own; leave it out, or start a new run")

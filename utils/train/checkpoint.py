@@ -1,18 +1,18 @@
 """Checkpoints: plain dicts of tensors, numbers, strings, lists and dicts, which are never half written.
 
 A file is written beside its target, synced, read back, and only then renamed; the file that it replaces is kept as
-`NAME.prev` on request. torch's zip format stores a CRC-32 for every record. torch does not check it on loading; this
-module does.
+`NAME.prev` on request. What is read is checked: its bytes and tensors (utils/tensors.py), then every value, see SCHEMA.
 """
+import math
 import os
-import stat
 import zipfile
 from pathlib import Path
 
 import torch
 
+from utils import tensors
 from utils.errors import UserError
-from utils.files import whole_file, writing
+from utils.files import show, whole_file, writing
 
 REMEDY = "make room or mend the folder, then go on with --resume"
 OTHER_VERSION = "{}: made by another version of this project; use that, or train again"
@@ -27,10 +27,10 @@ def save(path, state, *, keep_previous=False):
         with whole_file(path, REMEDY) as temporary:
             try:
                 with open(temporary, "wb") as file:
-                    torch.save(state, file)
+                    torch.save(state | {"digest": tensors.digest(state)}, file)
                     file.flush()
                     os.fsync(file.fileno())
-                _check(temporary)
+                tensors.check_records(temporary)
             except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
                 while error.__context__ and not isinstance(error, OSError):
                     error = error.__context__  # torch's writer hides the system's reason behind one of its own
@@ -95,53 +95,91 @@ def convert(state, path):
 
 def _read(path):
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: not a file; give a checkpoint such as runs/seg/exp/best.pt")
-        _check(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        _check_content(path, state)
-        return convert(state, path)
-    except UserError:
-        raise
+        state = tensors.read(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train one, or give its path") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
-    except Exception as error:  # zipfile and torch raise a dozen types on damaged and foreign files
-        raise UserError(f"{path}: damaged, or not a checkpoint of this project ({type(error).__name__}); "
-                        f"use another one (runs keep best.pt, last.pt and last.pt.prev)") from None
-
-
-def _check(path):
-    """Every record against its CRC-32, and nothing compressed (our files never are: no zip bombs)."""
-    with zipfile.ZipFile(path) as file:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
-            raise ValueError("checksum mismatch")
-
-
-def _check_content(path, state):
-    """Raises UserError, or for a state that was made to do harm anything else that walking through it may raise."""
-    if not isinstance(state, dict) or not {"task", "arch", "model"} <= state.keys():
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a checkpoint such as "
+                        f"runs/seg/exp/best.pt, and check its permissions") from None
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
+        raise UserError(f"{path}: {reason}; use another checkpoint (runs keep best.pt, last.pt and last.pt.prev)") from None
+    if not {"task", "arch", "model"} <= state.keys():
         raise UserError(f"{path}: holds no net of this project; published weights go to train_*.py --weights")
-    for name, tensor in _tensors(state):
-        # a 1 KB file can pretend to be a tensor of 1e9 numbers by repeating one
-        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise UserError(f"{path}: tensor {name} is larger than its data; use another checkpoint")
-    for weights in (state["model"], state.get("ema") or {}):
-        for name, tensor in weights.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"{path}: tensor {name} is not finite; use an earlier checkpoint")
+    if state.pop("digest", None) not in (None, tensors.digest(state)):
+        raise UserError(f"{path}: its tensors were changed or exchanged; use another checkpoint")
+    for name, tensor in tensors.walk(state):
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: tensor {name} is not finite; use an earlier checkpoint")
+    state = convert(state, path)
+    for key, right in SCHEMA.items():
+        if key in state and not right(state[key]):
+            raise UserError(f"{path}: its {key} is {show(state[key])}, which no run writes; use another checkpoint")
+    if not _in_step(state):
+        raise UserError(f"{path}: step {state['step']} does not belong to its history; use another checkpoint")
+    return state
 
 
-def _tensors(value, name="state"):
-    """Pairs (name, tensor) of all tensors in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (dict, list, tuple)):
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(child, f"{name}.{key}")
+# ---- what the values must be -----------------------------------------------------------------------------------------
+def _is_text(value):
+    return isinstance(value, str)
 
 
+def _is_count(value):
+    return type(value) is int and value >= 0
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_plain(value, depth=5):
+    """Values as flags have them: None, numbers, text, and lists and dicts of them, not nested more than they are there."""
+    if isinstance(value, (list, tuple, dict)):
+        children = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(child, depth - 1) for child in children)
+    return value is None or _is_text(value) or isinstance(value, bool) or _is_number(value) and math.isfinite(value)
+
+
+def _is_dict(right):
+    return lambda value: isinstance(value, dict) and all(map(_is_text, value)) and all(map(right, value.values()))
+
+
+def _is_list(right):
+    return lambda value: isinstance(value, list) and all(map(right, value))
+
+
+def _or_none(right):
+    return lambda value: value is None or right(value)
+
+
+def _is_threshold(value):
+    return all(_is_number(number) and 0 <= number <= 1 for number in (value if isinstance(value, list) else [value]))
+
+
+_is_weights, _is_flags = _is_dict(torch.is_tensor), _is_dict(_is_plain)
+SCHEMA = {  # key of a checkpoint: whether a value is right. What stands in "arch" and "input", their classes check
+    "task": _is_text, "arch": lambda value: _is_flags(value) and value.keys() == {"name", "kwargs"}
+    and _is_text(value["name"]) and isinstance(value["kwargs"], dict),
+    "input": _is_flags, "args": _is_flags, "model": _is_weights, "ema": _or_none(_is_weights),
+    "swa": _or_none(_is_weights), "threshold": _or_none(_is_threshold), "score": _or_none(_is_text),
+    "classes": lambda value: value and (_is_count(value) or _is_list(_is_text)(value)),
+    "category_ids": _is_list(_is_count), "single_label": lambda value: isinstance(value, bool),
+    "step": _is_count, "steps_per_epoch": lambda value: _is_count(value) and value, "ema_steps": _is_count,
+    "swa_count": _is_count, "history": _is_list(_is_dict(_is_number)), "sums": _is_dict(_is_number),
+    "optimizer": lambda value: isinstance(value, dict),
+    "scaler": _is_dict(_is_number),
+}
+
+
+def _in_step(state):
+    """Whether the optimizer steps done lie in the epoch after those of the history."""
+    if not {"step", "steps_per_epoch", "history"} <= state.keys():
+        return True
+    return 0 <= state["step"] - len(state["history"]) * state["steps_per_epoch"] <= state["steps_per_epoch"]
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
 def load_weights(model, state, path):
     """Loads the EMA weights if the run has them, else the trained ones, into `model`, and returns it.
 
@@ -170,11 +208,14 @@ def average(paths, states):
 
 def load_strict(model, weights, path):
     """Loads weights that have exactly the names and shapes of the model's. Else raises UserError with what differs, and
-    loads nothing."""
-    ours, theirs = ({name: tuple(t.shape) for name, t in state.items()} for state in (model.state_dict(), weights))
-    differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    loads nothing. A model without memory (of torch's meta device) is only compared."""
+    own = model.state_dict()
+    ours, theirs = ({name: tuple(t.shape) for name, t in state.items()} for state in (own, weights))
+    differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+                    or not tensors.fits(weights[name], own[name]))
     if differ:
         first = f"{differ[0]} {theirs.get(differ[0], 'missing')} instead of {ours.get(differ[0], 'nothing')}"
         raise UserError(f"{path}: weights of another net ({len(differ)} tensors differ, such as {first}); use the "
                         f"flags that it was trained with")
-    model.load_state_dict(weights)
+    if not any(tensor.is_meta for tensor in own.values()):
+        model.load_state_dict(weights)

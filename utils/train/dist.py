@@ -14,8 +14,9 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather
 
 from utils.errors import Stopped, UserError
+from utils.train import watchdog
 
-PATIENCE = timedelta(hours=1)  # for other ranks, which may be reading all images or filling a cache
+MEETING = timedelta(hours=1)  # for the ranks to find each other
 
 
 def rank():
@@ -50,11 +51,11 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def setup(device="auto", patience=None):
+def setup(device="auto", timeout=60):
     """Chooses this process's device and joins the process group. -> torch.device
 
-    device: "auto", "cpu", "cuda", "cuda:1", "mps". patience: timedelta after which a rank that does not answer is an
-    error, None: PATIENCE; a rank that has died is an error at once. Raises UserError for a device that does not exist.
+    device: "auto", "cpu", "cuda", "cuda:1", "mps". timeout: see utils/train/watchdog.py; a rank that has died is an
+    error at once. Raises UserError for a device that does not exist.
     """
     keep_memory()
     if device == "auto":
@@ -71,14 +72,17 @@ def setup(device="auto", patience=None):
                         f"use --device cpu, or fewer processes per node") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = None
     if world_size() > 1:
         # small messages (stop? save?) are sent from CPU to CPU, so that they do not wait for the GPU's queue
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_new_store(), rank=rank(), world_size=world_size(),
-                                timeout=patience or PATIENCE)
+        store = _new_store()
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(),
+                                timeout=timedelta(days=7))  # a rank may be filling a cache, or have the one large scene
         if device.type == "cpu":  # torchrun sets one thread per process; share the cores instead
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    watchdog.start(timeout, store, rank(), world_size())
     return device
 
 
@@ -89,7 +93,7 @@ def _new_store():
     would connect to addresses that no longer exist, and wait. So rank 0 opens a new section of the store and tells the
     others its name. Each rank asks with a unique key, so that a stale reply cannot be read.
     """
-    store = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
+    store = next(dist.rendezvous("env://", timeout=MEETING))[0]
     name = uuid.uuid4().hex
     if rank() > 0:
         store.set(f"ask {rank()}", name)

@@ -125,7 +125,7 @@ def _open(project, name, resume):
     saved = None
     if not folder or _has_saved(folder):  # else it was killed before its first save
         saved = checkpoint.load(path)
-        if not {"optimizer", "args"} <= saved.keys():
+        if not {"args", "optimizer", "scaler", "step", "steps_per_epoch", "history", "sums"} <= saved.keys():
             raise UserError(f"{path}: holds weights only; resume from the run's last.pt, or start anew with --weights")
     lock(path.parent)
     return path.parent, saved
@@ -167,9 +167,12 @@ def record_start(folder, defaults):
 def commit(folder):
     """The short hash of the git commit in `folder`, with "-dirty" behind it when files differ from it; "" without one.
     """
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]  # no tags: the hash only
+    # nothing is written: `git describe --dirty` would lock the index, and killed then, stop the user's next commit
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
+    found = re.match(r"# branch\.oid ([0-9a-f]{7})", done.stdout)
+    changed = any(not line.startswith("#") for line in done.stdout.splitlines())
+    return found[1] + "-dirty" * changed if found else ""

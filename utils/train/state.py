@@ -5,6 +5,7 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import tensors
 from utils.errors import NumericalError, UserError
 from utils.train import checkpoint, dist
 from utils.train.optim import set_lr
@@ -126,8 +127,7 @@ class State:
         for name, average, count in self._averages():
             saved[count] = int(average.n_averaged) if average else 0
             saved[name] = average.module.state_dict() if saved[count] else None
-        weights = [t for name in ("model", "ema", "swa") for t in (saved[name] or {}).values() if t.is_floating_point()]
-        self.finite &= torch.stack([t.isfinite().all() for t in weights]).all()
+        self.finite &= torch.stack([tensor.isfinite().all().to(self.device) for _, tensor in tensors.walk(saved)]).all()
         self.check()
         return saved
 
@@ -137,8 +137,8 @@ class State:
             raise UserError(f"--resume: the run had {saved['steps_per_epoch']} steps per epoch, this data and these "
                             f"flags make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start "
                             f"a new run with --weights")
-        if saved["optimizer"]["name"] != type(self.optimizer).__name__:
-            raise UserError(f"--resume: the run had the optimizer {saved['optimizer']['name']}; keep --optimizer, or "
+        if saved["optimizer"].get("name") != type(self.optimizer).__name__:
+            raise UserError(f"--resume: the run had the optimizer {saved['optimizer'].get('name')}; keep --optimizer, or "
                             f"start a new run with --weights")
         checkpoint.load_strict(self.model, saved["model"], "--resume")
         for name, average, count in self._averages():
@@ -146,7 +146,14 @@ class State:
                 checkpoint.load_strict(average.module, saved.get(name) or saved["model"], "--resume")
                 average.n_averaged.fill_(saved.get(count, 0))
         ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for p, moments in self.optimizer.state.items():  # Lookahead's stand under a name
+                if torch.is_tensor(p) and any(tensor.ndim and tensor.shape != p.shape
+                                              for _, tensor in tensors.walk(moments)):
+                    raise ValueError("a moment has another shape than its weight")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--resume: the state of the optimizer is damaged ({error}); use another checkpoint") from None
         for group, settings in zip(self.optimizer.param_groups, ours):
             group.update(settings)  # --resume --lr, --momentum, --weight-decay and the warm-up's flags count
         if saved["scaler"]:  # empty when the run had another --amp
