@@ -137,7 +137,11 @@ def load_members(args, task, device, paths, states):
             with torch.device("meta"):  # what does not fit is refused before it gets memory
                 checkpoint.load_weights(nets.build(state["arch"]), state, path)
             net, inputs, classes = nets.build(state["arch"]), INPUT[task](**state["input"]), state["classes"]
-            np.broadcast_to(np.asarray(state.get("threshold") or 0.5, float), np.size(classes))
+            threshold = np.broadcast_to(np.asarray(state.get("threshold") or 0.5, float), np.size(classes))
+            number, kwargs = classes if isinstance(classes, int) else len(classes), state["arch"]["kwargs"]
+            if kwargs.get("in_chans", inputs.channels) != inputs.channels or not ((0 <= threshold) & (threshold <= 1)).all() \
+                    or kwargs.get("classes", kwargs.get("num_classes", number)) != number:
+                raise ValueError("its net, input, classes and threshold do not belong together")
             [state["args"]["data"], *(state[key] for key in NEEDED[args.task])]
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(checkpoint.OTHER_VERSION.format(path) + f" ({error})") from None

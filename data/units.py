@@ -31,14 +31,11 @@ class Input:
 
     def __post_init__(self):
         """Raises ValueError or TypeError for values that no input has, such as those of a damaged checkpoint."""
-        count = len(self.bands)
-        numbers = {name: np.ravel(getattr(self, name, 1.0)).astype(float)
-                   for name in ("pixel_scale", "pixel_mean", "mean", "std")}
-        positive = min(self.bands) >= 1 and self.imgsz >= 1 and (numbers["pixel_scale"] > 0).all() and \
-            (numbers["std"] > 0).all()
-        if not positive or any(len(values) not in (1, count) and (name, len(values)) != ("pixel_mean", 0) or
-                               not np.isfinite(values).all() for name, values in numbers.items()) or \
-                self.seen and any(len(self.seen[name]) != count for name in ("low", "high")):
+        count, names = len(self.bands), ("pixel_scale", "std", "mean", "pixel_mean")
+        values = [np.ravel(getattr(self, name, 1.0)).astype(float) for name in names]
+        if min(self.bands) < 1 or self.imgsz < 1 or min(map(np.min, values[:2])) <= 0 or \
+                any(len(v) not in (0, 1, count) or not np.isfinite(v).all() for v in values) or \
+                self.seen and {count} != {len(self.seen[name]) for name in ("low", "high")}:
             raise ValueError("the values of its input do not belong together")
 
     @property

@@ -180,14 +180,15 @@ def test_no_more_workers_than_cores(monkeypatch):
 def test_workers_do_not_hear_signals_and_the_main_process_does(cores):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     for make in (train_loader, eval_loader):
-        batches = iter(make(Data(8), 2, workers=1))
+        loader = make(Data(8), 2, workers=1)
+        batches = iter(loader)
         [worker] = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGTERM), os.kill(worker.pid, signal.SIGINT)
         if make is eval_loader:
             assert len(list(batches)) == 4
         time.sleep(0.05)
         assert worker.is_alive() and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
-        del batches
+        del batches, loader
         worker.kill(), worker.join()
 
 

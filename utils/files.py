@@ -88,7 +88,10 @@ def by_name(files, name_of, root=""):
 
 
 def list_tree(root):
-    """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders."""
+    """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders. Raises
+    UserError for the root of the file system."""
+    if os.path.dirname(os.path.realpath(root)) == os.path.realpath(root):
+        raise UserError(f"{root}: is the whole file system; name the folder of the data")
     found = []
     for top, folders, names in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

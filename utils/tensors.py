@@ -30,6 +30,9 @@ _DTYPES = set(_SAFETENSORS.values())
 _REFUSED = re.compile(r"(builtins|__builtin__)\.bytearray|torch\.(\w+\.)*\w*Tensor|torch\.storage\.\w+|torch\._tensor\.\w+|"
                       r"torch\._utils\._rebuild_(?!tensor_v2|parameter)\w+")
 LARGEST = 10**7  # values in a file; a run on a million images has fewer
+DEEPEST = 100    # levels of lists and dicts, with the points in names of tensors
+_PROGRAM, _SEAL = "/data.pkl", "/records"  # ends of the names of records
+_FOLDER = 16     # flag of a record: torch would read none of its bytes
 _PICKLES = 4  # in a file of torch before 1.6: three that describe it, and the content
 
 
@@ -58,8 +61,8 @@ def read(path, *, modules=False):
 
 
 def walk(value, name="state"):
-    """Pairs (name, tensor) of all tensors in nested dicts and lists. Raises ValueError for more than LARGEST values: in a
-    small file, a list can hold ten times the same list of ten times the same list."""
+    """Pairs (name, tensor) of all tensors in nested dicts and lists. Raises ValueError for more than LARGEST values, or
+    DEEPEST levels: in a small file, a list can hold ten times the same list of ten times the same list."""
     todo, count = [(name, value)], 0
     while todo:
         name, value = todo.pop()
@@ -67,19 +70,10 @@ def walk(value, name="state"):
         if isinstance(value, torch.Tensor):
             yield name, value
         elif isinstance(value, (dict, list, tuple)):
-            if count + len(todo) + len(value) > LARGEST:
-                raise ValueError(f"it holds more than {LARGEST} values")
+            if count + len(todo) + len(value) > LARGEST or name.count(".") > DEEPEST:
+                raise ValueError(f"it holds more than {LARGEST} values, or more than {DEEPEST} lists in each other")
             pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
             todo += [(f"{name}.{key}", child) for key, child in reversed(pairs)]
-
-
-def digest(state):
-    """A hash over names, types and numbers of all tensors: two that were exchanged change it."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, tensor in walk(state):
-        found.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def sha256(path):
@@ -93,15 +87,28 @@ def fits(tensor, target):
     return tensor.is_floating_point() == target.is_floating_point() and bool(tensor.to(target.dtype).isfinite().all())
 
 
+def seal(path):
+    """Adds a record to a zip archive that tells which records it has, and their CRC-32."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"archive{_SEAL}", _described(archive))
+
+
 def check_records(path):
-    """Every record of a zip archive against its CRC-32. None is compressed, none lies within another, and no name
-    stands twice: torch's files are never so, and a small file could become a large one. Raises ValueError."""
+    """Every record of a zip archive against its CRC-32, and all against the one of `seal`, if there is one. None is
+    compressed, none lies within another, and no name stands twice: torch's files are never so, and a small file could
+    become a large one. Raises ValueError."""
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or archive.testzip() or \
-                sum(entry.file_size for entry in entries) > os.path.getsize(path) or \
-                len(set(archive.namelist())) < len(entries):
-            raise ValueError("a record is compressed, is hidden in another, or does not have its CRC-32")
+        entries, names = archive.infolist(), archive.namelist()
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & _FOLDER for entry in entries) or \
+                sum(entry.file_size for entry in entries) > os.path.getsize(path) or len(set(names)) < len(names) or \
+                archive.testzip() or not any(name.endswith(_PROGRAM) for name in names) or \
+                any(archive.read(name) != _described(archive) for name in names if name.endswith(_SEAL)):
+            raise ValueError("a record is compressed, hidden in another, exchanged, or does not have its CRC-32")
+
+
+def _described(archive):
+    return repr(sorted((entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()
+                       if not entry.filename.endswith(_SEAL))).encode()
 
 
 def _check(name, tensor):
@@ -154,7 +161,7 @@ def _names(file, zipped):
     with contextlib.ExitStack() as stack:
         if zipped:
             archive = stack.enter_context(zipfile.ZipFile(file))
-            record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            record = next(name for name in archive.namelist() if name.endswith(_PROGRAM))
             file = stack.enter_context(archive.open(record))
         for _ in range(1 if zipped else _PICKLES):
             for operation, value, _ in pickletools.genops(file):

@@ -3,7 +3,6 @@
 A file is written beside its target, synced, read back, and only then renamed; the file that it replaces is kept as
 `NAME.prev` on request. What is read is checked: its bytes and tensors (utils/tensors.py), then every value, see SCHEMA.
 """
-import math
 import os
 import zipfile
 from pathlib import Path
@@ -27,9 +26,9 @@ def save(path, state, *, keep_previous=False):
         with whole_file(path, REMEDY) as temporary:
             try:
                 with open(temporary, "wb") as file:
-                    torch.save(state | {"digest": tensors.digest(state)}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    torch.save(state, file)
+                tensors.seal(temporary)
+                _sync(temporary)
                 tensors.check_records(temporary)
             except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
                 while error.__context__ and not isinstance(error, OSError):
@@ -37,9 +36,15 @@ def save(path, state, *, keep_previous=False):
                 raise error if isinstance(error, OSError) else OSError(str(error))
             if keep_previous and path.exists():
                 os.replace(path, f"{path}.prev")
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
-        os.close(folder)
+        _sync(path.parent)  # the rename itself
+
+
+def _sync(path):
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def load(path):
@@ -106,77 +111,41 @@ def _read(path):
         raise UserError(f"{path}: {reason}; use another checkpoint (runs keep best.pt, last.pt and last.pt.prev)") from None
     if not {"task", "arch", "model"} <= state.keys():
         raise UserError(f"{path}: holds no net of this project; published weights go to train_*.py --weights")
-    if state.pop("digest", None) not in (None, tensors.digest(state)):
-        raise UserError(f"{path}: its tensors were changed or exchanged; use another checkpoint")
     for name, tensor in tensors.walk(state):
         if not tensor.isfinite().all():
             raise UserError(f"{path}: tensor {name} is not finite; use an earlier checkpoint")
     state = convert(state, path)
-    for key, right in SCHEMA.items():
-        if key in state and not right(state[key]):
+    for key, kind in SCHEMA.items():
+        if key in state and not _is(state[key], kind):
             raise UserError(f"{path}: its {key} is {show(state[key])}, which no run writes; use another checkpoint")
-    if not _in_step(state):
-        raise UserError(f"{path}: step {state['step']} does not belong to its history; use another checkpoint")
     return state
 
 
-# ---- what the values must be -----------------------------------------------------------------------------------------
-def _is_text(value):
-    return isinstance(value, str)
+_COUNT, _NUMBER, _WEIGHTS = range(2**63), (int, float), {str: torch.Tensor}
+_LISTS, _FLAGS = [], {}  # of numbers, texts, and lists and dicts of them
+_FLAGS[str] = (None, bool, int, float, str, _LISTS, _FLAGS)
+_LISTS.append(_FLAGS[str])
+SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
+    "task": str, "arch": _FLAGS, "input": _FLAGS, "args": _FLAGS, "classes": (range(1, 2**31), [str]),
+    "category_ids": [_COUNT], "single_label": bool, "threshold": (None, float, [float]), "score": (None, str),
+    "model": _WEIGHTS, "ema": (None, _WEIGHTS), "swa": (None, _WEIGHTS), "ema_steps": _COUNT, "swa_count": _COUNT,
+    "step": _COUNT, "steps_per_epoch": range(1, 2**63), "history": [{str: _NUMBER}], "sums": {str: _NUMBER},
+    "optimizer": dict, "scaler": {str: _NUMBER}}
 
 
-def _is_count(value):
-    return type(value) is int and value >= 0
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_plain(value, depth=5):
-    """Values as flags have them: None, numbers, text, and lists and dicts of them, not nested more than they are there."""
-    if isinstance(value, (list, tuple, dict)):
-        children = value.values() if isinstance(value, dict) else value
-        return depth > 0 and all(_is_plain(child, depth - 1) for child in children)
-    return value is None or _is_text(value) or isinstance(value, bool) or _is_number(value) and math.isfinite(value)
-
-
-def _is_dict(right):
-    return lambda value: isinstance(value, dict) and all(map(_is_text, value)) and all(map(right, value.values()))
-
-
-def _is_list(right):
-    return lambda value: isinstance(value, list) and all(map(right, value))
-
-
-def _or_none(right):
-    return lambda value: value is None or right(value)
-
-
-def _is_threshold(value):
-    return all(_is_number(number) and 0 <= number <= 1 for number in (value if isinstance(value, list) else [value]))
-
-
-_is_weights, _is_flags = _is_dict(torch.is_tensor), _is_dict(_is_plain)
-SCHEMA = {  # key of a checkpoint: whether a value is right. What stands in "arch" and "input", their classes check
-    "task": _is_text, "arch": lambda value: _is_flags(value) and value.keys() == {"name", "kwargs"}
-    and _is_text(value["name"]) and isinstance(value["kwargs"], dict),
-    "input": _is_flags, "args": _is_flags, "model": _is_weights, "ema": _or_none(_is_weights),
-    "swa": _or_none(_is_weights), "threshold": _or_none(_is_threshold), "score": _or_none(_is_text),
-    "classes": lambda value: value and (_is_count(value) or _is_list(_is_text)(value)),
-    "category_ids": _is_list(_is_count), "single_label": lambda value: isinstance(value, bool),
-    "step": _is_count, "steps_per_epoch": lambda value: _is_count(value) and value, "ema_steps": _is_count,
-    "swa_count": _is_count, "history": _is_list(_is_dict(_is_number)), "sums": _is_dict(_is_number),
-    "optimizer": lambda value: isinstance(value, dict),
-    "scaler": _is_dict(_is_number),
-}
-
-
-def _in_step(state):
-    """Whether the optimizer steps done lie in the epoch after those of the history."""
-    if not {"step", "steps_per_epoch", "history"} <= state.keys():
-        return True
-    return 0 <= state["step"] - len(state["history"]) * state["steps_per_epoch"] <= state["steps_per_epoch"]
+def _is(value, kind):
+    """Whether a value is of a type, a whole number of a range, one of several kinds (a tuple), a list of a kind [kind],
+    a dict {str: kind}, or None."""
+    match kind:
+        case tuple():
+            return any(_is(value, one) for one in kind)
+        case list():
+            return isinstance(value, (list, tuple)) and all(_is(one, kind[0]) for one in value)
+        case dict():
+            return isinstance(value, dict) and all(_is(key, str) and _is(one, kind[str]) for key, one in value.items())
+        case range():
+            return type(value) is int and value in kind
+    return value is kind if kind is None else isinstance(value, kind)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

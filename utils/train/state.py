@@ -133,6 +133,9 @@ class State:
 
     def load_state_dict(self, saved):
         """Goes on from a `state_dict()`. Raises UserError for another net, optimizer or number of steps per epoch."""
+        if not 0 <= saved["step"] - len(saved["history"]) * saved["steps_per_epoch"] <= saved["steps_per_epoch"]:
+            raise UserError(f"--resume: step {saved['step']} does not belong to a history of {len(saved['history'])} "
+                            f"epochs; use another checkpoint")
         if saved["steps_per_epoch"] != self.steps_per_epoch:
             raise UserError(f"--resume: the run had {saved['steps_per_epoch']} steps per epoch, this data and these "
                             f"flags make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start "
@@ -169,6 +172,5 @@ class State:
     def check(self):
         """Raises NumericalError when a loss or a gradient was not finite. Waits for the GPU."""
         if not self.finite or (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3):
-            then = "--resume goes on from the last epoch" if self.history else "start again"
             raise NumericalError(f"loss or gradients are no longer finite (noticed at step {self.step}); lower --lr, "
-                                 f"try --clip 1 or --amp off, then {then}")
+                                 f"try --clip 1 or --amp off, and --resume if there is a last.pt, else start again")
