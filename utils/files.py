@@ -68,8 +68,9 @@ def read_csv(path, remedy="replace it"):
     """The rows of a CSV file in UTF-8, with or without byte order mark, also the empty ones. Raises UserError."""
     try:
         return list(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV ({error}); {remedy}") from None
+    except (UserError, UnicodeDecodeError, csv.Error) as error:
+        reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
+        raise UserError(f"{path}: not a readable CSV ({reason}); {remedy}") from None
 
 
 def same_name(name):

@@ -117,7 +117,7 @@ def _read(path):
     state = convert(state, path)
     for key, kind in SCHEMA.items():
         if key in state and not _is(state[key], kind):
-            raise UserError(f"{path}: its {key} is {show(state[key])}, which no run writes; use another checkpoint")
+            raise UserError(OTHER_VERSION.format(path) + f" (its {key} is {show(state[key])})")
     return state
 
 

@@ -125,7 +125,7 @@ def _open(project, name, resume):
     saved = None
     if not folder or _has_saved(folder):  # else it was killed before its first save
         saved = checkpoint.load(path)
-        if not {"args", "optimizer", "scaler", "step", "steps_per_epoch", "history", "sums"} <= saved.keys():
+        if not {"optimizer", "args"} <= saved.keys():
             raise UserError(f"{path}: holds weights only; resume from the run's last.pt, or start anew with --weights")
     lock(path.parent)
     return path.parent, saved

@@ -133,6 +133,8 @@ class State:
 
     def load_state_dict(self, saved):
         """Goes on from a `state_dict()`. Raises UserError for another net, optimizer or number of steps per epoch."""
+        if lost := {"scaler", "step", "steps_per_epoch", "history", "sums"} - saved.keys():
+            raise UserError(f"--resume: the checkpoint has no {', '.join(sorted(lost))}; use another one")
         if not 0 <= saved["step"] - len(saved["history"]) * saved["steps_per_epoch"] <= saved["steps_per_epoch"]:
             raise UserError(f"--resume: step {saved['step']} does not belong to a history of {len(saved['history'])} "
                             f"epochs; use another checkpoint")
