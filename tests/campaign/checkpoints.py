@@ -67,11 +67,11 @@ def whole(shared, name):
     return path.read_bytes(), DOORS[name][0](path)
 
 
-def through(path, name, expected=None):
+def through(path, name, expected=None, what="reading"):
     """Reads a damaged file through the door of `name` -> "refused", "same" or "different". Fails for every error that
     is not ours, and for time and memory beyond the bounds."""
     try:
-        with bounded(MEMORY, SECONDS):
+        with bounded(MEMORY, SECONDS, f"{name}: {what}"):
             found = DOORS[name][0](path)
     except UserError as error:
         text = str(error)
@@ -79,11 +79,11 @@ def through(path, name, expected=None):
         check(str(path) in text, f"{name}: a message that does not name the file", text)
         return "refused"
     except MemoryError:
-        raise Failed(f"{name}: out of memory") from None
+        raise Failed(f"{name}: {what}: out of memory") from None
     except (Failed, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise Failed(f"{name}: {type(error).__name__} in {core._where(error)}", repr(error)) from error
+        raise Failed(f"{name}: {type(error).__name__} in {core.where(error)}", f"{what}\n{error!r}") from error
     return "same" if expected is not None and not differences(expected, found) else "different"
 
 
@@ -224,7 +224,7 @@ def crafted(place, rng, name):
         torch.save(state, path)
     except Exception:  # such a value cannot be written at all
         return "crafted: not writable"
-    outcome = through(path, name)
+    outcome = through(path, name, what=key)
     accepted = key in ("integers", "bool", "none", "text", "bf16", "strange strides", "scalar", "deep lists",
                        "huge number", "complex number") or place_of == "extra"
     check(outcome == "refused" or accepted or _unused(key), f"{name}: accepts {key}", place_of)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+import torch._dynamo  # the first optimizer of a process imports it: not in every forked run
 from tqdm import tqdm
 
 from tests import harness
@@ -167,10 +168,10 @@ def _one(goal, seed, number, root, pipe):
         kind, detail = error.kind, error.detail
     except AssertionError as error:
         text = str(error)
-        kind = "no end" if text.startswith("no end") else f"assertion: {_where(error)}"
+        kind = "no end" if text.startswith("no end") else f"assertion: {where(error)}"
         detail = text
     except Exception as error:
-        kind, detail = f"{type(error).__name__}: {_where(error)}", traceback.format_exc()
+        kind, detail = f"{type(error).__name__}: {where(error)}", traceback.format_exc()
     finally:
         os.chdir(root)
         kill_below(os.getpid())
@@ -180,7 +181,7 @@ def _one(goal, seed, number, root, pipe):
     return kind
 
 
-def _where(error):
+def where(error):
     """The function in which an error was raised, such as checkpoint._read."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).stem}.{frame.name}"
@@ -296,12 +297,26 @@ def limit_memory(more=4 << 30):
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+class Hang(BaseException):
+    """Raised in the middle of a block that takes too long; no `except Exception` catches it."""
+
+
 @contextlib.contextmanager
 def bounded(limit, seconds, what="reading"):
     """Fails when the block takes more memory (bytes) or time than allowed."""
+    def interrupt(signum, frame):
+        raise Hang
+
     size, before = memory()
     began = time.monotonic()
-    yield
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 3 * seconds)
+    try:
+        yield
+    except Hang:
+        raise Failed(f"{what} hangs") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     took, after = time.monotonic() - began, memory()[1]
     check(took <= seconds, f"{what} took more than {seconds} s", f"{took:.1f} s")
     check(after <= before or after - size <= limit, f"{what} took more than {limit >> 20} MiB",

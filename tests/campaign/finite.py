@@ -119,6 +119,11 @@ def _poisoned(compute_loss, value):
     return poisoned
 
 
+def _poison(tensor, value):
+    """The first number of a tensor becomes `value`, whatever its strides."""
+    tensor[(0,) * tensor.ndim] = value
+
+
 def _before(state, where, value, batch):
     """Before the batch -> hooks to remove after it."""
     params = list(state.model.parameters())
@@ -129,7 +134,7 @@ def _before(state, where, value, batch):
     elif where == "one gradient":
         def one(grad):
             grad = grad.clone()
-            grad.view(-1)[0] = value
+            _poison(grad, value)
             return grad
         return [params[-1].register_hook(one)]
     return []
@@ -140,11 +145,11 @@ def _after(state, where, value):
     moments = {"moment": "exp_avg", "second moment": "exp_avg_sq"}
     if where in moments:
         for entry in list(state.optimizer.state.values())[:1]:
-            entry[moments[where]].view(-1)[0] = value
+            _poison(entry[moments[where]], value)
     elif where == "weight":
-        next(state.model.parameters()).view(-1)[0] = value
+        _poison(next(state.model.parameters()), value)
     elif where == "average" and state.ema:
-        next(state.ema.module.parameters()).view(-1)[0] = value
+        _poison(next(state.ema.module.parameters()), value)
     elif where.startswith("running"):
         for name, buffer in state.model.named_buffers():
             if name.endswith(where.replace(" ", "_")):

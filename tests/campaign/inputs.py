@@ -94,7 +94,7 @@ def _answer(reader, path, name):
     except Failed:
         raise
     except BaseException as error:
-        raise Failed(f"{type(error).__name__} in {core._where(error)}", f"{name}: {error!r}") from error
+        raise Failed(f"{type(error).__name__} in {core.where(error)}", f"{name}: {error!r}") from error
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------

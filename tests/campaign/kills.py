@@ -3,7 +3,6 @@ import collections
 import functools
 import shutil
 import signal
-import sys
 import time
 
 from tests import harness
@@ -55,7 +54,7 @@ def _alone(run, seconds=30):
 def ranks(place, rng, number):
     """Kills of one rank of two. Even trials run under torchrun; in odd ones this process does what torchrun does, in a
     tenth of the time: it ends the other rank and starts both anew."""
-    task, real = list(scripts.TASKS)[number // 2 % 3], number % 2 == 0
+    task, real = list(scripts.ALL)[number // 2 % 4], number % 2 == 0
     counts, _ = scripts.what_happened(scripts.straight(place.shared, task, ranks=2))
     orders = {}  # {restart: (rank, fault)}
     for restart in range(rng.choice((1, 1, 2))):
@@ -74,11 +73,12 @@ def ranks(place, rng, number):
 def _torchrun(task, place, orders, every_step):
     """A run under torchrun -> how often it restarted the ranks."""
     words = " ".join(f"{restart}:{rank}:{fault}" for restart, (rank, fault) in orders.items())
-    run = harness.command(
-        place.own / "logs", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--max-restarts",
-        RESTARTS, "--master_port", harness.free_port(), "-m", "tests.campaign.rank", task, "--data",
-        scripts.data(place.shared, task), *scripts.TASKS[task].flags, "--project", place.own / "runs",
-        CAMPAIGN_FAULTS=words, CAMPAIGN_EVERY_STEP=str(int(every_step)))
+    where = ["--data", scripts.data(place.shared, task)] if scripts.ALL[task].write else []
+    run = core.command(
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--max-restarts", RESTARTS, "--master_port",
+        harness.free_port(), "-m", "tests.campaign.rank", task, *where, *scripts.ALL[task].flags, "--project",
+        place.own / "runs", path=place.own / "log", cwd=place.own, CAMPAIGN_FAULTS=words,
+        CAMPAIGN_EVERY_STEP=str(int(every_step)))
     code = run.wait(400)
     log = "\n".join(run.err)
     check(code == 0, f"torchrun's exit {code}", f"{run.out[-2000:]}\n{log[-4000:]}")
@@ -113,6 +113,6 @@ def _agent(task, place, orders, every_step):
 
 
 SINGLE = Goal("G1", "SIGKILL at random moments, then --resume: the same bits", single, cap=1000, seconds=900, share=4,
-              short=(1,))
+              short=(2,))
 RANKS = Goal("G2", "SIGKILL of one rank of two: restarted, the same bits", ranks, cap=200, seconds=900, share=4,
-             short=(1,))
+             short=(7,))
