@@ -12,8 +12,10 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -210,11 +212,20 @@ def _special(kind, name="a.tif"):
 
 
 def _png_bomb(root, port):
-    Image.new("L", (30000, 30000)).save(root / "DATA/a.png")
+    Image.new("L", (10_000, 10_000)).save(root / "DATA/a.png")  # 100 KB
+
+
+def _png_claim(root, port):
+    """A PNG of 100 bytes that claims to have 1.6e9 pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (root / "DATA/a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(5000))) + chunk(b"IEND", b""))
 
 
 def _sparse_tif(root, port):
-    with rasterio.open(root / "DATA/a.tif", "w", driver="GTiff", width=200_000, height=200_000, count=4, dtype="uint8",
+    with rasterio.open(root / "DATA/a.tif", "w", driver="GTiff", width=20_000, height=20_000, count=4, dtype="uint8",
                        tiled=True, SPARSE_OK="YES", compress="deflate"):
         pass
 
@@ -257,7 +268,7 @@ IMAGE_CASES = [Case(f"image: {name}", make, _read_images) for name, make in {
     "world file": _beside("a.tfw", "nan\n" * 6), "overview in a tag": _tagged(OVERVIEWS={"OVERVIEW_FILE": "{secret}"}),
     "overview of the network in a tag": _tagged(OVERVIEWS={"OVERVIEW_FILE": URL}),
     "subdatasets in a tag": _tagged(SUBDATASETS={"SUBDATASET_1_NAME": "{secret}"}),
-    "large PNG": _png_bomb, "sparse TIFF": _sparse_tif, "3000 bands": _bands, "200 frames": _frames,
+    "large PNG": _png_bomb, "claim of a large PNG": _png_claim, "sparse TIFF": _sparse_tif, "3000 bands": _bands, "200 frames": _frames,
     "large text in a PNG": _chunks, "/dev/zero": _special("/dev/zero"), "/dev/random as PNG": _special("/dev/random", "a.png"),
     "FIFO": _special("fifo"), "FIFO as JPEG": _special("fifo", "a.jpg"), "folder": _special("folder"),
     "link to itself": _special("loop"), "link to the terminal": _special("/dev/tty"),
