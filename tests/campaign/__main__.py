@@ -1,6 +1,7 @@
 """Runs the campaign and prints its table; see the package's docstring."""
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ def main():
     parser.add_argument("--first", type=int, default=0, metavar="N", help="begin with this trial")
     parser.add_argument("--count", type=int, metavar="N", help="so many trials per goal")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the trials' processes are ended first
     chosen = [GOALS[name] for name in args.only or GOALS]
     if args.trial is not None:
         os.environ["CAMPAIGN_LOUD"] = "1"

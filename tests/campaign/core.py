@@ -33,7 +33,7 @@ from utils.errors import cli
 tqdm.monitor_interval = 0  # its thread may hold a lock while this process forks
 
 FORK = multiprocessing.get_context("fork")
-SUBREAPER = 36  # prctl: orphans become children of this process, which can then find and end them
+PARENT_DEATH, SUBREAPER = 1, 36  # prctl: die with the parent; orphans become children of this process, which ends them
 
 
 class Goal(NamedTuple):
@@ -100,7 +100,12 @@ def run(goal, seed, numbers, root, deadline, say=lambda text: None):
         worker = FORK.Process(target=_work, args=(goal, seed, left, Path(root), deadline, writer))
         worker.start()
         writer.close()
-        finished, number, ended = _listen(reader, goal.seconds, report, say)
+        try:
+            finished, number, ended = _listen(reader, goal.seconds, report, say)
+        except BaseException:  # Ctrl-C: nothing may live on
+            kill_below(worker.pid)
+            worker.kill()
+            raise
         left = left[finished + (number is not None):]
         if number is not None:  # its process ended, or had to be ended, in the middle of this trial
             kill_below(worker.pid)
@@ -139,6 +144,7 @@ def _work(goal, seed, numbers, root, deadline, pipe):
     """What the forked process does. It ends after a trial that failed: the next one starts from a clean process."""
     os.setsid()
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL, 0, 0, 0)
     null = os.open(os.devnull, os.O_RDWR)
     if os.environ.get("CAMPAIGN_LOUD") is None:
         os.dup2(null, 1), os.dup2(null, 2)

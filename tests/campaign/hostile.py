@@ -43,7 +43,7 @@ from utils.pictures import review
 from utils.train import checkpoint
 
 SECRET = 77  # every pixel of the file that nobody may read
-SECONDS = 40
+SECONDS = 25
 
 
 class Case(NamedTuple):
