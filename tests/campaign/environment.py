@@ -225,8 +225,8 @@ def language(place, rng, task):
     """LANG=C, and folders whose names are not ASCII."""
     own = place.own / "größe 火"
     shutil.copytree(scripts.data(place.shared, task), own / "DATA")
-    env = {"LANG": "C", "LC_ALL": rng.choice(("C", "POSIX")), "PYTHONCOERCECLOCALE": "0",
-           "PYTHONUTF8": rng.choice(("0", "1")), "HOME": "/nonexistent"}
+    env = {"LANG": "C", "LC_ALL": rng.choice(("C", "POSIX")), "PYTHONCOERCECLOCALE": rng.choice(("0", "1")),
+           "HOME": "/nonexistent"}
     run = core.command(ROOT / f"train_{task}.py", "--data", "DATA", *scripts.TASKS[task].flags, "--name", "läuft",
                        path=place.own / "log", cwd=own, **env)
     scripts.finish(run)
@@ -271,7 +271,7 @@ def neighbours(place, rng, task):
     trained = scripts.straight(place.shared, task) / "runs/exp"
     for name in ("a", "b", "c"):
         folder = shutil.copytree(trained, runs / name)
-        for path in sorted(folder.iterdir()):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
             kind = rng.randrange(5)
             if kind == 0:
                 path.unlink()

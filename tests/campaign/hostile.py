@@ -486,8 +486,8 @@ def _no_formulas(root):
     """After training on such names, no table holds a cell that a spreadsheet would compute."""
     _flag(train_cls, "--data", "ROOT/D", "--folds", "2", "--project", "ROOT/runs")(root)
     for path in (root / "runs").rglob("*.csv"):
-        for cell in re.split(r"[,\n]", path.read_text()):
-            if re.match(r"[=+@\t\r]|-(?![\d.]+(e-?\d+)?$)", cell):
+        for cell in re.split(r"[,\n]", path.read_text()):  # a cell of flags begins with two hyphens
+            if re.match(r"[=+@\t\r]|-(?!-|[\d.]+(e-?\d+)?$)", cell):
                 raise AssertionError(f"{path}: the cell {cell!r} is a formula")
 
 
@@ -566,4 +566,4 @@ def _under_strace(place, number):
 
 
 GOAL = Goal("G8", f"{len(CASES)} hostile files and names under an audit hook, {len(STRACED)} commands under strace", trial,
-            cap=len(CASES) + len(STRACED), seconds=400, share=2, short=(*range(0, len(CASES), 17), len(CASES) - 1))
+            cap=len(CASES) + len(STRACED), seconds=400, share=2, short=(*range(0, len(CASES), 23), len(CASES) - 1))

@@ -91,4 +91,4 @@ def _valid(path, before, code, kind, width):
 
 
 GOAL = Goal("G3", "kill, ENOSPC, EIO at a random byte or call of a save: a valid checkpoint", trial, cap=5000, seconds=30,
-            share=1, short=tuple(range(25)))
+            share=1, short=tuple(range(10)))
