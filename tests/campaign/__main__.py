@@ -36,7 +36,8 @@ def main():
                 range(args.first, args.first + min(goal.cap, args.count or goal.cap))
             deadline = end if args.trial is not None else now + (end - now) * share
             reports.append(core.run(goal, args.seed, numbers, root, deadline, say))
-            say(f"{goal.name}: {reports[-1].tried} tried, {reports[-1].failed} failed in {time.monotonic() - now:.0f} s")
+            last = reports[-1]
+            say(f"{goal.name}: {last.tried} tried, {last.failed} failed in {time.monotonic() - now:.0f} s")
     print(core.table(reports))
     if args.trial is not None:
         for report in reports:

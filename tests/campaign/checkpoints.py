@@ -205,7 +205,8 @@ CONTENTS = {  # what stands in place of a tensor or beside it, and whether `--we
     "1e300": lambda: torch.full((3,), 1e300, dtype=torch.float64), "nan": lambda: torch.full((3,), math.nan),
     "shared lists": lambda: _nested(60, 10), "deep lists": lambda: _deep(900), "text": lambda: "x" * 10,
     "none": lambda: None, "gigabytes": _Bytes, "strange strides": lambda: torch.ones(8).as_strided((3,), (2,)),
-    "scalar": lambda: torch.tensor(1.0), "empty": lambda: torch.empty(0, 10**12), "bf16": lambda: torch.ones(3).bfloat16(),
+    "scalar": lambda: torch.tensor(1.0), "empty": lambda: torch.empty(0, 10**12),
+    "bf16": lambda: torch.ones(3).bfloat16(),
     "a class": lambda: Path("x"), "complex number": lambda: 1j, "huge number": lambda: 10**4000,
 }
 
@@ -291,7 +292,8 @@ def header(place, rng, name):
 def _paths(value, prefix=()):
     """The paths of all values in nested dicts, and of the first in lists: "input/bands"."""
     found = ["/".join(prefix)] if prefix else []
-    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, (list, tuple)) else ()
+    items = value.items() if isinstance(value, dict) else \
+        enumerate(value[:1]) if isinstance(value, (list, tuple)) else ()
     for key, child in items:
         found += _paths(child, (*prefix, str(key)))
     return found

@@ -298,7 +298,7 @@ def memory():
 
 
 def limit_memory(more=4 << 30):
-    """This process may take so many bytes more than it has; beyond, it gets a MemoryError and the machine stays well."""
+    """This process may take so many bytes more than it has; beyond, it gets a MemoryError, and the machine is safe."""
     limit = memory()[0] + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

@@ -301,7 +301,8 @@ def neighbours(place, rng, task):
 
 CASES = {"two runs in one folder": two_runs, "output deleted": output_deleted, "data deleted": data_deleted,
          "read-only output": read_only, "full disk": full_disk, "a folder in the way": vanishing_mount, "clock": clock,
-         "little memory": memory, "few open files": file_descriptors, "small /dev/shm": shared_memory, "LANG=C": language,
+         "little memory": memory, "few open files": file_descriptors, "small /dev/shm": shared_memory,
+         "LANG=C": language,
          "damaged caches": damaged_caches, "damaged neighbours": neighbours}
 GOAL = Goal("E", "two runs, deleted and full folders, clock, memory, language, caches, neighbours", trial, cap=500,
             seconds=500, share=2, short=(3, 4))

@@ -98,9 +98,9 @@ def _answer(reader, path, name):
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
-TOKENS = (b"nan", b"NaN", b"inf", b"-Infinity", b"1e400", b"-1", b"99999999999999999999", b"0.5", b"null", b"true", b"{}",
-          b"[]", b'"x"', b"\0", b"\xff\xfe", b"=1+1", b"\x1b[31m", b"../../../etc/passwd", b"/dev/zero", b"1" * 5000,
-          b"", b" ", b"\xc3\xa9", b"&lol;", b"!!python/object", b"\xef\xbb\xbf", b"http://127.0.0.1:9/x", b"1_000",
+TOKENS = (b"nan", b"NaN", b"inf", b"-Infinity", b"1e400", b"-1", b"99999999999999999999", b"0.5", b"null", b"true",
+          b"{}", b"[]", b'"x"', b"\0", b"\xff\xfe", b"=1+1", b"\x1b[31m", b"../../../etc/passwd", b"/dev/zero",
+          b"1" * 5000, b"", b" ", b"\xc3\xa9", b"&lol;", b"!!python/object", b"\xef\xbb\xbf", b"http://127.0.0.1:9/x", b"1_000",
           "٣".encode(), b"0x10", b"1e308", b"-0.0", b"2", b"car")
 
 
@@ -137,7 +137,8 @@ def _boxes(folder):
             check(np.isfinite(boxes).all(), "a box that is not finite")
             check(len(boxes) == 0 or (boxes >= 0).all() and (boxes[:, 2::2] <= size[1]).all()
                   and (boxes[:, 3::2] <= size[0]).all(), "a box outside its image", boxes)
-            check(len(classes) == 0 or 0 <= classes.min() and classes.max() < len(found.names), "a class beyond the names")
+            known = len(classes) == 0 or 0 <= classes.min() and classes.max() < len(found.names)
+            check(known, "a class beyond the names")
     return lambda: read(folder)
 
 
@@ -237,5 +238,5 @@ def _end_to_end(place, rng, with_labels=False):
 
 IMAGES = Goal("G5a", "damaged images through the readers: read, or refused in one line", image, cap=10_000, seconds=60,
               share=2, short=tuple(range(40)))
-LABELS = Goal("G5b", "damaged label files and tables: read, or refused in one line", label, cap=10_000, seconds=60, share=2,
-              short=tuple(range(40)))
+LABELS = Goal("G5b", "damaged label files and tables: read, or refused in one line", label, cap=10_000, seconds=60,
+              share=2, short=tuple(range(40)))

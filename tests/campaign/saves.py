@@ -90,5 +90,5 @@ def _valid(path, before, code, kind, width):
     check(not differences(state, small(state["step"], width)), "another content", kind)
 
 
-GOAL = Goal("G3", "kill, ENOSPC, EIO at a random byte or call of a save: a valid checkpoint", trial, cap=5000, seconds=30,
-            share=1, short=tuple(range(10)))
+GOAL = Goal("G3", "kill, ENOSPC, EIO at a random byte or call of a save: a valid checkpoint", trial, cap=5000,
+            seconds=30, share=1, short=tuple(range(10)))

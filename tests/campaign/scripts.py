@@ -95,7 +95,8 @@ def straight(shared, task, *, ranks=1):
         if ranks == 1:
             finish(start(task, place, setup=lambda: faults.install(counts=counts), folder=folder))
         else:
-            for run in world(task, place, folder=folder, setups=[lambda: faults.install(counts=counts), faults.install]):
+            setups = [lambda: faults.install(counts=counts), faults.install]
+            for run in world(task, place, folder=folder, setups=setups):
                 finish(run)
         (folder / "seconds.txt").write_text(str(time.monotonic() - began))
     return made(shared / f"straight-{task}-{ranks}", make)

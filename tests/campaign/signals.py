@@ -153,5 +153,5 @@ def _real_head(place, rng, task, kind):
     return {f"real head: exit {done.returncode}": 1}
 
 
-GOAL = Goal("G6", "SIGTERM and Ctrl-C at random moments, closed pipes: exit codes, then resumed to the same bits", trial,
-            cap=1000, seconds=400, share=3, short=(26,))
+GOAL = Goal("G6", "SIGTERM and Ctrl-C at random moments, closed pipes: exit codes, then resumed to the same bits",
+            trial, cap=1000, seconds=400, share=3, short=(26,))

@@ -1,6 +1,6 @@
 """G7: a worker or a rank that hangs in any way, and a main process that does: the run ends itself, with one line.
 
-The flag under test: --timeout SECONDS, without a step, a batch or a collective, ends a training script with exit code 2.
+The flag under test: --timeout SECONDS. So long without a step, a batch or a collective ends a script with exit code 2.
 """
 import contextlib
 import ctypes
