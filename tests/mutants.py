@@ -8,12 +8,15 @@ A mutant that nobody notices is a guard without a test. tests/test_mutants.py ch
 exactly once in its file.
 """
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -273,10 +276,8 @@ def run(mutant):
         except subprocess.TimeoutExpired:
             out = "FAILED (the tests did not end)"
         finally:
-            try:
-                os.killpg(process.pid, 9)
-            except ProcessLookupError:
-                pass
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     first = next((line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
     noticed = process.returncode == 1 or "did not end" in first or process.returncode < 0
@@ -288,18 +289,22 @@ def run(mutant):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants")
+    parser.add_argument("--without", nargs="+", default=[], metavar="FILE", help="not those that need these tests")
     parser.add_argument("--jobs", type=int, default=1, help="so many at a time")
     parser.add_argument("--list", action="store_true", help="only show their names")
     args = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not args.only or mutant.name in args.only]
+    chosen = [mutant for mutant in chosen if not set(mutant.tests) & set(args.without)]
     if args.list:
         print("\n".join(f"{mutant.name:45} {mutant.file}" for mutant in chosen))
         return 0
-    from concurrent.futures import ThreadPoolExecutor
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the tests' processes are ended first
     print("| guard | file | noticed | by |\n|---|---|---|---|", flush=True)
     count = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, (noticed, first, seconds) in zip(chosen, pool.map(run, chosen)):
+    with contextlib.ExitStack() as stack:
+        results = stack.enter_context(ThreadPoolExecutor(args.jobs)).map(run, chosen) if args.jobs > 1 else \
+            map(run, chosen)
+        for mutant, (noticed, first, seconds) in zip(chosen, results):
             count += noticed
             answer = "yes" if noticed else "NO"
             print(f"| {mutant.name} | {mutant.file} | {answer} | {first} ({seconds:.0f} s) |", flush=True)

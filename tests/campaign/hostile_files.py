@@ -440,7 +440,8 @@ FLAG_CASES += [Case(f"{flag} {kind} of predict.py", _letters, _flag(
 FLAG_CASES += [Case(f"--name {name!r}"[:60], _letters, _flag(
     train_cls, "--data", "ROOT/D", "--folds", "0", "--project", "ROOT/runs", f"--name={name}")) for name in (
     "größe 火", "-x", "a\nb", "x" * 400, "\x1b[31mred", "=1+1", ".")]
-FLAG_CASES += [Case(f"--data {data!r}"[:60] + f" of {module.__name__}", _letters, _flag(module, "--data", data, "--project", "ROOT/runs"))
+FLAG_CASES += [Case(f"--data {data!r}"[:60] + f" of {module.__name__}", _letters,
+                    _flag(module, "--data", data, "--project", "ROOT/runs"))
                for module in (train_seg, train_det, train_cls) for data in ("/dev/zero", "ROOT/DATA/fifo", "x" * 5000,
                                                                             "http://127.0.0.1:9/a.json", "a\0b")]
 FLAG_CASES += [Case("names that are formulas and escape sequences", _odd_names, _no_formulas)]

@@ -100,7 +100,8 @@ def _answer(reader, path, name):
 # ---- labels ----------------------------------------------------------------------------------------------------------
 TOKENS = (b"nan", b"NaN", b"inf", b"-Infinity", b"1e400", b"-1", b"99999999999999999999", b"0.5", b"null", b"true",
           b"{}", b"[]", b'"x"', b"\0", b"\xff\xfe", b"=1+1", b"\x1b[31m", b"../../../etc/passwd", b"/dev/zero",
-          b"1" * 5000, b"", b" ", b"\xc3\xa9", b"&lol;", b"!!python/object", b"\xef\xbb\xbf", b"http://127.0.0.1:9/x", b"1_000",
+          b"1" * 5000, b"", b" ", b"\xc3\xa9", b"&lol;", b"!!python/object", b"\xef\xbb\xbf", b"http://127.0.0.1:9/x",
+          b"1_000",
           "٣".encode(), b"0x10", b"1e308", b"-0.0", b"2", b"car")
 
 
