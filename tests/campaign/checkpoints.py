@@ -7,8 +7,8 @@ the undamaged file gives. Only safetensors has no checksum: there a changed numb
 import functools
 import io
 import math
-import pickle
 import pickletools
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import predict
-from nets import weights
+from nets import pretrained
+from tests import toy
 from tests.campaign import core, scripts
 from tests.campaign.core import Failed, Goal, bounded, check
 from tests.harness import differences
@@ -30,19 +31,31 @@ MEMORY = 400 << 20  # more than any of these small files needs
 
 
 # ---- doors -----------------------------------------------------------------------------------------------------------
+def foreign_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Linear(4, 3)))
+
+
 def load(path):
     return checkpoint.load(path)
 
 
-def read_weights(path):
-    with answers_for("--weights"):
-        return weights.read(str(path))
+def weights_of(make):
+    """--weights into such a net -> what the net then holds."""
+    def door(path):
+        net = make()
+        for tensor in net.state_dict().values():  # what is not loaded is seen
+            tensor.fill_(7)
+        with answers_for("--weights"):
+            pretrained.load(net, str(path))
+        return dict(net.state_dict())
+    return door
 
 
 # file: (the door, whether every byte of its content has a checksum)
-DOORS = {"last.pt": (load, True), "best.pt": (load, True), "own.pt": (read_weights, True),
-         "foreign.pth": (read_weights, True), "module.pt": (read_weights, True),
-         "weights.safetensors": (read_weights, False)}
+DOORS = {"last.pt": (load, True), "best.pt": (load, True), "own.pt": (weights_of(toy.Net), True),
+         "foreign.pth": (weights_of(foreign_net), True), "module.pt": (weights_of(foreign_net), True),
+         "weights.safetensors": (weights_of(foreign_net), False)}
 
 
 def whole_files(shared):
@@ -50,10 +63,13 @@ def whole_files(shared):
     them."""
     def make(folder):
         scripts.finish(scripts.start_toy(folder, "--epochs", 2))
-        for name, of in (("last.pt", "last.pt"), ("best.pt", "best.pt"), ("own.pt", "best.pt")):
-            (folder / name).write_bytes((folder / "exp" / of).read_bytes())
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Linear(4, 3)))
+        for name in ("last.pt", "best.pt"):
+            shutil.copy(folder / "exp" / name, folder / name)
+        # a real header, with the weights of the toy, which are small enough for a bit in them to be hit
+        header = checkpoint.load(scripts.straight(shared, "cls") / "runs/exp/best.pt")
+        small = checkpoint.load(folder / "best.pt")
+        checkpoint.save(folder / "own.pt", header | {"model": small["model"], "ema": small["ema"]})
+        net = foreign_net()
         torch.save({"state_dict": net.state_dict()}, folder / "foreign.pth")
         torch.save({"model": net, "ema": None}, folder / "module.pt")
         save_file(net.state_dict(), folder / "weights.safetensors")
@@ -196,45 +212,51 @@ class _Bytes:
         return bytearray, (3 << 30,)
 
 
-CONTENTS = {  # what stands in place of a tensor or beside it, and whether `--weights` may accept it
-    "expanded": lambda: torch.zeros(1).expand(10**11), "sparse": lambda: torch.eye(3).to_sparse(),
-    "sparse csr": lambda: torch.eye(3).to_sparse_csr(), "meta": lambda: torch.empty(3, device="meta"),
-    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "fp8": lambda: torch.ones(3).to(torch.float8_e4m3fn), "complex": lambda: torch.ones(3, dtype=torch.complex64),
-    "integers": lambda: torch.ones(3, dtype=torch.int64), "bool": lambda: torch.ones(3, dtype=torch.bool),
-    "1e300": lambda: torch.full((3,), 1e300, dtype=torch.float64), "nan": lambda: torch.full((3,), math.nan),
-    "shared lists": lambda: _nested(60, 10), "deep lists": lambda: _deep(900), "text": lambda: "x" * 10,
-    "none": lambda: None, "gigabytes": _Bytes, "strange strides": lambda: torch.ones(8).as_strided((3,), (2,)),
-    "scalar": lambda: torch.tensor(1.0), "empty": lambda: torch.empty(0, 10**12),
-    "bf16": lambda: torch.ones(3).bfloat16(),
-    "a class": lambda: Path("x"), "complex number": lambda: 1j, "huge number": lambda: 10**4000,
+CONTENTS = {  # what stands in place of a tensor, made from it, or beside it
+    "expanded": lambda x: torch.zeros(1).expand(10**11), "expanded a little": lambda x: torch.zeros(1).expand(x.shape),
+    "sparse": lambda x: x.to_sparse(), "sparse csr": lambda x: torch.eye(3).to_sparse_csr(),
+    "meta": lambda x: x.to("meta"), "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "fp8": lambda x: x.to(torch.float8_e4m3fn), "complex": lambda x: x.to(torch.complex64),
+    "integers": lambda x: (x * 100).long(), "bool": lambda x: x > 0,
+    "1e300": lambda x: torch.full_like(x, 1e300, dtype=torch.float64), "nan": lambda x: x * math.nan,
+    "infinity": lambda x: x * math.inf, "shared lists": lambda x: _nested(60, 10), "deep lists": lambda x: _deep(900),
+    "text": lambda x: "x" * 10, "none": lambda x: None, "gigabytes": lambda x: _Bytes(),
+    "strange strides": lambda x: x.flatten().repeat(2)[::2].view(x.shape), "bf16": lambda x: x.bfloat16(),
+    "scalar": lambda x: torch.tensor(1.0), "empty": lambda x: torch.empty(0, 10**12), "a class": lambda x: Path("x"),
+    "complex number": lambda x: 1j, "huge number": lambda x: 10**4000,
 }
+SOUND = ("bf16", "strange strides", "expanded a little")  # may be accepted in place of a tensor
+NUMBERS = (*SOUND, "integers", "bool", "complex", "text", "none", "deep lists", "complex number", "huge number",
+           "scalar", "empty")  # may be accepted by checkpoint.load, because it does not know the net
 
 
 def crafted(place, rng, name):
     """A file that torch.save wrote, whose content is hostile."""
-    key, place_of = rng.choice(list(CONTENTS)), rng.choice(("tensor", "extra"))
-    state = pickle.loads(pickle.dumps(whole(place.shared, name)[1])) if name != "module.pt" else {"model": {}}
-    target = state.get("model", state.get("state_dict", state))
-    if place_of == "tensor" and isinstance(target, dict):
-        target[next(iter(target), "w")] = CONTENTS[key]()
+    key, instead = rng.choice(list(CONTENTS)), rng.random() < 0.6
+    data, _ = whole(place.shared, name)
+    state = {"model": foreign_net()} if name == "module.pt" else torch.load(io.BytesIO(data), weights_only=True)
+    if name == "module.pt":
+        state["model"]._modules["0"]._parameters.pop("bias")
+        first = next(state["model"].parameters()).detach()
+        target, where = state["model"]._modules["0"]._buffers, "bias"
+        first = torch.zeros(4)
     else:
-        state["history" if rng.random() < 0.5 and "history" in state else "extra"] = CONTENTS[key]()
+        target = state.get("ema") or state.get("state_dict")
+        where = next(iter(target))
+        first = target[where]
+    if instead:
+        target[where] = CONTENTS[key](first)
+    else:
+        state[rng.choice(("history", "extra", "args"))] = CONTENTS[key](torch.zeros(3))
     path = place.own / "bad.pt"
     try:
         torch.save(state, path)
     except Exception:  # such a value cannot be written at all
         return "crafted: not writable"
     outcome = through(path, name, what=key)
-    accepted = key in ("integers", "bool", "none", "text", "bf16", "strange strides", "scalar", "deep lists",
-                       "huge number", "complex number") or place_of == "extra"
-    check(outcome == "refused" or accepted or _unused(key), f"{name}: accepts {key}", place_of)
+    accepted = not instead or key in (NUMBERS if name in ("last.pt", "best.pt") else SOUND)
+    check(outcome == "refused" or accepted, f"{name}: accepts {key}")
     return f"crafted: {'refused' if outcome == 'refused' else 'read'}"
-
-
-def _unused(key):
-    """What a reader of foreign files may pass on, because `load_state_dict` and the check of shapes refuse it."""
-    return key in ("empty",)
 
 
 # ---- headers ---------------------------------------------------------------------------------------------------------
