@@ -113,6 +113,6 @@ def _agent(task, place, orders, every_step):
 
 
 SINGLE = Goal("G1", "SIGKILL at random moments, then --resume: the same bits", single, cap=1000, seconds=900, share=4,
-              short=(2,))
+              short=(5,))
 RANKS = Goal("G2", "SIGKILL of one rank of two: restarted, the same bits", ranks, cap=200, seconds=900, share=4,
              short=(7,))
