@@ -268,8 +268,8 @@ def run(mutant):
             ".git", ".venv", "__pycache__", "runs", ".pytest_cache", "docs"))
         (copy / mutant.file).write_text(breaks(mutant), encoding="utf-8")
         process = subprocess.Popen(
-            [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "-o", "timeout=120",
-             "-W", "ignore", *mutant.tests], cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no",
+             "-o", "timeout=120", "-W", "ignore", *mutant.tests], cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True, env=os.environ | {"TMPDIR": str(tmp), "OMP_NUM_THREADS": "1"})
         try:
             out, _ = process.communicate(timeout=SECONDS)
