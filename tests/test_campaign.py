@@ -43,7 +43,7 @@ def test_failures_are_counted_by_kind_and_trials_go_on(tmp_path):
         if number == 1:
             core.check(False, "wrong", "the reason")
         elif number == 2:
-            os.kill(os.getpid(), 11)
+            os.kill(os.getpid(), 9)
         elif number == 3:
             time.sleep(600)
         elif number == 4:
@@ -52,7 +52,7 @@ def test_failures_are_counted_by_kind_and_trials_go_on(tmp_path):
     goal = core.Goal("A", "what", trial, 10, -18, 1, ())  # hangs are noticed after 2 s
     report = core.run(goal, SEED, range(6), tmp_path, time.monotonic() + 60)
     kinds = {kind: [number for number, _ in found] for kind, found in report.failures.items()}
-    assert kinds == {"wrong": [1], "crash (exit -11)": [2], "hang": [3], "ZeroDivisionError: test_campaign.trial": [4]}
+    assert kinds == {"wrong": [1], "crash (exit -9)": [2], "hang": [3], "ZeroDivisionError: test_campaign.trial": [4]}
     assert report.tried == 6 and report.done == {"done": 2}
     text = core.table([report])
     assert "| A | what | 6 | 2 |" in text and "--only A --seed 0 --trial 1" in text and "the reason" in text

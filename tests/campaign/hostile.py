@@ -159,4 +159,4 @@ def _under_strace(place, number):
 
 GOAL = Goal("G8", f"{len(CASES)} hostile files and names under an audit hook, {len(STRACED)} commands under strace",
             trial, cap=len(CASES) + len(STRACED), seconds=400, share=2,
-            short=(*range(0, len(CASES), 23), len(CASES) - 1))
+            short=(*range(0, len(CASES), 29), len(CASES) - 1))
