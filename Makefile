@@ -1,10 +1,11 @@
 # make demo     from nothing to pictures: environment, sample data, a short training, predictions
 # make test     from nothing to a passing test run
+# make campaign faults at random, until CAMPAIGN_MINUTES are over (20), and a table of what was tried and passed
 # make bench    speed, as ratios of two things measured in one run
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo announce-demo test test-slow bench clean
+.PHONY: demo announce-demo test test-slow campaign bench clean
 
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
@@ -28,6 +29,9 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(PYTHON) -m pytest -m slow
+
+campaign: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 CAMPAIGN_MINUTES=$${CAMPAIGN_MINUTES:-20} $(PYTHON) -m tests.campaign
 
 bench: $(VENV)/installed-dev
 	for file in tests/bench/*_speed.py tests/bench/*_loader.py; do $(PYTHON) -m tests.bench.$$(basename $$file .py) || exit; done

@@ -1,0 +1,316 @@
+"""Mutation testing of the guards: each is broken once in a copy of the repository, and the tests must notice.
+
+    python -m tests.mutants                      # all of them: half an hour on one core
+    python -m tests.mutants --only "CRC of checkpoints" "fsync of the file"
+    python -m tests.mutants --list
+
+A mutant that nobody notices is a guard without a test. tests/test_mutants.py checks that every text below still stands
+exactly once in its file.
+"""
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 900  # of one run of the tests: a mutant that makes them hang is noticed too
+
+
+class Mutant(NamedTuple):
+    """A guard. file: where it stands. old, new: the text, and one that breaks it. tests: what should notice."""
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple
+
+
+CHECKPOINT, ENGINE, RUNS = ("tests/test_checkpoint.py",), ("tests/test_engine.py",), ("tests/test_runs.py",)
+WEIGHTS, PRETRAINED = ("tests/test_weights.py", "tests/test_pretrained.py"), ("tests/test_pretrained.py",)
+FILES, ERRORS, FAULTS = ("tests/test_files.py",), ("tests/test_errors.py",), ("tests/test_faults.py",)
+IMAGES, LABELS, RANKS = ("tests/test_images.py",), ("tests/test_labels.py",), ("tests/test_distributed.py",)
+ITEMS, SEG, CLS = ("tests/test_bad_items.py",), ("tests/test_data_seg.py",), ("tests/test_data_cls.py",)
+LOADER, FOLDS, BUILD = ("tests/test_loader.py",), ("tests/test_folds.py",), ("tests/test_build.py",)
+
+MUTANTS = [
+    # ---- checkpoints: written whole ----
+    Mutant("fsync of the file", "utils/train/checkpoint.py", "                    os.fsync(file.fileno())\n", "",
+           CHECKPOINT),
+    Mutant("fsync of the folder", "utils/train/checkpoint.py", "        os.fsync(folder)  # the rename itself\n", "",
+           CHECKPOINT),
+    Mutant("read back before the rename", "utils/train/checkpoint.py", "                _check(temporary)\n", "",
+           CHECKPOINT),
+    Mutant("the previous checkpoint is kept", "utils/train/checkpoint.py", "if keep_previous and path.exists():",
+           "if False:", CHECKPOINT),
+    Mutant("the previous one is moved, not removed", "utils/train/checkpoint.py", 'os.replace(path, f"{path}.prev")',
+           "os.unlink(path)", CHECKPOINT),
+    Mutant("a folder that is gone is not made anew", "utils/train/checkpoint.py", "        os.stat(path.parent)",
+           "        str(path.parent)", FAULTS),
+    Mutant("an error of the disk is told", "utils/train/checkpoint.py",
+           "raise error if isinstance(error, OSError) else OSError(str(error))", "raise error", CHECKPOINT),
+    Mutant("last.pt is written after best.pt", "utils/train/engine.py", '    save()  # after the others',
+           '    1  # after the others', FAULTS),
+
+    # ---- checkpoints: read with suspicion ----
+    Mutant("CRC of checkpoints", "utils/train/checkpoint.py", " or file.testzip():", ":", CHECKPOINT),
+    Mutant("nothing compressed", "utils/train/checkpoint.py",
+           "any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or ", "", CHECKPOINT),
+    Mutant("fallback to .prev", "utils/train/checkpoint.py", 'if not os.path.exists(f"{path}.prev"):', "if True:",
+           CHECKPOINT),
+    Mutant("the fallback is told", "utils/train/checkpoint.py",
+           '        print(f"warning: {error}; going on from {path}.prev")\n', "", CHECKPOINT),
+    Mutant("a regular file", "utils/train/checkpoint.py", "if not stat.S_ISREG(os.stat(path).st_mode):", "if False:",
+           CHECKPOINT),
+    Mutant("no code in checkpoints", "utils/train/checkpoint.py",
+           'state = torch.load(path, map_location="cpu", weights_only=True)',
+           'state = torch.load(path, map_location="cpu", weights_only=False)', CHECKPOINT),
+    Mutant("storages as large as their tensors", "utils/train/checkpoint.py",
+           "if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():", "if False:", CHECKPOINT),
+    Mutant("finite weights at load", "utils/train/checkpoint.py", "            if not tensor.isfinite().all():",
+           "            if False:", CHECKPOINT),
+    Mutant("a checkpoint of this project", "utils/train/checkpoint.py",
+           'if not isinstance(state, dict) or not {"task", "arch", "model"} <= state.keys():', "if False:",
+           CHECKPOINT),
+    Mutant("one error for all damage", "utils/train/checkpoint.py", "    except Exception as error:  # zipfile",
+           "    except ValueError as error:  # zipfile", CHECKPOINT),
+    Mutant("names and shapes of weights", "utils/train/checkpoint.py", "    if differ:\n", "    if False:\n",
+           CHECKPOINT),
+    Mutant("a net's name leads nowhere else", "nets/__init__.py", ' and found.__module__ == f"nets.{module}"):', "):",
+           BUILD),
+    Mutant("a net's module is a name", "nets/__init__.py", " if module.isidentifier() else None", "", BUILD),
+
+    # ---- numbers ----
+    Mutant("finite weights at save", "utils/train/state.py",
+           "        self.finite &= torch.stack([t.isfinite().all() for t in weights]).all()\n", "", ENGINE),
+    Mutant("finite loss", "utils/train/state.py", "        self.finite &= loss.detach().isfinite()\n", "", ENGINE),
+    Mutant("finite gradients", "utils/train/state.py", "            self.finite &= norm.isfinite()\n",
+           "            pass\n", ENGINE),
+    Mutant("a scale that has fallen to nothing", "utils/train/state.py", "self.scaler.get_scale() < 1e-3", "False",
+           ENGINE),
+    Mutant("checked before the epoch's evaluation", "utils/train/engine.py", "    state.check()\n", "", ENGINE),
+    Mutant("NaN is the lowest score", "utils/train/state.py",
+           "return [-math.inf if math.isnan(score) else score for score in scores]", "return scores", ENGINE),
+    Mutant("finite output in prediction", "utils/ops/decide.py", "    if not output.isfinite().all():",
+           "    if False:", ("tests/test_predict_seg.py", "tests/test_predict_det.py")),
+
+    # ---- resuming ----
+    Mutant("steps per epoch of a resumed run", "utils/train/state.py",
+           'if saved["steps_per_epoch"] != self.steps_per_epoch:', "if False:", ENGINE),
+    Mutant("optimizer of a resumed run", "utils/train/state.py",
+           'if saved["optimizer"]["name"] != type(self.optimizer).__name__:', "if False:", ENGINE),
+    Mutant("the batch's random numbers", "utils/train/engine.py", "        torch.manual_seed(int(mixed[0]))\n", "",
+           ENGINE),
+    Mutant("only what can be resumed", "utils/train/runs.py", 'if not {"optimizer", "args"} <= saved.keys():',
+           "if False:", RUNS),
+    Mutant("lock of run folders", "utils/train/runs.py", "        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+           "", RUNS),
+    Mutant("the lock stays until the end", "utils/train/runs.py", "    _locks.append(file)\n", "    file.close()\n",
+           RUNS),
+    Mutant("run folders are never overwritten", "utils/train/runs.py", "            path.mkdir(parents=True)\n",
+           "            path.mkdir(parents=True, exist_ok=True)\n", RUNS),
+
+    # ---- signals and ends ----
+    Mutant("SIGTERM between two steps", "utils/train/dist.py", "        if number > 1:\n", "        if False:\n",
+           FAULTS),
+    Mutant("a signal in the validation", "utils/train/dist.py", "self.raises = world_size() == 1",
+           "self.raises = False", (*ENGINE, *FAULTS)),
+    Mutant("signals are held during a fork", "data/loader.py",
+           "mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums)",
+           "mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())", (*LOADER, *FAULTS)),
+    Mutant("held signals are raised after it", "data/loader.py", "            signal.raise_signal(signum)\n",
+           "            pass\n", LOADER),
+    Mutant("a stopped run saves", "utils/train/engine.py",
+           "            if saved != (state.step, state.epoch):\n                save()\n", "", FAULTS),
+    Mutant("exit code of bad input", "utils/errors.py", "    code = 2\n", "    code = 1\n", ERRORS),
+    Mutant("exit code of NaN", "utils/errors.py", "    code = 3\n", "    code = 2\n", ERRORS),
+    Mutant("exit code of signals", "utils/errors.py", "self.code = 128 + signum", "self.code = signum", ERRORS),
+    Mutant("exit code of a closed output", "utils/errors.py", 'return "", 141', 'return "", 1', ERRORS),
+    Mutant("one line for memory", "utils/errors.py", 'or "out of memory" in text', "", ERRORS),
+    Mutant("one line for dead workers", "utils/errors.py",
+           'text.startswith(("DataLoader worker", "DataLoader timed out"))', "False", ERRORS),
+    Mutant("workers die with the script", "utils/errors.py", "        child.kill()\n", "        pass\n", ERRORS),
+    Mutant("deaths of workers at the end", "utils/errors.py", "        except BaseException:  # raised by a handler",
+           "        except KeyError:  # raised by a handler", ERRORS),
+    Mutant("stuck workers", "data/loader.py", '"timeout": TIMEOUT,', '"timeout": 0,', FAULTS),
+
+    # ---- ranks ----
+    Mutant("all ranks stop", "utils/train/dist.py", "number = any_rank(self.signum or number)",
+           "number = self.signum or number", RANKS),
+    Mutant("rank 0's error on every rank", "utils/train/runs.py", "            found = str(error)\n",
+           "            raise\n", RANKS),
+    Mutant("the restarted ranks' own store", "utils/train/dist.py", "    return dist.PrefixStore(name, store)\n",
+           "    return store\n", RANKS),
+    Mutant("what a lost rank means", "utils/errors.py", 'and any(word in trace for word in LOST)', "and False",
+           (*ERRORS, *RANKS)),
+
+    # ---- files ----
+    Mutant("files appear whole", "utils/files.py",
+           "            yield temporary\n            os.replace(temporary, path)\n", "            yield path\n",
+           (*FILES, *CHECKPOINT)),
+    Mutant("temporary files go away", "utils/files.py", "            temporary.unlink()\n", "            pass\n",
+           FILES),
+    Mutant("folders appear whole", "utils/files.py",
+           "            yield whole\n            os.rename(whole, target)\n",
+           "            os.rename(whole, target)\n            yield target\n", FILES),
+    Mutant("existing results stay", "utils/files.py", "    if os.path.lexists(target):", "    if False:", FILES),
+    Mutant("strict JSON is written", "utils/files.py", ", parse_constant=lambda name: None)", ")", FILES),
+    Mutant("duplicate keys of JSON", "utils/files.py", ", object_pairs_hook=unique)", ")", LABELS),
+    Mutant("deep JSON", "utils/files.py", "except (ValueError, RecursionError) as error:",
+           "except ValueError as error:", LABELS),
+    Mutant("pipes as label files", "utils/files.py", "if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe",
+           "if False:  # a pipe", LABELS),
+    Mutant("one process builds a cache", "utils/files.py", "        fcntl.lockf(file, fcntl.LOCK_EX)\n", "", FILES),
+    Mutant("damaged caches", "utils/files.py",
+           "with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):",
+           "with contextlib.suppress(OSError):", LABELS),
+    Mutant("a changed file in the disk cache", "data/cache.py", 'header["stamp"] == self._stamp() and ', "", SEG),
+    Mutant("a cut disk cache", "data/cache.py", ' and header["bytes"] == len(self.array)', "", SEG),
+
+    # ---- images ----
+    Mutant("GDAL's drivers", "data/images.py", "rasterio.open(os.path.abspath(path), driver=driver, **options)",
+           "rasterio.open(os.path.abspath(path), **options)", IMAGES),
+    Mutant("names of GDAL", "data/images.py", "rasterio.open(os.path.abspath(path), driver",
+           "rasterio.open(path, driver", IMAGES),
+    Mutant("the kind by the first bytes", "data/images.py", "    if kind is None:\n", "    if False:\n", IMAGES),
+    Mutant("pipes and devices as images", "data/images.py", 'open(path, "rb").read(16) if regular else b""',
+           'open(path, "rb").read(16)', IMAGES),
+    Mutant("overviews elsewhere", "data/images.py", ', OVERVIEW_LEVEL="NONE")', ")", IMAGES),
+    Mutant("PNG without data", "data/images.py", 'GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", ', "", IMAGES),
+    Mutant("claims of hugeness", "data/images.py", "if file.height * file.width > MAX_SCENE:", "if False:", IMAGES),
+    Mutant("pixels of one read", "data/images.py", "if len(bands) * math.prod(shape or (h, w)) > MAX_VALUES:",
+           "if False:", IMAGES),
+    Mutant("pages of a TIFF", "data/images.py", "        if file.subdatasets:\n", "        if False:\n", IMAGES),
+    Mutant("frames of a GIF", "data/images.py", 'if getattr(file, "n_frames", 1) > 1:', "if False:", IMAGES),
+    Mutant("the size of the header", "data/images.py", "        if image.shape != (count, height, width):",
+           "        if False:", IMAGES),
+    Mutant("truncated JPEGs", "data/images.py", "        if not _ends(data):", "        if False:", IMAGES),
+    Mutant("infinite pixels", "data/images.py", "if image.dtype == np.float32 and np.isinf(image).any():",
+           "if False:", IMAGES),
+    Mutant("a changed image is read again", "data/images.py", "_header(path, found.st_mtime_ns, found.st_size,",
+           "_header(path, 0, 0,", IMAGES),
+
+    # ---- labels ----
+    Mutant("boxes that are not finite", "data/labels/__init__.py", "not all(map(math.isfinite, corners))", "False",
+           LABELS),
+    Mutant("unknown categories", "data/labels/__init__.py", "category not in class_of,", "False,", LABELS),
+    Mutant("boxes without area", "data/labels/__init__.py",
+           "min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE", "False", LABELS),
+    Mutant("boxes that stand twice", "data/labels/__init__.py", "(owner, category, inside) in seen)", "False)",
+           LABELS),
+    Mutant("boxes are clipped", "data/labels/__init__.py", "min(max(0.0, side), n)", "side", LABELS),
+    Mutant("classes of YOLO's files", "data/labels/yolo.py",
+           "if not 0 <= category <= MAX_CLASS or category != int(category):", "if False:", LABELS),
+    Mutant("entities in XML", "data/labels/voc.py", "    if any(word in data.replace",
+           "    if False and any(word in data.replace", LABELS),
+    Mutant("images outside of the data", "data/labels/coco.py", ' and path.split("/")[0] != "..":', ":", LABELS),
+    Mutant("ids of images that stand twice", "data/labels/coco.py", "            if key in index_of:\n",
+           "            if False:\n", LABELS),
+    Mutant("values of masks", "data/seg.py", "    if wrong.any():\n", "    if False:\n", SEG),
+    Mutant("sizes of masks", "data/seg.py", "    if tuple(labels.shape) != size:\n", "    if False:\n",
+           (*SEG, *ITEMS)),
+    Mutant("labels are 0 or 1", "data/cls.py", "if _truth(value) not in (0, 1)), None)", "if False), None)", CLS),
+    Mutant("1 % of bad items", "data/bad.py", "if count > MAX_SHARE * total and not allow_bad:", "if False:", ITEMS),
+    Mutant("--allow-bad", "data/bad.py", " and not allow_bad:", ":", ITEMS),
+    Mutant("rows of a split", "data/folds.py", "type(fold_of) is not dict or type(fold_of.get(name)) is not int",
+           "False", FOLDS),
+
+    # ---- published weights ----
+    Mutant("no class of a file is imported", "nets/weights.py", "safe_globals([(_Inert, name) for name in names])",
+           "safe_globals([])", WEIGHTS),
+    Mutant("no code in published weights", "nets/weights.py",
+           'content = torch.load(path, map_location="cpu", weights_only=True)\n    except Exception:  # '
+           'torch raises a dozen',
+           'content = torch.load(path, map_location="cpu", weights_only=False)\n    except Exception:  # '
+           'torch raises a dozen',
+           PRETRAINED),
+    Mutant("CRC of pickled modules", "nets/weights.py", "if broken := zipfile.ZipFile(file).testzip():",
+           "if broken := None:", WEIGHTS),
+    Mutant("header of a safetensors file", "nets/weights.py", "        if start > len(data):", "        if False:",
+           PRETRAINED),
+    Mutant("spans of a safetensors file", "nets/weights.py",
+           "if last - first != count * dtype.itemsize or first < 0:", "if False:", PRETRAINED),
+    Mutant("finite weights of others", "nets/pretrained.py",
+           "elif tensor.is_floating_point() and not tensor.isfinite().all():", "elif False:", PRETRAINED),
+    Mutant("the whole encoder fits", "nets/pretrained.py", "    if wrong:\n", "    if False:\n", PRETRAINED),
+    Mutant("hash of published weights", "nets/weights.py", "hash_prefix=digest and digest[1])", "hash_prefix=None)",
+           PRETRAINED),
+]
+
+# Guards that come with later changes, each with its own mutant here as soon as it stands in the source:
+#   the watchdog; the schema of headers; the one reader of weights (records, dtypes, sizes); regular files and sizes in
+#   read_csv; formulas in tables; escape sequences in messages; the projected size of --cache ram.
+MUTANTS += []
+
+
+def breaks(mutant, root=ROOT):
+    """-> the mutated text of its file. Raises ValueError unless the old text stands there exactly once."""
+    text = (root / mutant.file).read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1 or mutant.old == mutant.new:
+        raise ValueError(f"{mutant.name}: its text stands {text.count(mutant.old)} times in {mutant.file}")
+    return text.replace(mutant.old, mutant.new)
+
+
+def run(mutant):
+    """-> whether the tests noticed it, the first test that did, seconds."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as scratch:
+        copy, tmp = Path(scratch, "repository"), Path(scratch, "tmp")
+        tmp.mkdir()
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(
+            ".git", ".venv", "__pycache__", "runs", ".pytest_cache", "docs"))
+        (copy / mutant.file).write_text(breaks(mutant), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no",
+             "-o", "timeout=120", "-W", "ignore", *mutant.tests], cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True, env=os.environ | {"TMPDIR": str(tmp), "OMP_NUM_THREADS": "1"})
+        try:
+            out, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            out = "FAILED (the tests did not end)"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    first = next((line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+    noticed = process.returncode == 1 or "did not end" in first or process.returncode < 0
+    if process.returncode not in (0, 1) and not noticed:
+        first = out[-300:]
+    return noticed, " ".join(first.split())[:100], time.monotonic() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants")
+    parser.add_argument("--without", nargs="+", default=[], metavar="FILE", help="not those that need these tests")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time")
+    parser.add_argument("--list", action="store_true", help="only show their names")
+    args = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if not args.only or mutant.name in args.only]
+    chosen = [mutant for mutant in chosen if not set(mutant.tests) & set(args.without)]
+    if args.list:
+        print("\n".join(f"{mutant.name:45} {mutant.file}" for mutant in chosen))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the tests' processes are ended first
+    print("| guard | file | noticed | by |\n|---|---|---|---|", flush=True)
+    count = 0
+    with contextlib.ExitStack() as stack:
+        results = stack.enter_context(ThreadPoolExecutor(args.jobs)).map(run, chosen) if args.jobs > 1 else \
+            map(run, chosen)
+        for mutant, (noticed, first, seconds) in zip(chosen, results):
+            count += noticed
+            answer = "yes" if noticed else "NO"
+            print(f"| {mutant.name} | {mutant.file} | {answer} | {first} ({seconds:.0f} s) |", flush=True)
+    print(f"\n{count} of {len(chosen)} are noticed ({count / len(chosen):.1%})")
+    return int(count < 0.95 * len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
