@@ -143,7 +143,7 @@ def load_members(args, task, device, paths, states):
                     or kwargs.get("classes", kwargs.get("num_classes", number)) != number:
                 raise ValueError("its net, input, classes and threshold do not belong together")
             [state["args"]["data"], *(state[key] for key in NEEDED[args.task])]
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(checkpoint.OTHER_VERSION.format(path) + f" ({error})") from None
         if classes != states[0]["classes"]:
             shown = f"{classes} classes" if isinstance(classes, int) else f"the classes {', '.join(classes)}"

@@ -122,7 +122,7 @@ def expectations(path_or_name, content=None):
     halved = stem == 32 if torchvision else first > 16 or stem == 40
     expects = (HALF if halved else IMAGENET) | (SYMMETRIC if torchvision else {})
     if "task" in content:  # our own checkpoint
-        expects |= {key: value for key, value in content["input"].items() if key in ("mean", "std")}
+        expects |= {key: value for key, value in content.get("input", {}).items() if key in ("mean", "std")}
         net = content["arch"]["kwargs"].get("encoder", content["arch"]["name"])
         if net.startswith("efficientnetv2"):
             expects |= SYMMETRIC if net.endswith("_tv") else SAME

@@ -96,4 +96,4 @@ def read(path):
     if wanted and hashlib.sha256(Path(path).read_bytes()).hexdigest() != wanted.lower():
         raise ValueError(f"{path}: has another SHA-256; fetch it again")
     content = tensors.read(path, modules=True)
-    return checkpoint.convert(content, path) if "task" in content else content
+    return checkpoint.checked(content, path) if "task" in content else content

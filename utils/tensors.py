@@ -29,7 +29,7 @@ _DTYPES = set(_SAFETENSORS.values())
 # or makes tensors of kinds that no net here has
 _REFUSED = re.compile(r"(builtins|__builtin__)\.bytearray|torch\.(\w+\.)*\w*Tensor|torch\.storage\.\w+|torch\._tensor\.\w+|"
                       r"torch\._utils\._rebuild_(?!tensor_v2|parameter)\w+")
-LARGEST = 10**7  # values in a file; a run on a million images has fewer
+LARGEST = 10**6  # values in a file
 DEEPEST = 100    # levels of lists and dicts, with the points in names of tensors
 _PROGRAM, _SEAL = "/data.pkl", "/records"  # ends of the names of records
 _FOLDER = 16     # flag of a record: torch would read none of its bytes

@@ -209,6 +209,9 @@ def begin_run(parser, args, given=None, check=lambda args: None):
     folder, resume = runs.open_run(args.project, args.name, args.resume)
     if resume:
         stored = {flag: value for flag, value in _present_names(resume["args"]).items() if flag in vars(args)}
+        for flag, value in stored.items():
+            if isinstance(parser.get_default(flag), (int, float)) and not isinstance(value, (int, float)):
+                raise UserError(f"--resume: the checkpoint has {word(flag)} {value}, which is no number; use another one")
         stored |= {"device": args.device, "timeout": args.timeout}  # it may be another machine
         for flag, value in given.items():
             if flag in KEPT and value != stored.get(flag):

@@ -109,6 +109,12 @@ def _read(path):
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
         raise UserError(f"{path}: {reason}; use another checkpoint (runs keep best.pt, last.pt and last.pt.prev)") from None
+    return checked(state, path)
+
+
+def checked(state, path):
+    """A checkpoint as `tensors.read` gives it -> the same, as today's scripts write it. Raises UserError for what no run
+    writes."""
     if not {"task", "arch", "model"} <= state.keys():
         raise UserError(f"{path}: holds no net of this project; published weights go to train_*.py --weights")
     for name, tensor in tensors.walk(state):
@@ -126,7 +132,7 @@ _LISTS, _FLAGS = [], {}  # of numbers, texts, and lists and dicts of them
 _FLAGS[str] = (None, bool, int, float, str, _LISTS, _FLAGS)
 _LISTS.append(_FLAGS[str])
 SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
-    "task": str, "arch": _FLAGS, "input": _FLAGS, "args": _FLAGS, "classes": (range(1, 2**31), [str]),
+    "task": str, "arch": {"name": str, "kwargs": _FLAGS}, "input": _FLAGS, "args": _FLAGS, "classes": (range(1, 2**31), [str]),
     "category_ids": [_COUNT], "single_label": bool, "threshold": (None, float, [float]), "score": (None, str),
     "model": _WEIGHTS, "ema": (None, _WEIGHTS), "swa": (None, _WEIGHTS), "ema_steps": _COUNT, "swa_count": _COUNT,
     "step": _COUNT, "steps_per_epoch": range(1, 2**63), "history": [{str: _NUMBER}], "sums": {str: _NUMBER},
@@ -135,14 +141,15 @@ SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
 
 def _is(value, kind):
     """Whether a value is of a type, a whole number of a range, one of several kinds (a tuple), a list of a kind [kind],
-    a dict {str: kind}, or None."""
+    a dict {str: kind} of any names or with a kind for each of its names, or None."""
     match kind:
         case tuple():
             return any(_is(value, one) for one in kind)
         case list():
             return isinstance(value, (list, tuple)) and all(_is(one, kind[0]) for one in value)
         case dict():
-            return isinstance(value, dict) and all(_is(key, str) and _is(one, kind[str]) for key, one in value.items())
+            return isinstance(value, dict) and (str in kind or value.keys() == kind.keys()) and all(
+                _is(key, str) and _is(one, kind.get(key, kind.get(str))) for key, one in value.items())
         case range():
             return type(value) is int and value in kind
     return value is kind if kind is None else isinstance(value, kind)
