@@ -22,13 +22,12 @@ LOOKED_AT = 100  # images, after which the size of all is estimated
 def free_memory():
     """Bytes that processes can still get, in a container those up to its limit; infinity where the system does not say.
     """
-    found = [math.inf]
+    found, group = [math.inf], Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, TypeError):
         found.append(1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]))
-    with contextlib.suppress(OSError, ValueError):  # without a limit it is "max"
-        group = Path("/sys/fs/cgroup")
-        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]  # can be dropped
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + int(kept))
+    with contextlib.suppress(OSError, TypeError, ValueError):  # without a limit it is "max"; what is of files can go
+        of_files = int(re.search(r"^file (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + of_files)
     return min(found)
 
 
@@ -73,11 +72,10 @@ class Cache:
 
     def _check_room(self):
         """UserError where the memory will not do: the system would end some process, perhaps this one, without a word."""
-        size = np.mean([tensor.nbytes for tensor in self.tensors]) * len(self.files)
-        free = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if size > free:
-            raise UserError(f"--cache ram: {len(self.files)} images need about {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB "
-                            f"of memory are free for each process; use --cache disk")
+        size = sum(tensor.nbytes for tensor in self.tensors) / len(self.tensors) * len(self.files)
+        if size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > free_memory():
+            raise UserError(f"--cache ram: {len(self.files)} images need about {size / 1e9:.3g} GB in each process, and "
+                            f"so much memory is not free; use --cache disk")
 
     def _stamp(self):
         return [self.variant, *stamps_of(self.files)]

@@ -16,6 +16,7 @@ import stat
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -172,20 +173,18 @@ def _names(file, zipped):
 def _read_safetensors(file):
     """The state dict of a file in the safetensors format: 8 bytes with the header's length, a JSON header, the tensors'
     bytes."""
-    data = bytearray(file.read())
-    start = 8 + int.from_bytes(data[:8], "little")
+    data = np.frombuffer(file.read(), np.uint8)
+    start = 8 + int.from_bytes(bytes(data[:8]), "little")
     if start > len(data):
         raise ValueError("its header is cut off")
-    header, state, end = json.loads(data[8:start], object_pairs_hook=unique), {}, start
+    header, state, end = json.loads(bytes(data[8:start]), object_pairs_hook=unique), {}, start
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (first, last) = _SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        count = math.prod(shape)
-        if len(range(first, last)) != count * dtype.itemsize or start + first != end:  # tensors lie one behind the other
+        if len(range(first, last)) != math.prod(shape) * dtype.itemsize or start + first != end:  # one behind the other
             raise ValueError(f"{name} has the shape {shape} and the bytes {first} to {last}")
-        state[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=end).reshape(shape) \
-            if count else torch.empty(shape, dtype=dtype)
         end = start + last
+        state[name] = torch.from_numpy(data[start + first:end].copy()).view(dtype).reshape(shape)
     if end != len(data):
         raise ValueError(f"{len(data)} bytes in place of {end}")
     return {name: state[name] for name in header}
