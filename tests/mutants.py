@@ -218,7 +218,7 @@ MUTANTS = [
            (*SEG, *ITEMS)),
     Mutant("labels are 0 or 1", "data/cls.py", "if _truth(value) not in (0, 1)), None)", "if False), None)", CLS),
     Mutant("1 % of bad items", "data/bad.py", "if count > MAX_SHARE * total and not allow_bad:", "if False:", ITEMS),
-    Mutant("--allow-bad", "data/bad.py", " and not allow_bad:", ":", ITEMS),
+    Mutant("bad items that are allowed", "data/bad.py", " and not allow_bad:", ":", ITEMS),
     Mutant("rows of a split", "data/folds.py", "type(fold_of) is not dict or type(fold_of.get(name)) is not int",
            "False", FOLDS),
 
