@@ -1,0 +1,33 @@
+"""Guards that the mutants of tests/mutants.py showed to have no test of their own."""
+import pytest
+import torch
+from torch import nn
+
+from tests.test_checkpoint import small
+from utils.errors import NumericalError, UserError
+from utils.train import checkpoint
+from utils.train.state import State
+
+
+@pytest.mark.parametrize("content", [{"w": torch.zeros(2)}, {"task": "toy", "model": {}}, [small()], torch.zeros(2)])
+def test_foreign_files_are_told_from_damaged_ones(tmp_path, content):
+    """Who gives published weights where a checkpoint belongs learns where they go."""
+    path = tmp_path / "foreign.pt"
+    torch.save(content, path)
+    with pytest.raises(UserError, match="holds no net of this project; published weights go to"):
+        checkpoint.load(path)
+
+
+def test_gradients_whose_norm_overflows_stop_the_run():
+    """Finite loss, finite gradients, finite weights: clipping would make these gradients zero, and the net would learn
+    nothing from then on."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 2)
+    state = State(net, torch.optim.SGD(net.parameters(), lr=1e-30), lambda step, scores: 1.0,
+                  device=torch.device("cpu"), amp="off", clip=1.0)
+    for group in state.optimizer.param_groups:
+        group["initial_lr"] = 1e-30
+    state.train_batch(lambda model, batch: (model(batch["x"]).sum() * 1e25, {}), {"x": torch.ones(3, 4)}, 0, 1)
+    assert all(p.isfinite().all() for p in net.parameters()) and not state.finite
+    with pytest.raises(NumericalError, match="no longer finite"):
+        state.check()
