@@ -127,7 +127,7 @@ MUTANTS = [
            "mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums)",
            "mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())", (*LOADER, *FAULTS)),
     Mutant("held signals are raised after it", "data/loader.py", "            signal.raise_signal(signum)\n",
-           "            pass\n", LOADER),
+           "            pass\n", GUARDS),
     Mutant("a stopped run saves", "utils/train/engine.py",
            "            if saved != (state.step, state.epoch):\n                save()\n", "", FAULTS),
     Mutant("exit code of bad input", "utils/errors.py", "    code = 2\n", "    code = 1\n", ERRORS),

@@ -1,8 +1,12 @@
 """Guards that the mutants of tests/mutants.py showed to have no test of their own."""
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
 
+from data.loader import Loader
 from tests.test_checkpoint import small
 from utils.errors import NumericalError, UserError
 from utils.train import checkpoint
@@ -31,3 +35,25 @@ def test_gradients_whose_norm_overflows_stop_the_run():
     assert all(p.isfinite().all() for p in net.parameters()) and not state.finite
     with pytest.raises(NumericalError, match="no longer finite"):
         state.check()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_fork_of_workers_is_heard_after_it(monkeypatch, signum):
+    heard = []
+    before = signal.signal(signum, lambda number, frame: heard.append(number))
+
+    def forks(self):
+        os.kill(os.getpid(), signum)
+        assert heard == []
+        return "workers"
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", forks)
+    try:
+        assert iter_of(Loader([1, 2], [[0], [1]], 0, "cpu", None)) == "workers"
+        assert heard == [signum]
+    finally:
+        signal.signal(signum, before)
+
+
+def iter_of(loader):
+    """Loader.__iter__, whose result need not be an iterator here."""
+    return type(loader).__iter__(loader)
