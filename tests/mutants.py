@@ -34,6 +34,7 @@ class Mutant(NamedTuple):
 
 
 CHECKPOINT, ENGINE, RUNS = ("tests/test_checkpoint.py",), ("tests/test_engine.py",), ("tests/test_runs.py",)
+GUARDS = ("tests/test_guards.py",)  # for what no other test noticed
 WEIGHTS, PRETRAINED = ("tests/test_weights.py", "tests/test_pretrained.py"), ("tests/test_pretrained.py",)
 FILES, ERRORS, FAULTS = ("tests/test_files.py",), ("tests/test_errors.py",), ("tests/test_faults.py",)
 IMAGES, LABELS, RANKS = ("tests/test_images.py",), ("tests/test_labels.py",), ("tests/test_distributed.py",)
@@ -96,7 +97,7 @@ MUTANTS = [
     Mutant("finite numbers at load", "utils/train/checkpoint.py", "        if not tensor.isfinite().all():", "        if False:",
            CHECKPOINT),
     Mutant("a checkpoint of this project", "utils/train/checkpoint.py", 'if not {"task", "arch", "model"} <= state.keys():', "if False:",
-           CHECKPOINT),
+           GUARDS),
     Mutant("one error for all damage", "utils/tensors.py", "        except Exception as error:  # zipfile",
            "        except ValueError as error:  # zipfile", CHECKPOINT),
     Mutant("names and shapes of weights", "utils/train/checkpoint.py", "    if differ:\n", "    if False:\n",
@@ -111,7 +112,7 @@ MUTANTS = [
            "tensors.walk(saved)]).all()\n", "", RELIABILITY),
     Mutant("finite loss", "utils/train/state.py", "        self.finite &= loss.detach().isfinite()\n", "", ENGINE),
     Mutant("finite gradients", "utils/train/state.py", "            self.finite &= norm.isfinite()\n",
-           "            pass\n", ENGINE),
+           "            pass\n", GUARDS),
     Mutant("a scale that has fallen to nothing", "utils/train/state.py", "self.scaler.get_scale() < 1e-3", "False",
            ENGINE),
     Mutant("checked before the epoch's evaluation", "utils/train/engine.py", "    state.check()\n", "", ENGINE),
@@ -149,7 +150,7 @@ MUTANTS = [
            "mask = signal.pthread_sigmask(signal.SIG_BLOCK, signums)",
            "mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())", (*LOADER, *FAULTS)),
     Mutant("held signals are raised after it", "data/loader.py", "            signal.raise_signal(signum)\n",
-           "            pass\n", LOADER),
+           "            pass\n", GUARDS),
     Mutant("a stopped run saves", "utils/train/engine.py",
            "            if saved != (state.step, state.epoch):\n                save()\n", "", FAULTS),
     Mutant("exit code of bad input", "utils/errors.py", "    code = 2\n", "    code = 1\n", ERRORS),
@@ -252,7 +253,7 @@ MUTANTS = [
            (*SEG, *ITEMS)),
     Mutant("labels are 0 or 1", "data/cls.py", "if _truth(value) not in (0, 1)), None)", "if False), None)", CLS),
     Mutant("1 % of bad items", "data/bad.py", "if count > MAX_SHARE * total and not allow_bad:", "if False:", ITEMS),
-    Mutant("--allow-bad", "data/bad.py", " and not allow_bad:", ":", ITEMS),
+    Mutant("bad items that are allowed", "data/bad.py", " and not allow_bad:", ":", ITEMS),
     Mutant("rows of a split", "data/folds.py", "type(fold_of) is not dict or type(fold_of.get(name)) is not int",
            "False", FOLDS),
 

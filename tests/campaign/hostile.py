@@ -104,6 +104,7 @@ def _act(case, root):
 
 
 # ---- the kernel's view -----------------------------------------------------------------------------------------------
+KNOWN = r"python|git|ldconfig|gcc|cc|ld|objdump|uname|lscpu"  # those that torch and ctypes start to find libraries
 STRACED = ("images", "labels", "checkpoint")
 
 
@@ -151,7 +152,7 @@ def _under_strace(place, number):
             check(path != str(root / "secret.tif"), "strace: the secret was opened", line)
         check("connect(" not in line or "AF_INET" not in line, "strace: a connection", line)
         started = re.search(r'execve\("([^"]*)"', line)
-        check(not started or "= -1" in line or os.path.basename(started[1])[:6] in ("python", "git"),
+        check(not started or "= -1" in line or re.match(KNOWN, os.path.basename(started[1])),
               "strace: another program", line)
     check(not (root / "executed").exists(), "executed", what)
     return {"under strace": 1}
