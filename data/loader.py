@@ -70,15 +70,17 @@ class Loader(DataLoader):
                          pin_memory=str(device).startswith("cuda"), **options)
 
     def __iter__(self):
-        with _signals_held():
+        if not self.num_workers:
+            return super().__iter__()
+        with watchdog.waiting(WORKER, watchdog.FIRST), _signals_held():
             batches = super().__iter__()
-        _workers.update(getattr(batches, "_workers", ()))
-        return self._received(batches) if self.num_workers else batches
+        _workers.update(batches._workers)
+        return self._received(batches)
 
     def _received(self, batches):
         factor = watchdog.FIRST
         while True:
-            with watchdog.waiting("a loader worker (--workers 0 loads in the main process)", factor):
+            with watchdog.waiting(WORKER, factor):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -86,6 +88,7 @@ class Loader(DataLoader):
             factor = 1
 
 
+WORKER = "a loader worker (--workers 0 loads in the main process)"
 _workers = weakref.WeakSet()
 
 

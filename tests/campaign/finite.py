@@ -76,7 +76,7 @@ def trial(place, rng, number):
 def _all_finite(path, what):
     """Reads a file without the checks of our reader."""
     state = torch.load(path, weights_only=True)
-    for name, tensor in checkpoint._tensors(state):
+    for name, tensor in tensors.walk(state):
         good = not tensor.is_floating_point() or bool(tensor.isfinite().all())
         check(good, f"not finite in {path.name.split('_')[0]}", f"{what}: {path.name} {name}")
 

@@ -153,7 +153,7 @@ def train_parser(description, task, **defaults):
     add("--sync-bn", action="store_true", help="batch norm over the batch of all processes")
     add("--workers", type=int_range(0, 256), default=2, help="loader processes per training process")
     add("--timeout", type=float_range(1), default=60, metavar="SECONDS", help="end the run when a loader worker or "
-        "another process gives no sign of life for so long; for the first batch five times as long")
+        "another process gives no sign of life for so long; for a step and a first batch five times as long")
     add("--cache", choices=("ram", "disk"), help="keep decoded images")
     add("--deterministic", action="store_true", help="bitwise repeatable on GPUs too (CPUs always are)")
 

@@ -25,7 +25,7 @@ import torch
 from utils.errors import NumericalError, Stopped, UserError
 from utils.files import write_json
 from utils.pictures import cells, charts, table
-from utils.train import checkpoint, dist, runs
+from utils.train import checkpoint, dist, runs, watchdog
 from utils.train.loggers import Progress
 from utils.train.state import autocast, to_device
 
@@ -56,6 +56,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
     state.steps_per_epoch = -(-len(loader) // state.accumulate)
     if resume:
         state.load_state_dict(resume)
+        state.saved = True
         if dist.is_main() and "args" in header:  # no sooner: they might have been refused
             write_json(folder / "args.json", header["args"])
         _write_results(folder, state)  # the run may have been killed between its checkpoint and this
@@ -70,6 +71,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
             content = {k: v for k, v in content.items() if k not in ("optimizer", "scaler", "swa", "swa_count")}
         if dist.is_main():
             checkpoint.save(folder / name, content, keep_previous=name == "last.pt")
+        state.saved |= name == "last.pt"
 
     evaluate = evaluate or (lambda model: {})
     with contextlib.ExitStack() as stack, dist.Signals() as signals:
@@ -109,7 +111,9 @@ def _train_epoch(state, loader, compute_loss, save, signals, *, epochs, seed):
     saved = time.monotonic()
     with Progress(f"epoch {epoch + 1}/{epochs}", loader, done) as progress:
         for i, batch in _seeded(loader, epoch, done, seed):
-            if not state.train_batch(compute_loss, batch, i, batches):
+            with watchdog.waiting("a training step", watchdog.FIRST):
+                stepped = state.train_batch(compute_loss, batch, i, batches)
+            if not stepped:
                 continue
             progress.show(state, i + 1)
             if signals.check(int(dist.is_main() and time.monotonic() - saved > SAVE_MINUTES * 60)):

@@ -1,7 +1,7 @@
-"""Ends a process that waits in vain: for a batch of its loader workers, or for another rank.
+"""Ends a process that waits in vain: for a batch of its loader workers, for another rank, or for its own step.
 
 A worker that hangs and a rank that is stopped send nothing, and are not dead. So what is waited for gives signs of life,
-and a thread looks for them. A slow step is no reason to end: only what can no longer answer is.
+and a thread looks for them. A rank that is busy for long, with a cache or a validation, still gives its signs.
 """
 import atexit
 import contextlib
@@ -13,7 +13,8 @@ from collections import Counter
 from utils.errors import UserError, end
 
 LOOKS = 20     # in the time without a sign after which the process ends; a rank gives as many signs
-FIRST = 5      # so many times --timeout for the first batch: its workers begin, and nothing is in the system's cache
+FIRST = 5      # so many times --timeout for a first batch: its workers begin, and nothing is in the system's cache; and
+               # for a training step, which is slow on processors
 
 _signs = {}    # what is waited for: (a value that changes as long as it lives, factor of --timeout)
 
