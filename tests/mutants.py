@@ -168,7 +168,7 @@ MUTANTS = [
            "except ValueError as error:", LABELS),
     Mutant("pipes as label files", "utils/files.py", "if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe",
            "if False:  # a pipe", LABELS),
-    Mutant("one process builds a cache", "utils/files.py", "        fcntl.lockf(file, fcntl.LOCK_EX)\n", "", FILES),
+    Mutant("one process builds a cache", "utils/files.py", "        fcntl.lockf(file, fcntl.LOCK_EX)\n", "", GUARDS),
     Mutant("damaged caches", "utils/files.py",
            "with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):",
            "with contextlib.suppress(OSError):", LABELS),
@@ -177,9 +177,9 @@ MUTANTS = [
 
     # ---- images ----
     Mutant("GDAL's drivers", "data/images.py", "rasterio.open(os.path.abspath(path), driver=driver, **options)",
-           "rasterio.open(os.path.abspath(path), **options)", IMAGES),
+           "rasterio.open(os.path.abspath(path), **options)", GUARDS),
     Mutant("names of GDAL", "data/images.py", "rasterio.open(os.path.abspath(path), driver",
-           "rasterio.open(path, driver", IMAGES),
+           "rasterio.open(path, driver", GUARDS),
     Mutant("the kind by the first bytes", "data/images.py", "    if kind is None:\n", "    if False:\n", IMAGES),
     Mutant("pipes and devices as images", "data/images.py", 'open(path, "rb").read(16) if regular else b""',
            'open(path, "rb").read(16)', IMAGES),
