@@ -195,6 +195,7 @@ MUTANTS = [
            "except ValueError as error:", LABELS),
     Mutant("pipes as label files", "utils/files.py", "if not stat.S_ISREG(found.st_mode):  # a pipe",
            "if False:  # a pipe", LABELS),
+<<<<<<< HEAD
     Mutant("the length of texts", "utils/files.py", "if found.st_size > LARGEST_TEXT:", "if False:", RELIABILITY),
     Mutant("the whole file system", "utils/files.py",
            "if os.path.dirname(os.path.realpath(root)) == os.path.realpath(root):", "if False:", RELIABILITY),
@@ -203,6 +204,9 @@ MUTANTS = [
     Mutant("the user's repository", "utils/train/runs.py", '"git", "--no-optional-locks", "status"', '"git", "status"',
            RELIABILITY),
     Mutant("one process builds a cache", "utils/files.py", "        fcntl.lockf(file, fcntl.LOCK_EX)\n", "", FILES),
+=======
+    Mutant("one process builds a cache", "utils/files.py", "        fcntl.lockf(file, fcntl.LOCK_EX)\n", "", GUARDS),
+>>>>>>> e1883d4f800520dd015ae49871f8c94aa6a387d6
     Mutant("damaged caches", "utils/files.py",
            "with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):",
            "with contextlib.suppress(OSError):", LABELS),
@@ -211,9 +215,9 @@ MUTANTS = [
 
     # ---- images ----
     Mutant("GDAL's drivers", "data/images.py", "rasterio.open(os.path.abspath(path), driver=driver, **options)",
-           "rasterio.open(os.path.abspath(path), **options)", IMAGES),
+           "rasterio.open(os.path.abspath(path), **options)", GUARDS),
     Mutant("names of GDAL", "data/images.py", "rasterio.open(os.path.abspath(path), driver",
-           "rasterio.open(path, driver", IMAGES),
+           "rasterio.open(path, driver", GUARDS),
     Mutant("the kind by the first bytes", "data/images.py", "    if kind is None:\n", "    if False:\n", IMAGES),
     Mutant("pipes and devices as images", "data/images.py", 'open(path, "rb").read(16) if regular else b""',
            'open(path, "rb").read(16)', IMAGES),

@@ -1,12 +1,24 @@
 """Guards that the mutants of tests/mutants.py showed to have no test of their own."""
+import contextlib
 import os
 import signal
+import time
 
+import numpy as np
 import pytest
+import rasterio
 import torch
 from torch import nn
 
+from data import images
 from data.loader import Loader
+<<<<<<< HEAD
+=======
+from tests.conftest import write_tif
+from tests.test_checkpoint import small
+from tests.test_images import VRT
+from utils import files
+>>>>>>> e1883d4f800520dd015ae49871f8c94aa6a387d6
 from utils.errors import NumericalError, UserError
 from utils.train import checkpoint
 from utils.train.state import State
@@ -56,3 +68,37 @@ def test_a_signal_during_the_fork_of_workers_is_heard_after_it(monkeypatch, sign
 def iter_of(loader):
     """Loader.__iter__, whose result need not be an iterator here."""
     return type(loader).__iter__(loader)
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    """However slow the machine is: nobody enters while another process is inside."""
+    with files.locked(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException), files.locked(tmp_path / "lock"):
+                (tmp_path / "entered").touch()
+            os._exit(0)
+        time.sleep(0.5)
+        assert not (tmp_path / "entered").exists()
+    os.waitpid(child, 0)
+    assert (tmp_path / "entered").exists()
+
+
+@pytest.mark.parametrize("head", [b"\x89PNG\r\n\x1a\n", b"II*", b"MM*", b"BM", b"GIF8"])
+def test_a_vrt_behind_the_first_bytes_of_another_format(tmp_path, head):
+    """The first bytes tell the kind, and GDAL may open the file with the driver of this kind only."""
+    secret = write_tif(tmp_path / "secret.tif", np.full((1, 6, 8), 77, np.uint8))
+    path = tmp_path / "a.png"
+    path.write_bytes(head + VRT.format(secret).encode())
+    with rasterio.open(path) as file:  # without our guard it does
+        assert (file.read() == 77).all()
+    with pytest.raises(UserError, match="a.png: not a"):
+        images.read(path)
+
+
+@pytest.mark.parametrize("name", ["GTIFF_DIR:1:secret.tif", "GTIFF_RAW:secret.tif"])
+def test_a_file_whose_name_gdal_takes_for_another_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_tif("secret.tif", np.full((1, 6, 8), 77, np.uint8))
+    write_tif(tmp_path / "x.tif", np.zeros((1, 6, 8), np.uint8)).rename(name)
+    assert not images.read(name).any() and images.size(name) == (1, 6, 8)

@@ -121,7 +121,8 @@ def _verdict(error):
         return "", error.code
     if isinstance(error, BrokenPipeError) and "_data_queue" not in trace:  # `| head` has closed our output
         return "", 141
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text \
+            or "can't start new thread" in text:
         error = UserError("out of memory; lower --bs or --imgsz, try --grad-checkpoint, or --tile for large images")
     elif text.startswith("DataLoader worker"):
         error = UserError(f"{text.splitlines()[0].rstrip('. ')}; lower --workers, 0 loads in the main process")

@@ -79,9 +79,10 @@ def _port(root, port):
     write_tif(root / "x.tif", np.zeros((1, 6, 8), np.uint8))
 
 
-def _text(name, text):
+def _text(name, text, encoding="utf-8"):
     def make(root, port):
-        (root / "DATA" / name).write_text(text.format(secret=root / "secret.tif", port=port))
+        path = root / "DATA" / name
+        path.write_bytes(text.format(secret=root / "secret.tif", port=port).encode(encoding))
     return make
 
 
@@ -170,6 +171,7 @@ IMAGE_FILES = {
     "VRT of another file": _text("a.tif", VRT.replace("{}", "{secret}")),
     "VRT of the network": _text("a.tif", VRT.replace("{}", URL)),
     "VRT as PNG": _text("a.png", VRT.replace("{}", "{secret}")),
+    "VRT behind a PNG's first bytes": _text("a.png", "\x89PNG\r\n\x1a\n" + VRT.replace("{}", "{secret}"), "latin-1"),
     "huge VRT": _text("a.tif", HUGE),
     "WMS": _text("a.tif", WMS),
     "SVG": _text("a.png", "<svg xmlns='x'/>"),
