@@ -9,7 +9,8 @@ import weakref
 import numpy as np
 from torch.utils.data import DataLoader
 
-from utils.train import dist, watchdog
+from utils import watchdog
+from utils.train import dist
 
 
 class EpochBatches:

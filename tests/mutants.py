@@ -166,8 +166,8 @@ MUTANTS = [
     Mutant("stuck workers", "data/loader.py", "return self._received(batches)",
            "return batches", FAULTS),
     Mutant("workers that an exception leaves", "data/loader.py", "        worker.kill()\n", "        pass\n", RELIABILITY),
-    Mutant("stopped ranks", "utils/train/watchdog.py", "if idle[what] >= LOOKS * factor:", "if False:", (*FAULTS, *RANKS)),
-    Mutant("signs of other ranks", "utils/train/watchdog.py", "_signs[f\"rank {other}\"] =", "_ =", RANKS),
+    Mutant("stopped ranks", "utils/watchdog.py", "if idle[what] >= LOOKS * factor:", "if False:", (*FAULTS, *RANKS)),
+    Mutant("signs of other ranks", "utils/watchdog.py", "_signs[f\"rank {other}\"] =", "_ =", RANKS),
 
     # ---- ranks ----
     Mutant("all ranks stop", "utils/train/dist.py", "number = any_rank(self.signum or number)",
@@ -195,7 +195,6 @@ MUTANTS = [
            "except ValueError as error:", LABELS),
     Mutant("pipes as label files", "utils/files.py", "if not stat.S_ISREG(found.st_mode):  # a pipe",
            "if False:  # a pipe", LABELS),
-<<<<<<< HEAD
     Mutant("the length of texts", "utils/files.py", "if found.st_size > LARGEST_TEXT:", "if False:", RELIABILITY),
     Mutant("the whole file system", "utils/files.py",
            "if os.path.dirname(os.path.realpath(root)) == os.path.realpath(root):", "if False:", RELIABILITY),
@@ -203,10 +202,7 @@ MUTANTS = [
            "        if False:", RELIABILITY),
     Mutant("the user's repository", "utils/train/runs.py", '"git", "--no-optional-locks", "status"', '"git", "status"',
            RELIABILITY),
-    Mutant("one process builds a cache", "utils/files.py", "        fcntl.lockf(file, fcntl.LOCK_EX)\n", "", FILES),
-=======
     Mutant("one process builds a cache", "utils/files.py", "        fcntl.lockf(file, fcntl.LOCK_EX)\n", "", GUARDS),
->>>>>>> e1883d4f800520dd015ae49871f8c94aa6a387d6
     Mutant("damaged caches", "utils/files.py",
            "with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):",
            "with contextlib.suppress(OSError):", LABELS),

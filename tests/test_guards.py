@@ -12,13 +12,9 @@ from torch import nn
 
 from data import images
 from data.loader import Loader
-<<<<<<< HEAD
-=======
 from tests.conftest import write_tif
-from tests.test_checkpoint import small
 from tests.test_images import VRT
 from utils import files
->>>>>>> e1883d4f800520dd015ae49871f8c94aa6a387d6
 from utils.errors import NumericalError, UserError
 from utils.train import checkpoint
 from utils.train.state import State

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_gather
 
+from utils import watchdog
 from utils.errors import Stopped, UserError
-from utils.train import watchdog
 
 MEETING = timedelta(hours=1)  # for the ranks to find each other
 
@@ -54,7 +54,7 @@ def keep_memory():
 def setup(device="auto", timeout=60):
     """Chooses this process's device and joins the process group. -> torch.device
 
-    device: "auto", "cpu", "cuda", "cuda:1", "mps". timeout: see utils/train/watchdog.py; a rank that has died is an
+    device: "auto", "cpu", "cuda", "cuda:1", "mps". timeout: see utils/watchdog.py; a rank that has died is an
     error at once. Raises UserError for a device that does not exist.
     """
     keep_memory()

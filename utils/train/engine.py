@@ -22,10 +22,11 @@ import time
 import numpy as np
 import torch
 
+from utils import watchdog
 from utils.errors import NumericalError, Stopped, UserError
 from utils.files import write_json
 from utils.pictures import cells, charts, table
-from utils.train import checkpoint, dist, runs, watchdog
+from utils.train import checkpoint, dist, runs
 from utils.train.loggers import Progress
 from utils.train.state import autocast, to_device
 
