@@ -111,7 +111,7 @@ def test_boxes_fit_the_pixels(name, heading):
     corners = lots.outlines(name, 8, 6, heading) * 25
     box = lots._draw(_rng(0), image, name, corners)
     rows, columns = np.nonzero((np.asarray(image) != (1, 2, 3)).any(-1))
-    assert np.array_equal(np.array(box) * lots.FINE, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    assert np.array_equal(box, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
     points = np.stack((columns, rows), 1)
     assert np.any([_inside(points, polygon) for polygon in corners], 0).all()
     area = abs(sum(np.cross(a, b) for a, b in zip(corners[0], np.roll(corners[0], -1, 0)))) / 2
@@ -132,7 +132,7 @@ def test_outlines_are_turned_rectangles():
 def test_a_box_ends_at_the_edge_of_the_image():
     image = Image.new("RGB", (200, 80))
     box = lots._draw(_rng(0), image, "bus", lots.outlines("bus", 0, 2, 0.0) * 20)
-    assert box[0] == 0 and box[2] == pytest.approx(5.2 * 20 / lots.FINE, abs=1)
+    assert box[0] == 0 and box[2] == pytest.approx(5.2 * 20, abs=1)
 
 
 def test_lines_of_the_bays():
