@@ -34,20 +34,18 @@ CLASSES = {                                              # category_id is the pl
     "stroller": (1.5, BRIGHT, [(0, .9, .55, "black"), (-.1, .5, .52, "own")]),
     "cart": (2, BRIGHT, [(0, 1, .6, "silver"), (-.5, .12, .6, "own")])}
 
-SLOT, DEPTH, AISLE = 2.6, 5.2, 6.8                       # width and depth of a parking bay, and between rows; in metres
-PERIOD = 2 * DEPTH + AISLE                               # two rows of bays, end to end, and an aisle
+BAY, PERIOD = (2.6, 5.2), (2.6, 12)                      # a parking bay, and with the aisle behind it: width, depth, m
 CORNERS = (-.5, -.5), (.5, -.5), (.5, .5), (-.5, .5)
 
 
-def _place(rng, name, lot, bay):
-    """A random place on a lot (width, height) -> x, y, heading in radians. Most cars stand in the parking bays, one of
-    which has a corner at `bay`; all in metres."""
+def _place(rng, name, lot):
+    """A random place on a lot (width, height) -> x, y, heading in radians. Most cars stand in the parking bays, the
+    first of which has a corner at (0, 0); all in metres."""
     place = rng.random(2) * lot
     if name not in ("sedan", "SUV", "van", "taxi") or rng.random() < .15:
         return *place, rng.uniform(0, 2 * np.pi)
-    corner = bay + (place - bay) // (SLOT, PERIOD) * (SLOT, PERIOD)
-    middle = corner + (SLOT / 2, DEPTH * rng.choice((.5, 1.5))) + rng.normal(0, .13, 2)
-    return *middle, np.pi * rng.choice((.5, 1.5)) + rng.normal(0, .03)
+    middle = place // PERIOD * PERIOD + np.divide(BAY, 2)
+    return *middle + rng.normal(0, .13, 2), np.pi * rng.choice((.5, 1.5)) + rng.normal(0, .03)
 
 
 def outlines(name, x, y, heading):
@@ -59,11 +57,11 @@ def outlines(name, x, y, heading):
                      for middle, length, width, _ in CLASSES[name][2]])
 
 
-def _ground(rng, size, scale, bay):
+def _ground(rng, size, scale):
     """Asphalt with the lines of the bays -> RGB image of `size` (height, width) in pixels, `scale` a metre."""
     y, x = np.ogrid[:size[0], :size[1]]
-    x, y = (x / scale - bay[0]) % SLOT, (y / scale - bay[1]) % PERIOD
-    lines = (y < 2 * DEPTH) & (x < .14) | (abs(y - DEPTH) < .07)
+    x, y = x / scale % PERIOD[0], y / scale % PERIOD[1]
+    lines = (y < BAY[1]) & (x < .14) | (abs(y - BAY[1]) < .07)
     return Image.fromarray(np.where(lines, 205, rng.uniform(90, 140)).astype(np.uint8)).convert("RGB")
 
 
@@ -73,13 +71,13 @@ def scene(rng, size, *, first=None):
     first: a class that certainly occurs; None leaves the lot empty. There are up to 15 objects. They do not overlap,
     and their middles are in the image.
     """
-    scale, bay = size[0] / rng.uniform(18, 30), rng.uniform(0, (SLOT, PERIOD))  # pixels per metre, metres
-    image, found, taken, sides = _ground(rng, size, scale, bay), [], [], np.array(size[::-1])
+    scale, sides = size[0] / rng.uniform(18, 30), np.array(size[::-1])  # pixels per metre; width, height
+    image, found, taken = _ground(rng, size, scale), [], []
     shares = np.array([share for share, _, _ in CLASSES.values()])
     others = rng.choice(list(CLASSES), rng.integers(4, 15), p=shares / shares.sum())
     for name in [first, *others] if first else []:
         for _ in range(60):                              # attempts to find a free place
-            corners = outlines(name, *_place(rng, name, sides / scale, bay)) * scale
+            corners = outlines(name, *_place(rng, name, sides / scale)) * scale
             low, high = corners.min((0, 1)), corners.max((0, 1))
             inside = (low + high > 0).all() and (low + high < 2 * sides).all()
             if inside and not any((low < b).all() and (a < high).all() for a, b in taken):
