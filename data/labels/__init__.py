@@ -204,8 +204,9 @@ def _report(path, found, layout, file, allow_bad):
               f"order or unit do": found["cut"] > max(1, MAX_CUT * total),
               f"{bare} of {count} images have no label file": 2 * bare > count,
               f"none of the {len(held)} validation images has a box": held and any(found["boxes"]) and not any(held)}
-    for doubt in (doubt for doubt, holds in doubts.items() if holds and not allow_bad):
-        raise UserError(f"{path}: {doubt}; correct that, or go on by --allow-bad")
+    for doubt, holds in doubts.items():
+        if holds and not allow_bad:
+            raise UserError(f"{path}: {doubt}; correct that, or go on by --allow-bad")
     if not any(found["boxes"]):
         raise UserError(f"{path}: no boxes in the labels of {count} images, so nothing to learn; check the labels")
 

@@ -82,10 +82,8 @@ def detection_sheet(path, images, gt_boxes, predictions=None, *, names, limit=8,
     for i, image in enumerate(images[:limit]):
         rgb = to_rgb(image)
         picture = fit(rgb, max_side)
-        zoom = max(picture.shape) / max(rgb.shape)
-        groups.append([draw_boxes(picture, gt_boxes[i], names, zoom)])
-        if predictions is not None:
-            groups[-1].append(draw_boxes(picture, confident(predictions[i], score), names, zoom))
+        shown = [gt_boxes[i]] if predictions is None else [gt_boxes[i], confident(predictions[i], score)]
+        groups.append([draw_boxes(picture, rows, names, max(picture.shape) / max(rgb.shape)) for rows in shown])
     legend = {class_name(names, k): colour_of(k) for k in range(len(names))} if len(names) <= MOST else None
     titles = () if predictions is None else ["truth", f"prediction, score >= {score:g}"]
     contact_sheet(path, abreast(groups), titles=titles, legend=legend, max_side=max_side)
