@@ -51,9 +51,8 @@ def _place(rng, name, lot):
 def outlines(name, x, y, heading):
     """The corners (parts, 4, 2) of the parts of an object of this class, from the ground up. Coordinates are in metres,
     x to the right and y down; the heading is in radians, clockwise from the x axis."""
-    forward = np.array([np.cos(heading), np.sin(heading)])
-    side = forward[::-1] * (-1, 1)
-    return np.array([[(x, y) + (middle + u * length) * forward + v * width * side for u, v in CORNERS]
+    cos, sin = np.cos(heading), np.sin(heading)
+    return np.array([(x, y) + ((middle, 0) + np.multiply(CORNERS, (length, width))) @ [[cos, sin], [-sin, cos]]
                      for middle, length, width, _ in CLASSES[name][2]])
 
 

@@ -54,11 +54,11 @@ def scene(rng, size, *, fraction):
     return np.clip(np.rint(image), 0, 65535).astype(np.uint16), (heat > 0).astype(np.uint8)
 
 
-def _write_tif(path, bands, corner):
-    """Writes `bands` (C, H, W) with the upper left `corner` (east, north) in metres, UTM zone 52N, 30 m pixels."""
+def _write_tif(path, bands, north):
+    """Writes `bands` (C, H, W), whose upper edge lies at `north` metres of UTM zone 52N, with pixels of 30 m."""
     count, height, width = bands.shape
     with rasterio.open(path, "w", driver="GTiff", height=height, width=width, count=count, dtype=bands.dtype,
-                       crs="EPSG:32652", transform=rasterio.Affine(30, 0, corner[0], 0, -30, corner[1]),
+                       crs="EPSG:32652", transform=rasterio.Affine(30, 0, 300_000, 0, -30, north),
                        compress="deflate", zlevel=1) as file:
         file.write(bands)
 
@@ -76,8 +76,8 @@ def wildfire(out, *, train=48, test=12, size=256, seed=0):
             os.mkdir(f"{root}/{folder}")
         for split, i, rng in numbered(target, train=train, test=test, seed=seed):
             fraction = np.exp(rng.uniform(np.log(4e-4), np.log(.13))) if i % 8 != 5 else 0     # of 256 px: 26 to 8520
-            corner = 300_000, 4_000_000 + 30 * size * (i + 1 if split == "train" else -i)      # no two tiles overlap
+            north = 4_000_000 + 30 * size * (i + 1 if split == "train" else -i)                # no two tiles overlap
             image, mask = scene(rng, size, fraction=fraction)
             for kind, bands in (("img", image), ("mask", mask[None])):
-                _write_tif(f"{root}/{split}_{kind}/{split}_{kind}_{i:04d}.tif", bands, corner)
+                _write_tif(f"{root}/{split}_{kind}/{split}_{kind}_{i:04d}.tif", bands, north)
     return target

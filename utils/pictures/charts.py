@@ -20,11 +20,9 @@ def plot_curves(path, rows, score=None):
     rows: {name: number}, one per epoch; NaN, infinite and missing values leave gaps. score: the column whose best,
     that is highest, value is marked.
     """
-    epochs, plots = np.array([row["epoch"] for row in rows], float), []
-    for name in cells.column_names(rows):
-        if name != "epoch":
-            values = np.array([row.get(name, math.nan) for row in rows], float)
-            plots.append(_curve(name, epochs, values, name == score))
+    columns = {name: np.array([row.get(name, math.nan) for row in rows], float) for name in cells.column_names(rows)}
+    epochs = columns.pop("epoch")
+    plots = [_curve(name, epochs, values, name == score) for name, values in columns.items()]
     save_image(path, join([join(plots[i:i + 4], 0) for i in range(0, len(plots), 4)], 1))
 
 
