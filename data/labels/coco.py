@@ -129,8 +129,9 @@ def _locator(root, folders):
         for base in folders if name else ():
             path = os.path.relpath(os.path.join(root, base, name), root)  # `name` may be absolute
             folder, file = os.path.split(path)
-            if same_name(file) in names(folder) and path.split("/")[0] != "..":
-                return os.path.join(folder, names(folder)[same_name(file)])
+            found = names(folder).get(same_name(file))
+            if found and not path.startswith("../"):
+                return os.path.join(folder, found)
         return None
     return locate
 

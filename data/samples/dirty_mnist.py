@@ -77,18 +77,15 @@ class Synthesizer:
             chosen.append(rng.permutation(26)[:count])
             random.append(rng.random((7, count)))
         letter, u = np.concatenate(chosen), np.concatenate(random, 1)
-        table = np.empty(len(letter), PLACED)
-        table["image"], table["letter"] = np.repeat(np.arange(len(keys)), [len(c) for c in chosen]), letter
-        table["glyph"] = self.first[letter] + (u[0] * self.available[letter]).astype(int)
-        table["angle"], table["scale"] = 360 * u[1], 1 + u[2]
-        turn = np.radians(table["angle"])
-        table["side"] = SIDE * table["scale"] * (abs(np.cos(turn)) + abs(np.sin(turn)))  # rounded down
-        table["factor"] = np.where(u[3] < .3, .3 + .4 * u[4], 1)
-        for name, v in (("x", u[5]), ("y", u[6])):
-            table[name] = v * (self.size - table["side"] + 1)
+        image = np.repeat(np.arange(len(keys)), [len(c) for c in chosen])
+        glyph = self.first[letter] + np.floor(u[0] * self.available[letter])
+        angle, scale, factor = 360 * u[1], 1 + u[2], np.where(u[3] < .3, .3 + .4 * u[4], 1)
+        turn = np.radians(angle)
+        side = np.floor(SIDE * scale * (abs(np.cos(turn)) + abs(np.sin(turn))))
+        x, y = u[5:] * (self.size - side + 1)  # rounded down by the table
         labels = torch.zeros(len(keys), 26)
-        labels[table["image"], letter] = 1
-        return table, labels, rngs
+        labels[image, letter] = 1
+        return np.rec.fromarrays((image, letter, glyph, side, x, y, angle, scale, factor), PLACED), labels, rngs
 
     def batch(self, keys, seed):
         """-> images (B, 1, size, size) uint8 and labels (B, 26) float32 of 0 and 1, on the device; keys: see `draw`.

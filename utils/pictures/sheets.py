@@ -191,8 +191,7 @@ def augmentation_sheet(path, draw):
 def segmentation_row(image, mask, prob=None, *, ignore=None):
     """-> pictures of one image, all of its size: image, label; with prob also prediction and errors. As in
     `segmentation_sheet`."""
-    rgb = to_rgb(image)
-    mask = to_numpy(mask)
+    rgb, mask = to_rgb(image), to_numpy(mask)
     truth = np.where(mask == ignore, 0, mask)
     row = [rgb, overlay(rgb, truth)]
     if prob is None:
