@@ -266,10 +266,10 @@ def read(path, bands=None, *, window=None, shape=None):
     planes = bands + [count] * (found.opacity and count not in bands)
     if in_windows(found):
         with open_raster(path) as file:
-            options = dict(window=Window(x, y, w, h), out_shape=shape and (len(planes), *shape))
-            image = file.read(planes, **options)
+            part = Window(x, y, w, h)
+            image = file.read(planes, window=part, out_shape=shape and (len(planes), *shape))
             if found.mask == "inside":
-                opaque = file.read_masks(1, window=options["window"], out_shape=shape)
+                opaque = file.read_masks(1, window=part, out_shape=shape)
     else:
         image = (_decode_once if window else _decode)(path, os.stat(path).st_mtime_ns)
         if image.shape != (count, height, width):  # its header tells two sizes
@@ -405,10 +405,10 @@ def nearest(image, size):
 def _decode(path, changed):
     """A whole file of a kind that has no windows, upright, as an array (C, H, W)."""
     found = header(path)
-    if found.kind != "JPEG" and math.prod(found.size) > MAX_VALUES:
-        raise UserError(f"{path}: {found.size[2]} x {found.size[1]} pixels are too many to read; cut it into tiles")
     if found.kind == "JPEG":
         return _decode_jpeg(path)
+    if math.prod(found.size) > MAX_VALUES:
+        raise UserError(f"{path}: {found.size[2]} x {found.size[1]} pixels are too many to read; cut it into tiles")
     if found.kind in GDAL_KINDS:
         with open_raster(path) as file:
             image = file.read()

@@ -112,7 +112,7 @@ def read_probabilities(path, names=None):
         raise UserError(f"{path}: has other columns than the classes of the rest; give one of this task")
     for key, *values in rows[1:]:
         try:
-            values = np.array([float(value) for value in values])
+            values = np.array(values, float)
         except ValueError:
             values = np.array([np.nan])
         if key in table or len(values) != len(classes) or not ((values >= 0) & (values <= 1)).all():

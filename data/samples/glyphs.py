@@ -55,15 +55,13 @@ def _read_csv(path, content):
             continue
         try:
             letters.append(LETTERS.index(row[names.index("letter")].strip()))
-            pixels.append(np.array(row[before:], np.int64).reshape(SIDE, SIDE))
-            if pixels[-1].min() < 0 or pixels[-1].max() > 255:
-                raise ValueError
+            pixels.append(np.array(row[before:], np.uint8).reshape(SIDE, SIDE))
         except (ValueError, IndexError, OverflowError):
             raise UserError(f"{path}: line {number} is not {', '.join(names[:before])} (from A to Z) and 784 whole "
                             f"numbers from 0 to 255; correct or remove it") from None
     if not letters:
         raise UserError(f"{path}: contains no letters; fetch or write it again")
-    return np.array(pixels, np.uint8), np.array(letters, np.int64)
+    return np.array(pixels), np.array(letters, np.int64)
 
 
 def _read_idx(path):
