@@ -210,7 +210,7 @@ def _nodata_beside(path, count):
                  if band.findtext("NoDataValue")}
     except (UserError, ElementTree.ParseError, ValueError, TypeError):
         return ()
-    return tuple(found.get(band) for band in range(1, count + 1))
+    return tuple(map(found.get, range(1, count + 1)))
 
 
 def size(path):

@@ -92,14 +92,13 @@ def _listed_parts(root, files, entries):
             names = [(line, locate(line.strip()) or locate(line.partition(" ")[0]), f"{where}: line {number}")
                      for number, line in enumerate(read_lines(root / entry), 1) if line.strip()]
         for name, file, place in names:
-            if not file:
-                missing += [f"{place}: no image {show(name.strip())}"] if part != "test" else []
-                continue
-            other, there = found[file]
+            other, there = found.get(file, (part, None))
             if there and other != part and "train" in (other, part):
                 raise UserError(f"{place}: {file} is in the part {part} here and in {other} in {there}; remove one")
-            if not there or part != "test":  # what is for validation and testing is for validation
+            if file and not (there and part == "test"):  # what is for validation and testing is for validation
                 found[file] = part, place
+            elif not file and part != "test":
+                missing.append(f"{place}: no image {show(name.strip())}")
     return {file: part for file, (part, _) in found.items()}, missing
 
 

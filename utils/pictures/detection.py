@@ -45,9 +45,10 @@ def draw_boxes(rgb, rows, names, zoom=1):
     for i in order[((low < edge) & (high > 0) & (low <= high)).all(1)[order]]:
         corner = np.minimum(low[i].clip(0).round(), np.subtract(edge, 1))
         opposite = np.maximum(np.minimum(high[i], edge).round() - 1, corner)
-        draw.rectangle([*corner, *opposite], outline=colour_of(classes[i]), width=line)
+        colour = colour_of(classes[i])
+        draw.rectangle([*corner, *opposite], outline=colour, width=line)
         text = class_name(names, classes[i]) + (f" {rows[i, 4]:.2f}" if scored else "")
-        tags.append((*map(int, (*corner, opposite[1])), text, colour_of(classes[i])))
+        tags.append((*map(int, (*corner, opposite[1])), text, colour))
     _draw_tags(draw, tags[::-1], width, height)
     return np.array(picture)
 
