@@ -121,9 +121,9 @@ def read_groups(path, names):
     """The group of each sample from a CSV: its first column is the sample's name (with folders and suffix, or without),
     its column `group`, else the second, is the group."""
     remedy = "give a CSV with the columns name and group"
-    rows = [row for row in read_csv(path, remedy) if row]
-    column = rows[0].index("group") if rows and "group" in rows[0] else 1
-    if not rows or any(len(row) <= column for row in rows):
+    rows = [row for row in read_csv(path, remedy) if row] or [[]]
+    column = rows[0].index("group") if "group" in rows[0] else 1
+    if any(len(row) <= column for row in rows):
         raise UserError(f"{path}: not a table of groups; {remedy}")
     group_of = {row[0]: row[column] for row in rows}
     found = [next((group_of[n] for n in (name, Path(name).name, Path(name).stem) if n in group_of), None)

@@ -201,14 +201,13 @@ def _write_missing(synthesizer, out, indices, *, seed, digits, text):
 
 def _complete(path, text):
     """Whether the file exists and is complete. Raises UserError if its comment is another one than `text`."""
-    if not path.exists() or not path.stat().st_size:
+    if not (path.exists() and path.stat().st_size):
         return False
     recipe, complete = None, False
-    with contextlib.suppress(OSError, SyntaxError):  # what Pillow raises for damaged files
-        with Image.open(path, formats=("PNG",)) as image:
-            recipe = image.info.get("Comment")
-            image.load()
-            complete = True
+    with contextlib.suppress(OSError, SyntaxError), Image.open(path, formats=("PNG",)) as image:  # it may be damaged
+        recipe = image.info.get("Comment")
+        image.load()
+        complete = True
     if recipe != text:
         raise UserError(f"{path}: exists already, made with other letters or flags; choose another --out or "
                         f"--start-index")

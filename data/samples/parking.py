@@ -78,7 +78,7 @@ def scene(rng, size, *, first=None):
         for _ in range(60):                              # attempts to find a free place
             corners = outlines(name, *_place(rng, name, sides / scale)) * scale
             low, high = corners.min((0, 1)), corners.max((0, 1))
-            inside = (low + high > 0).all() and (low + high < 2 * sides).all()
+            inside = (abs(low + high - sides) < sides).all()
             if inside and not any((low < b).all() and (a < high).all() for a, b in taken):
                 taken.append((low, high))
                 found.append((1 + list(CLASSES).index(name), _draw(rng, image, name, corners)))
