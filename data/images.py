@@ -210,7 +210,7 @@ def _nodata_beside(path, count):
                  if band.findtext("NoDataValue")}
     except (UserError, ElementTree.ParseError, ValueError, TypeError):
         return ()
-    return tuple(found.get(band) for band in range(1, count + 1))
+    return tuple(map(found.get, range(1, count + 1)))
 
 
 def size(path):
@@ -266,10 +266,10 @@ def read(path, bands=None, *, window=None, shape=None):
     planes = bands + [count] * (found.opacity and count not in bands)
     if in_windows(found):
         with open_raster(path) as file:
-            options = dict(window=Window(x, y, w, h), out_shape=shape and (len(planes), *shape))
-            image = file.read(planes, **options)
+            part = Window(x, y, w, h)
+            image = file.read(planes, window=part, out_shape=shape and (len(planes), *shape))
             if found.mask == "inside":
-                opaque = file.read_masks(1, window=options["window"], out_shape=shape)
+                opaque = file.read_masks(1, window=part, out_shape=shape)
     else:
         image = (_decode_once if window else _decode)(path, os.stat(path).st_mtime_ns)
         if image.shape != (count, height, width):  # its header tells two sizes
@@ -292,13 +292,12 @@ def in_windows(found):
     return found.kind == "GTiff" and found.orientation == 1
 
 
-def strips(size, margin=0):
-    """The windows (row, column, height, width) in which an image of size (bands, height, width) is read in pieces: all
-    columns, and all rows but `margin` at the top and at the bottom. The size alone decides: every format is cut alike.
-    """
+def strips(size):
+    """The windows (row, column, height, width) in which an image of size (bands, height, width) is read in pieces. The
+    size alone decides: every format is cut alike."""
     count, height, width = size
-    step, end = max(1, STRIP // (count * width)), height - margin
-    return [(row, 0, min(step, end - row), width) for row in range(margin, end, step)]
+    step = max(1, STRIP // (count * width))
+    return [(row, 0, min(step, height - row), width) for row in range(0, height, step)]
 
 
 def void(image):
@@ -309,26 +308,24 @@ def void(image):
     return empty if empty.any() else None
 
 
-def digest(path, middle=None):
+def digest(path):
     """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever
     the format and the compression. Where pixels are indices, the colours count too. Of a JPEG beyond MAX_VALUES the
     bytes of the file count.
 
-    middle: only this number of rows in the middle counts. All bands are read, in pieces (a PNG or JPEG as a whole), so
-    memory does not grow with the scene. Raises UserError naming the file.
+    All bands are read, in pieces (a PNG or JPEG as a whole), so memory does not grow with the scene. Raises UserError
+    naming the file.
     """
     found = header(path)
-    count, height, width = found.size
     if found.kind == "JPEG" and math.prod(found.size) > MAX_VALUES:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
-    hashed = hashlib.blake2b(f"{count, height, width, found.dtype}".encode(), digest_size=16)
+    hashed = hashlib.blake2b(f"{found.size, found.dtype}".encode(), digest_size=16)
     whole = None if in_windows(found) else read(path)
-    for window in strips(found.size, (height - min(middle or height, height)) // 2):
+    for window in strips(found.size):
         pixels = read(path, window=window) if whole is None else whole[:, window[0]:window[0] + window[2]]
         hashed.update(np.asarray(pixels).ravel().view(np.uint8))
-    colours = None if middle else found.palette
-    if colours is not None:
-        hashed.update(colours.numpy().ravel())
+    if found.palette is not None:
+        hashed.update(found.palette.numpy().ravel())
     return hashed.digest()
 
 
@@ -408,10 +405,10 @@ def nearest(image, size):
 def _decode(path, changed):
     """A whole file of a kind that has no windows, upright, as an array (C, H, W)."""
     found = header(path)
-    if found.kind != "JPEG" and math.prod(found.size) > MAX_VALUES:
-        raise UserError(f"{path}: {found.size[2]} x {found.size[1]} pixels are too many to read; cut it into tiles")
     if found.kind == "JPEG":
         return _decode_jpeg(path)
+    if math.prod(found.size) > MAX_VALUES:
+        raise UserError(f"{path}: {found.size[2]} x {found.size[1]} pixels are too many to read; cut it into tiles")
     if found.kind in GDAL_KINDS:
         with open_raster(path) as file:
             image = file.read()

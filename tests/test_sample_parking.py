@@ -111,7 +111,7 @@ def test_boxes_fit_the_pixels(name, heading):
     corners = lots.outlines(name, 8, 6, heading) * 25
     box = lots._draw(_rng(0), image, name, corners)
     rows, columns = np.nonzero((np.asarray(image) != (1, 2, 3)).any(-1))
-    assert np.array_equal(np.array(box) * lots.FINE, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    assert np.array_equal(box, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
     points = np.stack((columns, rows), 1)
     assert np.any([_inside(points, polygon) for polygon in corners], 0).all()
     area = abs(sum(np.cross(a, b) for a, b in zip(corners[0], np.roll(corners[0], -1, 0)))) / 2
@@ -132,29 +132,27 @@ def test_outlines_are_turned_rectangles():
 def test_a_box_ends_at_the_edge_of_the_image():
     image = Image.new("RGB", (200, 80))
     box = lots._draw(_rng(0), image, "bus", lots.outlines("bus", 0, 2, 0.0) * 20)
-    assert box[0] == 0 and box[2] == pytest.approx(5.2 * 20 / lots.FINE, abs=1)
+    assert box[0] == 0 and box[2] == pytest.approx(5.2 * 20, abs=1)
 
 
 def test_lines_of_the_bays():
-    bay, scale = np.array([1.0, 2.0]), 20
-    ground = np.asarray(lots._ground(_rng(1), (800, 1200), scale, bay))[..., 0]
+    ground = np.asarray(lots._ground(_rng(1), (800, 1200), 20))[..., 0]
     asphalt = np.median(ground)
     assert set(np.unique(ground)) == {asphalt, 205} and asphalt < 150
 
     def tone(x, y):
-        """Of the ground at (x, y) metres from the corner of a bay."""
-        return ground[int((y + bay[1]) * scale), int((x + bay[0]) * scale)]
+        """Of the ground at (x, y) metres from the corner of the first bay."""
+        return ground[int(y * 20), int(x * 20)]
 
     for column in range(3):
-        assert tone(column * 2.6 + .07, 2) == tone(column * 2.6 + .07, 8) == tone(column * 2.6 + 1, 5.2) == 205
-        assert tone(column * 2.6 + 1.3, 2) == tone(column * 2.6 + 1.3, 8) == tone(column * 2.6 + .07, 12) == asphalt
+        assert tone(column * 2.6 + .07, 2) == tone(column * 2.6 + .07, 14) == tone(column * 2.6 + 1, 5.2) == 205
+        assert tone(column * 2.6 + 1.3, 2) == tone(column * 2.6 + 1.3, 14) == tone(column * 2.6 + .07, 8) == asphalt
 
 
 def test_most_cars_stand_in_bays():
-    bay = np.array([1.0, 2.0])
-    places = np.array([lots._place(_rng(11, i), "sedan", np.array([40, 25]), bay) for i in range(400)])
-    off = (places[:, :2] - bay) % (lots.SLOT, lots.PERIOD) - (1.3, 0)
-    parked = (abs(off[:, 0]) < .5) & (abs(abs(off[:, 1] - 5.2) - 2.6) < .5) & (abs(np.cos(places[:, 2])) < .15)
+    places = np.array([lots._place(_rng(11, i), "sedan", np.array([40, 25])) for i in range(400)])
+    off = places[:, :2] % lots.PERIOD - (1.3, 2.6)
+    parked = (abs(off) < .5).all(1) & (abs(np.cos(places[:, 2])) < .15)
     assert .8 < parked.mean() < .9
 
 

@@ -155,11 +155,10 @@ def _turns(headers, files, stated):
 def _turn(box, size, tag):
     """A box x1, y1, x2, y2 in the stored image -> the same box in the upright image of size (height, width). tag: the
     orientation in EXIF."""
-    x1, y1, x2, y2 = box
-    sides = [[y1, y2], [x1, x2]] if tag < 5 else [[x1, x2], [y1, y2]]  # vertical, horizontal
+    corners = np.reshape(box, (2, 2))[:, ::-1 if tag < 5 else 1].astype(float)  # rows of y, x in the upright image
     for axis in images.MIRRORED.get(tag, ()):
-        sides[axis - 1] = [size[axis - 1] - side for side in sides[axis - 1][::-1]]
-    return tuple(side for pair in zip(*sides[::-1]) for side in pair)
+        corners[:, axis - 1] = size[axis - 1] - corners[::-1, axis - 1]
+    return corners[:, ::-1].ravel().tolist()
 
 
 def _area(box):
@@ -174,7 +173,7 @@ def _sort_out(records, files, sizes, turns, category_ids, place):
     for owner, category, box, label, number in (row for row in records.boxes if sizes[row[0]]):
         height, width = sizes[owner]
         corners = [side * n for side, n in zip(box, (width, height) * 2)] if records.normalised else box
-        corners = _turn(corners, sizes[owner], turns[owner])
+        corners = corners if turns[owner] == 1 else _turn(corners, sizes[owner], turns[owner])
         inside = tuple(min(max(0.0, side), n) for side, n in zip(corners, (width, height) * 2))
         reasons = (not all(map(math.isfinite, corners)), category not in class_of,
                    min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE, (owner, category, inside) in seen)
@@ -205,8 +204,9 @@ def _report(path, found, layout, file, allow_bad):
               f"order or unit do": found["cut"] > max(1, MAX_CUT * total),
               f"{bare} of {count} images have no label file": 2 * bare > count,
               f"none of the {len(held)} validation images has a box": held and any(found["boxes"]) and not any(held)}
-    for doubt in (doubt for doubt, holds in doubts.items() if holds and not allow_bad):
-        raise UserError(f"{path}: {doubt}; correct that, or go on by --allow-bad")
+    for doubt, holds in doubts.items():
+        if holds and not allow_bad:
+            raise UserError(f"{path}: {doubt}; correct that, or go on by --allow-bad")
     if not any(found["boxes"]):
         raise UserError(f"{path}: no boxes in the labels of {count} images, so nothing to learn; check the labels")
 

@@ -101,8 +101,7 @@ def read(layout):
                 boxes.append((index_of[image], category, box, label, number))
     used, count = {category for _, category, *_ in boxes}, Counter(names.values())
     if not names:
-        parking = sorted(used) == list(range(1, 15))
-        names = {key: PARKING[key - 1] if parking else f"class {key}" for key in used}
+        names = {key: PARKING[key - 1] if used == set(range(1, 15)) else f"class {key}" for key in used}
     # Roboflow's first category is the project, which may have the name of one of its classes
     names = {key: name for key, name in names.items() if key in used or count[name] == 1}
     return Records(images, boxes, names, cases)
@@ -129,8 +128,9 @@ def _locator(root, folders):
         for base in folders if name else ():
             path = os.path.relpath(os.path.join(root, base, name), root)  # `name` may be absolute
             folder, file = os.path.split(path)
-            if same_name(file) in names(folder) and path.split("/")[0] != "..":
-                return os.path.join(folder, names(folder)[same_name(file)])
+            found = names(folder).get(same_name(file))
+            if found and not path.startswith("../"):
+                return os.path.join(folder, found)
         return None
     return locate
 

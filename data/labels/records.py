@@ -60,10 +60,13 @@ def pair(root, suffix, label_folders, entries=()):
         return "/".join([*(name for name in folders_of(file) if name not in IMAGE_FOLDERS | label_folders),
                          Path(file).stem])
 
-    files = list_tree(root)
+    files, missing = list_tree(root), []
     pictures = [file for file in files if file.lower().endswith(images.SUFFIXES)]
-    if not entries:
+    if entries:
+        parts, missing = _listed_parts(root, pictures, entries)
+    else:
         pictures = [file for file in pictures if IMAGE_FOLDERS.intersection(folders_of(file))] or pictures
+        parts = {file: part_of(os.path.dirname(file)) for file in pictures}
     image_of = by_name(pictures, key_of, root)
     label_of = by_name((file for file in files if file.lower().endswith(suffix)
                         and Path(file).name.lower() not in NO_LABELS), key_of, root)
@@ -71,9 +74,6 @@ def pair(root, suffix, label_folders, entries=()):
         if label_folders.intersection(folders_of(label_of[key])) and part_of(os.path.dirname(label_of[key])) != "test":
             raise UserError(f"{root / label_of[key]}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
                             f"remove the label file")
-    parts, missing = _listed_parts(root, pictures, entries)
-    if not entries:
-        parts = {file: part_of(os.path.dirname(file)) for file in pictures}
     found = {file: [label_of.get(key), parts[file] or "train"] for key, file in image_of.items()
              if parts[file] != "test" and (parts[file] or label_of.get(key) or not any(parts.values()))}
     return found, {MISSING: missing}
@@ -92,14 +92,13 @@ def _listed_parts(root, files, entries):
             names = [(line, locate(line.strip()) or locate(line.partition(" ")[0]), f"{where}: line {number}")
                      for number, line in enumerate(read_lines(root / entry), 1) if line.strip()]
         for name, file, place in names:
-            if not file:
-                missing += [f"{place}: no image {show(name.strip())}"] if part != "test" else []
-                continue
-            other, there = found[file]
+            other, there = found.get(file, (part, None))
             if there and other != part and "train" in (other, part):
                 raise UserError(f"{place}: {file} is in the part {part} here and in {other} in {there}; remove one")
-            if not there or part != "test":  # what is for validation and testing is for validation
+            if file and not (there and part == "test"):  # what is for validation and testing is for validation
                 found[file] = part, place
+            elif not file and part != "test":
+                missing.append(f"{place}: no image {show(name.strip())}")
     return {file: part for file, (part, _) in found.items()}, missing
 
 

@@ -18,8 +18,8 @@ def find(path):
     entries = list_entries(path, "ImageSets/Main", ".")
     found, cases = pair(path, ".xml", LABEL_FOLDERS, entries)
     labels = sorted(label for label, _ in found.values() if label)
-    lists = [entry for _, entry, _ in entries]
-    return Layout(path, lists + labels, found, read, "object {}", cases) if labels else None
+    files = [entry for _, entry, _ in entries] + labels
+    return Layout(path, files, found, read, "object {}", cases) if labels else None
 
 
 def read(layout):

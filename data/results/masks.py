@@ -73,27 +73,22 @@ class MaskWriter:
         {file name: uint8 mask (H, W)} without large scenes, and the links to the images of pseudo labels.
 
         failed: those of the files that have no mask. In y_pred.pkl it is empty, if the header tells its size."""
-        sizes = {file: bad.attempt(images.size, file)[0] for file in files}
-        pixels = {file: math.prod(size[1:]) for file, size in sizes.items() if size}
-        files = [file for file in files if sizes[file]]
-        small = [file for file in files if pixels[file] <= MAX_PICKLED[0]]
-        if len(small) < len(files):
-            print(f"{len(files) - len(small)} scenes are too large for y_pred.pkl; their masks are in "
+        sizes = {file: size[1:] for file in files if (size := bad.attempt(images.size, file)[0])}
+        small = {file: size for file, size in sizes.items() if math.prod(size) <= MAX_PICKLED[0]}
+        if len(small) < len(sizes):
+            print(f"{len(sizes) - len(small)} scenes are too large for y_pred.pkl; their masks are in "
                   f"{self.out / 'masks'}")
-        if sum(pixels[file] for file in small) > MAX_PICKLED[1]:
+        if sum(map(math.prod, small.values())) > MAX_PICKLED[1]:
             print(f"no y_pred.pkl: it would hold more than 2^32 pixels; the masks are in {self.out / 'masks'}")
         else:
-            masks = {}
-            for file in small:
-                if file in failed:
-                    masks[file.name] = np.zeros(sizes[file][1:], np.uint8)
-                    continue
+            masks = {file.name: np.zeros(size, np.uint8) for file, size in small.items()}
+            for file in small.keys() - set(failed):
                 with _open_mask(file, self.out) as mask:
                     masks[file.name] = mask.read(1)
             with whole_file(self.out / "y_pred.pkl") as temporary:
                 temporary.write_bytes(pickle.dumps(masks))
         if PSEUDO in self.blank:
-            pseudo.link([file for file in files if file not in failed], self.out / "pseudo/train_img")
+            pseudo.link(sizes.keys() - set(failed), self.out / "pseudo/train_img")
 
 
 @contextlib.contextmanager

@@ -68,7 +68,6 @@ def write_classes(root, files, probs, names, single_label, least):
     certain = probs.max(1) >= least if single_label else ((probs >= least) | (probs <= 1 - least)).all(1)
     kept = [(file, row) for file, row, good in zip(files, probs, certain) if good]
     link([file for file, _ in kept], root / "train")
-    header = ["name", "label"] if single_label else ["name", *names]
-    write_csv(root / "train.csv", header, [
+    write_csv(root / "train.csv", ["name", *(["label"] if single_label else names)], [
         [file.name, *([names[row.argmax()]] if single_label else (row > 0.5).astype(int))] for file, row in kept])
     return len(kept)

@@ -112,7 +112,7 @@ def read_probabilities(path, names=None):
         raise UserError(f"{path}: has other columns than the classes of the rest; give one of this task")
     for key, *values in rows[1:]:
         try:
-            values = np.array([float(value) for value in values])
+            values = np.array(values, float)
         except ValueError:
             values = np.array([np.nan])
         if key in table or len(values) != len(classes) or not ((values >= 0) & (values <= 1)).all():
@@ -140,9 +140,9 @@ def read_tables(paths, names=None, keys=None):
         tables = [{index_of(key): row for key, row in table.items()} for table in tables]
     keys = keys or list(dict.fromkeys(key for table in tables for key in table))
     for path, table in zip(paths, tables):
-        missing = [key for key in keys if key not in table]
-        if missing:
-            raise UserError(f"{path}: has no row for {missing[0]}; predict the same images")
+        for key in keys:
+            if key not in table:
+                raise UserError(f"{path}: has no row for {key}; predict the same images")
     return names, keys, [np.array([table[key] for key in keys]) for table in tables]
 
 

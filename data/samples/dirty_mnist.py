@@ -77,18 +77,15 @@ class Synthesizer:
             chosen.append(rng.permutation(26)[:count])
             random.append(rng.random((7, count)))
         letter, u = np.concatenate(chosen), np.concatenate(random, 1)
-        table = np.empty(len(letter), PLACED)
-        table["image"], table["letter"] = np.repeat(np.arange(len(keys)), [len(c) for c in chosen]), letter
-        table["glyph"] = self.first[letter] + (u[0] * self.available[letter]).astype(int)
-        table["angle"], table["scale"] = 360 * u[1], 1 + u[2]
-        turn = np.radians(table["angle"])
-        table["side"] = SIDE * table["scale"] * (abs(np.cos(turn)) + abs(np.sin(turn)))  # rounded down
-        table["factor"] = np.where(u[3] < .3, .3 + .4 * u[4], 1)
-        for name, v in (("x", u[5]), ("y", u[6])):
-            table[name] = v * (self.size - table["side"] + 1)
+        image = np.repeat(np.arange(len(keys)), [len(c) for c in chosen])
+        glyph = self.first[letter] + np.floor(u[0] * self.available[letter])
+        angle, scale, factor = 360 * u[1], 1 + u[2], np.where(u[3] < .3, .3 + .4 * u[4], 1)
+        turn = np.radians(angle)
+        side = np.floor(SIDE * scale * (abs(np.cos(turn)) + abs(np.sin(turn))))
+        x, y = u[5:] * (self.size - side + 1)  # rounded down by the table
         labels = torch.zeros(len(keys), 26)
-        labels[table["image"], letter] = 1
-        return table, labels, rngs
+        labels[image, letter] = 1
+        return np.rec.fromarrays((image, letter, glyph, side, x, y, angle, scale, factor), PLACED), labels, rngs
 
     def batch(self, keys, seed):
         """-> images (B, 1, size, size) uint8 and labels (B, 26) float32 of 0 and 1, on the device; keys: see `draw`.
@@ -204,14 +201,13 @@ def _write_missing(synthesizer, out, indices, *, seed, digits, text):
 
 def _complete(path, text):
     """Whether the file exists and is complete. Raises UserError if its comment is another one than `text`."""
-    if not path.exists() or not path.stat().st_size:
+    if not (path.exists() and path.stat().st_size):
         return False
     recipe, complete = None, False
-    with contextlib.suppress(OSError, SyntaxError):  # what Pillow raises for damaged files
-        with Image.open(path, formats=("PNG",)) as image:
-            recipe = image.info.get("Comment")
-            image.load()
-            complete = True
+    with contextlib.suppress(OSError, SyntaxError), Image.open(path, formats=("PNG",)) as image:  # it may be damaged
+        recipe = image.info.get("Comment")
+        image.load()
+        complete = True
     if recipe != text:
         raise UserError(f"{path}: exists already, made with other letters or flags; choose another --out or "
                         f"--start-index")

@@ -7,10 +7,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from utils.errors import UserError
 from utils.files import reading
+from utils.pictures.sheets import font
 
 SIDE = 28
 LETTERS = list(string.ascii_uppercase)
@@ -54,15 +55,13 @@ def _read_csv(path, content):
             continue
         try:
             letters.append(LETTERS.index(row[names.index("letter")].strip()))
-            pixels.append(np.array(row[before:], np.int64).reshape(SIDE, SIDE))
-            if pixels[-1].min() < 0 or pixels[-1].max() > 255:
-                raise ValueError
+            pixels.append(np.array(row[before:], np.uint8).reshape(SIDE, SIDE))
         except (ValueError, IndexError, OverflowError):
             raise UserError(f"{path}: line {number} is not {', '.join(names[:before])} (from A to Z) and 784 whole "
                             f"numbers from 0 to 255; correct or remove it") from None
     if not letters:
         raise UserError(f"{path}: contains no letters; fetch or write it again")
-    return np.array(pixels, np.uint8), np.array(letters, np.int64)
+    return np.array(pixels), np.array(letters, np.int64)
 
 
 def _read_idx(path):
@@ -91,21 +90,18 @@ def _idx(path, dims):
 
 
 def render(count, *, seed=0):
-    """Letters of Pillow's own font with four stroke widths, randomly turned, stretched and shifted.
+    """Letters of Pillow's own font in several sizes and stroke widths, randomly turned and shifted.
 
     `count` of each letter -> pixels uint8 (26 * count, 28, 28), letters int64 (26 * count,), in random order. Glyph k
     of a letter depends on (seed, k) alone.
     """
-    fine, font, pixels = 4 * SIDE, ImageFont.load_default(3 * SIDE), []
+    pixels = []
     for k in range(count):
         rng = np.random.default_rng((seed, k))
         for letter in LETTERS:
-            canvas = Image.new("L", (fine, fine))
-            ImageDraw.Draw(canvas).text((fine / 2, fine / 2), letter, int(rng.integers(200, 256)), font, "mm",
+            canvas, size = Image.new("L", (4 * SIDE, 4 * SIDE)), int(rng.integers(88, 105))
+            ImageDraw.Draw(canvas).text(2 * SIDE + rng.uniform(-6, 6, 2), letter, 255, font(size), "mm",
                                         stroke_width=int(rng.integers(4)))
-            turned = canvas.rotate(rng.normal(0, 8), Image.Resampling.BICUBIC)
-            middle, half = fine / 2 + rng.uniform(-8, 8, 2), fine / 2 * rng.uniform(0.8, 0.9, 2)
-            box = (*(middle - half).clip(0), *(middle + half).clip(max=fine))  # what becomes the glyph
-            pixels.append(np.asarray(turned.resize((SIDE, SIDE), Image.Resampling.BOX, box)))
+            pixels.append(np.asarray(canvas.rotate(rng.normal(0, 8), Image.Resampling.BICUBIC).reduce(4)))
     order = np.random.default_rng(seed).permutation(26 * count)
     return np.stack(pixels)[order], np.tile(np.arange(26), count)[order]

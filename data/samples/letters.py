@@ -1,6 +1,5 @@
 """A small Dirty-MNIST, second edition (DACON 2021), of letters drawn with a font; see data/samples/__main__.py."""
 import os
-import string
 
 from data.samples import glyphs
 from data.samples.dirty_mnist import HEADER, Synthesizer, write
@@ -9,9 +8,9 @@ from utils.files import whole_folder, write_csv
 
 def write_glyphs(path, pixels, letters):
     """The competition's CSV: id, letter, 0 ... 783 (its train.csv also has the digit that the faint pixels show)."""
-    rows = zip(letters, pixels.reshape(len(pixels), -1).tolist())
     write_csv(path, ["id", "letter", *glyphs.COLUMNS],
-              [[i, string.ascii_uppercase[letter], *values] for i, (letter, values) in enumerate(rows, 1)])
+              [[i, glyphs.LETTERS[letter], *glyph.ravel().tolist()]
+               for i, (letter, glyph) in enumerate(zip(letters, pixels), 1)])
 
 
 def letters(out, *, train=48, test=12, seed=0):

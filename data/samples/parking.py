@@ -1,7 +1,7 @@
 """Synthetic parking lots in the layout of the 2022 AI Challenge (parking-lot detection); see data/samples/__main__.py.
 
 The lots are seen from above. Vehicles and people are made of rectangles. Bounding boxes are measured on the pixels that
-are drawn, to half a pixel.
+are drawn.
 """
 import os
 
@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from data.samples import numbered
 from utils.files import whole_folder, write_json
+from utils.pictures.sheets import save_image
 
 GLASS = "#2c3642"
 USUAL = ("white", "silver", "#222428", "gray", "navy", "firebrick")
@@ -19,60 +20,48 @@ CAR = [(0, 4.7, 1.8, "own"), (-.4, 2.6, 1.6, GLASS), (-.5, 1.6, 1.6, "own")]
 # colour) in metres. The middle lies on the object's axis, positive is forward. "own": the object's own colour.
 CLASSES = {                                              # category_id is the place in this table, from 1
     "sedan": (30, USUAL, CAR),
-    "SUV": (20, USUAL, [
-        (0, 4.6, 1.95, "own"), (-.5, 3.3, 1.75, GLASS), (-.8, 2.6, 1.75, "own")]),
+    "SUV": (20, USUAL, [(0, 4.6, 1.95, "own"), (-.5, 3.3, 1.75, GLASS), (-.8, 2.6, 1.75, "own")]),
     "van": (6, USUAL, [(0, 5.2, 2, "own"), (1.7, .6, 1.8, GLASS)]),
-    "bus": (2, BRIGHT, [
-        (0, 10.4, 2.5, "own"), (0, 9.8, 2.1, "white"), (4.8, .4, 2.3, GLASS)]),
-    "school bus": (1.5, ("gold",), [
-        (.4, 8, 1.9, "own"), (-.6, 6.8, 2.3, "own"), (2.5, .4, 2.1, GLASS), (2, .3, 1.8, "red")]),
-    "truck": (6, BRIGHT, [
-        (2.3, 1.7, 1.9, "own"), (2.8, .4, 1.7, GLASS), (-.9, 4.6, 2.1, "silver")]),
+    "bus": (2, BRIGHT, [(0, 10.4, 2.5, "own"), (0, 9.8, 2.1, "white")]),
+    "school bus": (1.5, ("gold",), [(0, 8.4, 2.2, "own"), (2.5, .4, 2, GLASS)]),
+    "truck": (6, BRIGHT, [(2.3, 1.7, 1.9, "own"), (-.9, 4.6, 2.1, "silver")]),
     "taxi": (4, ("gold", "darkorange"), [*CAR, (-.4, .4, .7, "white")]),
-    "adult": (15, ("firebrick", "royalblue", "white", "black", "olive", "tan"), [
-        (0, .4, .6, "own"), (0, .24, .24, "peachpuff")]),
-    "child": (4, ("gold", "hotpink", "deepskyblue"), [(0, .3, .4, "own"), (0, .24, .24, "peachpuff")]),
-    "motorcycle": (3, USUAL, [
-        (0, 2, .25, "black"), (0, 1.2, .45, "own"), (.45, .1, .8, "silver")]),
-    "kickboard": (2, ("limegreen", "gold", "hotpink"), [(0, 1.1, .25, "own"), (.45, .12, .6, "black")]),
-    "bicycle": (3, BRIGHT, [
-        (0, 1.75, .1, "black"), (0, 1, .2, "own"), (.4, .1, .6, "silver")]),
+    "adult": (15, (*BRIGHT, "white", "black"), [(0, .4, .6, "own"), (0, .24, .24, "peachpuff")]),
+    "child": (4, BRIGHT, [(0, .3, .4, "own"), (0, .24, .24, "peachpuff")]),
+    "motorcycle": (3, USUAL, [(0, 2, .25, "black"), (0, 1.2, .45, "own")]),
+    "kickboard": (2, BRIGHT, [(0, 1.1, .25, "own"), (.45, .12, .6, "black")]),
+    "bicycle": (3, BRIGHT, [(0, 1.75, .1, "black"), (0, 1, .2, "own")]),
     "stroller": (1.5, BRIGHT, [(0, .9, .55, "black"), (-.1, .5, .52, "own")]),
     "cart": (2, BRIGHT, [(0, 1, .6, "silver"), (-.5, .12, .6, "own")])}
 
-FINE = 2                                                 # subpixels a side
-SLOT, DEPTH, AISLE = 2.6, 5.2, 6.8                       # width and depth of a parking bay, and between rows; in metres
-PERIOD = 2 * DEPTH + AISLE                               # two rows of bays, end to end, and an aisle
+BAY, PERIOD = (2.6, 5.2), (2.6, 12)                      # a parking bay, and with the aisle behind it: width, depth, m
 CORNERS = (-.5, -.5), (.5, -.5), (.5, .5), (-.5, .5)
 
 
-def _place(rng, name, lot, bay):
-    """A random place on a lot (width, height) -> x, y, heading in radians. Most cars stand in the parking bays, one of
-    which has a corner at `bay`; all in metres."""
+def _place(rng, name, lot):
+    """A random place on a lot (width, height) -> x, y, heading in radians. Most cars stand in the parking bays, the
+    first of which has a corner at (0, 0); all in metres."""
     place = rng.random(2) * lot
     if name not in ("sedan", "SUV", "van", "taxi") or rng.random() < .15:
         return *place, rng.uniform(0, 2 * np.pi)
-    corner = bay + (place - bay) // (SLOT, PERIOD) * (SLOT, PERIOD)
-    middle = corner + (SLOT / 2, DEPTH * rng.choice((.5, 1.5))) + rng.normal(0, .13, 2)
-    return *middle, np.pi * rng.choice((.5, 1.5)) + rng.normal(0, .03)
+    middle = place // PERIOD * PERIOD + np.divide(BAY, 2)
+    return *middle + rng.normal(0, .13, 2), np.pi * rng.choice((.5, 1.5)) + rng.normal(0, .03)
 
 
 def outlines(name, x, y, heading):
     """The corners (parts, 4, 2) of the parts of an object of this class, from the ground up. Coordinates are in metres,
     x to the right and y down; the heading is in radians, clockwise from the x axis."""
-    forward = np.array([np.cos(heading), np.sin(heading)])
-    side = forward[::-1] * (-1, 1)
-    return np.array([[(x, y) + (middle + u * length) * forward + v * width * side for u, v in CORNERS]
+    cos, sin = np.cos(heading), np.sin(heading)
+    return np.array([(x, y) + ((middle, 0) + np.multiply(CORNERS, (length, width))) @ [[cos, sin], [-sin, cos]]
                      for middle, length, width, _ in CLASSES[name][2]])
 
 
-def _ground(rng, size, scale, bay):
-    """Asphalt with the lines of the bays -> RGB image of `size` (height, width) in subpixels, `scale` a metre."""
+def _ground(rng, size, scale):
+    """Asphalt with the lines of the bays -> RGB image of `size` (height, width) in pixels, `scale` a metre."""
     y, x = np.ogrid[:size[0], :size[1]]
-    x, y = (x / scale - bay[0]) % SLOT, (y / scale - bay[1]) % PERIOD
-    asphalt = np.full(size, rng.uniform(90, 140), np.uint8)
-    asphalt[(y < 2 * DEPTH) & (x < .14) | (abs(y - DEPTH) < .07)] = 205
-    return Image.fromarray(asphalt).convert("RGB")
+    x, y = x / scale % PERIOD[0], y / scale % PERIOD[1]
+    lines = (y < BAY[1]) & (x < .14) | (abs(y - BAY[1]) < .07)
+    return Image.fromarray(np.where(lines, 205, rng.uniform(90, 140)).astype(np.uint8)).convert("RGB")
 
 
 def scene(rng, size, *, first=None):
@@ -81,34 +70,32 @@ def scene(rng, size, *, first=None):
     first: a class that certainly occurs; None leaves the lot empty. There are up to 15 objects. They do not overlap,
     and their middles are in the image.
     """
-    fine, bay = (FINE * size[0], FINE * size[1]), rng.uniform(0, (SLOT, PERIOD))
-    scale = fine[0] / rng.uniform(18, 30)                # subpixels per metre
-    image, found, taken = _ground(rng, fine, scale, bay), [], []
+    scale, sides = size[0] / rng.uniform(18, 30), np.array(size[::-1])  # pixels per metre; width, height
+    image, found, taken = _ground(rng, size, scale), [], []
     shares = np.array([share for share, _, _ in CLASSES.values()])
     others = rng.choice(list(CLASSES), rng.integers(4, 15), p=shares / shares.sum())
     for name in [first, *others] if first else []:
         for _ in range(60):                              # attempts to find a free place
-            corners = outlines(name, *_place(rng, name, np.array(fine[::-1]) / scale, bay)) * scale
+            corners = outlines(name, *_place(rng, name, sides / scale)) * scale
             low, high = corners.min((0, 1)), corners.max((0, 1))
-            inside = (low + high > 0).all() and (low + high < np.multiply(fine[::-1], 2)).all()
+            inside = (abs(low + high - sides) < sides).all()
             if inside and not any((low < b).all() and (a < high).all() for a, b in taken):
                 taken.append((low, high))
                 found.append((1 + list(CLASSES).index(name), _draw(rng, image, name, corners)))
                 break
-    pixels = np.asarray(image.reduce(FINE)) * rng.uniform(.5, 1.15) * rng.normal(1, .04, 3)
-    pixels += rng.normal(0, rng.uniform(1.5, 5), (*size, 1))
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), found
+    pixels = image * rng.normal(rng.uniform(.5, 1.15), .04, 3) + rng.normal(0, 4, (*size, 1))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), found
 
 
 def _draw(rng, image, name, corners):
-    """Draws an object of this class on an image in subpixels, in place -> its box (x1, y1, x2, y2) in pixels, that of
-    the part in the image."""
+    """Draws an object of this class on an image, in place -> the box (x1, y1, x2, y2) of what of it is in the image.
+    """
     _, colours, parts = CLASSES[name]
     own, silhouette = rng.choice(colours), Image.new("L", image.size)
     for (*_, colour), points in zip(parts, corners.reshape(len(corners), -1).tolist()):
         ImageDraw.Draw(image).polygon(points, own if colour == "own" else colour)
         ImageDraw.Draw(silhouette).polygon(points, 255)
-    return [side / FINE for side in silhouette.getbbox()]
+    return silhouette.getbbox()
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
@@ -124,17 +111,15 @@ def parking(out, *, train=48, test=12, size=(720, 1280), seed=0):
     categories = [{"id": k, "name": name} for k, name in enumerate(classes, 1)]
     labels = {split: {"images": [], "annotations": [], "categories": categories} for split in ("train", "test")}
     with whole_folder(target) as root:
-        for split in labels:
-            os.makedirs(f"{root}/{split}/images")
         for split, i, rng in numbered(target, train=train, test=test, seed=seed):
             image, found = scene(rng, size, first=classes[i % 14] if i % 12 != 7 else None)
             name = f"{split}_{i:04d}.jpg"
-            image.save(f"{root}/{split}/images/{name}", quality=90)
+            save_image(f"{root}/{split}/images/{name}", image, quality=90)
             labels[split]["images"].append({"id": i + 1, "file_name": name})
             labels[split]["annotations"] += [
                 {"image_id": i + 1, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1]}
                 for category, (x1, y1, x2, y2) in found]
-        for path, content in {"train/label/Train.json": labels["train"], "test/label/Test.json": labels["test"],
-                              "Test_Images_Information.json": {"images": labels["test"]["images"]}}.items():
-            write_json(f"{root}/{path}", content, indent=None)
+        for split, content in labels.items():
+            write_json(f"{root}/{split}/label/{split.title()}.json", content, indent=None)
+        write_json(f"{root}/Test_Images_Information.json", {"images": labels["test"]["images"]}, indent=None)
     return target

@@ -17,11 +17,10 @@ SPECTRA = {name: np.array(values, np.float32)[:, None, None] for name, values in
     roof=(.300, .320, .350, .380, .48, .640, .720),      # SWIR2 above SWIR1, but NIR is bright too: not a fire
     scar=(.026, .028, .032, .042, .055, .140, .195),     # SWIR2 / NIR as in a fire, but dark: an old burn
     water=(.060, .065, .060, .035, .015, .008, .005),
-    cloud=(.560, .560, .550, .560, .60, .420, .330),
     fire=(.000, .000, .008, .040, .13, .480, 1.00)).items()}     # emitted per unit of heat: SWIR2 >> SWIR1 > NIR
-LAND = {  # cover: the lowest and highest level of noise above which it lies, the width of its border
+COVERS = {  # what lies on the forest: the lowest and highest level of noise above which it lies, the width of its border
     "grass": (-1., 1., .8), "soil": (-.4, 1.8, .5), "crop": (0., 2., .2), "sand": (1.3, 3., .1), "roof": (1.6, 3., .1),
-    "scar": (.6, 2.2, .12)}
+    "scar": (.6, 2.2, .12), "water": (.9, 3., .1)}
 
 
 def _noise(rng, size, slope):
@@ -30,58 +29,36 @@ def _noise(rng, size, slope):
     frequency[0, 0] = np.inf                             # no constant term
     white = np.fft.rfft2(rng.standard_normal((size, size)))
     noise = np.fft.irfft2(white * frequency ** -slope, s=(size, size))
-    return (noise / noise.std()).astype(np.float32)
-
-
-def _step(x, width):
-    """0 below -width, 1 above +width, smooth between."""
-    t = np.clip(x / (2 * width) + .5, 0, 1)
-    return t * t * (3 - 2 * t)
-
-
-def _lay(image, cover, spectrum):
-    """Lays `spectrum` over the `image` (7, H, W), in place; `cover` (H, W) is its opacity, 0..1."""
-    image += cover * (spectrum - image)
+    return noise / noise.std()
 
 
 def scene(rng, size, *, fraction):
     """One tile: image (10, size, size) uint16 and mask (size, size) uint8 in {0, 1}.
 
-    `fraction` of the pixels burn (0: none); clouds may hide some of them, and hidden pixels are not in the mask.
-    Bands 1-7 are those of SPECTRA; bands 8-10 (quality bits, elevation, sensor temperature) tell nothing about fire.
+    `fraction` of the pixels burn (0: none). Bands 1-7 are those of SPECTRA; bands 8-10 tell nothing about fire.
     """
-    image = np.broadcast_to(SPECTRA["forest"], (7, size, size)).copy()
-    for name, (low, high, width) in LAND.items():
-        _lay(image, _step(_noise(rng, size, 1.7) - rng.uniform(low, high), width), SPECTRA[name] * rng.uniform(.7, 1.6))
-    image *= np.exp(.1 * _noise(rng, size, .7))
-    water = _step(_noise(rng, size, 2.4) - rng.uniform(.9, 3), .04)
-    _lay(image, water, SPECTRA["water"])
-
-    burning = np.zeros((size, size), bool)
-    if fraction:
-        fuel = _noise(rng, size, 1.8) - 9 * water
-        excess = fuel - np.quantile(fuel, 1 - fraction)
-        burning = excess >= 0
-        _lay(image, _step(excess + rng.uniform(.1, .6), .2), SPECTRA["scar"])
-        heat = np.minimum(np.exp(rng.uniform(1.5, 4) * excess), 4) * _step(excess + .1, .2)
-        image += heat * SPECTRA["fire"] * rng.uniform(.3, .6)
-    cloud = _step(_noise(rng, size, 1.6) - rng.uniform(.6, 4), .6)
-    _lay(image, cloud, SPECTRA["cloud"])
+    image = np.broadcast_to(SPECTRA["forest"], (7, size, size))
+    for name, (low, high, width) in COVERS.items():
+        opacity = ((_noise(rng, size, 1.7) - rng.uniform(low, high)) / width).clip(0, 1)
+        image = image + opacity * (SPECTRA[name] * rng.uniform(.7, 1.6) - image)
+    image = image * np.exp(.1 * _noise(rng, size, .7))
+    fuel = _noise(rng, size, 1.8) + 20 * image[4].clip(max=.2)                      # what is dark in NIR does not burn
+    heat = (fuel - np.quantile(fuel, 1 - fraction)).clip(0)
+    image = image + SPECTRA["fire"] * rng.uniform(.4, .7) * (heat > 0) * (.7 + heat)
 
     # The sensor: its scale differs between tiles far more than the noise does between pixels
     gain = np.exp(rng.uniform(np.log(.1), 0) + rng.normal(0, .35, (7, 1, 1)))
     image = image * rng.normal(1, .04, image.shape) + rng.normal(0, .006, image.shape) + rng.uniform(0, .1, (7, 1, 1))
-    quality = 2720 + 4 * (water > .5) + 4080 * (cloud > .4)
-    others = [quality, *(9000 + 900 * _noise(rng, size, slope) for slope in (2, 1))]
+    others = [9000 + 900 * _noise(rng, size, slope) for slope in (1, 2, 3)]
     image = np.concatenate([image * gain * 45000, others])
-    return np.clip(np.rint(image), 0, 65535).astype(np.uint16), (burning & (cloud < .4)).astype(np.uint8)
+    return np.clip(np.rint(image), 0, 65535).astype(np.uint16), (heat > 0).astype(np.uint8)
 
 
-def _write_tif(path, bands, corner):
-    """Writes `bands` (C, H, W) with the upper left `corner` (east, north) in metres, UTM zone 52N, 30 m pixels."""
+def _write_tif(path, bands, north):
+    """Writes `bands` (C, H, W), whose upper edge lies at `north` metres of UTM zone 52N, with pixels of 30 m."""
     count, height, width = bands.shape
     with rasterio.open(path, "w", driver="GTiff", height=height, width=width, count=count, dtype=bands.dtype,
-                       crs="EPSG:32652", transform=rasterio.Affine(30, 0, corner[0], 0, -30, corner[1]),
+                       crs="EPSG:32652", transform=rasterio.Affine(30, 0, 300_000, 0, -30, north),
                        compress="deflate", zlevel=1) as file:
         file.write(bands)
 
@@ -99,9 +76,8 @@ def wildfire(out, *, train=48, test=12, size=256, seed=0):
             os.mkdir(f"{root}/{folder}")
         for split, i, rng in numbered(target, train=train, test=test, seed=seed):
             fraction = np.exp(rng.uniform(np.log(4e-4), np.log(.13))) if i % 8 != 5 else 0     # of 256 px: 26 to 8520
-            row = i // 16 + 1 if split == "train" else -(i // 16)                              # no two tiles overlap
-            corner = 300_000 + 30 * size * (i % 16), 4_000_000 + 30 * size * row
+            north = 4_000_000 + 30 * size * (i + 1 if split == "train" else -i)                # no two tiles overlap
             image, mask = scene(rng, size, fraction=fraction)
             for kind, bands in (("img", image), ("mask", mask[None])):
-                _write_tif(f"{root}/{split}_{kind}/{split}_{kind}_{i:04d}.tif", bands, corner)
+                _write_tif(f"{root}/{split}_{kind}/{split}_{kind}_{i:04d}.tif", bands, north)
     return target

@@ -150,7 +150,7 @@ def lovasz_softmax(logits, labels, ignore=None, weight=None):
     probs, positive, valid = _class_rows(logits, labels, ignore)
     errors = torch.where(positive, 1 - probs, probs)
     losses = _lovasz_rows(errors, positive, valid, F.relu)  # errors are >= 0: relu only maps -inf to 0
-    used = positive.any(1) if weight is None else positive.any(1) * weight
+    used = positive.any(1) * (1 if weight is None else weight)
     return _ratio((losses * used).sum(), used.sum())
 
 

@@ -59,10 +59,9 @@ class DetectionAP:
     def per_class(self):
         """C dicts {"ap", "ap50", "ap75", "truths"}: AP as in compute(), NaN for a class without ground truth; the
         number of ground-truth boxes."""
-        ap = self._precision(IOUS, [AREAS["ap"]]).mean(-1)[:, 0]
         actual = _joined(self.gt_boxes, 5)[:, 4]
         return [{"ap": float(row.mean()), "ap50": float(row[0]), "ap75": float(row[5]), "truths": int((actual == c).sum())}
-                for c, row in enumerate(ap)]
+                for c, row in enumerate(self._precision(IOUS, [AREAS["ap"]]).mean(-1)[:, 0])]
 
     def curve(self, iou=0.5):
         """-> recalls (101,), precision (C, 101), float64: the best precision at this recall or a higher one, 0 where
@@ -105,14 +104,15 @@ class DetectionAP:
         """The rows of samples.csv, one per image: name, score (the F1 of the image's boxes, class by class, with the
         detections from `best_threshold` on; 1 where nothing is and nothing is found), and the numbers of its
         ground-truth boxes, detections and hits."""
-        threshold = self.best_threshold(iou)[0]
-        kept = [boxes.confident(rows, threshold) for rows in self.detections]
-        d, t, overlap = _pairs(kept, self.gt_boxes, iou)
-        order = np.lexsort((-overlap, d, -_joined(kept, 6)[d, 4]))  # each, the best first, takes the highest IoU
-        image = np.repeat(np.arange(len(kept)), np.array([len(rows) for rows in kept], int))
-        hits = np.bincount(image[d[order][_greedy(d[order], t[order])]], minlength=len(kept)).tolist()
-        return [{"name": str(file), "score": 2 * hit / (n + m) if n + m else 1.0, "boxes": m, "detections": n, "hits": hit}
-                for file, n, m, hit in zip(files, map(len, kept), map(len, self.gt_boxes), hits)]
+        threshold, rows = self.best_threshold(iou)[0], []
+        for file, detections, gt_boxes in zip(files, self.detections, self.gt_boxes):
+            kept = boxes.confident(detections, threshold)
+            d, t, overlap = _pairs([kept], [gt_boxes], iou)
+            order = np.lexsort((-overlap, d, -kept[d, 4].numpy()))  # each, the best first, takes the highest IoU
+            hits, count = int(_greedy(d[order], t[order]).sum()), len(kept) + len(gt_boxes)
+            rows.append({"name": str(file), "score": 2 * hits / count if count else 1.0, "boxes": len(gt_boxes),
+                         "detections": len(kept), "hits": hits})
+        return rows
 
     def _evaluate(self, ious, areas):
         """-> per class: scores (n,), the highest first, of equal ones in the order of the images; hits and counted

@@ -2,7 +2,7 @@
 
 Both maximise the accuracy itself, a step function without a useful gradient: they try values.
 """
-from pathlib import Path
+import os
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def read(path, checkpoints, names, single_label, *, flags=""):
     """
     found = read_json(path)
     try:
-        weights = {str(Path(name).resolve()): weight for name, weight in dict(found["weights"]).items()}
+        weights = {os.path.realpath(name): weight for name, weight in dict(found["weights"]).items()}
         thresholds = dict(found["thresholds"])
         numbers = (*weights.values(), *thresholds.values())
         if not all(0 <= number <= 1e9 for number in numbers) or not sum(weights.values()):
@@ -98,7 +98,7 @@ def read(path, checkpoints, names, single_label, *, flags=""):
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a fitted ensemble ({type(error).__name__}: {error}); give the ensemble.json of "
                         f"--fit-weights") from None
-    given = [str(Path(checkpoint).resolve()) for checkpoint in checkpoints]
+    given = list(map(os.path.realpath, checkpoints))
     for what, fitted, now in (("checkpoints", sorted(weights), sorted(given)),
                               ("flags", found.get("flags", flags), flags),
                               ("classes", sorted(thresholds), [] if single_label else sorted(names))):

@@ -137,8 +137,8 @@ class MeanIoU(Counts):
         """
         matrix = self.counts.view(self.classes, self.classes)
         hits = matrix.diagonal()
-        unions = (matrix.sum(0) + matrix.sum(1) - hits).tolist()
-        ious = {f"iou_{c}": hit / union for c, (hit, union) in enumerate(zip(hits.tolist(), unions)) if union}
+        pairs = torch.stack((hits, matrix.sum(0) + matrix.sum(1) - hits), 1).tolist()
+        ious = {f"iou_{c}": hit / union for c, (hit, union) in enumerate(pairs) if union}
         return {"miou": _ratio(sum(ious.values()), len(ious)), "acc": _ratio(int(hits.sum()), int(matrix.sum())), **ious}
 
 
@@ -171,7 +171,7 @@ class SampleIoU:
             found = 2 * objects[right].bincount(minlength=len(pixels)) >= pixels
             self.objects += torch.stack((pixels, found), 1)[1:].tolist()  # number 0 is the background
             counts = number, right.sum(), (p > 0).sum(), (t > 0).sum(), len(pixels) - 1, found[1:].sum()
-            self.images.append([int(count) for count in counts])
+            self.images.append(list(map(int, counts)))
 
     def reduce(self):
         """Gathers the rows of all ranks, if there are several: every rank calls it once. Returns self."""

@@ -145,18 +145,15 @@ def wbf(detections, *, weights=None, iou=0.55):
     get a low score. This is the paper's score as long as no model has two boxes in one fused box; otherwise it is
     neither above 1 nor lowered by a model's second box. ValueError for weights that do not fit.
     """
-    weights = torch.ones(len(detections)) if weights is None else torch.as_tensor(weights)
-    weights = weights.double()
+    weights = torch.as_tensor([1.0] * len(detections) if weights is None else weights).double()
     if len(weights) != len(detections) or not (weights > 0).all():
         raise ValueError(f"weights {weights.tolist()} must be {len(detections)} positive numbers, one per model")
     if not detections:
         return torch.zeros(0, 6)
     rows = torch.cat([F.pad(d.cpu().double(), (0, 1), value=model) for model, d in enumerate(detections)])
     rows = rows[rows.isfinite().all(1)]
-    fused = [torch.zeros(0, 6)]
-    for label in rows[:, 5].unique():
-        fused.append(_fuse(rows[rows[:, 5] == label], weights, iou).float())
-    return by_score(torch.cat(fused)).to(detections[0].device)
+    fused = [_fuse(rows[rows[:, 5] == label], weights, iou) for label in rows[:, 5].unique()]
+    return by_score(torch.cat([rows[:0, :6], *fused]).float()).to(detections[0].device)
 
 
 def _fuse(rows, weights, threshold):

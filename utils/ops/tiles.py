@@ -36,12 +36,9 @@ def partition(size, tile):
     """As `cover`, but every pixel is in exactly one window; the sides of the windows differ by one pixel at most."""
     if not tile or max(size) <= tile:
         return []
-    edges = []
-    for side in size:
-        count = -(-side // tile)
-        edges.append([round(i * side / count) for i in range(count + 1)])
-    return [(y, x, below - y, right - x) for y, below in itertools.pairwise(edges[0])
-            for x, right in itertools.pairwise(edges[1])]
+    counts = [-(-side // tile) for side in size]
+    ys, xs = ([round(i * side / count) for i in range(count + 1)] for side, count in zip(size, counts))
+    return [(y, x, below - y, right - x) for y, below in itertools.pairwise(ys) for x, right in itertools.pairwise(xs)]
 
 
 def of_images(sizes, cut):
@@ -59,8 +56,7 @@ def plan(height, width, tile, overlap, swath=SWATH):
     A window that reaches into two swaths is in both: it is predicted twice instead of being kept in memory.
     """
     ys, xs = starts(height, tile, overlap), starts(width, tile, overlap)
-    size = min(tile, width)
-    return [(x0, min(x0 + swath, width), ys, [x for x in xs if x < x0 + swath and x + size > x0])
+    return [(x0, min(x0 + swath, width), ys, [x for x in xs if x < x0 + swath and x + tile > x0])
             for x0 in range(0, width, swath)]
 
 

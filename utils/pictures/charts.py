@@ -20,11 +20,9 @@ def plot_curves(path, rows, score=None):
     rows: {name: number}, one per epoch; NaN, infinite and missing values leave gaps. score: the column whose best,
     that is highest, value is marked.
     """
-    epochs, plots = np.array([row["epoch"] for row in rows], float), []
-    for name in cells.column_names(rows):
-        if name != "epoch":
-            values = np.array([row.get(name, math.nan) for row in rows], float)
-            plots.append(_curve(name, epochs, values, name == score))
+    columns = {name: np.array([row.get(name, math.nan) for row in rows], float) for name in cells.column_names(rows)}
+    epochs = columns.pop("epoch")
+    plots = [_curve(name, epochs, values, name == score) for name, values in columns.items()]
     save_image(path, join([join(plots[i:i + 4], 0) for i in range(0, len(plots), 4)], 1))
 
 
@@ -75,12 +73,11 @@ def confusion_matrix(path, matrix, names):
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     right, wrong = (shade(shares ** 0.6, colour) for colour in (LINE, BEST))  # small shares are to be seen, too
     cell = max(3, min(96, 880 // count))
-    size, step = min(13, max(9, cell)), -(-9 // cell)  # of the labels; all of them would overlap
-    labels = [*(f"{class_name(names, k)}  {k}" for k in range(count - 1)), f"background  {count - 1}"]
+    size, labelled = min(13, max(9, cell)), range(0, count, -(-9 // cell))  # more labels would overlap
     plot = Plot((cell * count, cell * count), (0, count), (count, 0), title="truth (rows), prediction (columns)",
                 note="right: blue, wrong: orange", left=170, text_size=size,
-                x_ticks=[(k + 0.5, str(k)) for k in range(0, count, step)],
-                y_ticks=[(k + 0.5, labels[k]) for k in range(0, count, step)])
+                x_ticks=[(k + 0.5, str(k)) for k in labelled],
+                y_ticks=[(k + 0.5, f"{class_name([*names, 'background'], k)}  {k}") for k in labelled])
     plot.heat_map(np.where(np.eye(count, dtype=bool)[..., None], right, wrong))
     draw = ImageDraw.Draw(plot.image)
     for r, c in np.argwhere(matrix > 0) if cell >= 18 else ():

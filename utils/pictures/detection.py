@@ -45,9 +45,10 @@ def draw_boxes(rgb, rows, names, zoom=1):
     for i in order[((low < edge) & (high > 0) & (low <= high)).all(1)[order]]:
         corner = np.minimum(low[i].clip(0).round(), np.subtract(edge, 1))
         opposite = np.maximum(np.minimum(high[i], edge).round() - 1, corner)
-        draw.rectangle([*corner, *opposite], outline=colour_of(classes[i]), width=line)
+        colour = colour_of(classes[i])
+        draw.rectangle([*corner, *opposite], outline=colour, width=line)
         text = class_name(names, classes[i]) + (f" {rows[i, 4]:.2f}" if scored else "")
-        tags.append((*map(int, (*corner, opposite[1])), text, colour_of(classes[i])))
+        tags.append((*map(int, (*corner, opposite[1])), text, colour))
     _draw_tags(draw, tags[::-1], width, height)
     return np.array(picture)
 
@@ -82,10 +83,8 @@ def detection_sheet(path, images, gt_boxes, predictions=None, *, names, limit=8,
     for i, image in enumerate(images[:limit]):
         rgb = to_rgb(image)
         picture = fit(rgb, max_side)
-        zoom = max(picture.shape) / max(rgb.shape)
-        groups.append([draw_boxes(picture, gt_boxes[i], names, zoom)])
-        if predictions is not None:
-            groups[-1].append(draw_boxes(picture, confident(predictions[i], score), names, zoom))
+        shown = [gt_boxes[i]] if predictions is None else [gt_boxes[i], confident(predictions[i], score)]
+        groups.append([draw_boxes(picture, rows, names, max(picture.shape) / max(rgb.shape)) for rows in shown])
     legend = {class_name(names, k): colour_of(k) for k in range(len(names))} if len(names) <= MOST else None
     titles = () if predictions is None else ["truth", f"prediction, score >= {score:g}"]
     contact_sheet(path, abreast(groups), titles=titles, legend=legend, max_side=max_side)

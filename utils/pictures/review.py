@@ -7,6 +7,7 @@ for the worst a picture in the run's folder, and more columns that depend on the
 """
 import contextlib
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -39,9 +40,9 @@ def write_review(folder, samples, draw, *, tables=None, titles=(), caption=score
     {title: rows}, metrics by class and by size. max_side: see `sheets.draw_sheet`.
     """
     parts = worst_and_best([sample["score"] for sample in samples])
-    pictures, captions = draw(sum(parts, [])), []
-    for part, indices in zip(("worst", "best"), parts):
-        captions += [f"{part} {i}:   {caption(samples[k])}" for i, k in enumerate(indices, 1)]
+    pictures = draw(sum(parts, []))
+    captions = [f"{part} {i}:   {caption(samples[k])}" for part, indices in zip(("worst", "best"), parts)
+                for i, k in enumerate(indices, 1)]
     for i, (k, row) in enumerate(zip(parts[0], pictures), 1):
         samples[k]["picture"] = f"worst/{i:02}.jpg"
         contact_sheet(f"{folder}/{samples[k]['picture']}", [row], titles=titles, captions=[[caption(samples[k])]],
@@ -49,8 +50,7 @@ def write_review(folder, samples, draw, *, tables=None, titles=(), caption=score
     starts = range(0, len(pictures), across)
     sheet = draw_sheet([sum(pictures[i:i + across], []) for i in starts], titles=titles, max_side=max_side,
                        captions=[captions[i:i + across] for i in starts])
-    drawn = [cells.as_picture(title, rows) for title, rows in (tables or {}).items()]
-    save_image(f"{folder}/review.png", join([sheet, *drawn], 1))
+    save_image(f"{folder}/review.png", join([sheet, *itertools.starmap(cells.as_picture, (tables or {}).items())], 1))
     cells.write_csv(f"{folder}/samples.csv", samples)
 
 

@@ -92,9 +92,9 @@ def to_rgb(image):
         return np.ascontiguousarray(image.transpose(1, 2, 0))
     picture = np.zeros((*image.shape[1:], 3), np.uint8)
     for i, band in enumerate(image):
-        finite = band[np.isfinite(band)]
-        low, high = np.percentile(finite, (2, 98)) if finite.size else (0, 0)
-        if low == high and finite.size:  # a few fires on a flat ground: the percentiles see the ground only
+        finite = band[np.isfinite(band)] if np.isfinite(band).any() else np.zeros(1)
+        low, high = np.percentile(finite, (2, 98))
+        if low == high:  # a few fires on a flat ground: the percentiles see the ground only
             low, high = finite.min(), finite.max()
         if low < high:
             picture[..., i] = np.nan_to_num(np.interp(band, (low, high), (0, 255))).round()
@@ -191,8 +191,7 @@ def augmentation_sheet(path, draw):
 def segmentation_row(image, mask, prob=None, *, ignore=None):
     """-> pictures of one image, all of its size: image, label; with prob also prediction and errors. As in
     `segmentation_sheet`."""
-    rgb = to_rgb(image)
-    mask = to_numpy(mask)
+    rgb, mask = to_rgb(image), to_numpy(mask)
     truth = np.where(mask == ignore, 0, mask)
     row = [rgb, overlay(rgb, truth)]
     if prob is None:
