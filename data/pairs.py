@@ -39,7 +39,7 @@ def _listed(table):
             if image in listed or not (image.is_file() and mask.is_file() and 0 < weight < 1e9) \
                     or len(row) != len(header):
                 raise ValueError
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OSError):  # OSError: a name that is too long
             raise UserError(f"{table}: row {number}: {show(','.join(row))}: not a new image, its mask and, if wanted, "
                             f"group, part and weight, in the order of its first line; correct it") from None
         listed.add(image)

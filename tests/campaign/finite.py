@@ -12,7 +12,7 @@ from tests import toy
 from tests.campaign import scripts
 from tests.campaign.core import Goal, check
 from tests.harness import differences, read
-from utils.train import checkpoint
+from utils import tensors
 from utils.train.state import State
 
 EPOCHS, BATCHES = 3, 7

@@ -6,7 +6,6 @@ A run's samples.csv has a row per validation sample: name (the image's path), sc
 for the worst a picture in the run's folder, and more columns that depend on the task. No net is run here.
 """
 import contextlib
-import csv
 import itertools
 import math
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.files import read_csv
 from utils.pictures import cells
 from utils.pictures.sheets import contact_sheet, draw_sheet, join, save_image
 
@@ -105,18 +105,13 @@ def read_noise(path, count=None, run=None):
 
 def _read(path, number, remedy):
     """A CSV's rows, at least one, each with a `name` and a finite `number`; other columns stay text."""
-    rows = []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, strict=True)
-            for row in table:
-                rows.append(row | {number: float(row[number])})
-                if not row["name"] or not math.isfinite(rows[-1][number]):
-                    raise ValueError
-        if not rows:
-            raise ValueError
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    except (ValueError, TypeError, KeyError, csv.Error):  # KeyError: no such column; TypeError: a row that ends early
-        raise UserError(f"{path}: line {table.line_num} has no name or no number as {number}; {remedy}") from None
+    header, *table = [cells for cells in read_csv(path, remedy) if cells] or [[]]
+    rows = [dict(zip(header, cells)) for cells in table]
+    for line, row in enumerate(rows or [{}], 2):
+        try:
+            row[number] = float(row[number])
+            if not row["name"] or not math.isfinite(row[number]):
+                raise ValueError
+        except (ValueError, KeyError):  # KeyError: no such column, or a row that ends early
+            raise UserError(f"{path}: line {line} has no name or no number as {number}; {remedy}") from None
     return rows
