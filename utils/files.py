@@ -67,7 +67,7 @@ def read_json(path):
 def read_csv(path, remedy="replace it"):
     """The rows of a CSV file in UTF-8, with or without byte order mark, also the empty ones. Raises UserError."""
     try:
-        return list(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")))
+        return list(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True))
     except (UserError, UnicodeDecodeError, csv.Error) as error:
         reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
         raise UserError(f"{path}: not a readable CSV ({reason}); {remedy}") from None
@@ -91,7 +91,7 @@ def by_name(files, name_of, root=""):
 def list_tree(root):
     """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders. Raises
     UserError for the root of the file system."""
-    if os.path.dirname(os.path.realpath(root)) == os.path.realpath(root):
+    if os.path.abspath(root) == os.path.abspath(os.sep):
         raise UserError(f"{root}: is the whole file system; name the folder of the data")
     found = []
     for top, folders, names in os.walk(root, followlinks=True):

@@ -173,7 +173,7 @@ def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
     others = _other_rows(answers, start, start + num)  # read before an hour's work, not after
     job = functools.partial(_write_missing, s, Path(out), seed=seed, digits=digits, text=json.dumps(recipe))
     rows = []
-    blocks = iter(eval_loader(range(start, start + num), BLOCK, workers=workers, collate=job))
+    blocks = eval_loader(range(start, start + num), BLOCK, workers=workers, collate=job)
     try:
         with tqdm(total=num, desc=str(out), unit="image", disable=None) as bar:
             for block in blocks:
@@ -181,7 +181,7 @@ def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
                 bar.update(len(block))
     finally:
         if workers:  # after an error too: this process would wait for them when it ends
-            blocks._shutdown_workers()
+            blocks._iterator._shutdown_workers()
     write_csv(answers, HEADER, [*others, *rows])
     return answers
 

@@ -13,6 +13,7 @@ from tests.campaign import scripts
 from tests.campaign.core import Goal, check
 from tests.harness import differences, read
 from utils import tensors
+from utils.train import checkpoint
 from utils.train.state import State
 
 EPOCHS, BATCHES = 3, 7
