@@ -71,7 +71,7 @@ def test_the_line_at_fault_and_missing_tables(tmp_path):
     with pytest.raises(UserError, match="fold0/samples.csv: .*cannot be read \\(No such file"):
         rank_samples([a])
     (a / "samples.csv").mkdir()
-    with pytest.raises(UserError, match="fold0/samples.csv: .*cannot be read"):
+    with pytest.raises(UserError, match="fold0/samples.csv: not a readable CSV"):
         rank_samples([a])
 
 
