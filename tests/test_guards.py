@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from PIL import Image
 from torch import nn
 
 from data import images
@@ -94,3 +95,23 @@ def test_a_file_whose_name_gdal_takes_for_another_file(tmp_path, monkeypatch, na
     write_tif("secret.tif", np.full((1, 6, 8), 77, np.uint8))
     write_tif(tmp_path / "x.tif", np.zeros((1, 6, 8), np.uint8)).rename(name)
     assert not images.read(name).any() and images.size(name) == (1, 6, 8)
+
+
+def test_a_jpeg_that_lacks_its_end_marker_only_is_whole(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+    whole, data = images.read(path), path.read_bytes()
+    assert data.endswith(b"\xff\xd9")
+    path.write_bytes(data[:-2])
+    assert torch.equal(images.read(path), whole)
+    path.write_bytes(data[:-60])
+    with pytest.raises(UserError, match="a.jpg: truncated or damaged"):
+        images.read(path)
+
+
+def test_pixels_of_another_size_than_the_header_says(tmp_path, monkeypatch):
+    path = tmp_path / "a.bmp"
+    Image.new("RGB", (8, 6)).save(path)
+    monkeypatch.setattr(images, "_decode", lambda path, changed: np.zeros((3, 5, 8), np.uint8))
+    with pytest.raises(UserError, match="a.bmp: truncated or damaged"):
+        images.read(path)

@@ -152,6 +152,10 @@ def _work(goal, seed, numbers, root, deadline, pipe):
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, 0)
+    temporary = root / "t"  # what killed processes leave there goes away with the campaign
+    if len(str(temporary)) < 60:  # names of sockets have at most 107 bytes
+        temporary.mkdir(parents=True, exist_ok=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     for number in numbers:
         if time.monotonic() > deadline:
             break

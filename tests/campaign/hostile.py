@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 
@@ -30,7 +31,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PROGRAMS = ("os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen", "os.startfile")
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod",
            "shutil.rmtree", "shutil.move")
-ALLOWED = ("/dev/null", "/dev/shm", "/dev/tty", "/proc/self", "/tmp/pymp-", "/tmp/torch_", "/sys/kernel/mm")
+ALLOWED = ("/dev/null", "/dev/shm", "/dev/tty", "/proc/self", "/sys/kernel/mm")
 
 
 def watch(root):
@@ -38,7 +39,7 @@ def watch(root):
     core.limit_memory()
     sys.dont_write_bytecode = True
     log = os.open(root / "watch.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    inside = tuple(map(str, (root, *ALLOWED)))
+    inside = tuple(map(str, (root, tempfile.gettempdir(), *ALLOWED)))
 
     def outside(path):
         if isinstance(path, int) or path is None:
@@ -142,7 +143,7 @@ def _under_strace(place, number):
         env=os.environ | ENV)
     check("Traceback" not in done.stderr and done.returncode in (0, 2, 4), f"strace {what}: exit {done.returncode}",
           done.stderr[-2000:])
-    inside = tuple(map(str, (root, *ALLOWED)))
+    inside = tuple(map(str, (root, tempfile.gettempdir(), *ALLOWED)))
     for line in trace.read_text(errors="replace").splitlines():
         opened = re.search(r'openat\(AT_FDCWD, "([^"]*)", (\S+?)[,)]', line)
         if opened and "= -1" not in line:
