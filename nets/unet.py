@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nets
-from nets.blocks import ConvNorm, recompute, relu
+from nets.blocks import ConvNorm, init_fan_in, recompute, relu
 from nets.hrnet import HRNet, enlarge
 
 
@@ -66,6 +66,8 @@ class UNet(nn.Module):
     contains. In training the output is then (logits, class logits (B, classes)). In prediction it clears masks: with
     one class, pixel logits are capped by the image-level logit of the class; with several classes (class 0 is the
     background, which every image contains), the pixel logits of absent classes are set to -30.
+    Weights start as in segmentation-models-pytorch: conv0 and the decoder by `init_fan_in`, the head and aux_cls as
+    Glorot and Bengio 2010, U(-sqrt(6 / (fan_in + fan_out)), ...), biases 0; the encoder as its own docstring says.
     Raises ValueError when the blocks would go beyond the input's resolution, or leave branches of an HRNet unused.
     """
 
@@ -95,6 +97,10 @@ class UNet(nn.Module):
             raise ValueError(f"a decoder of {len(decoder)} blocks leaves {encoder}'s finer branches unused; "
                              f"give it at least 3, or none")
         self.aux_cls = nn.Linear(self.encoder.channels[-1], classes) if aux_cls else None
+        init_fan_in(self.conv0, self.decoder)
+        for layer in (self.head, self.aux_cls) if aux_cls else (self.head,):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.grad_checkpoint = grad_checkpoint
 
     @property
