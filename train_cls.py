@@ -7,14 +7,13 @@
 """
 import dataclasses
 import os
-from argparse import BooleanOptionalAction
 
 import numpy as np
 import torch
 
 import nets
 from data import cls, folds, images, units
-from data.augment import mix
+from data.augment import Augmentation, mix
 from data.loader import eval_loader, train_loader
 from data.samples import dirty_mnist
 from nets import pretrained
@@ -32,10 +31,16 @@ from utils.train.args import (check_batch, class_weights, float_range, fraction,
 LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
 
 
+RECIPES = {  # defaults of flags: the competition's, and those for photographs
+    "dirty-mnist": dict(
+        optimizer="adam", weight_decay=1e-5, cutout=0.5, cutout_size=0.3, rot90=True, p_affine=0.5, degrees=15.0,
+        translate=0.0625, zoom=[0.9, 1.1], zoom_linear=True, border=["reflect"]),
+}
+
+
 def make_parser():
-    parser = train_parser(__doc__, "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
-                          optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01,
-                          cutout=0.5, cutout_size=0.3)
+    parser = train_parser(__doc__, "cls", RECIPES, data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
+                          schedule="cosine", lr_floor=0.01)
     add = parser.add_argument_group("classification").add_argument
     add("--net", default="efficientnetv2_s", metavar="NAME", help=f"{', '.join(nets.NAMES)}, or mine.Mine: class "
         f"Mine in nets/mine.py")
@@ -57,10 +62,6 @@ def make_parser():
         "image, of the images that have it; balanced: in inverse proportion to the classes' images")
     add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
-    add("--rot90", action=BooleanOptionalAction, default=True, help="random quarter turns")
-    add("--flip", type=fraction, default=0.0, help="probability of each flip")
-    add("--degrees", type=float_range(0, 180), default=15.0, help="largest rotation")
-    add("--p-affine", type=fraction, default=0.5, help="probability of a small shift, scale and rotation")
     add("--cutmix", type=fraction, default=0.0, metavar="P", help="probability that a batch gets boxes of "
         "other images")
     add("--snapmix", type=fraction, default=0.0, metavar="P", help="the same, with labels weighted by the "
@@ -81,6 +82,8 @@ def describe_net(args, in_chans, classes):
 
 def check_flags(args):
     """Refuses flags that are right alone and wrong together."""
+    if len(args.border) > 1:
+        raise UserError("--border: a batch of images has one; leave the others out")
     if args.synthesize:
         for flag in ("extra_data", "subset", "drop_noisy"):
             if getattr(args, flag):
@@ -158,9 +161,8 @@ def main():
         raise UserError("--loss ce: is for a single label per image, this data has several; take bce or focal")
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     source = synthetic_source(args, data, bands, device) if args.synthesize else cls.Images(files, labels, **options)
-    train_data = cls.AugmentedImages(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip,
-                                     degrees=args.degrees, p_affine=args.p_affine, p_cutout=args.cutout,
-                                     cutout_size=args.cutout_size)
+    train_data = cls.AugmentedImages(source, args.imgsz, Augmentation.of(vars(args)), seed=args.seed,
+                                     p_cutout=args.cutout, cutout_size=args.cutout_size)
     parts = min(round(1 / args.val_interval), -(-len(train_data) // args.bs))  # an epoch has a batch at least
     on_gpu = args.synthesize and device.type == "cuda"  # images are made there: no workers, no pinned memory
     loader = train_loader(train_data, args.bs, workers=0 if on_gpu else args.workers, seed=args.seed,

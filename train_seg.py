@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 import nets
 from data import folds, seg, units
-from data.augment import mix
+from data.augment import Augmentation, mix
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from utils import losses
@@ -44,14 +44,18 @@ MULTICLASS = {  # the same for logits (B, classes, H, W) and masks of class indi
     "focal": losses.focal_softmax,
     "topk": losses.top_k_softmax,
 }
+RECIPES = {  # defaults of flags: the competition's, and those for photographs
+    "wildfire": dict(
+        bands="1-7", mean_planes=True, conv0=[32, 32], epochs=150, bs=64, repeat=10, schedule="restarts",
+        hflip=0.5, rot90=True, crop_padding=2.0, border=["reflect", "wrap"]),
+}
 OPTIONS = {"label_smoothing": "smoothing", "class_weights": "weight"}  # flag: the name in those losses that take it
 
 
 def make_parser():
-    parser = train_parser(__doc__, "seg", data="Wildfire", epochs=150, bs=64, imgsz=256, lr=1e-3,
-                          schedule="restarts", bands="1-7")
+    parser = train_parser(__doc__, "seg", RECIPES, data="Wildfire", imgsz=256, lr=1e-3)
     add = parser.add_argument_group("segmentation").add_argument
-    add("--mean-planes", action=BooleanOptionalAction, default=True,
+    add("--mean-planes", action=BooleanOptionalAction,
         help="give the net a constant plane per band, with the band's mean")
     add("--classes", type=int_range(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
     add("--ignore", type=int_range(-2**31), help="mask value of pixels that are left out of loss and metric")
@@ -59,8 +63,7 @@ def make_parser():
     add("--tile", type=int_range(16, 65536), help="images larger than this side are read in windows of this side; "
         "crops are cut from the windows")
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring training windows; 0 in validation")
-    add("--repeat", type=int_range(1, 10**6), default=10, help="passes over the data per epoch")
-    add("--gain", type=float_range(0, 10), default=0.0, help="random brightness, octaves either way")
+    add("--repeat", type=int_range(1, 10**6), help="passes over the data per epoch")
     add("--aux-cls", type=float_range(0), default=0.0, metavar="WEIGHT", help="loss weight of an auxiliary head that "
         "predicts which classes an image contains and sets the masks of absent classes to 0; 0: no head")
     add("--p-object", type=fraction, default=0.0, help="probability that a crop is laid over an object")
@@ -74,7 +77,7 @@ def make_parser():
     add("--net", default="unet.UNet", metavar="NAME", help="mine.Mine: class Mine in nets/mine.py")
     add("--encoder", metavar="NAME", default="regnetx_002", help="of the UNet: regnetx_002 ... 032, efficientnetv2_s, "
         "m, l, b0 ... b3, repvgg_a0 ..., hrnet_w18 ..., or mine.Mine")
-    add("--conv0", type=int_range(1, 4096), nargs="*", default=[32, 32], help="of the UNet: widths of the 1x1 "
+    add("--conv0", type=int_range(1, 4096), nargs="*", help="of the UNet: widths of the 1x1 "
         "convolutions before the encoder")
     add("--decoder", type=int_range(1, 4096), nargs="*", default=[128, 64, 48, 32], help="of the UNet: widths, coarse "
         "to fine; none: all maps are concatenated (with an HRNet encoder this is HRNetV2)")
@@ -162,8 +165,8 @@ def main():
         raise UserError(f"{args.data}: no tile holds data; check the no-data values of the images")
     weights = [weights[i] for i in of]
     repeat = 1 if args.debug else args.repeat
-    train_data = seg.SegData([samples.pairs[i] for i in of], windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
-                             gain=args.gain, p_object=args.p_object, resize=args.resize, **options)
+    train_data = seg.SegData([samples.pairs[i] for i in of], windows, Augmentation.of(vars(args)), imgsz=args.imgsz,
+                             repeat=repeat, seed=args.seed, p_object=args.p_object, resize=args.resize, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device, same=args.debug,
                           weights=weights * repeat)
     if val:

@@ -331,14 +331,17 @@ class AugmentedImages(Dataset):
     """`data[(epoch, index)]` -> a sample of `source` and a random placement of it, which depends on (seed, epoch,
     index) only; `data[index]` -> the sample, placed as a whole. To the sample are added
         "matrix": float64 (3, 3) onto the net's imgsz x imgsz canvas,
-        "hole": float32 (4,) x1, y1, x2, y2 of an erased square on that canvas, "index".
+        "hole": float32 (4,) x1, y1, x2, y2 of an erased square on that canvas, "border": of `warp`, "index", and if
+        colours are changed "colour": float32 (C, C) of `Augmentation.colour`.
     `Input` warps the batch by its matrices on the net's device. Images of several sizes are padded by reflection to the
-    largest of the batch. options: of `augment.random_affine`.
-    source: `Images`, or dirty_mnist.Synthetic, which makes a new image for every (epoch, index).
+    largest of the batch. changes: an `Augmentation` with one border, which changes the image on that canvas. p_cutout,
+    cutout_size: of `augment.square`. source: `Images`, or dirty_mnist.Synthetic, which makes a new image for every
+    (epoch, index).
     """
 
-    def __init__(self, source, imgsz, *, seed=0, **options):
-        self.source, self.imgsz, self.seed, self.options = source, imgsz, seed, options
+    def __init__(self, source, imgsz, changes=augment.Augmentation(), *, seed=0, p_cutout=0.0, cutout_size=0.3):
+        self.source, self.imgsz, self.seed = source, imgsz, seed
+        self.changes, self.p_cutout, self.cutout_size = changes, p_cutout, cutout_size
 
     def __len__(self):
         return len(self.source)
@@ -353,15 +356,21 @@ class AugmentedImages(Dataset):
                 sample["image"] = reduce(sample["image"], 2 * self.imgsz)
         else:
             samples = [self.source[(key[1] if isinstance(key, tuple) else key) % len(self)] for key in keys]
-        return [sample | self.place(key, *sample["image"].shape[1:]) for key, sample in zip(keys, samples)]
+        return [sample | self.place(key, sample["image"]) for key, sample in zip(keys, samples)]
 
-    def place(self, key, height, width):
-        matrix, hole = geometry.scale(self.imgsz / width, self.imgsz / height), np.zeros(4)
+    def place(self, key, image):
+        """What is added to a sample with this image, or stands in its place."""
+        index, view, found = key, np.eye(3), {"hole": torch.zeros(4), "border": "reflect"}
         if isinstance(key, tuple):
-            turn, hole = augment.random_affine(np.random.default_rng((self.seed, *key)), self.imgsz, **self.options)
-            matrix = turn @ matrix
-        return {"matrix": torch.from_numpy(matrix), "hole": torch.from_numpy(hole).float(),
-                "index": (key[1] if isinstance(key, tuple) else key) % len(self)}
+            index, rng, side = key[1], np.random.default_rng((self.seed, *key)), self.imgsz
+            view, border = self.changes.view(rng, side, side, side)
+            found = {"hole": torch.from_numpy(augment.square(rng, side, self.p_cutout, self.cutout_size)).float(),
+                     "border": border}
+            if self.changes.recolours:
+                found["colour"] = torch.from_numpy(self.changes.colour(rng, len(image)))
+            image, _ = geometry.shrunk(image, view)
+        matrix = view @ geometry.scale(self.imgsz / image.shape[2], self.imgsz / image.shape[1])
+        return found | {"image": image, "matrix": torch.from_numpy(matrix), "index": index % len(self)}
 
 
 def reduce(image, limit):
@@ -396,7 +405,8 @@ class Input(units.Input):
         view: matrix of a test-time view, applied after the batch's own matrix. side: the canvas's; None means imgsz.
         """
         side = side or self.imgsz
-        x = geometry.warp(self.scaled(batch["image"]), view @ batch["matrix"], (side, side), border="reflect")
+        x = self.scaled(batch["image"], colour=batch.get("colour"))
+        x = geometry.warp(x, view @ batch["matrix"], (side, side), border=batch["border"][0])
         line = torch.arange(side, device=x.device) + 0.5
         x1, y1, x2, y2 = batch["hole"].to(x.device).T[..., None]
         inside = ((line > y1) & (line < y2))[:, None, :, None] & ((line > x1) & (line < x2))[:, None, None, :]

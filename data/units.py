@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from data import bad, images
+from data import augment, bad, images
 from data.folds import spread
 from utils.errors import UserError
 from utils.train import dist
@@ -29,17 +29,16 @@ class Input:
     pixel_mean: list = field(default=(), kw_only=True)
     seen: dict = field(default_factory=dict, kw_only=True)
 
-    def scaled(self, images, bands=None):
+    def scaled(self, images, bands=None, colour=None):
         """images (B, len(bands), H, W) in the files' numbers -> (B, len(self.bands), H, W) float32, the input's bands,
-        scaled; pixels without data are 0. bands: what the channels of `images` are; None: the input's own bands."""
+        scaled; pixels without data are 0. bands: what the channels of `images` are; None: the input's own bands.
+        colour: matrices (B, C, C) of `Augmentation.colour`, which change them."""
         if bands is not None and list(bands) != list(self.bands):
             images = images[:, [list(bands).index(band) for band in self.bands]]
-        x = self.centred(images) / per_band(self.pixel_scale, images.device)
+        x = images.float() - per_band(self.pixel_mean, images.device) if self.pixel_mean else images
+        x = x.float() / per_band(self.pixel_scale, x.device) if colour is None else \
+            augment.recolour(x, colour, self.pixel_scale)
         return x.nan_to_num_(0.0) if images.is_floating_point() else x
-
-    def centred(self, images):
-        """images (..., C, H, W) -> float32, without the mean of each band."""
-        return images.float() - per_band(self.pixel_mean, images.device) if len(self.pixel_mean) else images.float()
 
 
 def per_band(values, device):

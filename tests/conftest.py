@@ -19,9 +19,16 @@ from PIL import Image
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
+from data.augment import Augmentation
 from utils import errors
 
 tqdm.monitor_interval = 0  # its thread may hold anything while `command` forks this process
+
+# the competitions' augmentations, as the scripts' recipes have them
+WILDFIRE = Augmentation(hflip=0.5, rot90=True, crop_padding=2.0, border=("reflect", "wrap"))
+PARKING = Augmentation(hflip=0.5, translate=0.1, zoom=(0.5, 1.5), zoom_linear=True, hue=0.015, saturation=0.7, value=0.4)
+DIRTY = Augmentation(rot90=True, p_affine=0.5, degrees=15.0, translate=0.0625, zoom=(0.9, 1.1), zoom_linear=True,
+                     border=("reflect",))
 
 # the smallest UNet that --encoder allows, and the fewest steps
 TINY = "--conv0 8 --decoder 8 8 8 8 --imgsz 32 --bs 4 --epochs 1 --repeat 1 --workers 0 --device cpu".split()

@@ -344,7 +344,9 @@ def test_layout(recipe):
 def crops():
     """Asked of a copy: three samples of training, the second like the first, and one of validation. -> arrays"""
     from data import seg
-    data = seg.SegData(seg.read("Wildfire").pairs, bands=[1, 2], imgsz=32, seed=5)
+    from data.augment import Augmentation
+    changes = Augmentation(rot90=True, crop_padding=2.0, border=("reflect",))
+    data = seg.SegData(seg.read("Wildfire").pairs, changes=changes, bands=[1, 2], imgsz=32, seed=5)
     return [[data[key][name].numpy() for name in ("image", "mask")] for key in ((0, 1), (0, 1), (1, 1), 1)]
 
 
@@ -365,13 +367,15 @@ def views():
     """Asked of a copy: a white square in black, as both kinds of training data show it in eight epochs. -> lists of
     (picture (H, W), mask or box)"""
     from data import det, seg
+    from data.augment import Augmentation
     image = np.zeros((1, 96, 96), np.uint8)
     image[:, 40:60, 40:60] = 255
     write_tif("image.tif", image)
     write_tif("mask.tif", image // 255)
-    masks = seg.SegData([("image.tif", "mask.tif")], imgsz=64, p_object=1.0)
+    masks = seg.SegData([("image.tif", "mask.tif")], changes=Augmentation(crop_padding=2.0, border=("reflect",)), imgsz=64,
+                        p_object=1.0)
     sample = det.Sample(Path("image.tif"), np.array([[0, 40, 40, 60, 60.]]), (96, 96))
-    boxes = det.DetData([sample], imgsz=96, mosaic=0.0, translate=0.0, scale=0.0, hsv=(0, 0, 0))
+    boxes = det.DetData([sample], imgsz=96, mosaic=0.0)
     masked, boxed = ([data[epoch, 0] for epoch in range(8)] for data in (masks, boxes))
     return ([(sample["image"][0].numpy(), sample["mask"].numpy()) for sample in masked],
             [(sample["image"][..., 0].numpy(), sample["boxes"][:, 1:].numpy()) for sample in boxed])

@@ -6,12 +6,13 @@ import torch
 from utils import losses
 from utils.errors import Parser, UserError
 from utils.files import write_json
+from utils.pictures import table
 from utils.train import dist, engine, optim, runs
 from utils.train.loggers import make_loggers
 from utils.train.state import State
 from utils.train.swa import SWA, with_swa
 
-KEPT = ("weights", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run keeps its weights and its split
+KEPT = ("weights", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run keeps its weights and its split
 
 
 def int_range(low, high=2**31):
@@ -92,12 +93,17 @@ def loss_term(known):
     return parse
 
 
-def train_parser(description, task, **defaults):
-    """A parser with the flags that all training scripts share; `description`: a text of which the first line is shown;
-    `defaults`: the competition's recipe."""
+def train_parser(description, task, recipes=None, **defaults):
+    """A parser with the flags that all training scripts share; `description`: a text of which the first line is shown.
+    recipes: {name: {flag: default}} of --recipe, first the competition's, which --help shows, then that for photographs,
+    see `setup_run`. defaults: {flag: default} of all of them."""
     parser = Parser(description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.recipes = recipes or {}
     add = parser.add_argument_group("training").add_argument
     add("--data", metavar="DIR", help="folder of the data")
+    if recipes:
+        add("--recipe", choices=recipes, help="a set of defaults of other flags; without: photos for images of three "
+            "bands of 8 bits without a place on Earth, else the competition's")
     add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on these "
         "folders, such as pseudo labels of predict.py; WEIGHT: how often their samples come, --data's being 1")
     add("--allow-bad", action="store_true", help="train even if more than 1 %% of the images or boxes cannot be used")
@@ -136,6 +142,7 @@ def train_parser(description, task, **defaults):
     add("--pixel-scale", type=scale_list, metavar="N|N,N,...|standard", help="pixel values are divided by it, or by one "
         "number per band; standard: minus the mean of each band, divided by the standard deviation; without: 65535 for "
         "uint16, 255 for uint8, else 1")
+    add_augmentation(add)
     add("--mixup", type=fraction, default=0.0, metavar="P", help="probability that images are blended")
     add("--gridmask", type=fraction, default=0.0, metavar="P", help="probability that an image loses a grid "
         "of squares")
@@ -168,18 +175,49 @@ def train_parser(description, task, **defaults):
     add("--save-period", type=int_range(0), default=10, help="also keep a checkpoint every so many epochs; 0: none")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars into the run folder")
     add("--wandb", action="store_true", help="log to Weights & Biases")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**defaults | next(iter(parser.recipes.values()), {}))
     return parser
 
 
-def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
+def add_augmentation(add):
+    """The flags of data.augment.Augmentation. add: of a parser or a group."""
+    for flag, (kind, text) in {
+            "--hflip": (fraction, "probability of mirroring left and right"),
+            "--vflip": (fraction, "probability of mirroring up and down"),
+            "--degrees": (float_range(0, 180), "largest rotation"),
+            "--shear": (float_range(0, 80), "largest shear, degrees"),
+            "--translate": (fraction, "largest shift, share of the size"),
+            "--crop-padding": (float_range(0, 10), "a view lies anywhere in the picture, which is padded to this times "
+                               "the view where it is smaller; 0: in its middle"),
+            "--hue": (fraction, "largest change of hue, share of the circle (three bands)"),
+            "--saturation": (fraction, "saturation times 1 - F to 1 + F (three bands)"),
+            "--value": (fraction, "brightness times 1 - F to 1 + F"),
+            "--gain": (float_range(0, 10), "random brightness, octaves either way")}.items():
+        add(flag, type=kind, default=0.0, metavar="F", help=text)
+    add("--rot90", action=argparse.BooleanOptionalAction, default=False, help="random quarter turns")
+    add("--zoom", type=float_range(0.05, 20), nargs=2, default=[1.0, 1.0], metavar=("LOW", "HIGH"), help="random zoom, "
+        "log-uniform: below 1 a view shows more, above 1 less")
+    add("--zoom-linear", action=argparse.BooleanOptionalAction, default=False, help="draw the zoom uniformly")
+    add("--aspect", type=float_range(1, 10), default=1.0, help="largest stretch of width against height, either way")
+    add("--p-affine", type=fraction, default=1.0, metavar="P", help="probability of zoom, aspect, degrees, shear and "
+        "translate")
+    add("--border", choices=("constant", "reflect", "wrap"), nargs="+", default=["constant"], help="beyond the picture; "
+        "of several one at random")
+
+
+def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photographs=lambda args: False):
     """What a training script begins with: flags, then device and process group, then the run folder.
 
     needs: {flag: flags that do nothing without it}. check(args): raises UserError for flags that are wrong together.
     Flags are refused before there is a run folder; with --resume, it is the flags of the resumed run that are checked.
+    photographs(args): whether the data are photographs, which decides where no --recipe is given.
     Returns (args, torch.device, the run folder's Path, the checkpoint to go on from or None).
     """
     args = parser.parse_args(argv)
+    if parser.recipes and args.resume is None:
+        args.recipe = args.recipe or list(parser.recipes)[bool(photographs(args))]
+        parser.set_defaults(**parser.recipes[args.recipe])
+        args = parser.parse_args(argv, argparse.Namespace(recipe=args.recipe))
     unset = object()
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {flag: value for flag, value in given.items() if value is not unset}  # on the command line
@@ -192,6 +230,9 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
         check_all(args)
     device = dist.setup(args.device)
     args, folder, resume = begin_run(parser, args, given, check_all)
+    for name in parser.recipes.keys() - {vars(args).get("recipe")}:
+        differ = table.flags(parser.recipes[args.recipe], parser.recipes[name])
+        dist.print0(f"recipe {args.recipe}, unlike {name}: {differ or 'no difference'}")
     return args, device, folder, resume
 
 
@@ -213,6 +254,8 @@ def begin_run(parser, args, given=None, check=lambda args: None):
                 raise UserError(f"{word(flag)}: a resumed run keeps its own; leave it out, or start a new run")
             if flag != "resume" and value != stored.get(flag):
                 dist.print0(f"{word(flag)}: {value} instead of the run's {stored.get(flag)}")
+        if parser.recipes and "recipe" not in stored:  # a run from before there were several
+            stored = {"recipe": next(iter(parser.recipes))} | stored
         args = argparse.Namespace(**vars(args) | stored | given)
         check(args)
     if args.debug:
@@ -232,9 +275,14 @@ def word(flag):
 
 
 def _present_names(flags):
-    """The flags of a run, which may be of the first edition, under the names that they have now."""
+    """The flags of a run, which may be of an earlier edition, under the names that they have now."""
     if "allow_bad_labels" in flags:
         flags = flags | {"allow_bad": flags["allow_bad_labels"]}
+    if "flip" in flags:  # classification
+        flags = flags | {"hflip": flags["flip"], "vflip": flags["flip"]}
+    if "hsv" in flags:  # detection
+        colour, zoom = dict(zip(("hue", "saturation", "value"), flags["hsv"])), [1 - flags["scale"], 1 + flags["scale"]]
+        flags = flags | colour | {"zoom": zoom, "hflip": flags["flip_lr"], "vflip": flags["flip_ud"]}
     if "pixel_scale" in flags:
         return flags
     old = {"pixel_scale": "band_scale" if "band_scale" in flags else "scale", "aux_cls": "presence"}
@@ -264,6 +312,8 @@ def _check_flags(parser, args, given, needs):
                         "fold": args.fold}.items():
         if no_validation and waits and given.keys() & {flag.split()[0], "folds"}:
             raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
+    if args.zoom[0] > args.zoom[1]:
+        raise UserError(f"--zoom {args.zoom[0]:g} {args.zoom[1]:g}: the lower end comes first; exchange them")
     mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
     if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
         raise UserError(f"{', '.join(map(word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
