@@ -13,7 +13,7 @@ import torch
 
 import nets
 from data import cls, folds, images, units
-from data.augment import Augmentation, mix
+from data.augment import mix, of_flags
 from data.loader import eval_loader, train_loader
 from data.samples import dirty_mnist
 from nets import pretrained
@@ -32,9 +32,12 @@ LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
 
 
 RECIPES = {  # defaults of flags: the competition's, and those for photographs
-    "dirty-mnist": dict(
-        optimizer="adam", weight_decay=1e-5, cutout=0.5, cutout_size=0.3, rot90=True, p_affine=0.5, degrees=15.0,
-        translate=0.0625, zoom=[0.9, 1.1], zoom_linear=True, border=["reflect"]),
+    "dirty-mnist": "--optimizer adam --weight-decay 1e-5 --cutout 0.5 --cutout-size 0.3 --rot90 --p-affine 0.5 "
+                   "--degrees 15 --translate 0.0625 --zoom 0.9 1.1 --zoom-linear --border reflect",
+    # a random resized crop of 35 to 100 % of the area, as `photos` of other libraries have it
+    "photos": "--optimizer adamw --weight-decay 0.05 --cutout 0 --cutout-size 0.5 --no-rot90 --p-affine 1 --degrees 0 "
+              "--translate 0 --zoom 1 1.7 --no-zoom-linear --border reflect --aspect 1.33 --crop-padding 1 --hflip 0.5 "
+              "--hue 0.02 --saturation 0.3 --value 0.3",
 }
 
 
@@ -82,8 +85,6 @@ def describe_net(args, in_chans, classes):
 
 def check_flags(args):
     """Refuses flags that are right alone and wrong together."""
-    if len(args.border) > 1:
-        raise UserError("--border: a batch of images has one; leave the others out")
     if args.synthesize:
         for flag in ("extra_data", "subset", "drop_noisy"):
             if getattr(args, flag):
@@ -151,7 +152,8 @@ def synthetic_source(args, data, bands, device):
 
 def main():
     needs = {"synthesize": ("letters_per_image", "noise", "synthesize_count")}
-    args, device, folder, resume = setup_run(make_parser(), needs=needs, check=check_flags)
+    args, device, folder, resume = setup_run(
+        make_parser(), needs=needs, check=check_flags, photographs=units.photographs)
 
     # ---- samples ----
     data, val, bands, files, labels, weights = load_samples(args, folder, resume)
@@ -161,8 +163,9 @@ def main():
         raise UserError("--loss ce: is for a single label per image, this data has several; take bce or focal")
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     source = synthetic_source(args, data, bands, device) if args.synthesize else cls.Images(files, labels, **options)
-    train_data = cls.AugmentedImages(source, args.imgsz, Augmentation.of(vars(args)), seed=args.seed,
-                                     p_cutout=args.cutout, cutout_size=args.cutout_size)
+    changes = of_flags(vars(args))
+    train_data = cls.AugmentedImages(source, args.imgsz, **changes, seed=args.seed, p_cutout=args.cutout,
+                                     cutout_size=args.cutout_size)
     parts = min(round(1 / args.val_interval), -(-len(train_data) // args.bs))  # an epoch has a batch at least
     on_gpu = args.synthesize and device.type == "cuda"  # images are made there: no workers, no pinned memory
     loader = train_loader(train_data, args.bs, workers=0 if on_gpu else args.workers, seed=args.seed,
@@ -215,7 +218,9 @@ def main():
         return sum(parts.values()), parts if len(parts) > 1 else {}
 
     def draw_augmented(epoch):  # labels above 1 % are written below
-        x, labels = mixed(engine.to_device(cls.collate([train_data[epoch, i] for i in range(8)]), device))
+        batch = cls.collate([train_data[i if epoch is None else (epoch, i)] for i in range(8)])
+        batch = engine.to_device(batch, device)
+        x, labels = (inputs(batch), batch["label"]) if epoch is None else mixed(batch)
         return [sheets.to_rgb(image) for image in x], [
             " ".join(name if share > 0.99 else f"{name} {share:.2f}" for name, share in zip(names, row) if share > 0.01)
             for row in labels.tolist()]
@@ -235,11 +240,11 @@ def main():
 
     # ---- training ----
     if args.show_augment:
-        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.is_main() else None
+        return sheets.augmentation_sheet(folder, draw_augmented, changes)
     if dist.is_main():
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
-        shown = [sheets.to_rgb(x) for x in dataclasses.replace(inputs, mean=(0.0,), std=(1.0,))(batch)]
+        shown = [sheets.to_rgb(x) for x in inputs(batch)]
         sheets.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
     header = {"task": "cls", "arch": arch, "classes": names, "single_label": single_label,
               "input": dataclasses.asdict(inputs), "args": vars(args)}

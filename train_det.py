@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import nets
 from data import det, folds, images, labels, units
-from data.augment import Augmentation, mix
+from data.augment import mix, of_flags
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS
@@ -34,7 +34,7 @@ from utils.train import dist, engine, optim
 from utils.train.args import begin_run, float_range, fraction, int_range, setup_run, train_parser, training
 
 YOLO = "yolo.YOLOv5"
-RECIPES = {"parking-lots": dict(hflip=0.5, zoom_linear=True)}
+RECIPES = dict.fromkeys(("parking-lots", "photos"), "--hflip 0.5 --zoom-linear")  # --preset has all other defaults
 GAINS = {  # per head: weights of the parts of the loss
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
     "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
@@ -155,7 +155,7 @@ def check_flags(args):
 
 def main():
     parser = make_parser()
-    args, device, folder, resume = setup_run(parser, needs=NEEDS, check=check_flags)
+    args, device, folder, resume = setup_run(parser, needs=NEEDS, check=check_flags, photographs=units.photographs)
     first_stage = args.stages and args.preset == "scratch-low" and not args.show_augment
     # torchrun may have restarted this script in the second stage
     if not (first_stage and resume and len(resume["history"]) >= args.epochs):
@@ -183,7 +183,8 @@ def experiment(args, device, folder, resume):
     bands = args.bands or images.default_bands(data.files)
     reading = dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
     samples = det.cut(samples, args.tile, args.overlap)
-    train_data = det.DetData(samples, Augmentation.of(vars(args)), seed=args.seed, mosaic=args.mosaic, grid=args.grid,
+    changes = of_flags(vars(args))
+    train_data = det.DetData(samples, **changes, seed=args.seed, mosaic=args.mosaic, grid=args.grid,
                              mixup=args.mixup, close_mosaic=args.epochs - args.close_mosaic, **reading)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
                           parts=args.epoch_parts, same=args.debug, weights=draw_weights(samples, args.image_weights),
@@ -219,6 +220,13 @@ def experiment(args, device, folder, resume):
     def augmented(batch):  # -> the net's input in training
         x = inputs(batch["image"], colour=batch["colour"])
         return mix.random_erase(x, p_gridmask=args.gridmask, p_cutout=args.cutout, cutout_size=args.cutout_size)
+
+    def draw_augmented(epoch):
+        data = det.DetData(samples, mosaic=0.0, **reading) if epoch is None else train_data
+        batch = det.collate([data[epoch or 0, i] for i in range(5)])
+        x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
+        return [pictures.draw_boxes(sheets.to_rgb(image), rows, names)
+                for image, rows in zip(x, det.gt_boxes(batch))], [""] * len(x)
 
     def compute_loss(net, batch):
         x, boxes = augmented(batch), batch["boxes"]
@@ -259,7 +267,7 @@ def experiment(args, device, folder, resume):
 
     # ---- training ----
     if args.show_augment:
-        return save_augmentations(folder / "augment.png", train_data, augmented, names)
+        return sheets.augmentation_sheet(folder, draw_augmented, changes)
     if dist.is_main():
         print(f"{len(train_data)} images with {sum(len(sample.boxes) for sample in samples)} boxes to train, "
               f"{len(val)} to validate; {len(names)} classes")
@@ -340,15 +348,6 @@ def draw_labels(folder, data, samples, augmented, names, batch_size):
     pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
     boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
     charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
-
-
-def save_augmentations(path, data, augmented, names):
-    """Draws a sheet of what is trained on: a row per image (and the mosaic around it), a column per epoch."""
-    batch = det.collate([data[epoch, i] for i in range(5) for epoch in range(5)])
-    x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
-    if dist.is_main():
-        pictures.detection_sheet(path, x, det.gt_boxes(batch), names=names, limit=len(x))
-        print(path)
 
 
 def check_debug(history, head):

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 import nets
 from data import folds, seg, units
-from data.augment import Augmentation, mix
+from data.augment import mix, of_flags
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from utils import losses
@@ -33,6 +33,7 @@ BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore=...) -> mean over the
     "lovasz_elu": functools.partial(losses.lovasz_hinge, elu=True),
     "lovasz": losses.lovasz_hinge,
     "bce": losses.bce,
+    "ce": losses.bce,  # under the name that it has for several classes
     "dice": losses.dice,
     "focal": losses.focal,
     "topk": losses.top_k,
@@ -45,9 +46,11 @@ MULTICLASS = {  # the same for logits (B, classes, H, W) and masks of class indi
     "topk": losses.top_k_softmax,
 }
 RECIPES = {  # defaults of flags: the competition's, and those for photographs
-    "wildfire": dict(
-        bands="1-7", mean_planes=True, conv0=[32, 32], epochs=150, bs=64, repeat=10, schedule="restarts",
-        hflip=0.5, rot90=True, crop_padding=2.0, border=["reflect", "wrap"]),
+    "wildfire": "--bands 1-7 --mean-planes --conv0 32 32 --stem-stride 1 --epochs 150 --bs 64 --repeat 10 "
+                "--schedule restarts --hflip 0.5 --rot90 --crop-padding 2 --border reflect wrap",
+    "photos": "--bands all --no-mean-planes --conv0 --stem-stride 2 --epochs 100 --bs 16 --repeat 1 --schedule cosine "
+              "--hflip 0.5 --no-rot90 --crop-padding 1 --border reflect --zoom 0.7 1.5 --hue 0.02 --saturation 0.3 "
+              "--value 0.3 --loss ce",
 }
 OPTIONS = {"label_smoothing": "smoothing", "class_weights": "weight"}  # flag: the name in those losses that take it
 
@@ -79,8 +82,10 @@ def make_parser():
         "m, l, b0 ... b3, repvgg_a0 ..., hrnet_w18 ..., or mine.Mine")
     add("--conv0", type=int_range(1, 4096), nargs="*", help="of the UNet: widths of the 1x1 "
         "convolutions before the encoder")
-    add("--decoder", type=int_range(1, 4096), nargs="*", default=[128, 64, 48, 32], help="of the UNet: widths, coarse "
-        "to fine; none: all maps are concatenated (with an HRNet encoder this is HRNetV2)")
+    add("--stem-stride", type=int, choices=(1, 2), help="of a RegNetX encoder's first convolution; 2: a quarter of the "
+        "time (all other encoders have 2)")
+    add("--decoder", type=int_range(1, 4096), nargs="*", help="of the UNet: widths, coarse to fine; without: as many "
+        "as reach the input's resolution; no numbers: all maps are concatenated (with an HRNet this is HRNetV2)")
     return parser
 
 
@@ -88,7 +93,8 @@ def describe_net(args, in_chans):
     """-> what `nets.build` makes the net of, and the checkpoint keeps."""
     kwargs = dict(in_chans=in_chans, classes=args.classes)
     if args.net == "unet.UNet":
-        kwargs |= dict(encoder=args.encoder, conv0=args.conv0, decoder=args.decoder, aux_cls=args.aux_cls > 0)
+        kwargs |= dict(encoder=args.encoder, conv0=args.conv0, decoder=args.decoder, aux_cls=args.aux_cls > 0,
+                       stem_stride=args.stem_stride)
     return {"name": args.net, "kwargs": kwargs}
 
 
@@ -151,7 +157,9 @@ def load_samples(args, folder):
 
 
 def main():
-    args, device, folder, resume = setup_run(make_parser(), needs={"tile": ("overlap",)}, check=check_flags)
+    args, device, folder, resume = setup_run(
+        make_parser(), needs={"tile": ("overlap",)}, check=check_flags,
+        photographs=units.photographs)
 
     # ---- samples ----
     data, val, samples, weights = load_samples(args, folder)
@@ -165,8 +173,9 @@ def main():
         raise UserError(f"{args.data}: no tile holds data; check the no-data values of the images")
     weights = [weights[i] for i in of]
     repeat = 1 if args.debug else args.repeat
-    train_data = seg.SegData([samples.pairs[i] for i in of], windows, Augmentation.of(vars(args)), imgsz=args.imgsz,
-                             repeat=repeat, seed=args.seed, p_object=args.p_object, resize=args.resize, **options)
+    changes = of_flags(vars(args))
+    train_data = seg.SegData([samples.pairs[i] for i in of], windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
+                             p_object=args.p_object, resize=args.resize, **changes, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device, same=args.debug,
                           weights=weights * repeat)
     if val:
@@ -180,8 +189,12 @@ def main():
                                  workers=args.workers, device=device)
 
     # ---- input ----
+    with answers_for("--weights"):  # what they expect is of the default --pixel-scale
+        mean, std = pretrained.normalisation(
+            args.pixel_scale is None and not resume and args.weights, len(data.bands), pretrained.NONE)
     inputs = seg.Input(data.bands, imgsz=args.imgsz, mean_planes=args.mean_planes, resize=args.resize,
-                       **units.choose(samples.images, data.bands, args.pixel_scale))
+                       mean=mean, std=std, **units.choose(samples.images, data.bands, args.pixel_scale))
+    inputs = seg.Input(**resume["input"]) if resume else inputs
     units.check([data.images[i] for i in val], inputs)
 
     # ---- net ----
@@ -220,8 +233,12 @@ def main():
 
     def draw_augmented(epoch):
         indices = range(min(8, len(train_data.paired)))
-        image, [(masks, _), *_] = mixed(default_collate([train_data[epoch, i] for i in indices]))
-        return ([sheets.overlay(sheets.to_rgb(x), mask) for x, mask in zip(image, masks)],
+        samples = [train_data[i if epoch is None else (epoch, i)] for i in indices]
+        shown = [(sample["image"], sample["mask"]) for sample in samples]  # whole images differ in size
+        if epoch is not None:
+            image, [(masks, _), *_] = mixed(default_collate(samples))
+            shown = zip(image, masks)
+        return ([sheets.overlay(sheets.to_rgb(x), mask * (mask != seg.IGNORE)) for x, mask in shown],
                 [train_data.paired[i][0].name for i in indices])
 
     # ---- validation ----
@@ -240,7 +257,7 @@ def main():
 
     # ---- training ----
     if args.show_augment:
-        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.is_main() else None
+        return sheets.augmentation_sheet(folder, draw_augmented, changes)
     if dist.is_main():
         print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val else 0} to validate")
         batch = default_collate([train_data[0, i] for i in range(min(args.bs, 8))])
@@ -252,15 +269,15 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        write_report(state, evaluate, inputs, val_data, folder, [image for image, _ in val_tiles.pairs])
+        write_report(state, evaluate, inputs, val_data, folder, [image for image, _ in val_tiles.pairs],
+                     decide.drawn_views("seg", vars(args)))
 
 
-def write_report(state, evaluate, inputs, data, folder, files):
-    """Evaluates the run's last weights with flips, at a threshold of 0.5: results.json; samples.csv, a row per tile;
-    review.png, the worst and the best tiles, and scores by class and by size."""
+def write_report(state, evaluate, inputs, data, folder, files, views):
+    """Evaluates the run's last weights with the flips that training drew (`views`), at a threshold of 0.5: results.json;
+    samples.csv, a row per tile; review.png, the worst and the best tiles, and scores by class and by size."""
     per_sample = SampleIoU(seg.IGNORE)
-    scores = engine.evaluate_on(state, functools.partial(evaluate, views=decide.SEGMENTATION_VIEWS,
-                                                         per_sample=per_sample))
+    scores = engine.evaluate_on(state, functools.partial(evaluate, views=views, per_sample=per_sample))
     scores.pop("threshold", None)
     per_sample.reduce()
     if not dist.is_main():
@@ -269,7 +286,7 @@ def write_report(state, evaluate, inputs, data, folder, files):
     def draw(model, indices):
         for sample in (data[i] for i in indices):
             batch = engine.to_device(default_collate([sample]), state.device)
-            probs = decide.segment(model, inputs(batch["image"]), decide.SEGMENTATION_VIEWS, side=inputs.side)
+            probs = decide.segment(model, inputs(batch["image"]), views, side=inputs.side)
             yield sheets.segmentation_row(sample["image"], sample["mask"], probs[0], ignore=seg.IGNORE)
 
     by_class = [{"class": int(k[4:]), "iou": v} for k, v in scores.items() if k.startswith("iou_") and k[4:].isdigit()]

@@ -5,7 +5,7 @@
 data/pairs.py reads other layouts.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,7 +201,7 @@ class Input(units.Input):
 
     def __call__(self, pixels, bands=None):
         """pixels (B, len(bands), H, W) in the files' numbers, bands as in `scaled` -> (B, channels, H, W) float32."""
-        x = self.scaled(pixels, bands)
+        x = self.normalised(self.scaled(pixels, bands))
         return add_mean_planes(x) if self.mean_planes else x
 
 
@@ -223,14 +223,15 @@ class SegData(Dataset):
     Both are {"image": float32 (C, H, W) in the file's numbers, "mask": uint8 (H, W), "index": int}. `len` counts every
     tile `repeat` times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)].
     windows: the part of each image that is its tile, (row, column, height, width), or None for the whole image.
-    changes: an `Augmentation`. p_object: probability that a crop is laid over a pixel of an object. resize: whole tiles
-    are resized to imgsz x imgsz before they are changed, in place of crops.
+    view, colour: keyword arguments of `augment.view` and `augment.colour`. p_object: probability that a crop is laid
+    over a pixel of an object. resize: whole tiles are resized to imgsz x imgsz before they are changed, in place of
+    crops.
     """
 
-    def __init__(self, paired, windows=None, changes=augment.Augmentation(), *, bands=None, classes=1, ignore=None,
+    def __init__(self, paired, windows=None, *, view={}, colour={}, bands=None, classes=1, ignore=None,
                  imgsz=256, repeat=1, seed=0, p_object=0.0, resize=False, cache=None):
         self.paired, self.imgsz, self.repeat, self.seed = paired, imgsz, repeat, seed
-        self.changes = replace(changes, crop_padding=0.0) if resize else changes
+        self.view, self.colour = dict(view, crop_padding=0.0) if resize else view, colour
         self.p_object, self.resize = p_object, resize
         windows = windows or [None] * len(paired)
         image_files, mask_files = zip(*paired)
@@ -259,11 +260,11 @@ class SegData(Dataset):
         size = (self.imgsz, self.imgsz)
         if self.resize:
             image, mask = images.resize(image, size), images.nearest(mask, size)
-        matrix, border = self.changes.view(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask))
+        matrix, border = augment.view(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask), **self.view)
         mask = IGNORE - warp(IGNORE - mask[None], matrix, size, border=border, mode="nearest")[0]
         image = warp(*shrunk(image, matrix), size, border=border)
-        if self.changes.recolours:
-            image, = augment.recolour(image[None], torch.from_numpy(self.changes.colour(rng, len(image)))[None])
+        if any(self.colour.values()):
+            image, = augment.recolour(image[None], augment.colour(rng, len(image), **self.colour)[None])
         return image, mask
 
     def object_pixel(self, rng, mask):

@@ -1,4 +1,5 @@
 """The numbers that pixels have: their scale for the net, and whether files to predict have the training's units."""
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,24 +22,32 @@ class Input:
     The fields are plain values and stand in every checkpoint as "input", so training, validation and prediction share
     one definition. bands: the bands that the net sees, from 1; pixel_scale: pixel values are divided by it, a number or
     one per band; imgsz: side of the net's input in training, pixels; pixel_mean: one number per band, which are
-    subtracted before, or empty; seen: what the trained pixels were like, see `look`.
+    subtracted before, or empty; seen: what the trained pixels were like, see `look`; mean, std: what pretrained weights
+    expect of scaled pixels, see `normalised`, one number per band or one for all.
     """
     bands: list
     pixel_scale: float
     imgsz: int
     pixel_mean: list = field(default=(), kw_only=True)
     seen: dict = field(default_factory=dict, kw_only=True)
+    mean: list = field(default=(0.0,), kw_only=True)
+    std: list = field(default=(1.0,), kw_only=True)
 
     def scaled(self, images, bands=None, colour=None):
         """images (B, len(bands), H, W) in the files' numbers -> (B, len(self.bands), H, W) float32, the input's bands,
         scaled; pixels without data are 0. bands: what the channels of `images` are; None: the input's own bands.
-        colour: matrices (B, C, C) of `Augmentation.colour`, which change them."""
+        colour: matrices (B, C, C) of `augment.colour`, which change them."""
         if bands is not None and list(bands) != list(self.bands):
             images = images[:, [list(bands).index(band) for band in self.bands]]
         x = images.float() - per_band(self.pixel_mean, images.device) if self.pixel_mean else images
         x = x.float() / per_band(self.pixel_scale, x.device) if colour is None else \
             augment.recolour(x, colour, self.pixel_scale)
         return x.nan_to_num_(0.0) if images.is_floating_point() else x
+
+    def normalised(self, x):
+        """(B, C, H, W) of `scaled` -> (x - mean) / std."""
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (x - mean) / std
 
 
 def per_band(values, device):
@@ -64,6 +73,15 @@ def _sample(file, bands):
     window = ((height - h) // 2, (width - w) // 2, h, w) if images.in_windows(images.header(file)) else None
     shape = min(h, SIDE), min(w, SIDE)
     return images.read_picture(file, bands, window=window, shape=shape).double().flatten(1).numpy()
+
+
+def photographs(root):
+    """Whether the images in a folder, or beside a file, are photographs, by what 20 of them say of themselves: three
+    bands of 8 bits and no place on Earth. Files of one band may be masks; what cannot be read does not count."""
+    files, _ = bad.attempt(images.find, root if os.path.isdir(root) else os.path.dirname(root), True)
+    found = [header for file in spread(files or [], 20) if (header := bad.attempt(images.header, file)[0])]
+    return {(header.dtype, header.place) for header in found} == {("uint8", None)} and max(
+        header.size[0] - header.opacity for header in found) == 3
 
 
 def look(files, bands):

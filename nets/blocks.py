@@ -113,12 +113,13 @@ class Backbone(nn.Module):
         return self.head(self.last_map(x))
 
 
-def init_fan_in(*modules):
-    """Initialises the convolutions of decoders as He et al. 2015 (arXiv 1502.01852) with ReLU's gain: weights
-    U(-sqrt(6 / fan_in), sqrt(6 / fan_in)), biases 0. With torch's own a, the variance would be a sixth of that, and the
-    signal would fade from block to block."""
-    for m in (m for module in modules for m in module.modules() if isinstance(m, nn.Conv2d)):
-        nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
+def init_layers(function, *modules):
+    """Initialises all convolutions and linear layers: function(weight), biases 0. With nn.init.kaiming_uniform_ weights
+    are U(-sqrt(6 / fan_in), sqrt(6 / fan_in)), as ReLU needs it (He et al. 2015, arXiv 1502.01852; with the `a` of
+    torch's layers the variance would be a sixth of that), with nn.init.xavier_uniform_
+    U(-sqrt(6 / (fan_in + fan_out)), ...) (Glorot and Bengio 2010)."""
+    for m in (m for module in modules for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))):
+        function(m.weight)
         if m.bias is not None:
             nn.init.zeros_(m.bias)
 

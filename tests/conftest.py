@@ -19,10 +19,30 @@ from PIL import Image
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
-from data.augment import Augmentation
+from data import augment
 from utils import errors
 
 tqdm.monitor_interval = 0  # its thread may hold anything while `command` forks this process
+
+
+
+class Augmentation:
+    """Flags of data.augment, as the data sets take them: SegData(..., **changes.options)."""
+
+    def __init__(self, **flags):
+        neutral = augment.view.__kwdefaults__ | augment.colour.__kwdefaults__
+        assert flags.keys() <= neutral.keys()
+        self.flags, self.options = flags, augment.of_flags(neutral | flags)
+
+    def but(self, **flags):
+        return Augmentation(**self.flags | flags)
+
+    def view(self, rng, *args):
+        return augment.view(rng, *args, **self.options["view"])
+
+    def colour(self, rng, bands):
+        return augment.colour(rng, bands, **self.options["colour"]).numpy()
+
 
 # the competitions' augmentations, as the scripts' recipes have them
 WILDFIRE = Augmentation(hflip=0.5, rot90=True, crop_padding=2.0, border=("reflect", "wrap"))

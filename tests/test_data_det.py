@@ -1,5 +1,4 @@
 """data/det.py and its augmentation against pixel truth: boxes are drawn, moved, and found again in the pixels."""
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,19 +6,18 @@ import torch
 from PIL import Image
 
 from data import augment, det, images
-from data.augment import Augmentation
 from data.det import DetData, Sample, TiledImages, collate, rect
-from tests.conftest import PARKING, warp_points
+from tests.conftest import PARKING, Augmentation, warp_points
 from tests.test_images import png
 from utils.errors import UserError
 from utils.ops import geometry
 
 COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [250, 10, 250], [10, 250, 250]])
-PLAIN = dict(changes=replace(PARKING, hue=0, saturation=0, value=0), mosaic=0.0)
+PLAIN = dict(**PARKING.but(hue=0, saturation=0, value=0).options, mosaic=0.0)
 
 
 def colourless(**changes):
-    return dict(changes=replace(PARKING, hue=0, saturation=0, value=0, **changes))
+    return PARKING.but(hue=0, saturation=0, value=0, **changes).options
 
 
 def write_images(folder, sizes, *, bands=3):
@@ -79,7 +77,7 @@ def test_pictures_out_of_sight_are_not_read(tmp_path):
         rng.random()  # mosaic or not
         chosen = [i % 6, *rng.integers(6, size=3)]
         side, matrices, cells = augment.layout(rng, [data.pictures.sizes[k] for k in chosen], 96)
-        view, _ = data.changes.view(rng, side, side, 96)
+        view, _ = augment.view(rng, side, side, 96, **data.view)
         image, rows = data.compose(chosen, view @ np.array(matrices), geometry.warp_boxes(cells, view).tolist())
         read.clear()
         sample = data[0, i]
@@ -116,17 +114,17 @@ def test_rotated_boxes_contain_their_pixels(tmp_path):
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(tmp_path):
     made = write_images(tmp_path, SIZES)
-    one, two = (DetData(made, PARKING, imgsz=64, seed=3, mixup=0.5, cache=cache) for cache in (None, "ram"))
+    one, two = (DetData(made, **PARKING.options, imgsz=64, seed=3, mixup=0.5, cache=cache) for cache in (None, "ram"))
     for i in (0, 5, 7, 3, 0):
         a, b = one[2, i], two[2, i]
         assert all(torch.equal(a[k], b[k]) for k in ("image", "boxes", "colour")) and a["index"] == i % 6
     assert not torch.equal(one[2, 0]["image"], one[3, 0]["image"])
     assert not torch.equal(one[2, 0]["image"], one[2, 6]["image"])  # the same image, drawn a second time
-    assert not torch.equal(one[2, 0]["image"], DetData(made, PARKING, imgsz=64, seed=4)[2, 0]["image"])
+    assert not torch.equal(one[2, 0]["image"], DetData(made, **PARKING.options, imgsz=64, seed=4)[2, 0]["image"])
 
 
 def test_close_mosaic(tmp_path):
-    data = DetData(write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5, changes=Augmentation())
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5)
     assert {int(label) for i in range(6) for label in data[4, i]["boxes"][:, 0] if int(label) != i}  # others' boxes
     for epoch in (5, 9):
         for i in range(6):
@@ -211,8 +209,8 @@ def test_letterbox_is_centred_and_in_whole_pixels():
 
 def test_mixup_is_the_mean_and_keeps_all_boxes(tmp_path):
     made = write_images(tmp_path, SIZES)
-    sample = DetData(made, imgsz=96, mixup=1.0, changes=Augmentation(hflip=0.5))[0, 1]
-    alone = DetData(made, imgsz=96, mixup=0.0, changes=Augmentation(hflip=0.5))[0, 1]
+    sample = DetData(made, imgsz=96, mixup=1.0, **Augmentation(hflip=0.5).options)[0, 1]
+    alone = DetData(made, imgsz=96, mixup=0.0, **Augmentation(hflip=0.5).options)[0, 1]
     own = len(alone["boxes"])
     assert torch.equal(sample["boxes"][:own], alone["boxes"]) and len(sample["boxes"]) > own
     share = (sample["image"].float() - 114) / (alone["image"].float() - 114)
@@ -291,13 +289,13 @@ def test_opacity_is_no_band_unless_asked_for(tmp_path):
 
 def test_images_without_boxes(tmp_path):
     made = write_images(tmp_path, SIZES[:2])
-    data = DetData([sample._replace(boxes=np.zeros((0, 5))) for sample in made], PARKING, imgsz=64)
+    data = DetData([sample._replace(boxes=np.zeros((0, 5))) for sample in made], **PARKING.options, imgsz=64)
     batch = collate([data[0, 0], data[0, 1]])
     assert batch["boxes"].shape == (0, 6) and batch["image"].shape == (2, 3, 64, 64)
 
 
 def test_collate(tmp_path):
-    data = DetData(write_images(tmp_path, SIZES), PARKING, imgsz=64)
+    data = DetData(write_images(tmp_path, SIZES), **PARKING.options, imgsz=64)
     samples = [data[0, i] for i in range(3)]
     batch = collate(samples)
     assert batch["image"].is_contiguous(memory_format=torch.channels_last) and batch["colour"].shape == (3, 3, 3)

@@ -2,7 +2,6 @@
 import os
 import time
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,7 +168,7 @@ def equal(a, b):
 
 
 def test_evaluation_gives_whole_tiles_as_they_are(mixed):
-    data = seg.SegData(mixed, changes=WILDFIRE, bands=[3, 1], imgsz=32, repeat=5)
+    data = seg.SegData(mixed, **WILDFIRE.options, bands=[3, 1], imgsz=32, repeat=5)
     for i, (image, mask) in enumerate(mixed):
         sample = data[i]
         assert sample["index"] == i and sample["image"].dtype == torch.float32
@@ -180,7 +179,7 @@ def test_evaluation_gives_whole_tiles_as_they_are(mixed):
 
 def test_training_samples_depend_on_seed_epoch_and_index_only(mixed):
     def make(seed=0):
-        return seg.SegData(mixed, changes=replace(WILDFIRE, gain=1.0), imgsz=32, repeat=3, seed=seed)
+        return seg.SegData(mixed, **WILDFIRE.but(gain=1.0).options, imgsz=32, repeat=3, seed=seed)
     keys = [(e, i) for e in range(3) for i in range(12)]
     first, again = make(), make()
     samples = {key: first[key] for key in keys}
@@ -193,7 +192,7 @@ def test_training_samples_depend_on_seed_epoch_and_index_only(mixed):
 
 
 def test_masks_stay_on_their_images(mixed):
-    data = seg.SegData(mixed, changes=WILDFIRE, imgsz=32, repeat=50)
+    data = seg.SegData(mixed, **WILDFIRE.options, imgsz=32, repeat=50)
     seen = Counter()
     for index in range(200):
         sample = data[index % 3, index]
@@ -204,7 +203,7 @@ def test_masks_stay_on_their_images(mixed):
 
 
 def test_gain_scales_bands_within_its_octaves(mixed):
-    plain, bright = (seg.SegData(mixed[:1], changes=replace(WILDFIRE, gain=gain), imgsz=64, seed=3)
+    plain, bright = (seg.SegData(mixed[:1], **WILDFIRE.but(gain=gain).options, imgsz=64, seed=3)
                      for gain in (0, 2))
     octaves = []
     for epoch in range(50):
@@ -247,7 +246,7 @@ def test_crops_reach_every_place_and_all_eight_orientations():
 def test_a_cache_changes_nothing(mixed, where, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = digest(mixed[0][0].parent)
-    options = dict(changes=WILDFIRE, bands=[3, 2], imgsz=32, repeat=2)
+    options = dict(**WILDFIRE.options, bands=[3, 2], imgsz=32, repeat=2)
     plain, cached, second = (seg.SegData(mixed, cache=c, **options) for c in (None, where, where))
     monkeypatch.setattr(images, "read", None)  # the files are not needed any more
     samples = [cached[key] for key in (0, 3, (2, 5), (0, 3))]
@@ -348,7 +347,7 @@ def test_a_resized_sample_is_the_whole_tile_turned(tmp_path):
     """Image and mask alike, in all eight ways and no other."""
     image, mask = tile(3, 50, 80)
     paired = [(write_tif(tmp_path / "a.tif", image), write_tif(tmp_path / "m.tif", mask))]
-    data = seg.SegData(paired, changes=WILDFIRE, bands=[1, 2], imgsz=32, resize=True, repeat=40)
+    data = seg.SegData(paired, **WILDFIRE.options, bands=[1, 2], imgsz=32, resize=True, repeat=40)
     small = images.resize(torch.from_numpy(image[:2]), (32, 32))
     labels = images.nearest(torch.from_numpy(mask), (32, 32))
     ways = [(torch.rot90(x, k, (-2, -1)), torch.rot90(y, k, (-2, -1)))
@@ -391,7 +390,7 @@ def test_a_partition_has_every_pixel_once(height, width, tile):
 def test_a_window_is_a_tile_of_its_own(mixed, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paired, windows = [mixed[1], mixed[0], mixed[1]], [(0, 50, 40, 40), None, (5, 0, 32, 33)]
-    data = seg.SegData(paired, windows, WILDFIRE, imgsz=16, repeat=2, cache=cache)
+    data = seg.SegData(paired, windows, **WILDFIRE.options, imgsz=16, repeat=2, cache=cache)
     for i, (y, x, h, w) in enumerate([windows[0], (0, 0, 64, 64), windows[2]]):
         whole, mask = images.read(paired[i][0]).float(), seg.read_mask(paired[i][1])
         assert torch.equal(data[i]["image"], whole[:, y:y + h, x:x + w])

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.augment import Augmentation
-from tests.conftest import WILDFIRE, warp_points
+from tests.conftest import WILDFIRE, Augmentation, warp_points
 from utils.ops.geometry import flip_h, flip_v, rot90, rotate, scale, translate, warp, warp_boxes
 
 BORDERS = ("constant", "reflect", "wrap")

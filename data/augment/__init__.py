@@ -1,6 +1,5 @@
 """Augmentation: a random matrix of utils/ops/geometry.py and a random colour change, drawn from a numpy generator."""
 import math
-from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -8,10 +7,16 @@ import torch
 from utils.ops import boxes, geometry
 
 
-@dataclass
-class Augmentation:
-    """What training changes of a sample, in all tasks; the fields are the flags. As they stand, nothing is changed.
+def of_flags(flags):
+    """{flag: value} of a training script -> {"view": the keyword arguments of `view`, "colour": those of `colour`}."""
+    return {function.__name__: {name: flags[name] for name in function.__kwdefaults__} for function in (view, colour)}
 
+
+def view(rng, height, width, size, point=None, *, hflip=0.0, vflip=0.0, rot90=False, p_affine=1.0, zoom=(1.0, 1.0),
+         zoom_linear=False, aspect=1.0, degrees=0.0, shear=0.0, translate=0.0, crop_padding=0.0, border=("constant",)):
+    """A random view of a height x width picture -> (the matrix from it to size x size pixels, the border around it).
+
+    As they stand, the keyword arguments change nothing. They are the flags of all training scripts:
     hflip, vflip: probabilities of mirroring left and right, up and down. rot90: also a random quarter turn.
     p_affine: probability that the picture is zoomed, stretched, turned, sheared and shifted, by up to the following.
     zoom: (lowest, highest) factor, log-uniform; below 1 a view shows more, above 1 less. zoom_linear: it is uniform, as
@@ -19,99 +24,67 @@ class Augmentation:
     largest rotation. shear: largest angle along x and y, degrees. translate: largest shift, share of the view's side.
     crop_padding: 0: the view's middle is the picture's, but for the shift. Else the view lies anywhere in the picture,
     of which sides below crop_padding times what the view shows are padded to that, by one of the borders ("constant",
-    "reflect", "wrap": see `geometry.warp`), with equal probability.
-    hue, saturation: of pictures with three bands, which are taken for RGB: hues are turned by up to `hue` of the circle;
-    saturation times 1 - saturation to 1 + saturation. value: all bands times 1 - value to 1 + value. gain: all bands
-    times a factor of -gain to gain octaves, and each band times one of -gain / 4 to gain / 4 octaves.
+    "reflect", "wrap": see `geometry.warp`), with equal probability. point: (row, column) of a pixel over which such a
+    view is laid, before it is turned and shifted.
     """
-    hflip: float = 0.0
-    vflip: float = 0.0
-    rot90: bool = False
-    p_affine: float = 1.0
-    degrees: float = 0.0
-    translate: float = 0.0
-    zoom: tuple = (1.0, 1.0)
-    zoom_linear: bool = False
-    aspect: float = 1.0
-    shear: float = 0.0
-    crop_padding: float = 0.0
-    border: tuple = ("constant",)
-    hue: float = 0.0
-    saturation: float = 0.0
-    value: float = 0.0
-    gain: float = 0.0
+    moved = p_affine == 1 or rng.random() < p_affine
+    most = moved * np.array((degrees, shear, shear, translate, translate))
+    share, angle, *slant, right, down, v, h = rng.uniform((0, *-most, 0, 0), (1, *most, 1, 1))
+    low, high = zoom
+    factor = low + (high - low) * share if zoom_linear else low * (high / low) ** share
+    stretch = aspect ** rng.uniform(-0.5, 0.5) if aspect > 1 else 1
+    factors = np.array((factor * stretch, factor / stretch)) ** moved  # of x, y, as all pairs below
+    sides, windows = np.array((width, height)), size / factors
+    middle = sides / 2
+    if crop_padding:
+        padded = np.maximum(sides, crop_padding * windows)
+        before = (padded - sides) // 2
+        first, last = np.zeros(2), padded - windows
+        if point is not None:
+            at = before + point[::-1]
+            first, last = np.maximum(first, at - windows + 1), np.minimum(last, at)
+        middle = rng.integers(first.astype(int), last.astype(int), endpoint=True) - before + windows / 2
+    # until the last line, the view's middle is the origin
+    matrix = geometry.rotate(angle) @ geometry.scale(*factors) @ geometry.translate(*-middle)
+    matrix = geometry.translate(size * right, size * down) @ geometry.shear(*slant) @ matrix
+    matrix = geometry.scale(-1 if h < hflip else 1, -1 if v < vflip else 1) @ matrix
+    matrix = geometry.rot90(rot90 and rng.integers(4), 0, 0) @ matrix
+    return geometry.translate(size / 2, size / 2) @ matrix, border[rng.integers(len(border))]
 
-    @classmethod
-    def of(cls, flags):
-        """The Augmentation that {flag: value} of a training script asks for."""
-        return cls(**{field.name: flags[field.name] for field in fields(cls)})
 
-    @property
-    def recolours(self):
-        """Whether colours are changed at all."""
-        return any((self.hue, self.saturation, self.value, self.gain))
+def colour(rng, bands, *, hue=0.0, saturation=0.0, value=0.0, gain=0.0):
+    """A random matrix on the bands of a picture, a float32 tensor (bands, bands), for `recolour`.
 
-    def view(self, rng, height, width, size, point=None):
-        """A random view of a height x width picture -> (the matrix from it to size x size pixels, the border around it).
-        point: (row, column) of a pixel that the view shows."""
-        moved = self.p_affine == 1 or rng.random() < self.p_affine
-        most = moved * np.array((self.degrees, self.shear, self.shear, self.translate, self.translate))
-        draws = rng.uniform((0, *-most, 0, 0), (1, *most, 1, 1))
-        low, high = self.zoom if moved else (1, 1)
-        zoom = low + (high - low) * draws[0] if self.zoom_linear else low * (high / low) ** draws[0]
-        stretch = self.aspect ** (moved * rng.uniform(-0.5, 0.5)) if self.aspect > 1 else 1
-        factors = np.array((zoom * stretch, zoom / stretch))  # of x, y, as all pairs below
-        sides, windows = np.array((width, height)), size / factors
-        middle = sides / 2
-        if self.crop_padding:
-            padded = np.maximum(sides, self.crop_padding * windows)
-            before = (padded - sides) // 2
-            first, last = np.zeros(2), padded - windows
-            if point is not None:
-                at = before + point[::-1]
-                first, last = np.maximum(first, at - windows + 1), np.minimum(last, at)
-            middle = rng.integers(first.astype(int), last.astype(int), endpoint=True) - before + windows / 2
-        # until the last line, the view's middle is the origin
-        matrix = geometry.rotate(draws[1]) @ geometry.scale(*factors) @ geometry.translate(*-middle)
-        matrix = geometry.translate(*size * draws[4:6]) @ geometry.shear(*draws[2:4]) @ matrix
-        if point is not None:  # a rotation or a shift may have moved it out
-            at = matrix[:2] @ (point[1] + 0.5, point[0] + 0.5, 1)
-            matrix = geometry.translate(*at.clip(0.5 - size / 2, size / 2 - 0.5) - at) @ matrix
-        flips = np.where(draws[:5:-1] < (self.hflip, self.vflip), -1, 1)
-        turn = geometry.rot90(rng.integers(4) if self.rot90 else 0, 0, 0) @ geometry.scale(*flips)
-        return geometry.translate(size / 2, size / 2) @ turn @ matrix, self.border[rng.integers(len(self.border))]
-
-    def colour(self, rng, bands):
-        """A random float32 matrix (bands, bands) on the bands of a picture, for `recolour`."""
-        turn, saturate, bright = rng.uniform(-1, 1, 3) * (self.hue, self.saturation, self.value) + (0, 1, 1)
-        matrix = np.eye(bands)
-        if bands == 3:  # a circulant matrix, whose eigenvalues are 1 for grey and a complex number for colours
-            line = np.fft.irfft((1, saturate * np.exp(-2j * np.pi * turn)), 3)
-            matrix = line[np.subtract.outer(range(3), range(3))]
-        if self.gain:
-            matrix = np.exp2(self.gain * (rng.uniform(-1, 1) + rng.uniform(-1, 1, (bands, 1)) / 4)) * matrix
-        return (bright * matrix).astype(np.float32)
+    hue, saturation: of three bands, which are taken for RGB: hues are turned by up to `hue` of the circle; saturation
+    times 1 - saturation to 1 + saturation. value: all bands times 1 - value to 1 + value. gain: all bands times a
+    factor of -gain to gain octaves, and each band times one of -gain / 4 to gain / 4 octaves.
+    """
+    turn, saturate, bright = rng.uniform(-1, 1, 3) * (hue, saturation, value) + (0, 1, 1)
+    matrix = np.eye(bands)
+    if bands == 3:  # a circulant matrix, whose eigenvalues are 1 for grey and a complex number for colours
+        line = np.fft.irfft((1, saturate * np.exp(-2j * np.pi * turn)), 3)
+        matrix = line[np.subtract.outer(range(3), range(3))]
+    if gain:
+        matrix = np.exp2(gain * (rng.uniform(-1, 1) + rng.uniform(-1, 1, (bands, 1)) / 4)) * matrix
+    return torch.from_numpy((bright * matrix).astype(np.float32))
 
 
 def recolour(images, matrices, scale=1.0):
-    """images (B, C, H, W), any dtype; matrices (B, C, C) of `Augmentation.colour` -> the images divided by scale (a
+    """images (B, C, H, W), any dtype; matrices (B, C, C) of `colour` -> the images divided by scale (a
     number, or one per band) and recoloured, float32, not clamped; where a band holds no data (NaN), it stays so."""
     mixed = torch.empty(images.shape, device=images.device)
     matrices = matrices.to(mixed) / torch.as_tensor(scale, device=mixed.device)
-    gaps = images.isnan() if images.is_floating_point() else None
     # image by image into one tensor: allocating memory costs CPUs more than the sums
-    for image, matrix, out in zip(images if gaps is None else images.nan_to_num(0.0), matrices, mixed.flatten(2)):
-        torch.mm(matrix, image.contiguous().float().flatten(1), out=out)
-    return mixed if gaps is None else mixed.masked_fill_(gaps, math.nan)
+    for image, matrix, out in zip(images, matrices, mixed.flatten(2)):
+        torch.mm(matrix, image.contiguous().float().nan_to_num(0.0).flatten(1), out=out)
+    return mixed.masked_fill_(images.isnan(), math.nan) if images.is_floating_point() else mixed
 
 
 def square(rng, size, probability, side):
     """The blank square of the winning Dirty-MNIST system: somewhere in a size x size image; side: share of the size.
     -> (4,) x1, y1, x2, y2; zeros without a square"""
-    if rng.random() >= probability:
-        return np.zeros(4)
     corner = rng.uniform(0, size * (1 - side), 2)
-    return np.concatenate((corner, corner + size * side))
+    return np.concatenate((corner, corner + size * side)) * (rng.random() < probability)
 
 
 # ---- detection ----

@@ -15,7 +15,6 @@ import segmentation_models_pytorch as smp
 import torch
 
 from data import folds, seg
-from data.augment import Augmentation
 from data.loader import eval_loader, train_loader
 from utils import losses
 from utils.metrics.segmentation import BinaryIoU
@@ -47,8 +46,8 @@ def main():
     train, val = ([n for n, k in fold_of.items() if (k == args.fold) is held_out] for held_out in (False, True))
     inputs = seg.Input(bands, args.scale, args.imgsz, mean_planes=False)
     options = dict(bands=bands, cache="ram")
-    changes = Augmentation(hflip=0.5, rot90=True, crop_padding=2.0, border=("reflect", "wrap"), gain=args.gain)
-    data = seg.SegData([paired[n] for n in train], changes=changes, imgsz=args.imgsz, seed=args.seed, **options)
+    view = dict(hflip=0.5, rot90=True, crop_padding=2.0, border=["reflect", "wrap"])
+    data = seg.SegData([paired[n] for n in train], view=view, colour=dict(gain=args.gain), imgsz=args.imgsz, seed=args.seed, **options)
     loader = train_loader(data, args.bs, seed=args.seed)
     val_loader = eval_loader(seg.SegData([paired[n] for n in val], **options), args.bs)
 

@@ -69,11 +69,11 @@ def resize(image, size):
 
 
 def shrunk(image, matrix):
-    """An image (C, H, W) that a matrix makes smaller, resized with antialiasing by as much, -> the smaller image and the
-    matrix from its pixels: `warp` alone would skip pixels. What shrinks by less than a ninth stays as it is."""
-    sides, factors = np.array(image.shape[1:]), np.linalg.norm(matrix[:2, :2], axis=0)[::-1]  # of rows, of columns
-    small = np.rint(sides * np.where(factors < 0.89, factors, 1)).astype(int).clip(1)
-    return resize(image, small.tolist()), matrix @ scale(*(sides / small)[::-1])
+    """An image (C, H, W) that a matrix makes smaller, resized with antialiasing by as much, -> the smaller image and
+    the matrix from its pixels: `warp` alone would skip pixels. What shrinks by less than a ninth stays as it is."""
+    sides, factor = image.shape[1:], abs(np.linalg.det(matrix[:2, :2])) ** 0.5
+    height, width = [max(1, round(side * factor)) for side in sides] if factor < 0.89 else sides
+    return resize(image, (height, width)), matrix @ scale(sides[1] / width, sides[0] / height)
 
 
 def paste(image, matrix, canvas, cell):

@@ -6,13 +6,13 @@ import torch
 from utils import losses
 from utils.errors import Parser, UserError
 from utils.files import write_json
-from utils.pictures import table
 from utils.train import dist, engine, optim, runs
 from utils.train.loggers import make_loggers
 from utils.train.state import State
 from utils.train.swa import SWA, with_swa
 
-KEPT = ("weights", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run keeps its weights and its split
+# a resumed run keeps its weights and its split
+KEPT = ("weights", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
 
 
 def int_range(low, high=2**31):
@@ -93,12 +93,12 @@ def loss_term(known):
     return parse
 
 
-def train_parser(description, task, recipes=None, **defaults):
+def train_parser(description, task, recipes={}, **defaults):
     """A parser with the flags that all training scripts share; `description`: a text of which the first line is shown.
-    recipes: {name: {flag: default}} of --recipe, first the competition's, which --help shows, then that for photographs,
-    see `setup_run`. defaults: {flag: default} of all of them."""
+    recipes: {name: flags} of --recipe, which `setup_run` makes the defaults, first the competition's, then one for
+    photographs that names all flags of the first. defaults: {flag: default} for all of them."""
     parser = Parser(description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.recipes = recipes or {}
+    parser.recipes = recipes
     add = parser.add_argument_group("training").add_argument
     add("--data", metavar="DIR", help="folder of the data")
     if recipes:
@@ -175,25 +175,30 @@ def train_parser(description, task, recipes=None, **defaults):
     add("--save-period", type=int_range(0), default=10, help="also keep a checkpoint every so many epochs; 0: none")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars into the run folder")
     add("--wandb", action="store_true", help="log to Weights & Biases")
-    parser.set_defaults(**defaults | next(iter(parser.recipes.values()), {}))
+    parser.set_defaults(**defaults)
     return parser
+
+
+def _given(parser, argv):
+    """{flag: value} of the flags that stand on a command line; None: this process's."""
+    unset = object()
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    return {flag: value for flag, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
 
 
 def add_augmentation(add):
     """The flags of data.augment.Augmentation. add: of a parser or a group."""
-    for flag, (kind, text) in {
-            "--hflip": (fraction, "probability of mirroring left and right"),
-            "--vflip": (fraction, "probability of mirroring up and down"),
-            "--degrees": (float_range(0, 180), "largest rotation"),
-            "--shear": (float_range(0, 80), "largest shear, degrees"),
-            "--translate": (fraction, "largest shift, share of the size"),
-            "--crop-padding": (float_range(0, 10), "a view lies anywhere in the picture, which is padded to this times "
-                               "the view where it is smaller; 0: in its middle"),
-            "--hue": (fraction, "largest change of hue, share of the circle (three bands)"),
-            "--saturation": (fraction, "saturation times 1 - F to 1 + F (three bands)"),
-            "--value": (fraction, "brightness times 1 - F to 1 + F"),
-            "--gain": (float_range(0, 10), "random brightness, octaves either way")}.items():
-        add(flag, type=kind, default=0.0, metavar="F", help=text)
+    texts = {"hflip": "probability of mirroring left and right", "vflip": "probability of mirroring up and down",
+              "translate": "largest shift, share of the size",
+              "hue": "largest change of hue, share of the circle (three bands)",
+              "saturation": "saturation times 1 - F to 1 + F (three bands)", "value": "brightness times 1 - F to 1 + F",
+              "degrees": "largest rotation", "shear": "largest shear, degrees",
+             "gain": "random brightness, octaves either way",
+             "crop-padding": "a view lies anywhere in the picture, which is padded to this times the view where it is "
+                             "smaller; 0: in its middle"}
+    most = {"degrees": 180, "shear": 80, "gain": 10, "crop-padding": 10}
+    for flag, text in texts.items():
+        add(f"--{flag}", type=float_range(0, most.get(flag, 1)), default=0.0, metavar="F", help=text)
     add("--rot90", action=argparse.BooleanOptionalAction, default=False, help="random quarter turns")
     add("--zoom", type=float_range(0.05, 20), nargs=2, default=[1.0, 1.0], metavar=("LOW", "HIGH"), help="random zoom, "
         "log-uniform: below 1 a view shows more, above 1 less")
@@ -205,22 +210,22 @@ def add_augmentation(add):
         "of several one at random")
 
 
-def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photographs=lambda args: False):
+def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photographs=lambda data: False):
     """What a training script begins with: flags, then device and process group, then the run folder.
 
     needs: {flag: flags that do nothing without it}. check(args): raises UserError for flags that are wrong together.
     Flags are refused before there is a run folder; with --resume, it is the flags of the resumed run that are checked.
-    photographs(args): whether the data are photographs, which decides where no --recipe is given.
+    photographs(--data): whether the data are photographs, which decides where no --recipe is given.
     Returns (args, torch.device, the run folder's Path, the checkpoint to go on from or None).
     """
-    args = parser.parse_args(argv)
-    if parser.recipes and args.resume is None:
-        args.recipe = args.recipe or list(parser.recipes)[bool(photographs(args))]
-        parser.set_defaults(**parser.recipes[args.recipe])
-        args = parser.parse_args(argv, argparse.Namespace(recipe=args.recipe))
-    unset = object()
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
-    given = {flag: value for flag, value in given.items() if value is not unset}  # on the command line
+    recipes = {name: _given(parser, text.split()) for name, text in parser.recipes.items()}
+    first = next(iter(recipes), None)
+    parser.set_defaults(recipe=first, **recipes.get(first, {}))
+    given, args = _given(parser, argv), parser.parse_args(argv)
+    if recipes and args.resume is None:
+        name = given.get("recipe") or list(recipes)[photographs(args.data)]
+        parser.set_defaults(**recipes[name])
+        args = parser.parse_args(argv, argparse.Namespace(recipe=name))
 
     def check_all(args):
         _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",)} | (needs or {}))
@@ -230,9 +235,8 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photogr
         check_all(args)
     device = dist.setup(args.device)
     args, folder, resume = begin_run(parser, args, given, check_all)
-    for name in parser.recipes.keys() - {vars(args).get("recipe")}:
-        differ = table.flags(parser.recipes[args.recipe], parser.recipes[name])
-        dist.print0(f"recipe {args.recipe}, unlike {name}: {differ or 'no difference'}")
+    for name, flags in parser.recipes.items():
+        dist.print0(f"recipe {name}{' (in use)' if name == args.recipe else ''}: {flags}")
     return args, device, folder, resume
 
 
@@ -254,8 +258,6 @@ def begin_run(parser, args, given=None, check=lambda args: None):
                 raise UserError(f"{word(flag)}: a resumed run keeps its own; leave it out, or start a new run")
             if flag != "resume" and value != stored.get(flag):
                 dist.print0(f"{word(flag)}: {value} instead of the run's {stored.get(flag)}")
-        if parser.recipes and "recipe" not in stored:  # a run from before there were several
-            stored = {"recipe": next(iter(parser.recipes))} | stored
         args = argparse.Namespace(**vars(args) | stored | given)
         check(args)
     if args.debug:
@@ -276,21 +278,17 @@ def word(flag):
 
 def _present_names(flags):
     """The flags of a run, which may be of an earlier edition, under the names that they have now."""
-    if "allow_bad_labels" in flags:
-        flags = flags | {"allow_bad": flags["allow_bad_labels"]}
-    if "flip" in flags:  # classification
-        flags = flags | {"hflip": flags["flip"], "vflip": flags["flip"]}
+    old = [("allow_bad", "allow_bad_labels"), ("hflip", "flip"), ("vflip", "flip"), ("hflip", "flip_lr"),
+           ("vflip", "flip_ud")]
+    if "pixel_scale" not in flags:
+        old += [("pixel_scale", "band_scale" if "band_scale" in flags else "scale"), ("aux_cls", "presence")]
+        if "net" in flags:  # classification: --cutout was the side of a square that half of the images lost
+            side = flags.get("cutout", 0)
+            flags = flags | ({"cutout": 0.5, "cutout_size": side} if side else {"cutout": 0.0})
     if "hsv" in flags:  # detection
-        colour, zoom = dict(zip(("hue", "saturation", "value"), flags["hsv"])), [1 - flags["scale"], 1 + flags["scale"]]
-        flags = flags | colour | {"zoom": zoom, "hflip": flags["flip_lr"], "vflip": flags["flip_ud"]}
-    if "pixel_scale" in flags:
-        return flags
-    old = {"pixel_scale": "band_scale" if "band_scale" in flags else "scale", "aux_cls": "presence"}
-    renamed = {name: flags[before] for name, before in old.items() if before in flags}
-    if "net" in flags:  # classification: --cutout was the side of a square that half of the images lost
-        side = flags.get("cutout", 0)
-        renamed |= {"cutout": 0.5, "cutout_size": side} if side else {"cutout": 0.0}
-    return flags | renamed
+        colour = dict(zip(("hue", "saturation", "value"), flags["hsv"]))
+        flags = flags | colour | {"zoom": [1 - flags["scale"], 1 + flags["scale"]]}
+    return flags | {name: flags[before] for name, before in old if before in flags}
 
 
 def check_batch(args, stride):
@@ -312,8 +310,6 @@ def _check_flags(parser, args, given, needs):
                         "fold": args.fold}.items():
         if no_validation and waits and given.keys() & {flag.split()[0], "folds"}:
             raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
-    if args.zoom[0] > args.zoom[1]:
-        raise UserError(f"--zoom {args.zoom[0]:g} {args.zoom[1]:g}: the lower end comes first; exchange them")
     mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
     if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
         raise UserError(f"{', '.join(map(word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
