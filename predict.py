@@ -66,7 +66,7 @@ def parse_args():
         "those that the checkpoint's run has held out; --pseudo labels them anew")
     add("--out", metavar="DIR", help="new folder for the results; without: predict in the run's folder")
     add("--tta", nargs="*", choices=tta.NAMES, metavar="NAME", help="test-time augmentation: all combinations of "
-        f"{', '.join(tta.NAMES)}; without names: seg both flips, det three sizes, one flipped, cls quarter turns")
+        f"{', '.join(tta.NAMES)}; without names: seg, cls what training drew of them, det three sizes, one flipped")
     add("--tta-scales", type=float_range(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale {tta.SCALES}")
     add("--merge", choices=(*tta.MERGES, "wbf"), help="of the views' probabilities (mean; sum is capped at 1 and needs "
         "--threshold, tsharpen averages sqrt(p) and compares with sqrt(threshold)), or wbf of their boxes (det)")
@@ -159,9 +159,13 @@ def load_members(args, task, device, paths, states):
     return members
 
 
-def view_options(args, default=()):
-    """The keyword arguments of `decide.segment` and `decide.classify` for the views that --tta asks for."""
-    names = default if args.tta == [] else args.tta or ()
+def view_options(args, members):
+    """The keyword arguments of `decide.segment` and `decide.classify` for the views that --tta asks for; without names
+    those that the first checkpoint's training drew."""
+    names = args.tta or ()
+    if args.tta == []:
+        names = decide.drawn_views(args.task, members[0].state["args"])
+        dist.print0(f"--tta {' '.join(names)}: the flips and turns that training drew")
     return dict(names=names, scales=args.tta_scales or tta.SCALES, merge=args.merge or "mean")
 
 
@@ -229,7 +233,7 @@ def predict_seg(args, device, members):
     files, failed, good = find_sources(args, members, longest=math.inf if args.detector else tile)
     sizes = {file: images.size(file) for file in good}
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
-    views = view_options(args, decide.SEGMENTATION_VIEWS)
+    views = view_options(args, members)
     parts = find_parts(args, device, good) if args.detector else {}
     out = new_folder(args, members[0].path)
     writer = masks.MaskWriter(out, overlays=first.inputs.bands if args.overlays else None, polygons=args.polygons,
@@ -342,7 +346,7 @@ def det_views(args, members, files):
 def detect(args, device, members, views):
     """-> the detections (n, 6) in each of the views' files, in its pixels; the same on every rank."""
     bands, largest = all_bands(members), max(member.inputs.imgsz for member in members)
-    make_views = decide.DETECTION_VIEWS if args.tta == [] else functools.partial(
+    make_views = tta.yolov5 if args.tta == [] else functools.partial(
         tta.tta_views, args.tta or (), scales=args.tta_scales or tta.SCALES)
     loader = eval_loader(views, args.bs, shapes=views.shapes, workers=args.workers, device=device, collate=det.collate)
 
@@ -423,7 +427,7 @@ def class_probabilities(args, device, member, files):
     blank = np.zeros((len(files), len(state["classes"])), np.float32)
     data = cls.AugmentedImages(cls.Images(files, blank, bands=inputs.bands, limit=2 * inputs.imgsz), inputs.imgsz)
     loader = eval_loader(data, args.bs, workers=args.workers, device=device, collate=cls.collate)
-    options, probs = view_options(args, decide.CLASSIFICATION_VIEWS), np.zeros(blank.shape)
+    options, probs = view_options(args, [member]), np.zeros(blank.shape)
     progress = tqdm(total=len(files), desc=Path(member.path).parent.name, unit="img", disable=dist.rank() > 0)
     with torch.inference_mode(), progress as bar:
         for batch in loader:

@@ -7,14 +7,13 @@
 """
 import dataclasses
 import os
-from argparse import BooleanOptionalAction
 
 import numpy as np
 import torch
 
 import nets
 from data import cls, folds, images, units
-from data.augment import mix
+from data.augment import mix, of_flags
 from data.loader import eval_loader, train_loader
 from data.samples import dirty_mnist
 from nets import pretrained
@@ -32,10 +31,19 @@ from utils.train.args import (check_batch, class_weights, float_range, fraction,
 LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
 
 
+RECIPES = {  # defaults of flags: the competition's, and those for photographs
+    "dirty-mnist": "--optimizer adam --weight-decay 1e-5 --cutout 0.5 --cutout-size 0.3 --rot90 --p-affine 0.5 "
+                   "--degrees 15 --translate 0.0625 --zoom 0.9 1.1 --zoom-linear --border reflect",
+    # a random resized crop of 35 to 100 % of the area, as `photos` of other libraries have it
+    "photos": "--optimizer adamw --weight-decay 0.05 --cutout 0 --cutout-size 0.5 --no-rot90 --p-affine 1 --degrees 0 "
+              "--translate 0 --zoom 1 1.7 --no-zoom-linear --border reflect --aspect 1.33 --crop-padding 1 --hflip 0.5 "
+              "--hue 0.02 --saturation 0.3 --value 0.3",
+}
+
+
 def make_parser():
-    parser = train_parser(__doc__, "cls", data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
-                          optimizer="adam", weight_decay=1e-5, schedule="cosine", lr_floor=0.01,
-                          cutout=0.5, cutout_size=0.3)
+    parser = train_parser(__doc__, "cls", RECIPES, data="resources", epochs=30, bs=32, imgsz=384, lr=1e-3,
+                          schedule="cosine", lr_floor=0.01)
     add = parser.add_argument_group("classification").add_argument
     add("--net", default="efficientnetv2_s", metavar="NAME", help=f"{', '.join(nets.NAMES)}, or mine.Mine: class "
         f"Mine in nets/mine.py")
@@ -57,10 +65,6 @@ def make_parser():
         "image, of the images that have it; balanced: in inverse proportion to the classes' images")
     add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
-    add("--rot90", action=BooleanOptionalAction, default=True, help="random quarter turns")
-    add("--flip", type=fraction, default=0.0, help="probability of each flip")
-    add("--degrees", type=float_range(0, 180), default=15.0, help="largest rotation")
-    add("--p-affine", type=fraction, default=0.5, help="probability of a small shift, scale and rotation")
     add("--cutmix", type=fraction, default=0.0, metavar="P", help="probability that a batch gets boxes of "
         "other images")
     add("--snapmix", type=fraction, default=0.0, metavar="P", help="the same, with labels weighted by the "
@@ -148,7 +152,8 @@ def synthetic_source(args, data, bands, device):
 
 def main():
     needs = {"synthesize": ("letters_per_image", "noise", "synthesize_count")}
-    args, device, folder, resume = setup_run(make_parser(), needs=needs, check=check_flags)
+    args, device, folder, resume = setup_run(
+        make_parser(), needs=needs, check=check_flags, photographs=units.photographs)
 
     # ---- samples ----
     data, val, bands, files, labels, weights = load_samples(args, folder, resume)
@@ -158,8 +163,8 @@ def main():
         raise UserError("--loss ce: is for a single label per image, this data has several; take bce or focal")
     options = dict(bands=bands, limit=2 * args.imgsz, cache=args.cache)
     source = synthetic_source(args, data, bands, device) if args.synthesize else cls.Images(files, labels, **options)
-    train_data = cls.AugmentedImages(source, args.imgsz, seed=args.seed, rot90=args.rot90, flip=args.flip,
-                                     degrees=args.degrees, p_affine=args.p_affine, p_cutout=args.cutout,
+    changes = of_flags(vars(args))
+    train_data = cls.AugmentedImages(source, args.imgsz, **changes, seed=args.seed, p_cutout=args.cutout,
                                      cutout_size=args.cutout_size)
     parts = min(round(1 / args.val_interval), -(-len(train_data) // args.bs))  # an epoch has a batch at least
     on_gpu = args.synthesize and device.type == "cuda"  # images are made there: no workers, no pinned memory
@@ -213,7 +218,9 @@ def main():
         return sum(parts.values()), parts if len(parts) > 1 else {}
 
     def draw_augmented(epoch):  # labels above 1 % are written below
-        x, labels = mixed(engine.to_device(cls.collate([train_data[epoch, i] for i in range(8)]), device))
+        batch = cls.collate([train_data[i if epoch is None else (epoch, i)] for i in range(8)])
+        batch = engine.to_device(batch, device)
+        x, labels = (inputs(batch), batch["label"]) if epoch is None else mixed(batch)
         return [sheets.to_rgb(image) for image in x], [
             " ".join(name if share > 0.99 else f"{name} {share:.2f}" for name, share in zip(names, row) if share > 0.01)
             for row in labels.tolist()]
@@ -233,11 +240,11 @@ def main():
 
     # ---- training ----
     if args.show_augment:
-        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.is_main() else None
+        return sheets.augmentation_sheet(folder, draw_augmented, changes)
     if dist.is_main():
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
-        shown = [sheets.to_rgb(x) for x in dataclasses.replace(inputs, mean=(0.0,), std=(1.0,))(batch)]
+        shown = [sheets.to_rgb(x) for x in inputs(batch)]
         sheets.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
     header = {"task": "cls", "arch": arch, "classes": names, "single_label": single_label,
               "input": dataclasses.asdict(inputs), "args": vars(args)}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import nets
 from data import det, folds, images, labels, units
-from data.augment import mix
+from data.augment import mix, of_flags
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS
@@ -34,7 +34,7 @@ from utils.train import dist, engine, optim
 from utils.train.args import begin_run, float_range, fraction, int_range, setup_run, train_parser, training
 
 YOLO = "yolo.YOLOv5"
-AUGMENT = ("mosaic", "grid", "mixup", "hsv", "degrees", "translate", "scale", "shear", "flip_ud", "flip_lr")
+RECIPES = dict.fromkeys(("parking-lots", "photos"), "--hflip 0.5 --zoom-linear")  # --preset has all other defaults
 GAINS = {  # per head: weights of the parts of the loss
     "free": dict(box=7.5, dfl=1.5, obj=1.0, cls=0.5),
     "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
@@ -47,7 +47,7 @@ VALIDATION = dict(conf=0.001, iou=0.65, max_det=300)
 NEEDS = {"tile": ("overlap",), "mosaic": ("mixup", "grid", "close_mosaic"),
          "warmup_epochs": ("warmup_bias_lr", "warmup_momentum")}
 COMMON = dict(obj_pw=1.0, cls_pw=1.0, label_smoothing=0.0, focal_gamma=0.0, anchor_threshold=4.0, autoanchor=True,
-              hsv=[0.015, 0.7, 0.4], translate=0.1, scale=0.5)
+              hue=0.015, saturation=0.7, value=0.4, translate=0.1, zoom=[0.5, 1.5])
 PRESETS = {
     "default": COMMON | dict(
         head="free", optimizer="adamw", lr=2e-3, lr_floor=0.01, schedule="flat", momentum=0.9, weight_decay=0.05,
@@ -59,12 +59,12 @@ PRESETS = {
     "finetune": COMMON | dict(
         head="anchor", optimizer="sgd", lr=0.0032, lr_floor=0.12, schedule="linear", momentum=0.843,
         weight_decay=3.6e-4, warmup_epochs=2.0, warmup_bias_lr=0.05, warmup_momentum=0.5, box=0.0296, obj=0.301,
-        obj_pw=0.911, cls=0.243, cls_pw=0.631, anchor_threshold=2.91, hsv=[0.0, 0.0, 0.4], scale=0.9),
+        obj_pw=0.911, cls=0.243, cls_pw=0.631, anchor_threshold=2.91, hue=0.0, saturation=0.0, zoom=[0.1, 1.9]),
 }
 
 
 def make_parser():
-    parser = train_parser(__doc__, "det", data="DATA", epochs=50, bs=16, imgsz=640)
+    parser = train_parser(__doc__, "det", RECIPES, data="DATA", epochs=50, bs=16, imgsz=640)
     add = parser.add_argument_group("detection").add_argument
     add("--preset", choices=PRESETS, default="default", help="our recipe, or a stage of the competition's recipe")
     add("--stages", type=stage_list, metavar="N,N", help="two runs: N epochs of scratch-low, then N epochs of finetune "
@@ -81,18 +81,9 @@ def make_parser():
         "+ F times --imgsz")
     add("--autoanchor", action=BooleanOptionalAction, help="fit new anchors where the net's anchors do "
         "not fit the data (anchor)")
-    add = parser.add_argument_group("augmentation").add_argument
     add("--mosaic", type=fraction, default=1.0, help="probability; --mixup blends two mosaics")
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
     add("--close-mosaic", type=int_range(0), default=0, help="number of last epochs without mosaic")
-    add("--hsv", type=fraction, nargs=3, metavar=("H", "S", "V"), help="largest change of hue, "
-        "saturation, value")
-    add("--degrees", type=float_range(0, 180), default=0.0, help="largest rotation")
-    add("--translate", type=fraction, help="largest shift, share of the size")
-    add("--scale", type=float_range(0, 0.99), help="zoom by 1 - F to 1 + F")
-    add("--shear", type=float_range(0, 80), default=0.0, help="largest shear, degrees")
-    add("--flip-ud", type=fraction, default=0.0, help="probability")
-    add("--flip-lr", type=fraction, default=0.5, help="probability")
     add = parser.add_argument_group("loss").add_argument
     for name, what in {"box": "boxes' CIoU", "dfl": "distances' distributions (free)", "obj": "objectness (anchor)",
                        "cls": "classes"}.items():
@@ -144,6 +135,8 @@ def check_flags(args):
         if vars(args)[flag] != usual[flag]:
             raise UserError(f"{table.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
                             f"leave it out, or choose the other head")
+    if args.border != ["constant"]:
+        raise UserError("--border: mirrored objects would have no boxes; leave it out")
     if args.grid == 9 and (args.degrees or args.shear):  # outer pictures would cover the objects of others
         raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
     if args.stages and args.resume is None and (args.preset, args.epochs) != ("scratch-low", args.stages[0]):
@@ -162,7 +155,7 @@ def check_flags(args):
 
 def main():
     parser = make_parser()
-    args, device, folder, resume = setup_run(parser, needs=NEEDS, check=check_flags)
+    args, device, folder, resume = setup_run(parser, needs=NEEDS, check=check_flags, photographs=units.photographs)
     first_stage = args.stages and args.preset == "scratch-low" and not args.show_augment
     # torchrun may have restarted this script in the second stage
     if not (first_stage and resume and len(resume["history"]) >= args.epochs):
@@ -190,8 +183,9 @@ def experiment(args, device, folder, resume):
     bands = args.bands or images.default_bands(data.files)
     reading = dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
     samples = det.cut(samples, args.tile, args.overlap)
-    train_data = det.DetData(samples, seed=args.seed, close_mosaic=args.epochs - args.close_mosaic,
-                             **{flag: vars(args)[flag] for flag in AUGMENT}, **reading)
+    changes = of_flags(vars(args))
+    train_data = det.DetData(samples, **changes, seed=args.seed, mosaic=args.mosaic, grid=args.grid,
+                             mixup=args.mixup, close_mosaic=args.epochs - args.close_mosaic, **reading)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
                           parts=args.epoch_parts, same=args.debug, weights=draw_weights(samples, args.image_weights),
                           collate=det.collate)
@@ -226,6 +220,13 @@ def experiment(args, device, folder, resume):
     def augmented(batch):  # -> the net's input in training
         x = inputs(batch["image"], colour=batch["colour"])
         return mix.random_erase(x, p_gridmask=args.gridmask, p_cutout=args.cutout, cutout_size=args.cutout_size)
+
+    def draw_augmented(epoch):
+        data = det.DetData(samples, mosaic=0.0, **reading) if epoch is None else train_data
+        batch = det.collate([data[epoch or 0, i] for i in range(5)])
+        x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
+        return [pictures.draw_boxes(sheets.to_rgb(image), rows, names)
+                for image, rows in zip(x, det.gt_boxes(batch))], [""] * len(x)
 
     def compute_loss(net, batch):
         x, boxes = augmented(batch), batch["boxes"]
@@ -266,7 +267,7 @@ def experiment(args, device, folder, resume):
 
     # ---- training ----
     if args.show_augment:
-        return save_augmentations(folder / "augment.png", train_data, augmented, names)
+        return sheets.augmentation_sheet(folder, draw_augmented, changes)
     if dist.is_main():
         print(f"{len(train_data)} images with {sum(len(sample.boxes) for sample in samples)} boxes to train, "
               f"{len(val)} to validate; {len(names)} classes")
@@ -347,15 +348,6 @@ def draw_labels(folder, data, samples, augmented, names, batch_size):
     pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
     boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
     charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
-
-
-def save_augmentations(path, data, augmented, names):
-    """Draws a sheet of what is trained on: a row per image (and the mosaic around it), a column per epoch."""
-    batch = det.collate([data[epoch, i] for i in range(5) for epoch in range(5)])
-    x = (augmented(batch) * 255).byte()  # bytes are not stretched, so that brightness can be compared
-    if dist.is_main():
-        pictures.detection_sheet(path, x, det.gt_boxes(batch), names=names, limit=len(x))
-        print(path)
 
 
 def check_debug(history, head):

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 import nets
 from data import folds, seg, units
-from data.augment import mix
+from data.augment import mix, of_flags
 from data.loader import eval_loader, train_loader
 from nets import pretrained
 from utils import losses
@@ -33,6 +33,7 @@ BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore=...) -> mean over the
     "lovasz_elu": functools.partial(losses.lovasz_hinge, elu=True),
     "lovasz": losses.lovasz_hinge,
     "bce": losses.bce,
+    "ce": losses.bce,  # under the name that it has for several classes
     "dice": losses.dice,
     "focal": losses.focal,
     "topk": losses.top_k,
@@ -44,14 +45,20 @@ MULTICLASS = {  # the same for logits (B, classes, H, W) and masks of class indi
     "focal": losses.focal_softmax,
     "topk": losses.top_k_softmax,
 }
+RECIPES = {  # defaults of flags: the competition's, and those for photographs
+    "wildfire": "--bands 1-7 --mean-planes --conv0 32 32 --stem-stride 1 --epochs 150 --bs 64 --repeat 10 "
+                "--schedule restarts --hflip 0.5 --rot90 --crop-padding 2 --border reflect wrap",
+    "photos": "--bands all --no-mean-planes --conv0 --stem-stride 2 --epochs 100 --bs 16 --repeat 1 --schedule cosine "
+              "--hflip 0.5 --no-rot90 --crop-padding 1 --border reflect --zoom 0.7 1.5 --hue 0.02 --saturation 0.3 "
+              "--value 0.3 --loss ce",
+}
 OPTIONS = {"label_smoothing": "smoothing", "class_weights": "weight"}  # flag: the name in those losses that take it
 
 
 def make_parser():
-    parser = train_parser(__doc__, "seg", data="Wildfire", epochs=150, bs=64, imgsz=256, lr=1e-3,
-                          schedule="restarts", bands="1-7")
+    parser = train_parser(__doc__, "seg", RECIPES, data="Wildfire", imgsz=256, lr=1e-3)
     add = parser.add_argument_group("segmentation").add_argument
-    add("--mean-planes", action=BooleanOptionalAction, default=True,
+    add("--mean-planes", action=BooleanOptionalAction,
         help="give the net a constant plane per band, with the band's mean")
     add("--classes", type=int_range(1, 255), default=1, help="1: binary masks; else masks hold 0 to N-1")
     add("--ignore", type=int_range(-2**31), help="mask value of pixels that are left out of loss and metric")
@@ -59,8 +66,7 @@ def make_parser():
     add("--tile", type=int_range(16, 65536), help="images larger than this side are read in windows of this side; "
         "crops are cut from the windows")
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring training windows; 0 in validation")
-    add("--repeat", type=int_range(1, 10**6), default=10, help="passes over the data per epoch")
-    add("--gain", type=float_range(0, 10), default=0.0, help="random brightness, octaves either way")
+    add("--repeat", type=int_range(1, 10**6), help="passes over the data per epoch")
     add("--aux-cls", type=float_range(0), default=0.0, metavar="WEIGHT", help="loss weight of an auxiliary head that "
         "predicts which classes an image contains and sets the masks of absent classes to 0; 0: no head")
     add("--p-object", type=fraction, default=0.0, help="probability that a crop is laid over an object")
@@ -74,10 +80,12 @@ def make_parser():
     add("--net", default="unet.UNet", metavar="NAME", help="mine.Mine: class Mine in nets/mine.py")
     add("--encoder", metavar="NAME", default="regnetx_002", help="of the UNet: regnetx_002 ... 032, efficientnetv2_s, "
         "m, l, b0 ... b3, repvgg_a0 ..., hrnet_w18 ..., or mine.Mine")
-    add("--conv0", type=int_range(1, 4096), nargs="*", default=[32, 32], help="of the UNet: widths of the 1x1 "
+    add("--conv0", type=int_range(1, 4096), nargs="*", help="of the UNet: widths of the 1x1 "
         "convolutions before the encoder")
-    add("--decoder", type=int_range(1, 4096), nargs="*", default=[128, 64, 48, 32], help="of the UNet: widths, coarse "
-        "to fine; none: all maps are concatenated (with an HRNet encoder this is HRNetV2)")
+    add("--stem-stride", type=int, choices=(1, 2), help="of a RegNetX encoder's first convolution; 2: a quarter of the "
+        "time (all other encoders have 2)")
+    add("--decoder", type=int_range(1, 4096), nargs="*", help="of the UNet: widths, coarse to fine; without: as many "
+        "as reach the input's resolution; no numbers: all maps are concatenated (with an HRNet this is HRNetV2)")
     return parser
 
 
@@ -85,7 +93,8 @@ def describe_net(args, in_chans):
     """-> what `nets.build` makes the net of, and the checkpoint keeps."""
     kwargs = dict(in_chans=in_chans, classes=args.classes)
     if args.net == "unet.UNet":
-        kwargs |= dict(encoder=args.encoder, conv0=args.conv0, decoder=args.decoder, aux_cls=args.aux_cls > 0)
+        kwargs |= dict(encoder=args.encoder, conv0=args.conv0, decoder=args.decoder, aux_cls=args.aux_cls > 0,
+                       stem_stride=args.stem_stride)
     return {"name": args.net, "kwargs": kwargs}
 
 
@@ -148,7 +157,9 @@ def load_samples(args, folder):
 
 
 def main():
-    args, device, folder, resume = setup_run(make_parser(), needs={"tile": ("overlap",)}, check=check_flags)
+    args, device, folder, resume = setup_run(
+        make_parser(), needs={"tile": ("overlap",)}, check=check_flags,
+        photographs=units.photographs)
 
     # ---- samples ----
     data, val, samples, weights = load_samples(args, folder)
@@ -162,8 +173,9 @@ def main():
         raise UserError(f"{args.data}: no tile holds data; check the no-data values of the images")
     weights = [weights[i] for i in of]
     repeat = 1 if args.debug else args.repeat
+    changes = of_flags(vars(args))
     train_data = seg.SegData([samples.pairs[i] for i in of], windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
-                             gain=args.gain, p_object=args.p_object, resize=args.resize, **options)
+                             p_object=args.p_object, resize=args.resize, **changes, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device, same=args.debug,
                           weights=weights * repeat)
     if val:
@@ -177,8 +189,12 @@ def main():
                                  workers=args.workers, device=device)
 
     # ---- input ----
+    with answers_for("--weights"):  # what they expect is of the default --pixel-scale
+        mean, std = pretrained.normalisation(
+            args.pixel_scale is None and not resume and args.weights, len(data.bands), pretrained.NONE)
     inputs = seg.Input(data.bands, imgsz=args.imgsz, mean_planes=args.mean_planes, resize=args.resize,
-                       **units.choose(samples.images, data.bands, args.pixel_scale))
+                       mean=mean, std=std, **units.choose(samples.images, data.bands, args.pixel_scale))
+    inputs = seg.Input(**resume["input"]) if resume else inputs
     units.check([data.images[i] for i in val], inputs)
 
     # ---- net ----
@@ -217,8 +233,12 @@ def main():
 
     def draw_augmented(epoch):
         indices = range(min(8, len(train_data.paired)))
-        image, [(masks, _), *_] = mixed(default_collate([train_data[epoch, i] for i in indices]))
-        return ([sheets.overlay(sheets.to_rgb(x), mask) for x, mask in zip(image, masks)],
+        samples = [train_data[i if epoch is None else (epoch, i)] for i in indices]
+        shown = [(sample["image"], sample["mask"]) for sample in samples]  # whole images differ in size
+        if epoch is not None:
+            image, [(masks, _), *_] = mixed(default_collate(samples))
+            shown = zip(image, masks)
+        return ([sheets.overlay(sheets.to_rgb(x), mask * (mask != seg.IGNORE)) for x, mask in shown],
                 [train_data.paired[i][0].name for i in indices])
 
     # ---- validation ----
@@ -237,7 +257,7 @@ def main():
 
     # ---- training ----
     if args.show_augment:
-        return sheets.augmentation_sheet(folder / "augment.png", draw_augmented) if dist.is_main() else None
+        return sheets.augmentation_sheet(folder, draw_augmented, changes)
     if dist.is_main():
         print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val else 0} to validate")
         batch = default_collate([train_data[0, i] for i in range(min(args.bs, 8))])
@@ -249,15 +269,15 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val:
-        write_report(state, evaluate, inputs, val_data, folder, [image for image, _ in val_tiles.pairs])
+        write_report(state, evaluate, inputs, val_data, folder, [image for image, _ in val_tiles.pairs],
+                     decide.drawn_views("seg", vars(args)))
 
 
-def write_report(state, evaluate, inputs, data, folder, files):
-    """Evaluates the run's last weights with flips, at a threshold of 0.5: results.json; samples.csv, a row per tile;
-    review.png, the worst and the best tiles, and scores by class and by size."""
+def write_report(state, evaluate, inputs, data, folder, files, views):
+    """Evaluates the run's last weights with the flips that training drew (`views`), at a threshold of 0.5: results.json;
+    samples.csv, a row per tile; review.png, the worst and the best tiles, and scores by class and by size."""
     per_sample = SampleIoU(seg.IGNORE)
-    scores = engine.evaluate_on(state, functools.partial(evaluate, views=decide.SEGMENTATION_VIEWS,
-                                                         per_sample=per_sample))
+    scores = engine.evaluate_on(state, functools.partial(evaluate, views=views, per_sample=per_sample))
     scores.pop("threshold", None)
     per_sample.reduce()
     if not dist.is_main():
@@ -266,7 +286,7 @@ def write_report(state, evaluate, inputs, data, folder, files):
     def draw(model, indices):
         for sample in (data[i] for i in indices):
             batch = engine.to_device(default_collate([sample]), state.device)
-            probs = decide.segment(model, inputs(batch["image"]), decide.SEGMENTATION_VIEWS, side=inputs.side)
+            probs = decide.segment(model, inputs(batch["image"]), views, side=inputs.side)
             yield sheets.segmentation_row(sample["image"], sample["mask"], probs[0], ignore=seg.IGNORE)
 
     by_class = [{"class": int(k[4:]), "iou": v} for k, v in scores.items() if k.startswith("iou_") and k[4:].isdigit()]

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data import augment, bad, folds, images, units
+from data.augment import mix
 from data.cache import Cache
 from utils.errors import UserError
 from utils.files import by_name, finder, read_csv
@@ -331,14 +332,17 @@ class AugmentedImages(Dataset):
     """`data[(epoch, index)]` -> a sample of `source` and a random placement of it, which depends on (seed, epoch,
     index) only; `data[index]` -> the sample, placed as a whole. To the sample are added
         "matrix": float64 (3, 3) onto the net's imgsz x imgsz canvas,
-        "hole": float32 (4,) x1, y1, x2, y2 of an erased square on that canvas, "index".
+        "hole": float32 (4,) x1, y1, x2, y2 of an erased square on that canvas, "border": of `warp`, "index", and if
+        colours are changed "colour": float32 (C, C) of `augment.colour`.
     `Input` warps the batch by its matrices on the net's device. Images of several sizes are padded by reflection to the
-    largest of the batch. options: of `augment.random_affine`.
-    source: `Images`, or dirty_mnist.Synthetic, which makes a new image for every (epoch, index).
+    largest of the batch. view, colour: keyword arguments of `augment.view`, on that canvas (of several borders the first
+    sample's is for its batch), and of `augment.colour`. p_cutout, cutout_size: of `augment.square`. source: `Images`, or
+    dirty_mnist.Synthetic, which makes a new image for every (epoch, index).
     """
 
-    def __init__(self, source, imgsz, *, seed=0, **options):
-        self.source, self.imgsz, self.seed, self.options = source, imgsz, seed, options
+    def __init__(self, source, imgsz, *, view={}, colour={}, seed=0, p_cutout=0.0, cutout_size=0.3):
+        self.source, self.imgsz, self.seed = source, imgsz, seed
+        self.view, self.colour, self.p_cutout, self.cutout_size = view, colour, p_cutout, cutout_size
 
     def __len__(self):
         return len(self.source)
@@ -353,15 +357,23 @@ class AugmentedImages(Dataset):
                 sample["image"] = reduce(sample["image"], 2 * self.imgsz)
         else:
             samples = [self.source[(key[1] if isinstance(key, tuple) else key) % len(self)] for key in keys]
-        return [sample | self.place(key, *sample["image"].shape[1:]) for key, sample in zip(keys, samples)]
+        return [sample | self.place(key, sample["image"]) for key, sample in zip(keys, samples)]
 
-    def place(self, key, height, width):
-        matrix, hole = geometry.scale(self.imgsz / width, self.imgsz / height), np.zeros(4)
-        if isinstance(key, tuple):
-            turn, hole = augment.random_affine(np.random.default_rng((self.seed, *key)), self.imgsz, **self.options)
-            matrix = turn @ matrix
-        return {"matrix": torch.from_numpy(matrix), "hole": torch.from_numpy(hole).float(),
-                "index": (key[1] if isinstance(key, tuple) else key) % len(self)}
+    def place(self, key, image):
+        """What is added to a sample with this image, or stands in its place."""
+        side, (*epoch, index) = self.imgsz, key if isinstance(key, tuple) else (key,)
+        rng = np.random.default_rng((self.seed, *epoch, index))
+        options, colours, p_cutout = (self.view, self.colour, self.p_cutout) if epoch else (
+            {"border": ["reflect"]}, {}, 0)
+        view, border = augment.view(rng, side, side, side, **options)
+        hole = augment.square(rng, side, p_cutout, self.cutout_size)
+        image, _ = geometry.shrunk(image, view)
+        matrix = view @ geometry.scale(side / image.shape[2], side / image.shape[1])
+        found = {"image": image, "matrix": torch.from_numpy(matrix), "hole": torch.from_numpy(hole).float(),
+                 "border": border, "index": index % len(self)}
+        if any(colours.values()):
+            found["colour"] = augment.colour(rng, len(image), **colours)
+        return found
 
 
 def reduce(image, limit):
@@ -384,10 +396,7 @@ def collate(samples):
 
 @dataclass
 class Input(units.Input):
-    """What a classifier sees of images: (pixel / pixel_scale - mean) / std. mean, std: one number per band, or one for
-    all."""
-    mean: list = (0.0,)
-    std: list = (1.0,)
+    """What a classifier sees of images: (pixel / pixel_scale - mean) / std."""
 
     def __call__(self, batch, view=np.eye(3), side=None):
         """A batch of `collate`, whose images have the input's bands -> (B, C, side, side) float32, placed by the
@@ -396,9 +405,7 @@ class Input(units.Input):
         view: matrix of a test-time view, applied after the batch's own matrix. side: the canvas's; None means imgsz.
         """
         side = side or self.imgsz
-        x = geometry.warp(self.scaled(batch["image"]), view @ batch["matrix"], (side, side), border="reflect")
-        line = torch.arange(side, device=x.device) + 0.5
-        x1, y1, x2, y2 = batch["hole"].to(x.device).T[..., None]
-        inside = ((line > y1) & (line < y2))[:, None, :, None] & ((line > x1) & (line < x2))[:, None, None, :]
-        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (x.masked_fill_(inside, 0) - mean) / std
+        x = self.scaled(batch["image"], colour=batch.get("colour"))
+        x = geometry.warp(x, view @ batch["matrix"], (side, side), border=batch["border"][0])
+        inside = mix.inside(batch["hole"].to(x.device) - 0.5, side, side)
+        return self.normalised(x.masked_fill_(inside, 0))

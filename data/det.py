@@ -24,13 +24,13 @@ GREY = 114  # of 255, around the images
 class Input(units.Input):
     """What the net sees of images (B, C, H, W) in the numbers of their files -> float32, 0..1.
 
-    bands: the band numbers that the channels are; None: the input's own. colour: matrices (B, C, C) of `augment.colour`
-    for training, applied together with the scaling. With --pixel-scale standard it is not limited to 0..1.
+    bands: the band numbers that the channels are; None: the input's own. colour: matrices (B, C, C) of
+    `augment.colour` for training, applied together with the scaling. With --pixel-scale standard it is not limited to
+    0..1.
     """
 
     def __call__(self, images, bands=None, colour=None):
-        x = self.scaled(images, bands) if colour is None else augment.recolour(
-            self.centred(images), colour, self.pixel_scale).nan_to_num_(0.0)
+        x = self.scaled(images, bands, colour)
         return x if len(self.pixel_mean) else x.clamp_(0, 1)
 
 
@@ -117,18 +117,18 @@ class DetData(Dataset):
          "colour": float32 (C, C), still to be applied by `Input`, "index": int}
 
     samples: list of Sample. bands: from 1; None: all. mosaic, mixup: probabilities, mixup blends a mosaic with a second
-    one; grid: 4 or 9 images in a mosaic; close_mosaic: epoch, from 0, from which on there are neither. hsv: see
-    augment.colour. cache: see Pictures. All other arguments: see augment.affine.
+    one; grid: 4 or 9 images in a mosaic; close_mosaic: epoch, from 0, from which on there are neither. view,
+    colour: keyword arguments of `augment.view`, for each picture or mosaic, and `augment.colour`. cache: see Pictures.
     """
 
-    def __init__(self, samples, *, bands=None, imgsz=640, seed=0, cache=None, mosaic=1.0, grid=4, mixup=0.0,
-                 close_mosaic=math.inf, hsv=(0.015, 0.7, 0.4), **affine):
+    def __init__(self, samples, *, view={}, colour={}, bands=None, imgsz=640, seed=0, cache=None, mosaic=1.0, grid=4,
+                 mixup=0.0, close_mosaic=math.inf):
         self.files, boxes, sizes, windows, _ = zip(*samples)
         self.labels = [rows.astype(np.float32) for rows in boxes]
         self.imgsz, self.seed = imgsz, seed
         self.mosaic, self.grid, self.mixup, self.close_mosaic = mosaic, grid, mixup, close_mosaic
-        self.hsv, self.affine = hsv, affine
-        limit = math.ceil(imgsz * (1 + affine.get("scale", 0.5)))  # no view shows more
+        self.view, self.colour = view, colour
+        limit = math.ceil(imgsz * max(1, *view.get("zoom", [1])))  # no view shows more, unless it is stretched
         self.pictures = Pictures(self.files, sizes, windows, bands=bands, limit=limit, cache=cache)
 
     def __len__(self):
@@ -145,17 +145,17 @@ class DetData(Dataset):
             mixed = image.float() * share + other.float() * (1 - share)
             image = mixed.round().to(torch.uint8) if image.dtype == other.dtype == torch.uint8 else mixed
             boxes = np.concatenate((boxes, more))
-        colour = torch.from_numpy(augment.colour(rng, len(image), *self.hsv))
+        colour = augment.colour(rng, len(image), **self.colour)
         return {"image": image.permute(1, 2, 0), "boxes": torch.from_numpy(boxes), "colour": colour,
                 "index": index % len(self)}
 
     def scene(self, rng, i, mosaic):
-        """Image i, or a mosaic of it with others, under one random affine matrix -> picture (C, H, W), boxes (n, 5)."""
+        """One view of image i, or of a mosaic of it with others -> picture (C, H, W), boxes (n, 5)."""
         chosen = [i, *rng.integers(len(self), size=self.grid - 1)] if mosaic else [i]
         side, matrices, cells = augment.layout(rng, [self.pictures.sizes[k] for k in chosen], self.imgsz)
-        view = augment.affine(rng, side, self.imgsz, **self.affine)
+        view, _ = augment.view(rng, side, side, self.imgsz, **self.view)
         cells = warp_boxes(cells, view)
-        if self.affine.get("degrees") or self.affine.get("shear"):
+        if self.view.get("degrees") or self.view.get("shear"):
             # rotated cells are no rectangles: each picture is drawn whole, over the pictures before it
             cells[:] = (0, 0, self.imgsz, self.imgsz)
         # pictures of the mosaic that the view does not show need not be decoded

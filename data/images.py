@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import by_name, read_bytes, reading
+from utils.ops.geometry import resize  # noqa: F401, as images.resize
 from utils.train import dist
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
@@ -371,15 +372,6 @@ def default_bands(files):
     if first.kind == "JPEG" or first.palette is not None or count == 1 and max(in_threads(colour_bands, files)) >= 3:
         count = 3
     return list(range(1, count + 1))
-
-
-def resize(image, size):
-    """(C, H, W) -> (C, *size), antialiased. Bytes stay bytes, all else becomes float32."""
-    if image.shape[1:] == tuple(size):
-        return image
-    bytes_here = image.dtype == torch.uint8 and image.device.type == "cpu"  # GPUs resize no bytes
-    small = F.interpolate((image if bytes_here else image.float())[None], size, mode="bilinear", antialias=True)[0]
-    return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
 
 
 def reduced(size, limit, side=max):

@@ -19,7 +19,7 @@ from data.cache import Cache
 from utils.train import dist
 from utils.errors import UserError
 from utils.ops import tiles
-from utils.ops.geometry import warp
+from utils.ops.geometry import shrunk, warp
 
 IGNORE = 255  # in masks as they are trained on: the pixel counts neither in the loss nor in a metric
 UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
@@ -201,7 +201,7 @@ class Input(units.Input):
 
     def __call__(self, pixels, bands=None):
         """pixels (B, len(bands), H, W) in the files' numbers, bands as in `scaled` -> (B, channels, H, W) float32."""
-        x = self.scaled(pixels, bands)
+        x = self.normalised(self.scaled(pixels, bands))
         return add_mean_planes(x) if self.mean_planes else x
 
 
@@ -223,14 +223,16 @@ class SegData(Dataset):
     Both are {"image": float32 (C, H, W) in the file's numbers, "mask": uint8 (H, W), "index": int}. `len` counts every
     tile `repeat` times: the wildfire system's epoch was ten passes over its data. paired: [(image path, mask path)].
     windows: the part of each image that is its tile, (row, column, height, width), or None for the whole image.
-    gain: octaves of random brightness, see `augment.gain`. p_object: probability that a crop is laid over a pixel of an
-    object. resize: whole tiles are resized to imgsz x imgsz, in place of crops.
+    view, colour: keyword arguments of `augment.view` and `augment.colour`. p_object: probability that a crop is laid
+    over a pixel of an object. resize: whole tiles are resized to imgsz x imgsz before they are changed, in place of
+    crops.
     """
 
-    def __init__(self, paired, windows=None, *, bands=None, classes=1, ignore=None, imgsz=256, repeat=1, seed=0,
-                 gain=0.0, p_object=0.0, resize=False, cache=None):
+    def __init__(self, paired, windows=None, *, view={}, colour={}, bands=None, classes=1, ignore=None,
+                 imgsz=256, repeat=1, seed=0, p_object=0.0, resize=False, cache=None):
         self.paired, self.imgsz, self.repeat, self.seed = paired, imgsz, repeat, seed
-        self.gain, self.p_object, self.resize = gain, p_object, resize
+        self.view, self.colour = dict(view, crop_padding=0.0) if resize else view, colour
+        self.p_object, self.resize = p_object, resize
         windows = windows or [None] * len(paired)
         image_files, mask_files = zip(*paired)
         places = tuple(windows) if any(windows) else ()
@@ -253,18 +255,16 @@ class SegData(Dataset):
         return {"image": image.float(), "mask": mask, "index": i}
 
     def augmented(self, rng, image, mask):
-        """Image (C, H, W), mask (H, W) -> a random crop of both, imgsz x imgsz."""
+        """Image (C, H, W), mask (H, W) -> a random view of both, imgsz x imgsz. Beyond a constant border, the mask says
+        nothing."""
         size = (self.imgsz, self.imgsz)
         if self.resize:
-            image = images.resize(image, size)  # antialiased; flips and quarter turns follow
-            mask = images.nearest(mask, size)
-            matrix, border = augment.flip_turn(rng, self.imgsz), "constant"
-        else:
-            matrix, border = augment.crop_flip(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask))
-        image = warp(image, matrix, size, border=border)
-        mask = warp(mask[None], matrix, size, border=border, mode="nearest")[0]
-        if self.gain:
-            image = image.float() * torch.from_numpy(augment.gain(rng, len(image), self.gain))
+            image, mask = images.resize(image, size), images.nearest(mask, size)
+        matrix, border = augment.view(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask), **self.view)
+        mask = IGNORE - warp(IGNORE - mask[None], matrix, size, border=border, mode="nearest")[0]
+        image = warp(*shrunk(image, matrix), size, border=border)
+        if any(self.colour.values()):
+            image, = augment.recolour(image[None], augment.colour(rng, len(image), **self.colour)[None])
         return image, mask
 
     def object_pixel(self, rng, mask):

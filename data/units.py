@@ -1,10 +1,11 @@
 """The numbers that pixels have: their scale for the net, and whether files to predict have the training's units."""
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from data import bad, images
+from data import augment, bad, images
 from data.folds import spread
 from utils.errors import UserError
 from utils.train import dist
@@ -21,18 +22,21 @@ class Input:
     The fields are plain values and stand in every checkpoint as "input", so training, validation and prediction share
     one definition. bands: the bands that the net sees, from 1; pixel_scale: pixel values are divided by it, a number or
     one per band; imgsz: side of the net's input in training, pixels; pixel_mean: one number per band, which are
-    subtracted before, or empty; seen: what the trained pixels were like, see `look`.
+    subtracted before, or empty; seen: what the trained pixels were like, see `look`; mean, std: what pretrained weights
+    expect of scaled pixels, see `normalised`, one number per band or one for all.
     """
     bands: list
     pixel_scale: float
     imgsz: int
     pixel_mean: list = field(default=(), kw_only=True)
     seen: dict = field(default_factory=dict, kw_only=True)
+    mean: list = field(default=(0.0,), kw_only=True)
+    std: list = field(default=(1.0,), kw_only=True)
 
     def __post_init__(self):
         """Raises ValueError or TypeError for values that no input has, such as those of a damaged checkpoint."""
         count, names = len(self.bands), ("pixel_scale", "std", "mean", "pixel_mean")
-        values = [np.ravel(getattr(self, name, 1.0)).astype(float) for name in names]
+        values = [np.ravel(getattr(self, name)).astype(float) for name in names]
         if min(self.bands) < 1 or self.imgsz < 1 or min(map(np.min, values[:2])) <= 0 or \
                 any(len(v) not in (0, 1, count) or not np.isfinite(v).all() for v in values) or \
                 self.seen and {count} != {len(self.seen[name]) for name in ("low", "high")}:
@@ -43,17 +47,21 @@ class Input:
         """How many channels the net's input has."""
         return len(self.bands)
 
-    def scaled(self, images, bands=None):
+    def scaled(self, images, bands=None, colour=None):
         """images (B, len(bands), H, W) in the files' numbers -> (B, len(self.bands), H, W) float32, the input's bands,
-        scaled; pixels without data are 0. bands: what the channels of `images` are; None: the input's own bands."""
+        scaled; pixels without data are 0. bands: what the channels of `images` are; None: the input's own bands.
+        colour: matrices (B, C, C) of `augment.colour`, which change them."""
         if bands is not None and list(bands) != list(self.bands):
             images = images[:, [list(bands).index(band) for band in self.bands]]
-        x = self.centred(images) / per_band(self.pixel_scale, images.device)
+        x = images.float() - per_band(self.pixel_mean, images.device) if self.pixel_mean else images
+        x = x.float() / per_band(self.pixel_scale, x.device) if colour is None else \
+            augment.recolour(x, colour, self.pixel_scale)
         return x.nan_to_num_(0.0) if images.is_floating_point() else x
 
-    def centred(self, images):
-        """images (..., C, H, W) -> float32, without the mean of each band."""
-        return images.float() - per_band(self.pixel_mean, images.device) if len(self.pixel_mean) else images.float()
+    def normalised(self, x):
+        """(B, C, H, W) of `scaled` -> (x - mean) / std."""
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (x - mean) / std
 
 
 def per_band(values, device):
@@ -79,6 +87,15 @@ def _sample(file, bands):
     window = ((height - h) // 2, (width - w) // 2, h, w) if images.in_windows(images.header(file)) else None
     shape = min(h, SIDE), min(w, SIDE)
     return images.read_picture(file, bands, window=window, shape=shape).double().flatten(1).numpy()
+
+
+def photographs(root):
+    """Whether the images in a folder, or beside a file, are photographs, by what 20 of them say of themselves: three
+    bands of 8 bits and no place on Earth. Files of one band may be masks; what cannot be read does not count."""
+    files, _ = bad.attempt(images.find, root if os.path.isdir(root) else os.path.dirname(root), True)
+    found = [header for file in spread(files or [], 20) if (header := bad.attempt(images.header, file)[0])]
+    return {(header.dtype, header.place) for header in found} == {("uint8", None)} and max(
+        header.size[0] - header.opacity for header in found) == 3
 
 
 def look(files, bands):

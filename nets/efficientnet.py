@@ -149,6 +149,7 @@ class EfficientNetV2(Backbone):
     classifier). drop_rate: dropout before the classifier (the paper: S 0.2, M 0.3, L 0.4 on ImageNet). drop_path_rate:
     stochastic depth; the rate of a block grows linearly from 0 at the first block to nearly this value at the last (the
     paper: 0.2). grad_checkpoint: the blocks are recomputed in the backward pass.
+    Weights start as timm's: `init_fan_out`, the classifier as U(-1 / sqrt(num_classes), ...).
     Raises KeyError for an unknown variant, ValueError for an unknown padding.
     """
 

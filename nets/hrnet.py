@@ -119,7 +119,8 @@ class HRNet(Backbone):
 
     `features(x)` -> five maps with `channels` (64, 18, 36, 72, 144 for w18) at `strides` 2, 4, 8, 16, 32: the first map
     of the stem and the four branches. `num_classes=None`: an encoder, without the layers that `features` does not need.
-    grad_checkpoint: blocks and modules are recomputed in the backward pass. The results are timm's where all maps halve
+    grad_checkpoint: blocks and modules are recomputed in the backward pass. Convolutions start as `init_fan_out` and the
+    classifier as torch's linear layer, both as timm's. The results are timm's where all maps halve
     without a remainder (the sides of the finest branch are multiples of 8); timm fails for other sizes.
     Raises KeyError for an unknown variant.
     """

@@ -12,7 +12,7 @@ import re
 import torch
 
 from nets.efficientnet import STAGES, ConvBnAct, FusedMBConv, MBConv
-from nets.weights import EXPECTS, HALF, IMAGENET, SAME, SYMMETRIC, URLS, download, read
+from nets.weights import EXPECTS, HALF, IMAGENET, NONE, SAME, SYMMETRIC, URLS, download, read
 from utils import tensors
 
 # prefixes of layers that depend on the task and its data; the rest is the encoder. A net may have its own
@@ -89,13 +89,13 @@ def load(model, path_or_name):
             "sha256": None if file in URLS else tensors.sha256(file)}
 
 
-def normalisation(path_or_name, bands):
+def normalisation(path_or_name, bands, default=HALF):
     """How images in 0...1 must be normalised for weights: [means, standard deviations], one number per band.
 
-    path_or_name: as in `load`; None without weights: 0.5 and 0.5. Where the weights were trained with another number of
-    bands, both lists hold one number for all bands.
+    path_or_name: as in `load`; None without weights: the default, {"mean", "std"}. Where the weights were trained with
+    another number of bands, both lists hold one number for all bands.
     """
-    expects = expectations(path_or_name) if path_or_name else HALF
+    expects = expectations(path_or_name) if path_or_name else default
     values = [list(expects["mean"]), list(expects["std"])]
     return values if len(values[0]) == bands else [[sum(numbers) / len(numbers)] for numbers in values]
 
@@ -122,7 +122,7 @@ def expectations(path_or_name, content=None):
     halved = stem == 32 if torchvision else first > 16 or stem == 40
     expects = (HALF if halved else IMAGENET) | (SYMMETRIC if torchvision else {})
     if "task" in content:  # our own checkpoint
-        expects |= {key: value for key, value in content.get("input", {}).items() if key in ("mean", "std")}
+        expects |= NONE | {key: value for key, value in content.get("input", {}).items() if key in NONE}
         net = content["arch"]["kwargs"].get("encoder", content["arch"]["name"])
         if net.startswith("efficientnetv2"):
             expects |= SYMMETRIC if net.endswith("_tv") else SAME

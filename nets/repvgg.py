@@ -72,7 +72,8 @@ class RepVGG(Backbone):
     """`forward(x)`: (B, in_chans, H, W), any H and W -> (B, num_classes); num_classes=0 or None: the pooled features.
 
     `features(x)` -> five maps with `channels` (64, 96, 192, 384, 1408 for A2) at `strides` 2, 4, 8, 16, 32.
-    grad_checkpoint: the blocks are recomputed in the backward pass. Raises KeyError for an unknown variant.
+    Weights start as `init_fan_out` and `Head`, batch norms as in the paper's code (1 and 0). grad_checkpoint: the blocks
+    are recomputed in the backward pass. Raises KeyError for an unknown variant.
     """
 
     def __init__(self, variant="a2", in_chans=3, num_classes=1000, *, grad_checkpoint=False):

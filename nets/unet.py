@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nets
-from nets.blocks import ConvNorm, recompute, relu
+from nets.blocks import ConvNorm, init_layers, recompute, relu
 from nets.hrnet import HRNet, enlarge
 
 
@@ -55,21 +55,23 @@ class UNet(nn.Module):
     """(B, in_chans, H, W) -> logits (B, classes, H, W), for any H and W of at least 1.
 
     `encoder`: a name of `nets.NAMES`, or "mine.Mine". `stem_stride`: stride of a RegNetX's stem. All other encoders
-    have a stem of stride 2: their finest skip has half of the input's resolution, and the default decoder's logits are
-    upsampled (a fifth block would reach the input's resolution).
+    have a stem of stride 2: their finest skip has half of the input's resolution.
     `conv0`: widths of the 1x1 convolutions before the encoder; () leaves them out.
     `decoder`: width of every block, coarse to fine; blocks beyond the encoder's skips only upsample. If the last block
-    is coarser than the input, the logits are upsampled (bilinear).
+    is coarser than the input, the logits are upsampled (bilinear). None: as many blocks as reach the input's resolution,
+    those of the wildfire system where four do, else segmentation-models-pytorch's.
     `decoder=()`: the decoder of HRNetV2. All maps of the encoder but the stem's (the four branches of an HRNet) are
     concatenated, the head is a 1x1 convolution, and its logits are upsampled.
     `aux_cls`: an auxiliary head, a linear layer on the encoder's coarsest map, predicts which classes the image
     contains. In training the output is then (logits, class logits (B, classes)). In prediction it clears masks: with
     one class, pixel logits are capped by the image-level logit of the class; with several classes (class 0 is the
     background, which every image contains), the pixel logits of absent classes are set to -30.
+    Weights start as in segmentation-models-pytorch: conv0 and the decoder as He et al. 2015, the head and aux_cls as
+    Glorot and Bengio 2010, see `init_layers`; the encoder as its own docstring says.
     Raises ValueError when the blocks would go beyond the input's resolution, or leave branches of an HRNet unused.
     """
 
-    def __init__(self, encoder="regnetx_002", in_chans=14, classes=1, conv0=(32, 32), decoder=(128, 64, 48, 32),
+    def __init__(self, encoder="regnetx_002", in_chans=14, classes=1, conv0=(32, 32), decoder=None,
                  aux_cls=False, stem_stride=1, grad_checkpoint=False):
         super().__init__()
         self.conv0 = nn.ModuleList()
@@ -79,6 +81,9 @@ class UNet(nn.Module):
         options = {"stem_stride": stem_stride} if encoder.startswith("regnetx") else {}
         self.encoder = nets.make(encoder, in_chans, grad_checkpoint=grad_checkpoint, **options)
         *skips, cin = self.encoder.channels
+        blocks = int(math.log2(self.stride))
+        if decoder is None:
+            decoder = (128, 64, 48, 32)[-blocks:] if blocks < 5 else (256, 128, 64, 32, 16)
         self.decoder = nn.ModuleList()
         for width in decoder:
             self.decoder.append(DecoderBlock(cin, skips.pop() if skips else 0, width))
@@ -90,11 +95,13 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(cin, classes, kernel, padding=kernel // 2)
         if self.coarse < 1:
             raise ValueError(f"a decoder of {len(decoder)} blocks gives more pixels than the input has; "
-                             f"give it at most {int(math.log2(self.stride))}")
+                             f"give it at most {blocks}")
         if isinstance(self.encoder, HRNet) and len(decoder) in (1, 2):  # DDP fails for parameters without gradients
             raise ValueError(f"a decoder of {len(decoder)} blocks leaves {encoder}'s finer branches unused; "
                              f"give it at least 3, or none")
         self.aux_cls = nn.Linear(self.encoder.channels[-1], classes) if aux_cls else None
+        init_layers(nn.init.kaiming_uniform_, self.conv0, self.decoder)
+        init_layers(nn.init.xavier_uniform_, self.head, *filter(None, [self.aux_cls]))
         self.grad_checkpoint = grad_checkpoint
 
     @property

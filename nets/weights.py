@@ -19,6 +19,7 @@ _TORCHVISION = "https://download.pytorch.org/models/"
 _YOLOV5 = "https://github.com/ultralytics/yolov5/releases/download/v7.0/"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+NONE = {"mean": (0.0,), "std": (1.0,)}
 SAME, SYMMETRIC = {"padding": "same"}, {"padding": "symmetric"}  # of EfficientNetV2, see nets/efficientnet.py
 _PUBLISHED = (  # address, what the weights expect, {name: file}; the eight digits of a .pth begin its SHA-256
     (_TIMM + "v0.1-regnet/", IMAGENET, {

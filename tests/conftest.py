@@ -19,9 +19,36 @@ from PIL import Image
 from rasterio.transform import from_origin
 from tqdm import tqdm
 
+from data import augment
 from utils import errors
 
 tqdm.monitor_interval = 0  # its thread may hold anything while `command` forks this process
+
+
+
+class Augmentation:
+    """Flags of data.augment, as the data sets take them: SegData(..., **changes.options)."""
+
+    def __init__(self, **flags):
+        neutral = augment.view.__kwdefaults__ | augment.colour.__kwdefaults__
+        assert flags.keys() <= neutral.keys()
+        self.flags, self.options = flags, augment.of_flags(neutral | flags)
+
+    def but(self, **flags):
+        return Augmentation(**self.flags | flags)
+
+    def view(self, rng, *args):
+        return augment.view(rng, *args, **self.options["view"])
+
+    def colour(self, rng, bands):
+        return augment.colour(rng, bands, **self.options["colour"]).numpy()
+
+
+# the competitions' augmentations, as the scripts' recipes have them
+WILDFIRE = Augmentation(hflip=0.5, rot90=True, crop_padding=2.0, border=("reflect", "wrap"))
+PARKING = Augmentation(hflip=0.5, translate=0.1, zoom=(0.5, 1.5), zoom_linear=True, hue=0.015, saturation=0.7, value=0.4)
+DIRTY = Augmentation(rot90=True, p_affine=0.5, degrees=15.0, translate=0.0625, zoom=(0.9, 1.1), zoom_linear=True,
+                     border=("reflect",))
 
 # the smallest UNet that --encoder allows, and the fewest steps
 TINY = "--conv0 8 --decoder 8 8 8 8 --imgsz 32 --bs 4 --epochs 1 --repeat 1 --workers 0 --device cpu".split()

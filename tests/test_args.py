@@ -218,8 +218,12 @@ def test_the_flags_of_a_resumed_run_are_checked_together(tmp_path):
     ({"scale": None}, {"pixel_scale": None, "cutout_size": 0.5}),
     ({"band_scale": 255.0, "scale": 0.9}, {"pixel_scale": 255.0, "scale": 0.9}),
     ({"scale": 255.0, "net": "x", "cutout": 0.3}, {"pixel_scale": 255.0, "cutout": 0.5, "cutout_size": 0.3}),
-    ({"scale": 255.0, "net": "x", "cutout": 0.0}, {"cutout": 0.0, "cutout_size": 0.5})])
-def test_flags_of_the_first_edition(tmp_path, old, now):
+    ({"scale": 255.0, "net": "x", "cutout": 0.0}, {"cutout": 0.0, "cutout_size": 0.5}),
+    ({"pixel_scale": None, "flip": 0.25}, {"hflip": 0.25, "vflip": 0.25}),
+    ({"band_scale": 255.0, "scale": 0.25, "hsv": [0.1, 0.2, 0.3], "flip_lr": 0.5, "flip_ud": 0.1, "degrees": 3.0},
+     {"pixel_scale": 255.0, "zoom": [0.75, 1.25], "hue": 0.1, "saturation": 0.2, "value": 0.3, "hflip": 0.5,
+      "vflip": 0.1, "degrees": 3.0})])
+def test_flags_of_earlier_editions(tmp_path, old, now):
     """Those of segmentation, detection (whose --scale is a zoom) and classification (whose --cutout was a side)."""
     parser = train_parser("Toy.", "toy", epochs=3, bs=4, imgsz=16, lr=0.1)
     parser.add_argument("--aux-cls", type=float, default=0.0)

@@ -146,7 +146,7 @@ def test_letters_that_cannot_be_used(refused, tmp_path):
     ("bands", ["0-3", "x"]), ("pixel-scale", ["0", "-1", "nan"]), ("cutout-size", ["0", "1", "nan"]),
     ("synthesize-count", ["0", "x"]), ("subset", ["1", "-5", "0.5"]), ("val-interval", ["0", "1.1", "nan"]),
     ("loss", ["x", "bce=-1", "bce=x", ""]), ("label-smoothing", ["1"]), ("drop", ["1", "-0.1"]), ("drop-path", ["1"]),
-    ("flip", ["1.1"]), ("degrees", ["181", "-1"]), ("p-affine", ["2"]), ("cutout", ["1.1", "-0.1"]), ("imgsz", ["15"]),
+    ("hflip", ["1.1"]), ("degrees", ["181", "-1"]), ("p-affine", ["2"]), ("cutout", ["1.1", "-0.1"]), ("imgsz", ["15"]),
     ("bs", ["0"]), ("accumulate", ["0"])])
 def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

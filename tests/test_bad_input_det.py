@@ -118,11 +118,11 @@ def test_refused_flags_leave_no_run_folder(refused, root, tmp_path):
 @pytest.mark.parametrize("flag, values", [
     ("stages", ["50", "50,", "1,2,3", "a,b", "0,5", "5,-1", "1.5,2", ""]), ("variant", ["xl", "s7", ""]),
     ("head", ["x"]), ("preset", ["best"]), ("grid", ["5", "1"]), ("mosaic", ["1.1", "-0.1", "nan"]), ("mixup", ["2"]),
-    ("scale", ["1"]), ("epoch-parts", ["0", "x"]), ("multi-scale", ["1", "-1"]), ("degrees", ["181"]),
+     ("epoch-parts", ["0", "x"]), ("multi-scale", ["1", "-1"]), ("degrees", ["181"]),
     ("close-mosaic", ["-1"]), ("pixel-scale", ["0", "nan"]), ("cutout-size", ["0"]), ("bands", ["0-3", "x"]),
     ("anchor-threshold", ["0.5"]),
     ("label-smoothing", ["1"]), ("focal-gamma", ["-1"]), ("box", ["-1", "inf"]), ("warmup-momentum", ["1"]),
-    ("hsv", ["2"])])
+    ("hue", ["2"]), ("zoom", ["1", "0 1"])])
 def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for value in values:

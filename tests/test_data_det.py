@@ -1,4 +1,5 @@
 """data/det.py and its augmentation against pixel truth: boxes are drawn, moved, and found again in the pixels."""
+
 import numpy as np
 import pytest
 import torch
@@ -6,13 +7,17 @@ from PIL import Image
 
 from data import augment, det, images
 from data.det import DetData, Sample, TiledImages, collate, rect
-from tests.conftest import warp_points
+from tests.conftest import PARKING, Augmentation, warp_points
 from tests.test_images import png
 from utils.errors import UserError
 from utils.ops import geometry
 
 COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [250, 10, 250], [10, 250, 250]])
-PLAIN = dict(mosaic=0.0, hsv=(0, 0, 0))
+PLAIN = dict(**PARKING.but(hue=0, saturation=0, value=0).options, mosaic=0.0)
+
+
+def colourless(**changes):
+    return PARKING.but(hue=0, saturation=0, value=0, **changes).options
 
 
 def write_images(folder, sizes, *, bands=3):
@@ -57,14 +62,14 @@ SIZES = [(60, 80), (80, 60), (64, 64), (48, 120), (100, 70), (90, 90)]
 
 @pytest.mark.parametrize("grid", [4, 9])
 def test_boxes_in_mosaics_are_where_the_pixels_are(tmp_path, grid):
-    data = DetData(write_images(tmp_path, SIZES), imgsz=96, grid=grid, hsv=(0, 0, 0), scale=0.3, flip_ud=0.5)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, grid=grid, **colourless(zoom=(0.7, 1.3), vflip=0.5))
     counts = [check(data[0, i]) for i in range(40)]
     assert np.mean(counts) > 1.5 and max(counts) >= 4
 
 
 def test_pictures_out_of_sight_are_not_read(tmp_path):
     """The mosaic without them is the one with all of them, by the same random numbers."""
-    data = DetData(write_images(tmp_path, SIZES), imgsz=96, hsv=(0, 0, 0), flip_ud=0.5)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, **colourless(vflip=0.5))
     read, kept = [], data.pictures.cache.read
     data.pictures.cache.read, count = lambda i: read.append(i) or kept(i), 0
     for i in range(30):
@@ -72,7 +77,7 @@ def test_pictures_out_of_sight_are_not_read(tmp_path):
         rng.random()  # mosaic or not
         chosen = [i % 6, *rng.integers(6, size=3)]
         side, matrices, cells = augment.layout(rng, [data.pictures.sizes[k] for k in chosen], 96)
-        view = augment.affine(rng, side, 96, flip_ud=0.5)
+        view, _ = augment.view(rng, side, side, 96, **data.view)
         image, rows = data.compose(chosen, view @ np.array(matrices), geometry.warp_boxes(cells, view).tolist())
         read.clear()
         sample = data[0, i]
@@ -82,14 +87,14 @@ def test_pictures_out_of_sight_are_not_read(tmp_path):
 
 
 def test_boxes_of_single_images(tmp_path):
-    data = DetData(write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), scale=0.5, flip_ud=0.5)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, mosaic=0, **colourless(vflip=0.5))
     counts = [check(data[0, i]) for i in range(40)]
     assert set(counts) <= {0, 1} and np.mean(counts) > 0.8
 
 
 def test_quarter_turns_keep_boxes_tight(tmp_path):
     """A rotation by 90 degrees moves corners to corners; smaller ones give the box around the moved one."""
-    data = DetData(write_images(tmp_path, SIZES), imgsz=96, **PLAIN, degrees=1e-9)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, mosaic=0, **colourless(degrees=1e-9))
     side, (place,), _ = augment.layout(None, data.pictures.sizes[:1], 96)
     matrix = geometry.rot90(1, 96, 96) @ geometry.rotate(0.0) @ place
     image, rows = data.compose([0], [matrix], [(0, 0, 96, 96)])
@@ -97,7 +102,8 @@ def test_quarter_turns_keep_boxes_tight(tmp_path):
 
 
 def test_rotated_boxes_contain_their_pixels(tmp_path):
-    data = DetData(write_images(tmp_path, SIZES), imgsz=96, mosaic=0, hsv=(0, 0, 0), degrees=30, shear=8, scale=0.2)
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, mosaic=0,
+                   **colourless(degrees=30, shear=8, zoom=(0.8, 1.2)))
     for i in range(30):
         sample = data[0, i]
         for label, x1, y1, x2, y2 in sample["boxes"].tolist():
@@ -108,18 +114,17 @@ def test_rotated_boxes_contain_their_pixels(tmp_path):
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(tmp_path):
     made = write_images(tmp_path, SIZES)
-    one, two = DetData(made, imgsz=64, seed=3, mixup=0.5), DetData(made, imgsz=64, seed=3, mixup=0.5, cache="ram")
+    one, two = (DetData(made, **PARKING.options, imgsz=64, seed=3, mixup=0.5, cache=cache) for cache in (None, "ram"))
     for i in (0, 5, 7, 3, 0):
         a, b = one[2, i], two[2, i]
         assert all(torch.equal(a[k], b[k]) for k in ("image", "boxes", "colour")) and a["index"] == i % 6
     assert not torch.equal(one[2, 0]["image"], one[3, 0]["image"])
     assert not torch.equal(one[2, 0]["image"], one[2, 6]["image"])  # the same image, drawn a second time
-    assert not torch.equal(one[2, 0]["image"], DetData(made, imgsz=64, seed=4)[2, 0]["image"])
+    assert not torch.equal(one[2, 0]["image"], DetData(made, **PARKING.options, imgsz=64, seed=4)[2, 0]["image"])
 
 
 def test_close_mosaic(tmp_path):
-    data = DetData(write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5, translate=0, scale=0, flip_lr=0,
-                   hsv=(0, 0, 0))
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, close_mosaic=5)
     assert {int(label) for i in range(6) for label in data[4, i]["boxes"][:, 0] if int(label) != i}  # others' boxes
     for epoch in (5, 9):
         for i in range(6):
@@ -204,8 +209,8 @@ def test_letterbox_is_centred_and_in_whole_pixels():
 
 def test_mixup_is_the_mean_and_keeps_all_boxes(tmp_path):
     made = write_images(tmp_path, SIZES)
-    sample = DetData(made, imgsz=96, mixup=1.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
-    alone = DetData(made, imgsz=96, mixup=0.0, hsv=(0, 0, 0), scale=0, translate=0)[0, 1]
+    sample = DetData(made, imgsz=96, mixup=1.0, **Augmentation(hflip=0.5).options)[0, 1]
+    alone = DetData(made, imgsz=96, mixup=0.0, **Augmentation(hflip=0.5).options)[0, 1]
     own = len(alone["boxes"])
     assert torch.equal(sample["boxes"][:own], alone["boxes"]) and len(sample["boxes"]) > own
     share = (sample["image"].float() - 114) / (alone["image"].float() - 114)
@@ -236,7 +241,7 @@ def test_bytes_and_16_bits_in_one_mosaic(tmp_path):
     Image.fromarray(np.full((64, 64), 200, np.uint8)).save(tmp_path / "8.png")
     Image.fromarray(np.full((64, 64), 1000, np.uint16)).save(tmp_path / "16.png")
     data = DetData([Sample(tmp_path / name, np.zeros((0, 5)), (64, 64)) for name in ("8.png", "16.png")], imgsz=64,
-                   hsv=(0, 0, 0), mixup=0.5)
+                   **colourless(), mixup=0.5)
     values = {float(v) for epoch in range(6) for v in data[epoch, 0]["image"].unique()}
     assert 1000 in values and 232 not in values
 
@@ -284,13 +289,13 @@ def test_opacity_is_no_band_unless_asked_for(tmp_path):
 
 def test_images_without_boxes(tmp_path):
     made = write_images(tmp_path, SIZES[:2])
-    data = DetData([sample._replace(boxes=np.zeros((0, 5))) for sample in made], imgsz=64)
+    data = DetData([sample._replace(boxes=np.zeros((0, 5))) for sample in made], **PARKING.options, imgsz=64)
     batch = collate([data[0, 0], data[0, 1]])
     assert batch["boxes"].shape == (0, 6) and batch["image"].shape == (2, 3, 64, 64)
 
 
 def test_collate(tmp_path):
-    data = DetData(write_images(tmp_path, SIZES), imgsz=64)
+    data = DetData(write_images(tmp_path, SIZES), **PARKING.options, imgsz=64)
     samples = [data[0, i] for i in range(3)]
     batch = collate(samples)
     assert batch["image"].is_contiguous(memory_format=torch.channels_last) and batch["colour"].shape == (3, 3, 3)
@@ -332,15 +337,15 @@ def test_colour():
     rng = np.random.default_rng(0)
     grey = np.full(3, 0.4)
     for _ in range(20):
-        m = augment.colour(rng, 3, 0.1, 0, 0)
+        m = Augmentation(hue=0.1).colour(rng, 3)
         np.testing.assert_allclose(m @ grey, grey, atol=1e-6)  # turning hues leaves grey alone
         np.testing.assert_allclose(m @ m.T, np.eye(3), atol=1e-5)
-    m = augment.colour(rng, 3, 0, 0.9, 0)
+    m = Augmentation(saturation=0.9).colour(rng, 3)
     assert np.ptp(m @ (0.9, 0.3, 0.3)) != pytest.approx(0.6, abs=1e-3) and (m @ grey) == pytest.approx(grey, abs=1e-6)
-    gains = [augment.colour(rng, 3, 0, 0, 0.4)[0, 0] for _ in range(200)]
+    gains = [Augmentation(value=0.4).colour(rng, 3)[0, 0] for _ in range(200)]
     assert 0.6 <= min(gains) < 0.65 and 1.35 < max(gains) <= 1.4
-    assert np.array_equal(augment.colour(rng, 5, .5, .5, 0), np.eye(5, dtype=np.float32))
-    turned = [augment.colour(np.random.default_rng(s), 3, 1 / 3, 0, 0) @ (1.0, 0, 0) for s in range(60)]
+    assert np.array_equal(Augmentation(hue=0.5, saturation=0.5).colour(rng, 5), np.eye(5, dtype=np.float32))
+    turned = [Augmentation(hue=1 / 3).colour(np.random.default_rng(s), 3) @ (1.0, 0, 0) for s in range(60)]
     assert max(t[1] for t in turned) > 0.9 and max(t[2] for t in turned) > 0.9  # red to green, red to blue
 
 
@@ -355,7 +360,7 @@ def test_recolour_is_a_matrix_on_every_pixel():
 def test_affine_stays_in_its_limits():
     rng = np.random.default_rng(0)
     for _ in range(100):
-        m = augment.affine(rng, 200, 100, translate=0.1, scale=0.5, flip_lr=0.5)
+        m, _ = PARKING.view(rng, 200, 200, 100)
         assert 0.5 <= abs(m[0, 0]) <= 1.5 and m[1, 1] == pytest.approx(abs(m[0, 0])) and abs(m[0, 1]) < 1e-12
         middle = m @ (100, 100, 1)
         assert (abs(middle[:2] - 50) <= 10 + 1e-9).all()
@@ -364,7 +369,7 @@ def test_affine_stays_in_its_limits():
 def test_large_images_are_reduced_as_they_are_read(tmp_path):
     """To what a view can show: the boxes still fit."""
     made = write_images(tmp_path, [(h * 4, w * 4) for h, w in SIZES])
-    data = DetData(made, imgsz=96, hsv=(0, 0, 0), scale=0.3)
+    data = DetData(made, imgsz=96, **colourless(zoom=(0.7, 1.3)))
     assert all(max(data.pictures[i].shape[1:]) == 125 for i in range(6))  # 96 * 1.3, up
     assert sum(check(data[0, i], 1.0) for i in range(20)) > 20
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import augment, images, pairs, seg
+from data import images, pairs, seg
 from data.cache import Cache
-from tests.conftest import digest, tile, warp_points, write_tif
+from tests.conftest import WILDFIRE, digest, tile, warp_points, write_tif
 from utils.ops import tiles
 from utils.errors import UserError
 
@@ -168,7 +168,7 @@ def equal(a, b):
 
 
 def test_evaluation_gives_whole_tiles_as_they_are(mixed):
-    data = seg.SegData(mixed, bands=[3, 1], imgsz=32, repeat=5)
+    data = seg.SegData(mixed, **WILDFIRE.options, bands=[3, 1], imgsz=32, repeat=5)
     for i, (image, mask) in enumerate(mixed):
         sample = data[i]
         assert sample["index"] == i and sample["image"].dtype == torch.float32
@@ -179,7 +179,7 @@ def test_evaluation_gives_whole_tiles_as_they_are(mixed):
 
 def test_training_samples_depend_on_seed_epoch_and_index_only(mixed):
     def make(seed=0):
-        return seg.SegData(mixed, imgsz=32, repeat=3, seed=seed, gain=1.0)
+        return seg.SegData(mixed, **WILDFIRE.but(gain=1.0).options, imgsz=32, repeat=3, seed=seed)
     keys = [(e, i) for e in range(3) for i in range(12)]
     first, again = make(), make()
     samples = {key: first[key] for key in keys}
@@ -192,7 +192,7 @@ def test_training_samples_depend_on_seed_epoch_and_index_only(mixed):
 
 
 def test_masks_stay_on_their_images(mixed):
-    data = seg.SegData(mixed, imgsz=32, repeat=50)
+    data = seg.SegData(mixed, **WILDFIRE.options, imgsz=32, repeat=50)
     seen = Counter()
     for index in range(200):
         sample = data[index % 3, index]
@@ -203,7 +203,8 @@ def test_masks_stay_on_their_images(mixed):
 
 
 def test_gain_scales_bands_within_its_octaves(mixed):
-    plain, bright = (seg.SegData(mixed[:1], imgsz=64, seed=3, gain=gain) for gain in (0, 2))
+    plain, bright = (seg.SegData(mixed[:1], **WILDFIRE.but(gain=gain).options, imgsz=64, seed=3)
+                     for gain in (0, 2))
     octaves = []
     for epoch in range(50):
         ratio = (bright[epoch, 0]["image"] / plain[epoch, 0]["image"]).flatten(1).log2()
@@ -219,7 +220,7 @@ def test_gain_scales_bands_within_its_octaves(mixed):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 16, 33]))
 def test_crops_lie_in_the_padded_tile_and_move_whole_pixels(seed, height, width, size):
-    matrix, border = augment.crop_flip(np.random.default_rng(seed), height, width, size)
+    matrix, border = WILDFIRE.view(np.random.default_rng(seed), height, width, size)
     assert border in ("reflect", "wrap")
     corners = warp_points([[0, 0], [size, size]], np.linalg.inv(matrix))
     low, high = np.sort(np.round(corners, 6), 0)
@@ -232,7 +233,7 @@ def test_crops_lie_in_the_padded_tile_and_move_whole_pixels(seed, height, width,
 def test_crops_reach_every_place_and_all_eight_orientations():
     places, turns = set(), Counter()
     for seed in range(2000):
-        matrix, border = augment.crop_flip(np.random.default_rng(seed), 8, 8, 4)
+        matrix, border = WILDFIRE.view(np.random.default_rng(seed), 8, 8, 4)
         low = np.round(warp_points([[0, 0], [4, 4]], np.linalg.inv(matrix))).min(0)
         places.add(tuple(low.astype(int)))
         turns[tuple(np.round(matrix[:2, :2]).astype(int).ravel()), border] += 1
@@ -245,7 +246,7 @@ def test_crops_reach_every_place_and_all_eight_orientations():
 def test_a_cache_changes_nothing(mixed, where, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = digest(mixed[0][0].parent)
-    options = dict(bands=[3, 2], imgsz=32, repeat=2)
+    options = dict(**WILDFIRE.options, bands=[3, 2], imgsz=32, repeat=2)
     plain, cached, second = (seg.SegData(mixed, cache=c, **options) for c in (None, where, where))
     monkeypatch.setattr(images, "read", None)  # the files are not needed any more
     samples = [cached[key] for key in (0, 3, (2, 5), (0, 3))]
@@ -346,7 +347,7 @@ def test_a_resized_sample_is_the_whole_tile_turned(tmp_path):
     """Image and mask alike, in all eight ways and no other."""
     image, mask = tile(3, 50, 80)
     paired = [(write_tif(tmp_path / "a.tif", image), write_tif(tmp_path / "m.tif", mask))]
-    data = seg.SegData(paired, bands=[1, 2], imgsz=32, resize=True, repeat=40)
+    data = seg.SegData(paired, **WILDFIRE.options, bands=[1, 2], imgsz=32, resize=True, repeat=40)
     small = images.resize(torch.from_numpy(image[:2]), (32, 32))
     labels = images.nearest(torch.from_numpy(mask), (32, 32))
     ways = [(torch.rot90(x, k, (-2, -1)), torch.rot90(y, k, (-2, -1)))
@@ -366,7 +367,7 @@ def test_a_crop_holds_its_point():
     for _ in range(300):
         height, width, size = (int(n) for n in rng.integers(1, 90, 3))
         point = (int(rng.integers(height)), int(rng.integers(width)))
-        matrix, _ = augment.crop_flip(rng, height, width, size, point)
+        matrix, _ = WILDFIRE.view(rng, height, width, size, point)
         x, y = warp_points([point[1] + 0.5, point[0] + 0.5], matrix)
         assert 0 < x < size and 0 < y < size
 
@@ -389,7 +390,7 @@ def test_a_partition_has_every_pixel_once(height, width, tile):
 def test_a_window_is_a_tile_of_its_own(mixed, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paired, windows = [mixed[1], mixed[0], mixed[1]], [(0, 50, 40, 40), None, (5, 0, 32, 33)]
-    data = seg.SegData(paired, windows, imgsz=16, repeat=2, cache=cache)
+    data = seg.SegData(paired, windows, **WILDFIRE.options, imgsz=16, repeat=2, cache=cache)
     for i, (y, x, h, w) in enumerate([windows[0], (0, 0, 64, 64), windows[2]]):
         whole, mask = images.read(paired[i][0]).float(), seg.read_mask(paired[i][1])
         assert torch.equal(data[i]["image"], whole[:, y:y + h, x:x + w])

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.augment import crop_flip, gain
-from tests.conftest import warp_points
+from tests.conftest import WILDFIRE, Augmentation, warp_points
 from utils.ops.geometry import flip_h, flip_v, rot90, rotate, scale, translate, warp, warp_boxes
 
 BORDERS = ("constant", "reflect", "wrap")
@@ -285,17 +284,15 @@ def test_gradients(matrix, border):
 # ---- random crops ---------------------------------------------------------------------------------------------------
 
 def numpy_crop_flip(rng, x, size):
-    """crop_flip with numpy's pad, slices, flip and rot90; draws random numbers in the same order."""
-    border = "wrap" if rng.integers(2) else "reflect"
+    """The wildfire system's crop with numpy's pad, slices, flip and rot90; draws random numbers in the same order."""
     height, width = x.shape[-2:]
+    mirrored = rng.random(8)[7] < 0.5
     missing = [max(2 * size - side, 0) for side in (height, width)]
+    left, top = rng.integers([max(width, 2 * size) - size + 1, max(height, 2 * size) - size + 1])
+    turns, border = rng.integers(4), "wrap" if rng.integers(2) else "reflect"
     x = np.pad(x, [(0, 0)] + [(m // 2, m - m // 2) for m in missing], border)
-    left = rng.integers(x.shape[2] - size + 1)
-    top = rng.integers(x.shape[1] - size + 1)
     x = x[:, top:top + size, left:left + size]
-    if rng.integers(2):
-        x = x[:, :, ::-1]
-    return np.rot90(x, rng.integers(4), (1, 2)), border
+    return np.rot90(x[:, :, ::-1] if mirrored else x, turns, (1, 2)), border
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (16, 16), (16, 8), (5, 12), (3, 2), (1, 1), (21, 40), (1, 30)])
@@ -303,7 +300,7 @@ def test_crop_flip_is_numpys(height, width):
     """For tiles smaller and larger than the crop of 8, larger than twice the crop, and not square."""
     x = image(2, height, width, dtype=torch.uint16)
     for seed in range(40):
-        matrix, border = crop_flip(np.random.default_rng(seed), height, width, 8)
+        matrix, border = WILDFIRE.view(np.random.default_rng(seed), height, width, 8)
         expected, expected_border = numpy_crop_flip(np.random.default_rng(seed), x.numpy(), 8)
         assert border == expected_border
         assert np.array_equal(warp(x, matrix, (8, 8), border=border).numpy(), expected)
@@ -314,7 +311,7 @@ def test_crop_flip_draws_everything_equally_often():
     rng, draws = np.random.default_rng(0), 4000
     kinds, places = Counter(), Counter()
     for _ in range(draws):
-        matrix, border = crop_flip(rng, 6, 11, 4)  # rows padded to 8, columns not: 5 x 8 places
+        matrix, border = WILDFIRE.view(rng, 6, 11, 4)  # rows padded to 8, columns not: 5 x 8 places
         kinds[tuple(np.rint(matrix[:2, :2]).astype(int).ravel()), border] += 1
         source = warp_boxes([(0, 0, 4, 4)], np.linalg.inv(matrix))[0]
         assert np.allclose(source[2:] - source[:2], 4)
@@ -328,7 +325,7 @@ def test_crop_flip_draws_everything_equally_often():
 
 def test_crop_flip_moves_boxes_with_the_pixels():
     for seed in range(20):
-        matrix, border = crop_flip(np.random.default_rng(seed), 16, 16, 8)
+        matrix, border = WILDFIRE.view(np.random.default_rng(seed), 16, 16, 8)
         x = torch.zeros(1, 16, 16)
         x[0, 6:9, 5:11] = 1
         seen = np.nonzero(warp(x, matrix, (8, 8), border=border)[0].numpy())
@@ -341,15 +338,18 @@ def test_crop_flip_moves_boxes_with_the_pixels():
 
 def test_gain():
     """Uniform in octaves: a factor for the tile and a smaller factor for each band; all 1 for a spread of 0."""
-    draws = np.log2([gain(np.random.default_rng(seed), 5, 0.8).ravel() for seed in range(2000)]).astype(np.float64)
-    first = gain(np.random.default_rng(0), 5, 0.8)
-    assert first.shape == (5, 1, 1) and first.dtype == np.float32 and np.log2(first.ravel()) == pytest.approx(draws[0])
+    def gain(seed, bands, spread):
+        matrix = Augmentation(gain=spread).colour(np.random.default_rng(seed), bands)
+        assert matrix.dtype == np.float32 and np.count_nonzero(matrix - np.diag(np.diag(matrix))) == 0
+        return np.diag(matrix)
+
+    draws = np.log2([gain(seed, 5, 0.8) for seed in range(2000)]).astype(np.float64)
     assert abs(draws).max() <= 1.25 * 0.8 and abs(draws).max() > 1.1 * 0.8
     between = draws - draws.mean(1, keepdims=True)  # var U(-a, a) = a^2 / 3, 1/5 of it in the mean
     assert between.var() == pytest.approx(0.2 ** 2 / 3 * 4 / 5, rel=0.05)
     assert draws.mean(1).var() == pytest.approx(0.8 ** 2 / 3 + 0.2 ** 2 / 3 / 5, rel=0.1)
     assert abs(draws.mean()) < 0.05
-    assert (gain(np.random.default_rng(0), 3, 0) == 1).all()
+    assert (gain(0, 4, 0) == 1).all()
 
 
 @pytest.mark.parametrize("border", ["constant", "reflect", "wrap"])

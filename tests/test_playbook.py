@@ -18,9 +18,9 @@ import predict
 import train_cls
 import train_det
 import train_seg
-from data import augment, images, seg
+from data import images, seg
 from nets.unet import UNet
-from tests.conftest import (TINY, TINY_CLS, TINY_DET, tile, warp_points, write_dirty, write_parking, write_tif,
+from tests.conftest import (TINY, TINY_CLS, TINY_DET, WILDFIRE, tile, warp_points, write_dirty, write_parking, write_tif,
                             write_wildfire)
 from tests.harness import differences, read
 from utils.ops import geometry
@@ -44,7 +44,7 @@ def test_a_crop_over_a_point_shows_it():
     for case in range(500):
         height, width = rng.integers(1, (70, 9)[case % 2], 2)
         size, point = int(rng.integers(1, 25)), (int(rng.integers(height)), int(rng.integers(width)))
-        matrix, border = augment.crop_flip(rng, height, width, size, point)
+        matrix, border = WILDFIRE.view(rng, height, width, size, point)
         (x, y), = warp_points([(point[1] + 0.5, point[0] + 0.5)], matrix)
         assert 0 < x < size and 0 < y < size, (height, width, size, point)
         numbers = torch.arange(height * width).view(1, height, width)
@@ -56,7 +56,7 @@ def test_a_crop_over_a_point_shows_it():
 def test_it_may_lie_anywhere_in_the_crop(side, at, places):
     """All offsets are equally likely, in all eight orientations: close to the tile's corner only those within it."""
     rng, size, count = np.random.default_rng(1), 10, 4000
-    draws = [augment.crop_flip(rng, side, side, size, (at, at))[0] for _ in range(count)]
+    draws = [WILDFIRE.view(rng, side, side, size, (at, at))[0] for _ in range(count)]
     turned = [tuple(matrix[:2, :2].round().astype(int).ravel()) for matrix in draws]
     seen = np.unique(turned, axis=0, return_counts=True)[1]
     assert len(seen) == 8 and seen.min() > 0.8 * count / 8

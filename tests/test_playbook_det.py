@@ -242,7 +242,7 @@ def scenes(folder):
     return samples, pixels_of
 
 
-PLAIN = dict(imgsz=64, mosaic=0, hsv=(0, 0, 0), translate=0, scale=0, flip_lr=0, flip_ud=0)
+PLAIN = dict(imgsz=64, mosaic=0)
 
 
 @pytest.mark.parametrize("cache", [None, "ram", "disk"])

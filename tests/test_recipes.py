@@ -199,7 +199,7 @@ def tile_to_predict(code):
     return next((code.folder / "Wildfire/test_img").iterdir())
 
 
-def by_hand(checkpoint, image, standardise=None):
+def by_hand(checkpoint, image, root=False):
     """Asked of a copy: (where the net's class stands, where its encoder's class stands, the probabilities (H, W) for
     an image), by numpy from the file to the net's input, without data/ and predict.py."""
     import nets
@@ -208,10 +208,8 @@ def by_hand(checkpoint, image, standardise=None):
     net.load_state_dict(state["ema"])
     with rasterio.open(image) as file:
         x = file.read(list(range(1, 8))).astype(np.float64) / 65535
+    x = np.sqrt(x) if root else x
     x = np.concatenate((x, [np.full_like(band, band[band > 0].mean()) for band in x]))
-    if standardise:
-        mean, std = (np.tile(numbers[:7], 2)[:, None, None] for numbers in standardise)
-        x = (x - mean) / std
     with torch.inference_mode():
         probs = net(torch.from_numpy(x).float()[None]).sigmoid()[0, 0].double().numpy()
     return type(net).__module__, type(getattr(net, "encoder", None)).__module__, probs
@@ -302,13 +300,12 @@ def test_net(recipe):
 
 
 def test_normalisation(recipe):
-    """predict.py's masks are those of the standardised input, and not those of the input that is only scaled. A
-    checkpoint of the unchanged source predicts as before."""
+    """predict.py's masks are those of the square roots, and not those of the input that is only scaled. A checkpoint
+    of the unchanged source predicts as before."""
     code, plain = recipe(4), recipe(0)
     run, last = train(code, 4)
-    numbers = last["input"]["mean"], last["input"]["std"]
-    assert [len(part) for part in numbers] == [10, 10]
-    *_, probs = code.ask(by_hand, run / "last.pt", tile_to_predict(code), numbers)
+    assert last["input"]["root"] is True
+    *_, probs = code.ask(by_hand, run / "last.pt", tile_to_predict(code), True)
     *_, scaled = code.ask(by_hand, run / "last.pt", tile_to_predict(code))
     assert agreement(code, run, probs) == 1
     assert ((probs > np.median(probs)) == (scaled > np.median(scaled))).mean() < 0.9
@@ -344,7 +341,7 @@ def test_layout(recipe):
 def crops():
     """Asked of a copy: three samples of training, the second like the first, and one of validation. -> arrays"""
     from data import seg
-    data = seg.SegData(seg.read("Wildfire").pairs, bands=[1, 2], imgsz=32, seed=5)
+    data = seg.SegData(seg.read("Wildfire").pairs, view=dict(rot90=True, crop_padding=2.0, border=["reflect"]), bands=[1, 2], imgsz=32, seed=5)
     return [[data[key][name].numpy() for name in ("image", "mask")] for key in ((0, 1), (0, 1), (1, 1), 1)]
 
 
@@ -369,9 +366,10 @@ def views():
     image[:, 40:60, 40:60] = 255
     write_tif("image.tif", image)
     write_tif("mask.tif", image // 255)
-    masks = seg.SegData([("image.tif", "mask.tif")], imgsz=64, p_object=1.0)
+    masks = seg.SegData([("image.tif", "mask.tif")], view=dict(crop_padding=2.0, border=["reflect"]), imgsz=64,
+                        p_object=1.0)
     sample = det.Sample(Path("image.tif"), np.array([[0, 40, 40, 60, 60.]]), (96, 96))
-    boxes = det.DetData([sample], imgsz=96, mosaic=0.0, translate=0.0, scale=0.0, hsv=(0, 0, 0))
+    boxes = det.DetData([sample], imgsz=96, mosaic=0.0)
     masked, boxed = ([data[epoch, 0] for epoch in range(8)] for data in (masks, boxes))
     return ([(sample["image"][0].numpy(), sample["mask"].numpy()) for sample in masked],
             [(sample["image"][..., 0].numpy(), sample["boxes"][:, 1:].numpy()) for sample in boxed])

@@ -142,7 +142,7 @@ def test_the_checkpoint_says_what_prediction_needs(script, dirty, capsys):
     (["--loss", "bce", "focal=2", "--label-smoothing", 0.1, "--amp", "bf16", "--workers", 1],
      {"bce": 1, "focal": 2}),
     (["--loss", "focal", "--net", "repvgg_a0", "--grad-checkpoint"], {}),
-    (["--folds", 0, "--no-rot90", "--flip", 0.5, "--cutout", 0, "--p-affine", 1, "--cache", "ram"], {})])
+    (["--folds", 0, "--no-rot90", "--hflip", 0.5, "--cutout", 0, "--p-affine", 1, "--cache", "ram"], {})])
 def test_flags(script, dirty, flags, parts):
     script(train_cls, "--data", dirty, *TINY_CLS, *flags)
     row = last()["history"][-1]

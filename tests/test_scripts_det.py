@@ -30,7 +30,7 @@ from utils.errors import Stopped
 
 STAGED = " ".join(TINY_DET).replace("--epochs 1", "").split()
 # single pictures as they are: few steps teach something
-PLAIN = "--mosaic 0 --translate 0 --scale 0 --hsv 0 0 0.1 --warmup-epochs 0.5 --no-ema --save-period 0".split()
+PLAIN = "--mosaic 0 --translate 0 --zoom 1 1 --hue 0 --saturation 0 --value 0.1 --warmup-epochs 0.5 --no-ema --save-period 0".split()
 
 
 def ranks(module, *flags, cwd, size=2, seconds=100, apart=False):
@@ -337,7 +337,7 @@ def test_presets_and_gains(script, parking):
     script(train_det, "--data", parking, *TINY_DET, "--preset", "finetune", "--name", "a")
     got = settings("a")
     want = dict(head="anchor", optimizer="sgd", lr=0.0032, momentum=0.843, box=0.0296, obj=0.301, cls=0.243,
-                hsv=[0, 0, 0.4], anchor_threshold=2.91)
+                hue=0, saturation=0, value=0.4, anchor_threshold=2.91)
     assert {k: got[k] for k in want} == want
     script(train_det, "--data", parking, *TINY_DET, "--preset", "scratch-low", "--head", "free", "--box", 5,
            "--name", "b")
@@ -359,12 +359,13 @@ def test_the_table_of_runs_shows_the_head(script, parking):
 
 
 def test_two_stages(script, parking, capsys):
-    script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--image-weights", "--hsv", 0, 0, 0, "--no-ema")
+    script(train_det, "--data", parking, *STAGED, "--stages", "1,1", "--image-weights", "--value", 0.1, "--no-ema")
     first, second = settings("exp"), settings("exp-finetune")
-    assert (first["preset"], first["lr"], first["scale"], first["epochs"]) == ("scratch-low", 0.01, 0.5, 1)
-    want = dict(preset="finetune", lr=0.0032, momentum=0.843, scale=0.9, epochs=1, obj_pw=0.911)
+    assert (first["preset"], first["lr"], first["zoom"], first["epochs"]) == (
+        "scratch-low", 0.01, [0.5, 1.5], 1)
+    want = dict(preset="finetune", lr=0.0032, momentum=0.843, zoom=[0.1, 1.9], hue=0, epochs=1, obj_pw=0.911)
     assert {k: second[k] for k in want} == want
-    assert first["hsv"] == second["hsv"] == [0, 0, 0]  # as the user said
+    assert first["value"] == second["value"] == 0.1  # as the user said
     assert first["image_weights"] and not second["image_weights"]
     assert second["weights"] == "runs/det/exp/last.pt"
     assert "0 adapted to the input bands, not used: 0, left as initialised: 0" in capsys.readouterr().out

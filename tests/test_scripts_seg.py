@@ -121,7 +121,7 @@ def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     raw = images.read(path, state["input"]["bands"])[None]
     with torch.inference_mode():
         [member] = predict.load_members(args, "seg", cpu, ["x"], [state])
-        got = decide.segment(member.net, member.inputs(raw), decide.SEGMENTATION_VIEWS)[0, 0].numpy()
+        got = decide.segment(member.net, member.inputs(raw), decide.VIEWS["seg"])[0, 0].numpy()
         net = checkpoint.load_weights(UNet(**state["arch"]["kwargs"]).eval(), state, "x")
         x = raw[0, :7].numpy().astype(np.float64) / 65535
         planes = [np.full((64, 64), band[band > 0].mean() if (band > 0).any() else 0) for band in x]

@@ -1,4 +1,4 @@
-"""Augmentation: random matrices of utils/ops/geometry.py, and random colours, drawn from a numpy generator."""
+"""Augmentation: a random matrix of utils/ops/geometry.py and a random colour change, drawn from a numpy generator."""
 import math
 
 import numpy as np
@@ -7,68 +7,87 @@ import torch
 from utils.ops import boxes, geometry
 
 
-def crop_flip(rng, height, width, size, point=None):
-    """A random crop of a height x width tile -> (matrix onto a size x size canvas, border "reflect" or "wrap").
+def of_flags(flags):
+    """{flag: value} of a training script -> {"view": the keyword arguments of `view`, "colour": those of `colour`}."""
+    return {function.__name__: {name: flags[name] for name in function.__kwdefaults__} for function in (view, colour)}
 
-    As in the wildfire system: sides below twice the crop are padded to it (by reflection or by wrapping around, with
-    equal probability); the crop is drawn, flipped and turned. point: (row, column), a pixel that the crop contains.
+
+def view(rng, height, width, size, point=None, *, hflip=0.0, vflip=0.0, rot90=False, p_affine=1.0, zoom=(1.0, 1.0),
+         zoom_linear=False, aspect=1.0, degrees=0.0, shear=0.0, translate=0.0, crop_padding=0.0, border=("constant",)):
+    """A random view of a height x width picture -> (the matrix from it to size x size pixels, the border around it).
+
+    As they stand, the keyword arguments change nothing. They are the flags of all training scripts:
+    hflip, vflip: probabilities of mirroring left and right, up and down. rot90: also a random quarter turn.
+    p_affine: probability that the picture is zoomed, stretched, turned, sheared and shifted, by up to the following.
+    zoom: (lowest, highest) factor, log-uniform; below 1 a view shows more, above 1 less. zoom_linear: it is uniform, as
+    in the competitions' systems. aspect: largest stretch of width against height, either way, log-uniform. degrees:
+    largest rotation. shear: largest angle along x and y, degrees. translate: largest shift, share of the view's side.
+    crop_padding: 0: the view's middle is the picture's, but for the shift. Else the view lies anywhere in the picture,
+    of which sides below crop_padding times what the view shows are padded to that, by one of the borders ("constant",
+    "reflect", "wrap": see `geometry.warp`), with equal probability. point: (row, column) of a pixel over which such a
+    view is laid, before it is turned and shifted.
     """
-    border = ("reflect", "wrap")[rng.integers(2)]
-    matrix = np.eye(3)
-    for axis, side in enumerate((width, height)):
-        padded = max(side, 2 * size)
-        before = (padded - side) // 2
-        first, last = 0, padded - size
+    moved = p_affine == 1 or rng.random() < p_affine
+    most = moved * np.array((degrees, shear, shear, translate, translate))
+    share, angle, *slant, right, down, v, h = rng.uniform((0, *-most, 0, 0), (1, *most, 1, 1))
+    low, high = zoom
+    factor = low + (high - low) * share if zoom_linear else low * (high / low) ** share
+    stretch = aspect ** rng.uniform(-0.5, 0.5) if aspect > 1 else 1
+    factors = np.array((factor * stretch, factor / stretch)) ** moved  # of x, y, as all pairs below
+    sides, windows = np.array((width, height)), size / factors
+    middle = sides / 2
+    if crop_padding:
+        padded = np.maximum(sides, crop_padding * windows)
+        before = (padded - sides) // 2
+        first, last = np.zeros(2), padded - windows
         if point is not None:
-            position = point[1 - axis] + before
-            first, last = max(first, position - size + 1), min(last, position)
-        matrix[axis, 2] = before - rng.integers(first, last + 1)
-    return flip_turn(rng, size) @ matrix, border
+            at = before + point[::-1]
+            first, last = np.maximum(first, at - windows + 1), np.minimum(last, at)
+        middle = rng.integers(first.astype(int), last.astype(int), endpoint=True) - before + windows / 2
+    # until the last line, the view's middle is the origin
+    matrix = geometry.rotate(angle) @ geometry.scale(*factors) @ geometry.translate(*-middle)
+    matrix = geometry.translate(size * right, size * down) @ geometry.shear(*slant) @ matrix
+    matrix = geometry.scale(-1 if h < hflip else 1, -1 if v < vflip else 1) @ matrix
+    matrix = geometry.rot90(rot90 and rng.integers(4), 0, 0) @ matrix
+    return geometry.translate(size / 2, size / 2) @ matrix, border[rng.integers(len(border))]
 
 
-def flip_turn(rng, size):
-    """The matrix of one of the eight flips and quarter turns of a size x size image."""
-    flip = geometry.flip_h(size) if rng.integers(2) else np.eye(3)
-    return geometry.rot90(rng.integers(4), size, size) @ flip
+def colour(rng, bands, *, hue=0.0, saturation=0.0, value=0.0, gain=0.0):
+    """A random matrix on the bands of a picture, a float32 tensor (bands, bands), for `recolour`.
+
+    hue, saturation: of three bands, which are taken for RGB: hues are turned by up to `hue` of the circle; saturation
+    times 1 - saturation to 1 + saturation. value: all bands times 1 - value to 1 + value. gain: all bands times a
+    factor of -gain to gain octaves, and each band times one of -gain / 4 to gain / 4 octaves.
+    """
+    turn, saturate, bright = rng.uniform(-1, 1, 3) * (hue, saturation, value) + (0, 1, 1)
+    matrix = np.eye(bands)
+    if bands == 3:  # a circulant matrix, whose eigenvalues are 1 for grey and a complex number for colours
+        line = np.fft.irfft((1, saturate * np.exp(-2j * np.pi * turn)), 3)
+        matrix = line[np.subtract.outer(range(3), range(3))]
+    if gain:
+        matrix = np.exp2(gain * (rng.uniform(-1, 1) + rng.uniform(-1, 1, (bands, 1)) / 4)) * matrix
+    return torch.from_numpy((bright * matrix).astype(np.float32))
 
 
-def gain(rng, bands, spread):
-    """Brightness factors (bands, 1, 1), float32: a factor for the tile, log-uniform from -spread to spread octaves,
-    times a factor for each band from -spread/4 to spread/4 octaves."""
-    octaves = rng.uniform(-spread, spread) + rng.uniform(-spread, spread, (bands, 1, 1)) / 4
-    return np.exp2(octaves).astype(np.float32)
+def recolour(images, matrices, scale=1.0):
+    """images (B, C, H, W), any dtype; matrices (B, C, C) of `colour` -> the images divided by scale (a
+    number, or one per band) and recoloured, float32, not clamped; where a band holds no data (NaN), it stays so."""
+    mixed = torch.empty(images.shape, device=images.device)
+    matrices = matrices.to(mixed) / torch.as_tensor(scale, device=mixed.device)
+    # image by image into one tensor: allocating memory costs CPUs more than the sums
+    for image, matrix, out in zip(images, matrices, mixed.flatten(2)):
+        torch.mm(matrix, image.contiguous().float().nan_to_num(0.0).flatten(1), out=out)
+    return mixed.masked_fill_(images.isnan(), math.nan) if images.is_floating_point() else mixed
 
 
-def zoom_turn(rng, size, zoom, degrees):
-    """The matrix of a random zoom, by 1 - zoom to 1 + zoom, and a random rotation of a size x size image about its
-    middle, which it moves to the origin."""
-    factor, angle = 1 + rng.uniform(-zoom, zoom), rng.uniform(-degrees, degrees)
-    return geometry.rotate(angle) @ geometry.scale(factor, factor) @ geometry.translate(-size / 2, -size / 2)
-
-
-def shifted(rng, size, share):
-    """The matrix that moves the origin to the middle of a size x size image, give or take a share of the size."""
-    return geometry.translate(*(size * (0.5 + rng.uniform(-share, share, 2))))
+def square(rng, size, probability, side):
+    """The blank square of the winning Dirty-MNIST system: somewhere in a size x size image; side: share of the size.
+    -> (4,) x1, y1, x2, y2; zeros without a square"""
+    corner = rng.uniform(0, size * (1 - side), 2)
+    return np.concatenate((corner, corner + size * side)) * (rng.random() < probability)
 
 
 # ---- detection ----
-
-def affine(rng, canvas, size, *, degrees=0.0, translate=0.1, scale=0.5, shear=0.0, flip_ud=0.0, flip_lr=0.5):
-    """A random view of a canvas x canvas picture -> the matrix from it to size x size pixels.
-
-    degrees, shear: largest angle either way, in degrees, about the picture's middle. scale: it is zoomed by 1 - scale
-    to 1 + scale. translate: its middle is at most so far, as a share of size, from the view's. flip_ud, flip_lr:
-    probabilities.
-    """
-    matrix = zoom_turn(rng, canvas, scale, degrees)
-    matrix = geometry.shear(*rng.uniform(-shear, shear, 2)) @ matrix
-    matrix = shifted(rng, size, translate) @ matrix
-    if rng.random() < flip_ud:
-        matrix = geometry.flip_v(size) @ matrix
-    if rng.random() < flip_lr:
-        matrix = geometry.flip_h(size) @ matrix
-    return matrix
-
 
 def layout(rng, sizes, imgsz):
     """Where 1, 4 or 9 pictures go on one square canvas, each with its long side scaled to imgsz: mosaics.
@@ -114,51 +133,3 @@ def visible(before, after):
     """
     size, whole = boxes.sides(after), boxes.sides(before)
     return (size > 2).all(1) & (size.prod(1) > 0.1 * whole.prod(1)) & (size.max(1) < 100 * size.min(1))
-
-
-def colour(rng, bands, hue, saturation, value):
-    """A random float32 matrix (bands, bands) on the bands of a picture: brighter or darker by a factor 1 - value to
-    1 + value; three bands are taken for RGB and also get a saturation times 1 - saturation to 1 + saturation, and hues
-    turned by up to `hue` of the circle."""
-    turn, saturate, gain = rng.uniform(-1, 1, 3) * (hue, saturation, value) + (0, 1, 1)
-    if bands != 3:
-        return np.eye(bands, dtype=np.float32) * np.float32(gain)
-    grey = np.full((3, 3), 1 / 3)
-    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # turns colours about the grey axis
-    angle = 2 * np.pi * turn
-    turned = np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross
-    return (gain * (grey + saturate * turned)).astype(np.float32)
-
-
-def recolour(images, matrices, scale=1.0):
-    """images (B, C, H, W), any dtype; matrices (B, C, C) of `colour` -> the recoloured images divided by scale
-    (a number, or one per band), float32, not clamped."""
-    mixed = torch.empty(images.shape, device=images.device)
-    matrices = matrices.to(mixed) / torch.as_tensor(scale, device=mixed.device)
-    # image by image into one tensor: allocating memory costs CPUs more than the sums
-    for image, matrix, out in zip(images, matrices, mixed.flatten(2)):
-        torch.mm(matrix, image.contiguous().float().flatten(1), out=out)
-    return mixed
-
-
-# ---- classification ----
-
-def random_affine(rng, size, *, rot90=True, flip=0.0, degrees=15.0, shift=0.0625, zoom=0.1, p_affine=0.5,
-                  cutout_size=0.3, p_cutout=0.5):
-    """The augmentation of the winning Dirty-MNIST system: a random quarter turn, a small shift, zoom and rotation with
-    probability p_affine, and a blank square with probability p_cutout.
-
-    flip: probability of each flip. degrees, shift (share of the size), zoom: largest changes. cutout_size: side of the
-    square, share of the size. -> (matrix on a size x size canvas, square (4,) x1, y1, x2, y2; zeros without a square)
-    """
-    matrix = geometry.rot90(rng.integers(4) if rot90 else 0, size, size)
-    for mirror in (geometry.flip_h, geometry.flip_v):
-        if rng.random() < flip:
-            matrix = mirror(size) @ matrix
-    if rng.random() < p_affine:
-        moved = zoom_turn(rng, size, zoom, degrees)
-        matrix = shifted(rng, size, shift) @ moved @ matrix
-    if rng.random() >= p_cutout:
-        return matrix, np.zeros(4)
-    corner = rng.uniform(0, size * (1 - cutout_size), 2)
-    return matrix, np.concatenate((corner, corner + size * cutout_size))

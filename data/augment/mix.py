@@ -88,7 +88,7 @@ def cutmix(images, alpha=1.0):
     fp32: 1 where a pixel comes from image i, 0 where it comes from image perm[i].
     """
     height, width = images.shape[2:]
-    kept = ~_inside(_random_boxes(len(images), alpha, height, width, images.device), height, width)
+    kept = ~inside(_random_boxes(len(images), alpha, height, width, images.device), height, width)
     perm = _previous(images)
     return torch.where(kept, images, images[perm]), perm, kept.float()
 
@@ -107,10 +107,10 @@ def snapmix(images, heat, alpha=5.0):
     count, (height, width) = len(images), images.shape[2:]
     target, source = (_random_boxes(count, alpha, height, width, images.device) for _ in range(2))
     perm = _previous(images)
-    kept = ~_inside(target, height, width)
+    kept = ~inside(target, height, width)
     mixed = torch.where(kept, images, _resized(images[perm], source, target))
     lam_a = (heat * kept[:, 0]).sum((1, 2))
-    lam_b = (heat[perm] * _inside(source, height, width)[:, 0]).sum((1, 2))
+    lam_b = (heat[perm] * inside(source, height, width)[:, 0]).sum((1, 2))
     return mixed, perm, lam_a[:, None], lam_b[:, None]
 
 
@@ -170,7 +170,7 @@ def cutout(images, size=0.5, *, p=1.0):
     """
     height, width = images.shape[2:]
     side = torch.full((len(images),), max(1, round(size * min(height, width))), device=images.device)
-    return _erase(images, _inside(_boxes(side, side, height, width), height, width), p)
+    return _erase(images, inside(_boxes(side, side, height, width), height, width), p)
 
 
 def gridmask(images, *, period=(0.4, 1.0), ratio=(0.5, 0.7), degrees=180.0, p=1.0):
@@ -231,7 +231,7 @@ def _boxes(box_width, box_height, height, width):
     return torch.stack([edge for pair in zip(*edges) for edge in pair], 1)
 
 
-def _inside(boxes, height, width):
+def inside(boxes, height, width):
     """Boxes (B,4) of x1, y1, x2, y2 -> (B,1,H,W) bool, true inside the box."""
     x1, y1, x2, y2 = boxes.T[..., None]
     x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)

@@ -46,8 +46,8 @@ def main():
     train, val = ([n for n, k in fold_of.items() if (k == args.fold) is held_out] for held_out in (False, True))
     inputs = seg.Input(bands, args.scale, args.imgsz, mean_planes=False)
     options = dict(bands=bands, cache="ram")
-    data = seg.SegData([paired[n] for n in train], imgsz=args.imgsz, seed=args.seed, gain=args.gain,
-                       **options)
+    view = dict(hflip=0.5, rot90=True, crop_padding=2.0, border=["reflect", "wrap"])
+    data = seg.SegData([paired[n] for n in train], view=view, colour=dict(gain=args.gain), imgsz=args.imgsz, seed=args.seed, **options)
     loader = train_loader(data, args.bs, seed=args.seed)
     val_loader = eval_loader(seg.SegData([paired[n] for n in val], **options), args.bs)
 

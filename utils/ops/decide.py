@@ -11,9 +11,17 @@ import torch.nn.functional as F
 from utils.errors import NumericalError
 from utils.ops import boxes, geometry, tta
 
-SEGMENTATION_VIEWS = ("hflip", "vflip")  # what --tta means without names
-CLASSIFICATION_VIEWS = ("rot90", "rot180")
+# what --tta means without names, as far as training drew such views
+VIEWS = {"seg": ("hflip", "vflip"), "cls": ("hflip", "vflip", "rot90", "rot180")}
 THRESHOLD = {"seg": 0.5, "det": 0.25, "cls": 0.5}  # where a checkpoint stores none
+
+
+def drawn_views(task, flags):
+    """Of the VIEWS of a task, the names of those that training drew. flags: {flag: value} of the run; one that it does
+    not have was the competition's."""
+    hflip, turns = flags.get("hflip", task == "seg"), flags.get("rot90", True)
+    drawn = {"hflip": hflip, "vflip": flags.get("vflip") or hflip and turns, "rot90": turns, "rot180": turns}
+    return tuple(name for name in VIEWS[task] if drawn[name])
 
 
 def run(net, x):
@@ -85,9 +93,6 @@ def classify(net, inputs, batch, names=(), *, single_label=False, scales=tta.SCA
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------
-DETECTION_VIEWS = tta.yolov5  # what --tta means without names
-
-
 def detect(net, x, views=None, *, conf, iou, max_det, merge=None):
     """The net's input x (B, C, H, W) fp32 -> per image detections (n, 6) of x1 y1 x2 y2 score class in pixels of x, the
     best score first.

@@ -59,6 +59,23 @@ def warp_boxes(boxes, matrix):
                            np.maximum(first, second).sum(-1) + matrix[:2, 2]), 1)
 
 
+def resize(image, size):
+    """(C, H, W) -> (C, *size), antialiased. Bytes stay bytes, all else becomes float32."""
+    if image.shape[1:] == tuple(size):
+        return image
+    bytes_here = image.dtype == torch.uint8 and image.device.type == "cpu"  # GPUs resize no bytes
+    small = F.interpolate((image if bytes_here else image.float())[None], size, mode="bilinear", antialias=True)[0]
+    return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
+
+
+def shrunk(image, matrix):
+    """An image (C, H, W) that a matrix makes smaller, resized with antialiasing by as much, -> the smaller image and
+    the matrix from its pixels: `warp` alone would skip pixels. What shrinks by less than a ninth stays as it is."""
+    sides, factor = image.shape[1:], abs(np.linalg.det(matrix[:2, :2])) ** 0.5
+    height, width = [max(1, round(side * factor)) for side in sides] if factor < 0.89 else sides
+    return resize(image, (height, width)), matrix @ scale(sides[1] / width, sides[0] / height)
+
+
 def paste(image, matrix, canvas, cell):
     """Draws an image into the part `cell` = (x1, y1, x2, y2) of a canvas, in one resampling.
 
@@ -100,7 +117,7 @@ def _paste_warped(image, matrix, canvas, low, high):
         return np.zeros(4)
     to_part, size = translate(-x1, -y1) @ matrix, (y2 - y1, x2 - x1)
     inside = warp(torch.ones_like(image[:1]), to_part, size, mode="nearest") > 0
-    part = canvas[:, y1:y2, x1:x2]
+    part, (image, to_part) = canvas[:, y1:y2, x1:x2], shrunk(image, to_part)
     part.copy_(torch.where(inside, warp(image, to_part, size, border="reflect"), part))
     return drawn
 

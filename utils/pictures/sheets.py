@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from utils.files import whole_file
+from utils.train import dist
 
 INK, FAINT = (38, 42, 48), (118, 124, 134)  # text: main and secondary
 GAP, LINE = 8, 22  # between pictures; the height of a line of text
@@ -179,13 +180,16 @@ def draw_sheet(rows, *, titles=(), captions=(), legend=None, max_side=256):
     return ImageOps.expand(join([join(strip, 0) for strip in strips], 1), (GAP, GAP, 0, 0), "white")
 
 
-def augmentation_sheet(path, draw):
-    """Writes what is trained on: a row per sample, a column per epoch. draw: a function of the epoch
-    that returns the pictures, and a text for each of them."""
-    columns, captions = zip(*map(draw, range(6)))
-    contact_sheet(path, list(zip(*columns)), captions=list(zip(*captions)),
-                  titles=[f"epoch {k}" for k in range(1, 7)])
-    print(path)
+def augmentation_sheet(folder, draw, changes):
+    """Writes augment.png, what is trained on: a row per sample, its original and then a column per epoch; prints the
+    ranges. Rank 0 alone. draw: a function of the epoch (None: the original) that returns the pictures, and a text for
+    each of them. changes: of data.augment.of_flags."""
+    if dist.rank():
+        return
+    columns, captions = zip(*map(draw, (None, *range(5))))
+    contact_sheet(folder / "augment.png", list(zip(*columns)), captions=list(zip(*captions)),
+                  titles=["original", *(f"epoch {k}" for k in range(1, 6))])
+    print(f"drawn at random: {changes['view'] | changes['colour']}\n{folder / 'augment.png'}")
 
 
 def segmentation_row(image, mask, prob=None, *, ignore=None):

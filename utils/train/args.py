@@ -11,7 +11,8 @@ from utils.train.loggers import make_loggers
 from utils.train.state import State
 from utils.train.swa import SWA, with_swa
 
-KEPT = ("weights", "preset", "folds", "fold", "groups", "drop_noisy")  # a resumed run keeps its weights and its split
+# a resumed run keeps its weights and its split
+KEPT = ("weights", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
 
 
 def int_range(low, high=2**31):
@@ -92,12 +93,17 @@ def loss_term(known):
     return parse
 
 
-def train_parser(description, task, **defaults):
-    """A parser with the flags that all training scripts share; `description`: a text of which the first line is shown;
-    `defaults`: the competition's recipe."""
+def train_parser(description, task, recipes={}, **defaults):
+    """A parser with the flags that all training scripts share; `description`: a text of which the first line is shown.
+    recipes: {name: flags} of --recipe, which `setup_run` makes the defaults, first the competition's, then one for
+    photographs that names all flags of the first. defaults: {flag: default} for all of them."""
     parser = Parser(description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.recipes = recipes
     add = parser.add_argument_group("training").add_argument
     add("--data", metavar="DIR", help="folder of the data")
+    if recipes:
+        add("--recipe", choices=recipes, help="a set of defaults of other flags; without: photos for images of three "
+            "bands of 8 bits without a place on Earth, else the competition's")
     add("--extra-data", type=extra_data, nargs="+", default=[], metavar="DIR[:WEIGHT]", help="also train on these "
         "folders, such as pseudo labels of predict.py; WEIGHT: how often their samples come, --data's being 1")
     add("--allow-bad", action="store_true", help="train even if more than 1 %% of the images or boxes cannot be used")
@@ -136,6 +142,7 @@ def train_parser(description, task, **defaults):
     add("--pixel-scale", type=scale_list, metavar="N|N,N,...|standard", help="pixel values are divided by it, or by one "
         "number per band; standard: minus the mean of each band, divided by the standard deviation; without: 65535 for "
         "uint16, 255 for uint8, else 1")
+    add_augmentation(add)
     add("--mixup", type=fraction, default=0.0, metavar="P", help="probability that images are blended")
     add("--gridmask", type=fraction, default=0.0, metavar="P", help="probability that an image loses a grid "
         "of squares")
@@ -174,17 +181,53 @@ def train_parser(description, task, **defaults):
     return parser
 
 
-def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
+def _given(parser, argv):
+    """{flag: value} of the flags that stand on a command line; None: this process's."""
+    unset = object()
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    return {flag: value for flag, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
+
+
+def add_augmentation(add):
+    """The flags of data.augment.Augmentation. add: of a parser or a group."""
+    texts = {"hflip": "probability of mirroring left and right", "vflip": "probability of mirroring up and down",
+              "translate": "largest shift, share of the size",
+              "hue": "largest change of hue, share of the circle (three bands)",
+              "saturation": "saturation times 1 - F to 1 + F (three bands)", "value": "brightness times 1 - F to 1 + F",
+              "degrees": "largest rotation", "shear": "largest shear, degrees",
+             "gain": "random brightness, octaves either way",
+             "crop-padding": "a view lies anywhere in the picture, which is padded to this times the view where it is "
+                             "smaller; 0: in its middle"}
+    most = {"degrees": 180, "shear": 80, "gain": 10, "crop-padding": 10}
+    for flag, text in texts.items():
+        add(f"--{flag}", type=float_range(0, most.get(flag, 1)), default=0.0, metavar="F", help=text)
+    add("--rot90", action=argparse.BooleanOptionalAction, default=False, help="random quarter turns")
+    add("--zoom", type=float_range(0.05, 20), nargs=2, default=[1.0, 1.0], metavar=("LOW", "HIGH"), help="random zoom, "
+        "log-uniform: below 1 a view shows more, above 1 less")
+    add("--zoom-linear", action=argparse.BooleanOptionalAction, default=False, help="draw the zoom uniformly")
+    add("--aspect", type=float_range(1, 10), default=1.0, help="largest stretch of width against height, either way")
+    add("--p-affine", type=fraction, default=1.0, metavar="P", help="probability of zoom, aspect, degrees, shear and "
+        "translate")
+    add("--border", choices=("constant", "reflect", "wrap"), nargs="+", default=["constant"], help="beyond the picture; "
+        "of several one at random")
+
+
+def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photographs=lambda data: False):
     """What a training script begins with: flags, then device and process group, then the run folder.
 
     needs: {flag: flags that do nothing without it}. check(args): raises UserError for flags that are wrong together.
     Flags are refused before there is a run folder; with --resume, it is the flags of the resumed run that are checked.
+    photographs(--data): whether the data are photographs, which decides where no --recipe is given.
     Returns (args, torch.device, the run folder's Path, the checkpoint to go on from or None).
     """
-    args = parser.parse_args(argv)
-    unset = object()
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
-    given = {flag: value for flag, value in given.items() if value is not unset}  # on the command line
+    recipes = {name: _given(parser, text.split()) for name, text in parser.recipes.items()}
+    first = next(iter(recipes), None)
+    parser.set_defaults(recipe=first, **recipes.get(first, {}))
+    given, args = _given(parser, argv), parser.parse_args(argv)
+    if recipes and args.resume is None:
+        name = given.get("recipe") or list(recipes)[photographs(args.data)]
+        parser.set_defaults(**recipes[name])
+        args = parser.parse_args(argv, argparse.Namespace(recipe=name))
 
     def check_all(args):
         _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",)} | (needs or {}))
@@ -194,6 +237,8 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None):
         check_all(args)
     device = dist.setup(args.device, args.timeout)
     args, folder, resume = begin_run(parser, args, given, check_all)
+    for name, flags in parser.recipes.items():
+        dist.print0(f"recipe {name}{' (in use)' if name == args.recipe else ''}: {flags}")
     return args, device, folder, resume
 
 
@@ -237,17 +282,18 @@ def word(flag):
 
 
 def _present_names(flags):
-    """The flags of a run, which may be of the first edition, under the names that they have now."""
-    if "allow_bad_labels" in flags:
-        flags = flags | {"allow_bad": flags["allow_bad_labels"]}
-    if "pixel_scale" in flags:
-        return flags
-    old = {"pixel_scale": "band_scale" if "band_scale" in flags else "scale", "aux_cls": "presence"}
-    renamed = {name: flags[before] for name, before in old.items() if before in flags}
-    if "net" in flags:  # classification: --cutout was the side of a square that half of the images lost
-        side = flags.get("cutout", 0)
-        renamed |= {"cutout": 0.5, "cutout_size": side} if side else {"cutout": 0.0}
-    return flags | renamed
+    """The flags of a run, which may be of an earlier edition, under the names that they have now."""
+    old = [("allow_bad", "allow_bad_labels"), ("hflip", "flip"), ("vflip", "flip"), ("hflip", "flip_lr"),
+           ("vflip", "flip_ud")]
+    if "pixel_scale" not in flags:
+        old += [("pixel_scale", "band_scale" if "band_scale" in flags else "scale"), ("aux_cls", "presence")]
+        if "net" in flags:  # classification: --cutout was the side of a square that half of the images lost
+            side = flags.get("cutout", 0)
+            flags = flags | ({"cutout": 0.5, "cutout_size": side} if side else {"cutout": 0.0})
+    if "hsv" in flags:  # detection
+        colour = dict(zip(("hue", "saturation", "value"), flags["hsv"]))
+        flags = flags | colour | {"zoom": [1 - flags["scale"], 1 + flags["scale"]]}
+    return flags | {name: flags[before] for name, before in old if before in flags}
 
 
 def check_batch(args, stride):
