@@ -123,7 +123,7 @@ def expectations(path_or_name, content=None):
     expects = (HALF if halved else IMAGENET) | (SYMMETRIC if torchvision else {})
     if "task" in content:  # our own checkpoint
         expects |= NONE | {key: value for key, value in content.get("input", {}).items() if key in NONE}
-        net = content["arch"]["kwargs"].get("encoder", content["arch"]["name"])
+        net = content["arch"].get("kwargs", {}).get("encoder", content["arch"].get("name", ""))
         if net.startswith("efficientnetv2"):
             expects |= SYMMETRIC if net.endswith("_tv") else SAME
     return expects

@@ -184,7 +184,8 @@ def _read_safetensors(file):
         if len(range(first, last)) != math.prod(shape) * dtype.itemsize or start + first != end:  # one behind the other
             raise ValueError(f"{name} has the shape {shape} and the bytes {first} to {last}")
         end = start + last
-        state[name] = torch.from_numpy(data[start + first:end].copy()).view(dtype).reshape(shape)
+        state[name] = torch.from_numpy(data[start + first:end].copy()).view(dtype).reshape(shape) if last > first else \
+            torch.empty(shape, dtype=dtype)
     if end != len(data):
         raise ValueError(f"{len(data)} bytes in place of {end}")
     return {name: state[name] for name in header}
