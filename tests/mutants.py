@@ -34,6 +34,7 @@ class Mutant(NamedTuple):
 
 
 CHECKPOINT, ENGINE, RUNS = ("tests/test_checkpoint.py",), ("tests/test_engine.py",), ("tests/test_runs.py",)
+NO_DATA = ("tests/test_no_data.py",)
 GUARDS = ("tests/test_guards.py",)  # for what no other test noticed
 WEIGHTS, PRETRAINED = ("tests/test_weights.py", "tests/test_pretrained.py"), ("tests/test_pretrained.py",)
 FILES, ERRORS, FAULTS = ("tests/test_files.py",), ("tests/test_errors.py",), ("tests/test_faults.py",)
@@ -222,8 +223,8 @@ MUTANTS = [
     Mutant("claims of hugeness", "data/images.py", "if file.height * file.width > MAX_SCENE:", "if False:", IMAGES),
     Mutant("pixels of one read", "data/images.py", "if len(bands) * math.prod(shape or (h, w)) > MAX_VALUES:",
            "if False:", IMAGES),
-    Mutant("pages of a TIFF", "data/images.py", "        if file.subdatasets:\n", "        if False:\n", ("tests/test_no_data.py",)),
-    Mutant("frames of a GIF", "data/images.py", 'if getattr(file, "n_frames", 1) > 1:', "if False:", ("tests/test_no_data.py",)),
+    Mutant("pages of a TIFF", "data/images.py", "        if file.subdatasets:\n", "        if False:\n", NO_DATA),
+    Mutant("frames of a GIF", "data/images.py", 'if getattr(file, "n_frames", 1) > 1:', "if False:", NO_DATA),
     Mutant("the size of the header", "data/images.py", "        if image.shape != (count, height, width):",
            "        if False:", GUARDS),
     Mutant("JPEGs without an end marker", "data/images.py", "        if not _ends(data):", "        if False:", GUARDS),
@@ -296,8 +297,9 @@ def run(mutant):
         (copy / mutant.file).write_text(breaks(mutant), encoding="utf-8")
         process = subprocess.Popen(
             [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no",
-             "-o", "timeout=120", "-W", "ignore", *mutant.tests], cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, env=os.environ | {"TMPDIR": str(tmp), "OMP_NUM_THREADS": "1"})
+             "-o", "timeout=120", "-W", "ignore", *mutant.tests],
+            cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env=os.environ | {"TMPDIR": str(tmp), "OMP_NUM_THREADS": "1"})
         try:
             out, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:

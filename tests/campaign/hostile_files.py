@@ -444,8 +444,8 @@ FLAG_CASES += [Case(f"--name {name!r}"[:60], _letters, _flag(
     "größe 火", "-x", "a\nb", "x" * 400, "\x1b[31mred", "=1+1", ".")]
 FLAG_CASES += [Case(f"--data {data!r}"[:60] + f" of {module.__name__}", _letters,
                     _flag(module, "--data", data, "--project", "ROOT/runs"))
-               for module in (train_seg, train_det, train_cls) for data in ("/dev/zero", "ROOT/DATA/fifo", "x" * 5000,
-                                                                            "http://127.0.0.1:9/a.json", "a\0b")]
+               for module in (train_seg, train_det, train_cls)
+               for data in ("/dev/zero", "ROOT/DATA/fifo", "x" * 5000, "http://127.0.0.1:9/a.json", "a\nb")]
 FLAG_CASES += [Case("names that are formulas and escape sequences", _odd_names, _no_formulas)]
 
 CASES = IMAGE_CASES + LABEL_CASES + TABLE_CASES + CHECKPOINT_CASES + FLAG_CASES
