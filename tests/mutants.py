@@ -159,7 +159,7 @@ MUTANTS = [
     Mutant("exit code of signals", "utils/errors.py", "self.code = 128 + signum", "self.code = signum", ERRORS),
     Mutant("exit code of a closed output", "utils/errors.py", 'return "", 141', 'return "", 1', ERRORS),
     Mutant("one line for memory", "utils/errors.py", 'or "out of memory" in text', "", ERRORS),
-    Mutant("one line for dead workers", "utils/errors.py", 'text.startswith("DataLoader worker")', "False", ERRORS),
+    Mutant("one line for dead workers", "utils/errors.py", 'text.startswith("DataLoader worker") or', "", ERRORS),
     Mutant("what steers a terminal", "utils/errors.py", "write(text.translate(STEERING))", "write(text)", RELIABILITY),
     Mutant("workers die with the script", "utils/errors.py", "        child.kill()\n", "        pass\n", ERRORS),
     Mutant("deaths of workers at the end", "utils/errors.py", "        except BaseException:  # raised by a handler",

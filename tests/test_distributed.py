@@ -201,6 +201,7 @@ def agents(project, *argv):
     return [torchrun(project, *RUN, *argv, flags=flags) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_torchrun_says_an_error_once(tmp_path):
     run = torchrun(tmp_path, *RUN, "--fault", "error@batch:5", "--fault-rank", 1,
                    flags=("--nproc_per_node", 2, "--master_port", free_port()))
@@ -247,6 +248,7 @@ def test_without_a_group_nothing_happens():
     dist.same_weights(net), dist.barrier()
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """A block of 64 MB that was freed and is taken again costs a page fault per 4 KB, or none."""
     faults = {}

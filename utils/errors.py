@@ -1,6 +1,7 @@
 """What a user can cause is answered in one line: the file, what is wrong with it, and the remedy."""
 import argparse
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -124,7 +125,9 @@ def _verdict(error):
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text \
             or "can't start new thread" in text:
         error = UserError("out of memory; lower --bs or --imgsz, try --grad-checkpoint, or --tile for large images")
-    elif text.startswith("DataLoader worker"):
+    elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        error = UserError(f"{str(error.filename)[:80]}...: too long for a name; shorten it")
+    elif text.startswith("DataLoader worker") or "Too many open files" in text or "shared memory" in text:
         error = UserError(f"{text.splitlines()[0].rstrip('. ')}; lower --workers, 0 loads in the main process")
     elif isinstance(error, (EOFError, OSError)) and "_data_queue.get(" in trace:  # it died while passing on a batch
         error = UserError("DataLoader worker exited unexpectedly; lower --workers, 0 loads in the main process")
