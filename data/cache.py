@@ -71,11 +71,11 @@ class Cache:
         return tqdm(range(len(self.files)), desc="cache", disable=dist.rank() > 0, leave=False)
 
     def _check_room(self):
-        """UserError where the memory will not do: the system would end some process, perhaps this one, without a word."""
+        """UserError where the memory will not do: the system would end some process, without a word."""
         size = sum(tensor.nbytes for tensor in self.tensors) / len(self.tensors) * len(self.files)
         if size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > free_memory():
-            raise UserError(f"--cache ram: {len(self.files)} images need about {size / 1e9:.3g} GB in each process, and "
-                            f"so much memory is not free; use --cache disk")
+            raise UserError(f"--cache ram: {len(self.files)} images need about {size / 1e9:.3g} GB in each process, "
+                            f"and so much memory is not free; use --cache disk")
 
     def _stamp(self):
         return [self.variant, *stamps_of(self.files)]

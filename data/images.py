@@ -418,7 +418,8 @@ def _decode_jpeg(path):
     data, end = Path(path).read_bytes(), b"\xff\xd9"
     try:
         if not _ends(data):  # torchvision would fill up with grey; Pillow does, but prints nothing
-            ends = [np.asarray(Image.open(BytesIO(data + tail + end), formats=("JPEG",))) for tail in (b"", b"Z" * 4096)]
+            ends = [np.asarray(Image.open(BytesIO(data + tail + end), formats=("JPEG",))) for tail in (b"",
+                                                                                                       b"Z" * 4096)]
             if not np.array_equal(*ends):
                 raise RuntimeError("truncated")
             data += end

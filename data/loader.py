@@ -27,7 +27,8 @@ class EpochBatches:
 
     def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None, same=False):
         self.size, self.batch_size, self.seed, self.parts = size, batch_size, seed, parts
-        self.shares = np.divide(weights, np.sum(weights)) if weights is not None and len(np.unique(weights)) > 1 else None
+        self.shares = np.divide(weights,
+                                np.sum(weights)) if weights is not None and len(np.unique(weights)) > 1 else None
         self.same, self.epoch, self.skip = same, 0, 0
 
     def set_epoch(self, epoch, skip=0):

@@ -1,5 +1,5 @@
-"""Faults and hostile files that a campaign found, each with a test: what is damaged is noticed, nothing hangs, nothing is
-written where it must not be, and every end is one line."""
+"""Faults and hostile files that a campaign found, each with a test: what is damaged is noticed, nothing hangs, nothing
+is written where it must not be, and every end is one line."""
 import json
 import os
 import pickle
@@ -159,7 +159,8 @@ def program(*calls):
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("call", [(bytearray, (3 << 30,)), (torch.FloatTensor, (1 << 30,)),
-                                  (torch._utils._rebuild_meta_tensor_no_storage, (torch.float32, (1 << 40,), (1,), False))])
+                                  (torch._utils._rebuild_meta_tensor_no_storage,
+                                   (torch.float32, (1 << 40,), (1,), False))])
 def test_memory_that_the_file_does_not_hold(tmp_path, call, legacy):
     path = tmp_path / "memory.pt"
     if legacy:
@@ -256,7 +257,8 @@ HEADERS = [
     {"pixel_scale": 0}, {"pixel_scale": float("nan")}, {"pixel_scale": [1.0] * 3}, {"pixel_mean": [1.0] * 3},
     {"mean_planes": False}, {"classes": 0}, {"classes": -1}, {"classes": 2}, {"classes": []}, {"classes": "abc"},
     {"classes": [1, 2]}, {"threshold": float("nan")}, {"threshold": 2.0}, {"threshold": "half"},
-    {"threshold": [0.1, 0.2]}, {"score": 3}, {"ema": [1]}, {"ema": {"x": 1}}, {"model": None}, {"task": 1}, {"task": "x"},
+    {"threshold": [0.1, 0.2]}, {"score": 3}, {"ema": [1]}, {"ema": {"x": 1}}, {"model": None}, {"task": 1},
+    {"task": "x"},
     {"seen": {"low": [1.0]}}, {"seen": 3}]
 
 
@@ -265,7 +267,8 @@ def net_file(tmp_path_factory):
     """A checkpoint that predicts."""
     path = tmp_path_factory.mktemp("net") / "best.pt"
     arch = {"name": "unet.UNet", "kwargs": {"in_chans": 4, "classes": 1}}
-    checkpoint.save(path, {"task": "seg", "arch": arch, "classes": 1, "model": nets.build(arch).state_dict(), "ema": None,
+    checkpoint.save(path, {"task": "seg", "arch": arch, "classes": 1, "model": nets.build(arch).state_dict(),
+                           "ema": None,
                            "input": {"bands": [1, 2], "pixel_scale": 255.0, "imgsz": 32}, "threshold": 0.5,
                            "args": {"data": "nowhere"}})
     return path
@@ -296,7 +299,8 @@ def test_crafted_headers(net_file, change, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("change", [
     {"step": -3}, {"step": 10**9}, {"step": 1.5}, {"step": True}, {"steps_per_epoch": 0}, {"history": None},
     {"history": [1]}, {"history": [{"loss": "x"}]}, {"sums": [1]}, {"scaler": None}, {"optimizer": None},
-    {"optimizer": {}}, {"optimizer": {"name": "AdamW"}}, {"optimizer": {"name": "AdamW", "state": 3, "param_groups": 4}},
+    {"optimizer": {}}, {"optimizer": {"name": "AdamW"}}, {"optimizer": {"name": "AdamW", "state": 3,
+                                                                        "param_groups": 4}},
     {"score": 3}, {"ema_steps": -1}, {"args": None}, {"args": {"bs": "x"}}, {"args": {"lr": None}}], ids=str)
 def test_crafted_headers_of_resumed_runs(tmp_path, change):
     toy(tmp_path, "--epochs", 1)
@@ -376,7 +380,8 @@ def test_the_users_repository_is_only_read(tmp_path):
 
 
 def script(text, folder, seconds=60):
-    done = subprocess.run([sys.executable, "-c", text], cwd=folder, env=os.environ | ENV, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", text], cwd=folder, env=os.environ | ENV, capture_output=True,
+                          text=True,
                           timeout=seconds)
     return done.returncode, done.stdout, done.stderr
 
@@ -387,7 +392,8 @@ def test_names_do_not_steer_a_terminal(tmp_path):
                             "    print('tab\\there \\x1b[2J\\x9b1m\\x07 größe')\n"
                             "    raise UserError('\\x1b]0;title\\x07.tif: damaged')\n"
                             "cli(main)\n", tmp_path)
-    assert (code, out) == (2, "tab\there \\x1b[2J\\x9b1m\\x07 größe\n") and err == "error: \\x1b]0;title\\x07.tif: damaged\n"
+    assert (code, out) == (2,
+                           "tab\there \\x1b[2J\\x9b1m\\x07 größe\n") and err == "error: \\x1b]0;title\\x07.tif: damaged\n"
 
 
 # ---- memory, notebooks -----------------------------------------------------------------------------------------------

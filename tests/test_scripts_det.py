@@ -472,7 +472,8 @@ def test_the_second_stage_restarted_after_a_checkpoint(script, parking, monkeypa
     assert len(last("exp-finetune")["history"]) == 4
 
 
-@pytest.mark.parametrize("named", [pytest.param(["runs/det/exp"], marks=pytest.mark.slow), []], ids=["by name", "the newest"])
+@pytest.mark.parametrize("named", [pytest.param(["runs/det/exp"], marks=pytest.mark.slow), []],
+                         ids=["by name", "the newest"])
 def test_the_second_stage_of_a_resumed_first_one_is_restarted(script, parking, monkeypatch, named):
     """The command line then holds nothing but --resume: it names the first stage's folder, or the newest."""
     script(train_det, "--data", parking, *STAGED, "--stages", "1,2", "--imgsz", 96, "--image-weights")
@@ -718,7 +719,8 @@ def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, parking, mon
 
 @pytest.mark.parametrize("head, flags", [
     ("free", ["--lr", 3e-5]),
-    pytest.param("anchor", ["--lr", 0.01, "--image-weights"], marks=pytest.mark.slow)])  # larger steps let rounding grow
+    pytest.param("anchor", ["--lr", 0.01, "--image-weights"],
+                 marks=pytest.mark.slow)])  # larger steps let rounding grow
 def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flags):
     flags = ["--data", parking, *TINY_DET, "--head", head, "--sync-bn", *flags, "--no-ema", "--folds", 2, "--optimizer",
              "sgd", "--bs", 10, "--epochs", 2, "--grid", 9]
