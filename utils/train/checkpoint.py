@@ -132,7 +132,7 @@ _LISTS, _FLAGS = [], {}  # of numbers, texts, and lists and dicts of them
 _FLAGS[str] = (None, bool, int, float, str, _LISTS, _FLAGS)
 _LISTS.append(_FLAGS[str])
 SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
-    "task": str, "arch": ({"name": str, "kwargs": _FLAGS}, {}), "input": _FLAGS, "args": _FLAGS, "classes": (range(1, 2**31), [str]),
+    "task": str, "arch": _FLAGS | {"name": str, "kwargs": _FLAGS}, "input": _FLAGS, "args": _FLAGS, "classes": (range(1, 2**31), [str]),
     "category_ids": [_COUNT], "single_label": bool, "threshold": (None, float, [float]), "score": (None, str),
     "model": _WEIGHTS, "ema": (None, _WEIGHTS), "swa": (None, _WEIGHTS), "ema_steps": _COUNT, "swa_count": _COUNT,
     "step": _COUNT, "steps_per_epoch": range(1, 2**63), "history": [{str: _NUMBER}], "sums": {str: _NUMBER},
@@ -141,14 +141,14 @@ SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
 
 def _is(value, kind):
     """Whether a value is of a type, a whole number of a range, one of several kinds (a tuple), a list of a kind [kind],
-    a dict {str: kind} of any names or with a kind for each of its names, or None."""
+    a dict {str: kind}, in which some names may have a kind of their own, or None."""
     match kind:
         case tuple():
             return any(_is(value, one) for one in kind)
         case list():
             return isinstance(value, (list, tuple)) and all(_is(one, kind[0]) for one in value)
         case dict():
-            return isinstance(value, dict) and (str in kind or value.keys() == kind.keys()) and all(
+            return isinstance(value, dict) and all(
                 _is(key, str) and _is(one, kind.get(key, kind.get(str))) for key, one in value.items())
         case range():
             return type(value) is int and value in kind
