@@ -104,7 +104,8 @@ def test_the_checkpoint_says_what_prediction_needs(script, parking, head, capsys
     assert (state["task"], state["arch"]["name"], state["score"]) == ("det", "yolo.YOLOv5", "ap")
     assert (state["classes"], state["category_ids"]) == (["sedan", "bus", "adult"], [1, 2, 3])
     assert state["input"].pop("seen")["dtype"] == "uint8"
-    assert state["input"] == {"bands": [1, 2, 3], "pixel_scale": 255.0, "pixel_mean": [], "imgsz": 64}
+    assert state["input"] == {"bands": [1, 2, 3], "pixel_scale": 255.0, "pixel_mean": [], "imgsz": 64, "mean": (0.0,),
+                              "std": (1.0,)}
     kwargs, out = state["arch"]["kwargs"], capsys.readouterr().out
     assert kwargs["head"] == head and kwargs["num_classes"] == 3
     assert out.count("anchors changed: ") == (head == "anchor")
