@@ -140,7 +140,7 @@ def test_torchvisions_by_its_own_names(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
     ours = EfficientNetV2("s", padding="symmetric").eval()
     report = pretrained.load(ours, str(tmp_path / "tv.pth"))
-    assert report == {"loaded": list(ours.state_dict()), "adapted": [], "unused": [], "missing": []}
+    assert report == {"loaded": list(ours.state_dict()), "adapted": [], "unused": [], "missing": [], "sha256": None}
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     with torch.no_grad():
