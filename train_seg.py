@@ -33,7 +33,6 @@ BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore=...) -> mean over the
     "lovasz_elu": functools.partial(losses.lovasz_hinge, elu=True),
     "lovasz": losses.lovasz_hinge,
     "bce": losses.bce,
-    "ce": losses.bce,  # under the name that it has for several classes
     "dice": losses.dice,
     "focal": losses.focal,
     "topk": losses.top_k,
@@ -50,7 +49,7 @@ RECIPES = {  # defaults of flags: the competition's, and those for photographs
                 "--schedule restarts --hflip 0.5 --rot90 --crop-padding 2 --border reflect wrap",
     "photos": "--bands all --no-mean-planes --conv0 --stem-stride 2 --epochs 100 --bs 16 --repeat 1 --schedule cosine "
               "--hflip 0.5 --no-rot90 --crop-padding 1 --border reflect --zoom 0.7 1.5 --hue 0.02 --saturation 0.3 "
-              "--value 0.3 --loss ce",
+              "--value 0.3",
 }
 OPTIONS = {"label_smoothing": "smoothing", "class_weights": "weight"}  # flag: the name in those losses that take it
 

@@ -114,7 +114,7 @@ def write_rare(root, count=8, side=32):
 
 def test_a_class_of_a_thousandth_is_found(script, tmp_path, capsys):
     flags = ["--data", write_rare(tmp_path / "DATA"), *TINY, "--bands", "1-2", "--folds", 0, "--loss", "bce", "--epochs", 4,
-             "--repeat", 4, "--lr", 0.005, "--schedule", "constant", "--no-mean-planes", "--no-ema"]
+             "--repeat", 6, "--lr", 0.005, "--schedule", "constant", "--no-mean-planes", "--no-ema"]
     found = {}
     for name, more in (("plain", []), ("weighted", ["--class-weights", "balanced"])):
         script(train_seg, *flags, "--name", name, *more)

@@ -143,7 +143,7 @@ def test_grey_gives_what_it_gave_as_rgb(tmp_path):
     net, x = RepVGG("a0", 1).eval(), randn(1, 1, 64, 50)
     report = pretrained.load(net, str(tmp_path / "a0.pth"))
     stem = ["stem.conv_kxk.conv.weight", "stem.conv_1x1.conv.weight"]
-    assert report == {"loaded": list(net.state_dict()), "adapted": stem, "unused": [], "missing": []}
+    assert report == {"loaded": list(net.state_dict()), "adapted": stem, "unused": [], "missing": [], "sha256": None}
     with torch.no_grad():
         assert_equal(net(x), theirs(x.expand(-1, 3, -1, -1)))
     unet = UNet("repvgg_a0", in_chans=10, conv0=(), decoder=(8, 8, 8, 8))

@@ -37,7 +37,7 @@ ROWS = {  # what is changed of the recipe `photos`
     "street": {
         "ours": "", "wildfire": "--recipe wildfire --bands all --bs 16 --repeat 1 --schedule cosine --loss lovasz ce",
         "padding": "--crop-padding 2 --border reflect wrap", "quarter turns": "--rot90", "no zoom": "--zoom 1 1",
-        "wide zoom": "--zoom 0.5 2", "no colour": "--hue 0 --saturation 0 --value 0", "lovasz": "--loss lovasz ce",
+        "wide zoom": "--zoom 0.5 2", "no colour": "--hue 0 --saturation 0 --value 0", "cross-entropy": "--loss ce",
         "mean planes": "--mean-planes", "conv0": "--conv0 32 32", "stem 1": "--stem-stride 1",
         "standard": "--pixel-scale standard", "no ema": "--no-ema", "no warm-up": "--warmup-epochs 0",
         "warm-up": "--warmup-epochs 1", "bare": "--zoom 1 1 --hue 0 --saturation 0 --value 0"},
