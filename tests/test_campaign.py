@@ -15,7 +15,10 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("campaign")
 
 
-@pytest.mark.parametrize("name", GOALS)
+LONG = {"G1", "G2", "G6", "G7", "E"}  # whole runs that are killed, stopped and resumed: a minute and more
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in GOALS])
 def test_a_few_trials(root, name):
     goal = GOALS[name]
     report = core.run(goal, SEED, goal.short, root, time.monotonic() + 200)

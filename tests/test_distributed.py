@@ -211,6 +211,7 @@ def test_torchrun_says_an_error_once(tmp_path):
     gone(run, 2)
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves(tmp_path, straight):
     run = torchrun(tmp_path, *RUN, "--slow", "batch=0.2", flags=("--nproc_per_node", 2, "--master_port", free_port()))
     run.until("epoch 1")
