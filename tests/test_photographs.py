@@ -99,8 +99,7 @@ def test_photos_names_every_flag_of_the_competitions_recipe(task):
 
 def test_the_data_decide_unless_a_recipe_is_given(tmp_path, monkeypatch, capsys, streets):
     args, *_ = started(train_seg, tmp_path, monkeypatch, "--data", streets)
-    assert (args.recipe, args.bs, args.rot90, args.conv0, args.bands, args.loss) == (
-        "photos", 16, False, [], None, [("ce", 1.0)])
+    assert (args.recipe, args.bs, args.rot90, args.conv0, args.bands) == ("photos", 16, False, [], None)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("recipe photos (in use): --bands all") for line in lines)
     assert any(line.startswith("recipe wildfire: --bands 1-7") for line in lines)
