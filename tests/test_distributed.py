@@ -170,6 +170,7 @@ def restarted(tmp_path, straight, rank, fault):
     return run
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank(tmp_path, straight):
     run = restarted(tmp_path, straight, 1, "kill@batch:12")
     assert "resuming" in run.out and "at step 4" in run.out
