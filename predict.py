@@ -139,8 +139,9 @@ def load_members(args, task, device, paths, states):
             net, inputs, classes = nets.build(state["arch"]), INPUT[task](**state["input"]), state["classes"]
             threshold = np.broadcast_to(np.asarray(state.get("threshold") or 0.5, float), np.size(classes))
             number, kwargs = classes if isinstance(classes, int) else len(classes), state["arch"]["kwargs"]
-            if kwargs.get("in_chans", inputs.channels) != inputs.channels or not ((0 <= threshold) & (threshold <= 1)).all() \
-                    or kwargs.get("classes", kwargs.get("num_classes", number)) != number:
+            if kwargs.get("in_chans", inputs.channels) != inputs.channels or \
+                    not ((0 <= threshold) & (threshold <= 1)).all() or \
+                    kwargs.get("classes", kwargs.get("num_classes", number)) != number:
                 raise ValueError("its net, input, classes and threshold do not belong together")
             [state["args"]["data"], *(state[key] for key in NEEDED[args.task])]
         except (TypeError, ValueError, KeyError, AttributeError) as error:

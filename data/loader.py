@@ -96,7 +96,7 @@ _workers = weakref.WeakSet()
 
 @atexit.register
 def _end_workers():
-    """Workers ignore SIGTERM, with which Python would end those that an exception has left: they end at once."""
+    """Kills the workers that an exception has left. Python would send them SIGTERM, which they ignore, and wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
     for worker in _workers:
         worker.kill()

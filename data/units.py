@@ -34,7 +34,7 @@ class Input:
     std: list = field(default=(1.0,), kw_only=True)
 
     def __post_init__(self):
-        """Raises ValueError or TypeError for values that no input has, such as those of a damaged checkpoint."""
+        """Raises ValueError or TypeError for values that do not fit, which a damaged checkpoint may hold."""
         count, names = len(self.bands), ("pixel_scale", "std", "mean", "pixel_mean")
         values = [np.ravel(getattr(self, name)).astype(float) for name in names]
         if min(self.bands) < 1 or self.imgsz < 1 or min(map(np.min, values[:2])) <= 0 or \

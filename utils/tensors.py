@@ -14,7 +14,6 @@ import pickletools
 import re
 import stat
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -79,8 +78,9 @@ def walk(value, name="state"):
 
 def sha256(path):
     """The SHA-256 of a file whose format has no checksums; None for torch's zip format."""
-    data = Path(path).read_bytes()
-    return None if data.startswith(b"PK") else hashlib.sha256(data).hexdigest()
+    with open(path, "rb") as file:
+        start = file.read(2)
+        return None if start == b"PK" else hashlib.sha256(start + file.read()).hexdigest()
 
 
 def fits(tensor, target):

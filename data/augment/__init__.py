@@ -8,7 +8,8 @@ from utils.ops import boxes, geometry
 
 
 def of_flags(flags):
-    """{flag: value} of a training script -> {"view": the keyword arguments of `view`, "colour": those of `colour`}."""
+    """The flags of a training script, {flag: value} -> the keyword arguments of both functions: {"view": {...}, "colour":
+    {...}}."""
     return {function.__name__: {name: flags[name] for name in function.__kwdefaults__} for function in (view, colour)}
 
 

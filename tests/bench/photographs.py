@@ -169,7 +169,7 @@ def weather_peer(epochs, data, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("/work/shared/data"))
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="holds street and weather")
     parser.add_argument("--out", type=Path, default=Path("runs/photographs"))
     parser.add_argument("--only", nargs="+", choices=BASE, default=list(BASE))
     parser.add_argument("--rows", nargs="+", help="names of rows, and peer; without: all")

@@ -189,12 +189,12 @@ def _given(parser, argv):
 
 
 def add_augmentation(add):
-    """The flags of data.augment.Augmentation. add: of a parser or a group."""
+    """Adds the flags of `data.augment.view` and `data.augment.colour`. add: `add_argument` of a parser or a group."""
     texts = {"hflip": "probability of mirroring left and right", "vflip": "probability of mirroring up and down",
-              "translate": "largest shift, share of the size",
-              "hue": "largest change of hue, share of the circle (three bands)",
-              "saturation": "saturation times 1 - F to 1 + F (three bands)", "value": "brightness times 1 - F to 1 + F",
-              "degrees": "largest rotation", "shear": "largest shear, degrees",
+             "translate": "largest shift, share of the size",
+             "hue": "largest change of hue, share of the circle (three bands)",
+             "saturation": "saturation times 1 - F to 1 + F (three bands)", "value": "brightness times 1 - F to 1 + F",
+             "degrees": "largest rotation", "shear": "largest shear, degrees",
              "gain": "random brightness, octaves either way",
              "crop-padding": "a view lies anywhere in the picture, which is padded to this times the view where it is "
                              "smaller; 0: in its middle"}

@@ -132,7 +132,8 @@ _LISTS, _FLAGS = [], {}  # of numbers, texts, and lists and dicts of them
 _FLAGS[str] = (None, bool, int, float, str, _LISTS, _FLAGS)
 _LISTS.append(_FLAGS[str])
 SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
-    "task": str, "arch": _FLAGS | {"name": str, "kwargs": _FLAGS}, "input": _FLAGS, "args": _FLAGS, "classes": (range(1, 2**31), [str]),
+    "task": str, "arch": _FLAGS | {"name": str, "kwargs": _FLAGS}, "input": _FLAGS, "args": _FLAGS,
+    "classes": (range(1, 2**31), [str]),
     "category_ids": [_COUNT], "single_label": bool, "threshold": (None, float, [float]), "score": (None, str),
     "model": _WEIGHTS, "ema": (None, _WEIGHTS), "swa": (None, _WEIGHTS), "ema_steps": _COUNT, "swa_count": _COUNT,
     "step": _COUNT, "steps_per_epoch": range(1, 2**63), "history": [{str: _NUMBER}], "sums": {str: _NUMBER},
