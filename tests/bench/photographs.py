@@ -1,4 +1,4 @@
-"""Photographs: ours against what people use instead, with a row per change. The table of docs/results.md.
+"""Photographs: ours against what people use instead, with a row per change, as a table.
 
     python -m tests.bench.photographs --data /data --out runs/photographs --only street weather --budget short --seeds 0 1 2
     python -m tests.bench.photographs ... --rows ours peer              # some rows; runs that are there are not run again
