@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.harness import two_ranks
 from tests.test_components import oracle
 from utils.metrics.classification import Accuracy, average_precisions
 from utils.metrics.segmentation import BinaryIoU, MeanIoU, SampleIoU
@@ -159,7 +159,7 @@ def test_wrong_input_is_named():
         MeanIoU(3, ignore=value).update(labels, labels + value)
 
 
-def shard(rank, world, folder):
+def shard(folder, rank, port, world=2):
     """A rank's unpadded share of 21 samples, and everything again on rank 0 alone: the other ranks have none."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -176,7 +176,7 @@ def shard(rank, world, folder):
 
 
 def test_two_ranks_equal_one_process(tmp_path):
-    mp.spawn(shard, (2, str(tmp_path)), nprocs=2)
+    two_ranks(shard, tmp_path, 120)
     alone = [measure(BinaryIoU(ignore=VOID), *binary()), measure(MeanIoU(5, VOID), *multiclass())]
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -420,22 +420,21 @@ def test_the_memory_that_is_free():
 
 def test_main_called_from_another_script(tmp_path):
     """An exception in a loop over a loader, caught or not: the interpreter ends, and its workers with it."""
-    text = ("import time, torch\nfrom data.loader import eval_loader\n"
+    text = ("import torch\nfrom data.loader import eval_loader\n"
             "class Data:\n"
             "    def __len__(self): return 100\n"
-            "    def __getitem__(self, i): return {{'x': torch.zeros(1)}}\n"
+            "    def __getitem__(self, i): return {'x': torch.zeros(1)}\n"
             "def main():\n"
             "    loader = eval_loader(Data(), 1, workers=2)\n"
             "    for batch in loader:\n"
             "        print(*[w.pid for w in __import__('multiprocessing').active_children()], flush=True)\n"
-            "        raise {}\n"
-            "main()\n" if True else "")
-    began = time.monotonic()
-    code, out, err = script(text.format("KeyError('a bug')"), tmp_path)
-    assert code == 1 and "a bug" in err and time.monotonic() - began < 30
-    assert "Exception ignored" not in err
-    code, out, err = script(text.replace("main()\n", "", 0).format("KeyError('a bug')").replace(
-        "\nmain()\n", "\ntry:\n    main()\nexcept KeyError as error:\n    kept = error\n"), tmp_path)
-    assert code == 0 and err == "" and time.monotonic() - began < 60
+            "        raise KeyError('a bug')\n"
+            "try:\n"
+            "    main()\n"
+            "except KeyError as error:\n"
+            "    kept = error\n"  # and with it the loop's frame
+            "main()\n")
+    code, out, err = script(text, tmp_path)
+    assert code == 1 and err.count("a bug") == 1 and "Exception ignored" not in err and len(set(out.split())) == 4
     for pid in out.split():
         assert not Path(f"/proc/{pid}").exists()
