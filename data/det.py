@@ -237,10 +237,10 @@ class TiledImages(Dataset):
 
     def __getitem__(self, k):
         i, window = self.views[k]
-        image, (height, width) = self.pictures[k], self.shapes[k]
-        canvas = new_canvas(image, (height, width))
-        matrix = augment.letterbox(*image.shape[1:], self.imgsz, (height, width))
-        matrix, _ = paste(image, matrix, canvas, (0, 0, width, height))
+        image, shape = self.pictures[k], self.shapes[k]
+        canvas = new_canvas(image, shape)
+        matrix = augment.letterbox(*image.shape[1:], self.imgsz, shape)
+        matrix, _ = paste(image, matrix, canvas, (0, 0, *shape[::-1]))
         y, x = window[:2] if window else (0, 0)
         matrix = matrix @ self.pictures.matrices[k] @ translate(-x, -y)
         return {"image": canvas.permute(1, 2, 0), "boxes": move(self.boxes[i].roll(-1, 1), matrix).roll(1, 1),

@@ -4,7 +4,6 @@ import os
 import resource
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -54,7 +53,7 @@ def make_loggers(run_dir, *, tensorboard=False, wandb=False, config=None):
     is kept in run_dir/wandb_id.txt, so that a resumed run continues its own curves.
     Raises UserError if a package is missing or W&B cannot start.
     """
-    run_dir, sinks = Path(run_dir), []
+    sinks = []
     if tensorboard:
         writer = _optional("torch.utils.tensorboard", "SummaryWriter", "tensorboard")(str(run_dir))
 

@@ -50,10 +50,12 @@ class AdamP(torch.optim.Optimizer):
     the steps small. The gradients of such weights are orthogonal to them: |cos(w, g)| < 0.1 / sqrt(dim(w)), in every
     output channel, or else in the layer as a whole. They decay only a tenth as much as others. Vectors and scalars get
     AdamW's step. The CPU reads no numbers to decide this, so it does not wait for the GPU.
+
+    settings: lr, betas and eps, of all groups that have none of their own; each group has its weight_decay.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    def __init__(self, params, **settings):
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self):

@@ -58,8 +58,8 @@ class State:
         if dist.world_size() > 1:
             self.net = DistributedDataParallel(self.net, device_ids=[device] if device.type == "cuda" else None,
                                                gradient_as_bucket_view=True)
-        # optimizer steps done, and in an epoch; whether there is a last.pt: `fit` sets the last two
-        self.step, self.steps_per_epoch, self.saved = 0, 0, False
+        # optimizer steps done, and in an epoch; the steps and epochs that last.pt holds: `fit` sets the last two
+        self.step, self.steps_per_epoch, self.saved = 0, 0, (0, 0)
         self.history, self.sums = [], {}  # a row per finished epoch; sums of the running epoch's losses
         self.score, self.threshold = None, None  # the name of the score, and the threshold of the last evaluation
         self.finite = torch.ones((), dtype=torch.bool, device=device)
@@ -175,6 +175,6 @@ class State:
     def check(self):
         """Raises NumericalError when a loss or a gradient was not finite. Waits for the GPU."""
         if not self.finite or (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3):
-            then = "--resume goes on from last.pt" if self.saved else "start again"
+            then = "--resume goes on from last.pt" if any(self.saved) else "start again"
             raise NumericalError(f"loss or gradients are no longer finite (noticed at step {self.step}); lower --lr, "
                                  f"try --clip 1 or --amp off, then {then}")
