@@ -190,9 +190,8 @@ def _label_column(path, column, rows, least):
     names = sorted({name for row in values for name in row}, key=_numbers_first)
     if len(names) < least:
         raise UserError(f"{path}: all rows have the class {names[0][:80]}; there must be two or more")
-    index = {name: i for i, name in enumerate(names)}
-    one_hot = np.eye(len(names), dtype=np.float32)
-    return np.stack([one_hot[[index[name] for name in row]].max(0) for row in values]), names
+    one_hot = dict(zip(names, np.eye(len(names), dtype=np.float32)))
+    return np.stack([np.max([one_hot[name] for name in row], 0) for row in values]), names
 
 
 def _class_columns(path, key, names, rows, chosen):
@@ -308,8 +307,7 @@ def subset(labels, count, *, seed=0):
 
 def strata(labels):
     """A stratum per sample: its class, or for several the number of classes and the rarest of them."""
-    frequency = labels.sum(0)
-    rarest = np.where(labels > 0, frequency, np.inf).argmin(1)
+    rarest = np.where(labels > 0, labels.sum(0), np.inf).argmin(1)
     return [(int(n), int(c)) for n, c in zip(labels.sum(1), rarest)]
 
 
@@ -385,13 +383,10 @@ def reduce(image, limit):
 
 def collate(samples):
     """Stacks; images of several sizes are filled up by reflection at the right and at the bottom."""
-    height, width = (max(s["image"].shape[i] for s in samples) for i in (1, 2))
-    mixed = len({s["image"].dtype for s in samples}) > 1  # 8 and 16 bits do not stack
-    for s in samples:
-        s["image"] = s["image"].float() if mixed else s["image"]
-        _, h, w = s["image"].shape
-        if (h, w) != (height, width):
-            s["image"] = geometry.warp(s["image"], np.eye(3), (height, width), border="reflect")
+    pictures = geometry.of_one_dtype([s["image"] for s in samples])
+    size = tuple(max(picture.shape[i] for picture in pictures) for i in (1, 2))
+    for s, picture in zip(samples, pictures):
+        s["image"] = picture if picture.shape[1:] == size else geometry.warp(picture, np.eye(3), size, border="reflect")
     matrices = np.stack([s.pop("matrix") for s in samples])  # no tensor: warp wants them here, not on the GPU
     return torch.utils.data.default_collate(samples) | {"matrix": matrices}
 

@@ -138,8 +138,7 @@ def _locator(root, folders):
 def _read_categories(names, data, path):
     """Adds the categories of a file to {id: name}."""
     here = set()
-    data = data if "categories" in data else {"categories": []}
-    for place, _, key, name in _entries(data, "categories", path, id=(int,), name=(str,)):
+    for place, _, key, name in _entries({"categories": []} | data, "categories", path, id=(int,), name=(str,)):
         if key in here or names.setdefault(key, name) != name:
             raise UserError(f"{place}: the id {key} is another category's too; correct one of them")
         here.add(key)

@@ -17,6 +17,11 @@ def param_groups(model, weight_decay):
             for name, params in groups.items() if params]
 
 
+def parameters(optimizer):
+    """The parameters of all groups of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 OPTIMIZERS = ("adamw", "adam", "sgd", "radam", "adamp")
 
 
@@ -31,7 +36,7 @@ def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
     """
     if name == "sgd":
         optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
-        for p in (p for group in optimizer.param_groups if momentum for p in group["params"]):
+        for p in parameters(optimizer) if momentum else ():
             # torch would leave them uninitialised when GradScaler skips the very first step
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     else:
@@ -99,7 +104,7 @@ def lookahead(optimizer, k=5, alpha=0.5):
     The slow weights and the count of steps are kept in the optimizer's state, and so in its state_dict(). Between these
     steps the model holds the fast weights. Returns the optimizer.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = parameters(optimizer)
 
     def begin(optimizer, *_):  # under a key of its own: Adam initialises a parameter whose state is empty
         if "lookahead" not in optimizer.state:

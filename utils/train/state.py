@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import tensors
 from utils.errors import NumericalError, UserError
 from utils.train import checkpoint, dist
-from utils.train.optim import set_lr
+from utils.train.optim import parameters, set_lr
 
 
 def precision(amp, device):
@@ -107,8 +107,8 @@ class State:
         """The optimizer step, after the backward passes of its batches."""
         set_lr(self.optimizer, self.schedule(self.step, self.scores), self.step)
         self.scaler.unscale_(self.optimizer)
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(params, self.clip or math.inf, foreach=self.device.type != "mps")
+        norm = torch.nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip or math.inf,
+                                              foreach=self.device.type != "mps")
         if not self.scaler.is_enabled():  # the scaler skips such steps
             self.finite &= norm.isfinite()
         self.scaler.step(self.optimizer)
