@@ -24,8 +24,8 @@ from utils.metrics.classification import Accuracy
 from utils.ops import decide
 from utils.pictures import review, sheets
 from utils.train import dist, engine
-from utils.train.args import (check_batch, class_weights, float_range, fraction, int_range, loss_term, setup_run,
-                              train_parser, training, weight_list, word)
+from utils.train.args import (add_shares, check_batch, class_weights, debug_sizes, float_range, int_range, loss_term,
+                              setup_run, train_parser, training, weight_list, word)
 
 # (logits (B, C), labels (B, C), smoothing=..., weight=...) -> mean over the batch
 LOSSES = {"bce": losses.bce, "focal": losses.focal, "ce": losses.cross_entropy}
@@ -65,10 +65,8 @@ def make_parser():
         "image, of the images that have it; balanced: in inverse proportion to the classes' images")
     add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
-    add("--cutmix", type=fraction, default=0.0, metavar="P", help="probability that a batch gets boxes of "
-        "other images")
-    add("--snapmix", type=fraction, default=0.0, metavar="P", help="the same, with labels weighted by the "
-        "net's class activation maps")
+    add_shares(add, {"cutmix": "probability that a batch gets boxes of other images",
+                     "snapmix": "the same, with labels weighted by the net's class activation maps"})
     return parser
 
 
@@ -92,7 +90,7 @@ def check_flags(args):
     arch, drop = describe_net(args, 1, 2)
     with torch.device("meta"), answers_for("--net"):
         net = nets.build(arch, **drop)
-    check_batch(args, getattr(net, "strides", [1])[-1])
+    check_batch(args, args.imgsz, getattr(net, "strides", [1])[-1])
 
 
 def load_samples(args, folder, resume):
@@ -106,8 +104,8 @@ def load_samples(args, folder, resume):
     train, val = split(args, folder, data)
     folds.describe(args.data, f"{'one label' if data.single_label else 'several labels'} each, such as {data.files[0]}",
                    data.names, data.labels, (train, val))
-    few = 8 * args.bs if args.debug else 10**9
-    train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
+    few, fewer = debug_sizes(args)
+    train, val = folds.spread(train, few), folds.spread(val, fewer)
     files, labels, weights = [data.files[i] for i in train], data.labels[train], [1.0] * len(train)
     for more, weight in args.extra_data:
         extra = cls.with_names(cls.read(more, least=1).usable(more, bands, args.allow_bad), data, more)
@@ -151,9 +149,9 @@ def synthetic_source(args, data, bands, device):
 
 
 def main():
-    needs = {"synthesize": ("letters_per_image", "noise", "synthesize_count")}
     args, device, folder, resume = setup_run(
-        make_parser(), needs=needs, check=check_flags, photographs=units.photographs)
+        make_parser(), needs={"synthesize": ("letters_per_image", "noise", "synthesize_count")}, check=check_flags,
+        photographs=units.photographs)
 
     # ---- samples ----
     data, val, bands, files, labels, weights = load_samples(args, folder, resume)
@@ -173,8 +171,7 @@ def main():
                           weights=weights)
     val_files = [data.files[i] for i in val]
     if val:
-        val_images = cls.Images(val_files, data.labels[val], **options)
-        val_data = cls.AugmentedImages(val_images, args.imgsz)
+        val_data = cls.AugmentedImages(cls.Images(val_files, data.labels[val], **options), args.imgsz)
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), workers=args.workers, device=device,
                                  collate=cls.collate)
 

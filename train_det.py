@@ -6,12 +6,11 @@
     python train_det.py --variant x6 --imgsz 1280 --bs 2 --accumulate 32 --weights yolov5:yolov5x6 \
         --stages 50,15 --epoch-parts 15 --image-weights --folds 0      # the competition's two stages
 """
-import argparse
 import dataclasses
 import math
 import os
 import sys
-from argparse import BooleanOptionalAction
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 
 import numpy as np
 import torch
@@ -24,14 +23,15 @@ from data.loader import eval_loader, train_loader
 from nets import pretrained
 from nets.yolo import BINS, VARIANTS
 from utils.errors import UserError, answers_for, cli
-from utils.files import write_json
+from utils.files import folder_of, write_json
 from utils.losses import detection as losses
 from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.ops import anchors, decide
 from utils.ops.boxes import confident
 from utils.pictures import charts, detection as pictures, review, sheets, table
 from utils.train import dist, engine, optim
-from utils.train.args import begin_run, float_range, fraction, int_range, setup_run, train_parser, training
+from utils.train.args import (begin_run, check_batch, debug_sizes, float_range, fraction, int_range, positive,
+                              setup_run, train_parser, training)
 
 YOLO = "yolo.YOLOv5"
 RECIPES = dict.fromkeys(("parking-lots", "photos"), "--hflip 0.5 --zoom-linear")  # --preset has all other defaults
@@ -75,7 +75,7 @@ def make_parser():
     add("--tile", type=int_range(32, 65536), help="larger images are trained on in windows of this side, at full "
         "resolution, and validated as predict.py --tile predicts them")
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring windows")
-    add("--epoch-parts", type=int_range(1, 10**6), default=1, help="an epoch is one of this many parts of the data")
+    add("--epoch-parts", type=positive, default=1, help="an epoch is one of this many parts of the data")
     add("--image-weights", action=BooleanOptionalAction, default=False, help="draw images with rare classes more often")
     add("--multi-scale", type=float_range(0, 0.9), default=0.0, help="every batch at a random size, 1 - F to 1 "
         "+ F times --imgsz")
@@ -85,38 +85,38 @@ def make_parser():
     add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
     add("--close-mosaic", type=int_range(0), default=0, help="number of last epochs without mosaic")
     add = parser.add_argument_group("loss").add_argument
-    for name, what in {"box": "boxes' CIoU", "dfl": "distances' distributions (free)", "obj": "objectness (anchor)",
-                       "cls": "classes"}.items():
-        add(f"--{name}", type=float_range(0), help=f"weight of the {what}")
-    add("--obj-pw", type=float_range(0), help="weight of positives in the objectness (anchor)")
-    add("--cls-pw", type=float_range(0), help="weight of positives in the classes (anchor)")
+    for name, what in {"box": "the boxes' CIoU", "dfl": "the distances' distributions (free)",
+                       "obj": "the objectness (anchor)", "cls": "the classes",
+                       "obj-pw": "positives in the objectness (anchor)",
+                       "cls-pw": "positives in the classes (anchor)"}.items():
+        add(f"--{name}", type=float_range(0), help=f"weight of {what}")
     add("--anchor-threshold", type=float_range(1, 100), help="largest ratio of a box's side to its anchor's (anchor)")
     add("--focal-gamma", type=float_range(0, 10), help="focal loss; 0: cross-entropy (anchor)")
     add("--warmup-bias-lr", type=float_range(0, 10), help="learning rate of the biases at the start")
     add("--warmup-momentum", type=float_range(0, 0.9999), help="momentum at the start")
     # the preset gives the defaults, which --help shows
     known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    preset = "scratch-low" if known.stages else known.preset
     if known.stages:
-        parser.set_defaults(preset=preset, epochs=known.stages[0])
+        known.preset = "scratch-low"
+        parser.set_defaults(preset=known.preset, epochs=known.stages[0])
     # --head changes the default gains; it is no default itself: the table of runs shows it
-    parser.set_defaults(**recipe(preset, known.head) | {"head": PRESETS[preset]["head"]})
+    parser.set_defaults(**recipe(known.preset, known.head))
     return parser
 
 
 def recipe(preset, head=None):
-    """-> {flag: value} of a preset, for its own head or for another one."""
-    values = PRESETS[preset] | ({"head": head} if head else {})
+    """-> {flag: value} of a preset, with the gains for its own head or for another one."""
+    values = PRESETS[preset]
     # the gains in the presets are for the anchor head
-    return values | GAINS["free"] if values["head"] == "free" else GAINS["anchor"] | values
+    return values | GAINS["free"] if (head or values["head"]) == "free" else GAINS["anchor"] | values
 
 
 def stage_list(text):
     """argparse type: "50,15" -> [50, 15]."""
     try:
-        first, second = map(int_range(1, 10**6), text.split(","))
+        first, second = map(positive, text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not two numbers of epochs; write 50,15") from None
+        raise ArgumentTypeError(f"{text} is not two numbers of epochs; write 50,15") from None
     return [first, second]
 
 
@@ -149,8 +149,7 @@ def check_flags(args):
     if args.imgsz % stride:
         raise UserError(f"--imgsz {args.imgsz}: not a multiple of the net's stride {stride}; take "
                         f"{-(-args.imgsz // stride) * stride}")
-    if args.bs == dist.world_size() and int(args.imgsz * (1 - args.multi_scale)) < 2 * stride:
-        raise UserError(f"--bs {args.bs} --imgsz {args.imgsz}: batch norm would see a single pixel; raise one of them")
+    check_batch(args, int(args.imgsz * (1 - args.multi_scale)), 2 * stride - 1)
 
 
 def main():
@@ -172,14 +171,14 @@ def second_stage(args, folder):
     changed = {flag: value for flag, value in after.items() if vars(args)[flag] == before[flag]}
     changed |= dict(preset="finetune", epochs=args.stages[1], image_weights=False, weights=str(folder / "last.pt"),
                     project=str(folder.parent), name=f"{folder.name}-finetune", resume=None)
-    return argparse.Namespace(**vars(args) | changed)
+    return Namespace(**vars(args) | changed)
 
 
 def experiment(args, device, folder, resume):
     """One run, from the labels to the results of the last epoch."""
     # ---- samples ----
     data, val, samples = load_samples(args, folder)
-    names, files = data.names, [data.files[i] for i in val]
+    names, files = data.names, [sample.file for sample in val]
     bands = args.bands or images.default_bands(data.files)
     reading = dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
     samples = det.cut(samples, args.tile, args.overlap)
@@ -241,7 +240,7 @@ def experiment(args, device, folder, resume):
 
     # ---- validation ----
     if val:
-        gt_boxes = [torch.from_numpy(sample.boxes).float() for sample in det.samples(data, val)]
+        gt_boxes = [torch.from_numpy(sample.boxes).float() for sample in val]
         val_data = det.TiledImages(files, gt_boxes, stride=model.stride, tile=args.tile, overlap=args.overlap,
                                    **reading)
         val_loader = eval_loader(val_data, max(1, args.bs // dist.world_size()), shapes=val_data.shapes,
@@ -283,26 +282,24 @@ def experiment(args, device, folder, resume):
 
 
 def load_samples(args, folder):
-    """-> the labels (data.labels.Labels), the indices of the images to validate on, and the samples to train on.
+    """-> the labels (data.labels.Labels), the samples to validate on, and the samples to train on (det.Sample).
     Without --folds: the data's own validation images, else a fifth. The folds are stratified by the rarest class of an
     image."""
     data = labels.usable(args.data, labels.read(args.data, allow_bad=args.allow_bad), args.bands, args.allow_bad)
-    root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
-    keys = [os.path.relpath(file, root) for file in data.files]
-    count = np.bincount(np.concatenate(data.classes), minlength=len(data.names))
+    keys = [os.path.relpath(file, folder_of(args.data)) for file in data.files]
+    per_class = [np.bincount(classes, minlength=len(data.names)) for classes in data.classes]
+    count = np.sum(per_class, 0)
     rarest = [int(c[count[c].argmin()]) if len(c) else -1 for c in data.classes]
     spec = folds.parse_folds(args.folds, keys, data.held_out, args.fold)
     train, val = folds.load_or_make_split(folder, keys, spec, args.fold, files=data.files, strata=rarest,
                                           groups=args.groups, drop=args.drop_noisy)
-    per_class = [np.bincount(classes, minlength=len(data.names)) for classes in data.classes]
     folds.describe(args.data, data.layout, data.names, per_class, (train, val))
-    few = 8 * args.bs if args.debug else 10**9
-    val = folds.spread(val, args.bs if args.debug else few)
-    samples = det.samples(data, folds.spread(train, few))
+    few, fewer = debug_sizes(args)
+    samples, val = det.samples(data, folds.spread(train, few)), det.samples(data, folds.spread(val, fewer))
     for more, weight in args.extra_data:
         extra = labels.usable(more, labels.read(more, allow_bad=args.allow_bad), args.bands, args.allow_bad)
         extra = labels.with_names(extra, data.names, more)
-        chosen = folds.without_copies(extra.files, [data.files[i] for i in val], more)
+        chosen = folds.without_copies(extra.files, [sample.file for sample in val], more)
         samples += det.samples(extra, folds.spread(chosen, few), weight)
     return data, val, samples
 

@@ -8,6 +8,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 from argparse import BooleanOptionalAction
 
 import numpy as np
@@ -26,8 +27,8 @@ from utils.metrics.segmentation import BinaryIoU, MeanIoU, SampleIoU
 from utils.ops import decide, tiles
 from utils.pictures import review, sheets
 from utils.train import dist, engine
-from utils.train.args import (check_batch, class_weights, float_range, fraction, int_range, loss_term, setup_run,
-                              train_parser, training, weight_list, word)
+from utils.train.args import (add_shares, check_batch, class_weights, debug_sizes, float_range, int_range, loss_term,
+                              positive, setup_run, train_parser, training, weight_list, word)
 
 BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore=...) -> mean over the batch
     "lovasz_elu": functools.partial(losses.lovasz_hinge, elu=True),
@@ -65,12 +66,11 @@ def make_parser():
     add("--tile", type=int_range(16, 65536), help="images larger than this side are read in windows of this side; "
         "crops are cut from the windows")
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring training windows; 0 in validation")
-    add("--repeat", type=int_range(1, 10**6), help="passes over the data per epoch")
+    add("--repeat", type=positive, help="passes over the data per epoch")
     add("--aux-cls", type=float_range(0), default=0.0, metavar="WEIGHT", help="loss weight of an auxiliary head that "
         "predicts which classes an image contains and sets the masks of absent classes to 0; 0: no head")
-    add("--p-object", type=fraction, default=0.0, help="probability that a crop is laid over an object")
-    add("--cutmix", type=fraction, default=0.0, metavar="P", help="probability that a batch gets boxes of "
-        "other images")
+    add_shares(add, {"p-object": "probability that a crop is laid over an object",
+                     "cutmix": "probability that a batch gets boxes of other images"})
     add("--loss", nargs="+", type=loss_term(BINARY | MULTICLASS), metavar="NAME[=WEIGHT]",
         help=f"sum of {', '.join(BINARY)}, such as: --loss lovasz_elu bce=0.5, --loss dice focal; for several classes "
         f"of {', '.join(MULTICLASS)}; without: lovasz_elu and bce, or lovasz and ce")
@@ -128,12 +128,11 @@ def check_flags(args):
                             f"out, or add one")
     with torch.device("meta"), answers_for("--net, --encoder, --decoder:"):
         net = nets.build(describe_net(args, in_chans=1))
-    check_batch(args, net.stride)
+    check_batch(args, args.imgsz, net.stride)
 
 
 def load_samples(args, folder):
-    """-> the data (seg.Samples), the indices to validate on, the samples to train on, and their weights: how often each
-    of those comes, beside the 1 of --data."""
+    """-> the data (seg.Samples), the samples to validate on, and those to train on."""
     masks = dict(classes=args.classes, ignore=args.ignore, allow_bad=args.allow_bad)
     data = seg.read(args.data, bands=args.bands, **masks)
     if not any(data.areas):
@@ -144,15 +143,13 @@ def load_samples(args, folder):
         strata=folds.area_strata(data.areas), drop=args.drop_noisy)
     folds.describe(args.data, f"{data.pairs[0][0]} has the mask {data.pairs[0][1]}, by pixels", class_names(args)[1:],
                    [counts[1:] for counts in data.counts], (train, val))
-    few = 8 * args.bs if args.debug else 10**9
-    train, val = folds.spread(train, few), folds.spread(val, args.bs if args.debug else few)
-    samples = data.pick(train)
-    weights = samples.weights
+    few, fewer = debug_sizes(args)
+    samples, val = data.pick(folds.spread(train, few)), data.pick(folds.spread(val, fewer))
     for more, weight in args.extra_data:
         extra = seg.read(more, bands=data.bands, **masks)
-        chosen = folds.spread(folds.without_copies(extra.images, [data.images[i] for i in val], more), few)
-        samples, weights = samples + extra.pick(chosen), weights + [weight * extra.weights[i] for i in chosen]
-    return data, val, samples, weights
+        extra = extra._replace(weights=[weight * own for own in extra.weights])
+        samples += extra.pick(folds.spread(folds.without_copies(extra.images, val.images, more), few))
+    return data, val, samples
 
 
 def main():
@@ -161,25 +158,25 @@ def main():
         photographs=units.photographs)
 
     # ---- samples ----
-    data, val, samples, weights = load_samples(args, folder)
+    data, val, samples = load_samples(args, folder)
     options = dict(bands=data.bands, classes=args.classes, ignore=args.ignore, cache=args.cache)
     of, windows = tiles.of_images(samples.sizes, functools.partial(tiles.cover, tile=args.tile, overlap=args.overlap))
-    held = seg.hold_data([samples.images[i] for i in of], windows, data.bands)
-    of, windows = ([value for value, keep in zip(values, held) if keep] for values in (of, windows))
+    train_tiles = samples.pick(of)
+    held = seg.hold_data(train_tiles.images, windows, data.bands)
+    train_tiles, windows = train_tiles.pick(np.flatnonzero(held)), list(itertools.compress(windows, held))
     if not all(held):
         dist.print0(f"{held.count(False)} tiles hold no data and are not trained on")
-    if not of:
+    if not windows:
         raise UserError(f"{args.data}: no tile holds data; check the no-data values of the images")
-    weights = [weights[i] for i in of]
     repeat = 1 if args.debug else args.repeat
     changes = of_flags(vars(args))
-    train_data = seg.SegData([samples.pairs[i] for i in of], windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
+    train_data = seg.SegData(train_tiles.pairs, windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
                              p_object=args.p_object, resize=args.resize, **changes, **options)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device, same=args.debug,
-                          weights=weights * repeat)
-    if val:
-        of, windows = tiles.of_images([data.sizes[i] for i in val], functools.partial(tiles.partition, tile=args.tile))
-        val_tiles = data.pick([val[i] for i in of])
+                          weights=train_tiles.weights * repeat)
+    if val.names:
+        of, windows = tiles.of_images(val.sizes, functools.partial(tiles.partition, tile=args.tile))
+        val_tiles = val.pick(of)
         val_data = seg.SegData(val_tiles.pairs, windows, **options)
         shapes = [window[2:] if window else size for size, window in zip(val_tiles.sizes, windows)]
         # without gradients, four times the pixels of a training batch fit into memory
@@ -194,7 +191,7 @@ def main():
     inputs = seg.Input(data.bands, imgsz=args.imgsz, mean_planes=args.mean_planes, resize=args.resize,
                        mean=mean, std=std, **units.choose(samples.images, data.bands, args.pixel_scale))
     inputs = seg.Input(**resume["input"]) if resume else inputs
-    units.check([data.images[i] for i in val], inputs)
+    units.check(val.images, inputs)
 
     # ---- net ----
     arch = describe_net(args, inputs.channels)
@@ -258,17 +255,17 @@ def main():
     if args.show_augment:
         return sheets.augmentation_sheet(folder, draw_augmented, changes)
     if dist.is_main():
-        print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val else 0} to validate")
+        print(f"{len(train_data.paired)} tiles to train, {len(val_data) if val.names else 0} to validate")
         batch = default_collate([train_data[0, i] for i in range(min(args.bs, 8))])
         sheets.segmentation_sheet(folder / "train_batch.png", batch["image"], batch["mask"], ignore=seg.IGNORE)
     header = {"task": "seg", "arch": arch, "classes": args.classes, "input": dataclasses.asdict(inputs),
               "args": vars(args)}
-    engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
-               **options)
+    engine.fit(state, loader, compute_loss, evaluate if val.names else None, folder=folder, header=header,
+               resume=resume, **options)
     if args.debug:
         engine.check_debug(state.history)
-    if val:
-        write_report(state, evaluate, inputs, val_data, folder, [image for image, _ in val_tiles.pairs],
+    if val.names:
+        write_report(state, evaluate, inputs, val_data, folder, val_tiles.images,
                      decide.drawn_views("seg", vars(args)))
 
 

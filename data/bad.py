@@ -13,20 +13,20 @@ from utils.train import dist
 MAX_SHARE = 0.01  # of the items; more is rather a misunderstanding than a slip
 
 
-def leave_out(root, cases, total, what, *, allow_bad=False, file=None, notes=()):
+def leave_out(root, cases, total, what, *, file, allow_bad, notes={}):
     """Reports bad items: rank 0 prints a line per kind and writes all of them to the text file `file`, if that can be
     written. UserError when more than 1 % of the `total` items (`what`, such as "images") are bad, unless allow_bad.
 
     cases: {kind: [place of each]}. notes: {kind: what happens to these items}, which are not counted as bad.
     """
     see, cases = "", {kind: places for kind, places in cases.items() if places}
-    if file and cases:
+    if cases:
         with suppress(UserError):
             if dist.is_main():
                 write_text(file, "".join(f"{kind}: {place}\n" for kind in cases for place in cases[kind]))
             see = f"; all in {file}"
     for kind, places in cases.items():
-        dist.print0(f"{root}: {kind}: {len(places)} {dict(notes).get(kind, 'left out')}, first {places[0]}{see}")
+        dist.print0(f"{root}: {kind}: {len(places)} {notes.get(kind, 'left out')}, first {places[0]}{see}")
     dropped = {kind: places for kind, places in cases.items() if kind not in notes}
     count = sum(map(len, dropped.values()))
     if count > MAX_SHARE * total and not allow_bad:

@@ -21,7 +21,7 @@ from data import augment, bad, folds, images, units
 from data.augment import mix
 from data.cache import Cache
 from utils.errors import UserError
-from utils.files import by_name, finder, read_csv
+from utils.files import by_name, finder, list_tree, read_csv
 from utils.ops import geometry
 from utils.train import checkpoint, dist
 
@@ -66,19 +66,21 @@ def read(root, *, table=None, folder=None, columns=None, least=2):
             raise UserError(f"{f'--images {folder}' if folder else '--columns'}: is for a table, and {root} has none; "
                             f"name it by --labels")
         return _class_folders(root, least)
-    usual = {path: (root / path.stem.removesuffix(ANSWER), root / "images", root) for path in tables}
-    places = {path: Path(folder or next(place for place in usual[path] if place.is_dir())) for path in tables}
-    finders = {path: find_files(places[path]) for path in tables}
+    places = {}
+    for path in tables:
+        usual = root / path.stem.removesuffix(ANSWER), root / "images", root
+        places[path] = Path(folder or next(filter(Path.is_dir, usual)))
+    find_in = {place: find_files(place) for place in places.values()}
     rows, labels, names, single_label = read_table(tables, least, columns)
     files, lost = {}, []
     for path, key, _ in rows:
-        file = finders[path](key)
+        file = find_in[places[path]](key)
         lost += [] if file else [f"{path}: {key[:80]} has no image in {places[path]}"]
         if files.setdefault(file or (path, key), (path, key)) != (path, key):
             raise UserError(f"{path}: {files[file][1]} and {key} are one image, {file}; remove one")
     if lost:
         raise UserError(f"{lost[0]} ({len(lost)} such); add it, or remove the row")
-    spare = {path for place in set(places.values()) for path in images.find(place, below=True)} - set(files)
+    spare = {path for place in find_in for path in images.find(place, below=True)} - set(files)
     if spare:
         dist.print0(f"{root}: {len(spare)} images have no row to train or validate on and are left out, such as "
                     f"{min(spare)}")
@@ -134,11 +136,12 @@ def read_table(tables, least=2, columns=None):
     header, rows, seen = None, [], {}
     for path in tables:
         lines = [(path, i, [value.strip() for value in row]) for i, row in enumerate(read_csv(path), 1) if row]
-        if len(lines) < 2 or len(lines[0][-1]) < 2:
+        first = lines[0][-1] if len(lines) > 1 else []
+        if len(first) < 2:
             raise UserError(f"{path}: no header and rows of two columns or more, separated by commas; see the layouts "
                             f"in data/cls.py")
-        header = header or lines[0][-1]
-        if lines[0][-1] != header:
+        header = header or first
+        if first != header:
             raise UserError(f"{path}: has other columns than {tables[0]}; make them equal")
         rows += lines[1:]
     columns = columns or ()
@@ -187,9 +190,8 @@ def _label_column(path, column, rows, least):
     names = sorted({name for row in values for name in row}, key=_numbers_first)
     if len(names) < least:
         raise UserError(f"{path}: all rows have the class {names[0][:80]}; there must be two or more")
-    index = {name: i for i, name in enumerate(names)}
-    one_hot = np.eye(len(names), dtype=np.float32)
-    return np.stack([one_hot[[index[name] for name in row]].max(0) for row in values]), names
+    one_hot = dict(zip(names, np.eye(len(names), dtype=np.float32)))
+    return np.stack([np.max([one_hot[name] for name in row], 0) for row in values]), names
 
 
 def _class_columns(path, key, names, rows, chosen):
@@ -210,9 +212,8 @@ def _class_columns(path, key, names, rows, chosen):
 @functools.cache
 def _truth(value):
     """"1", "1.00", "True" -> 1.0; None for what is no number."""
-    word = value.lower()
     try:
-        return TRUTHS[word] if word in TRUTHS else float(word)
+        return float(TRUTHS.get(value.lower(), value))
     except ValueError:
         return None
 
@@ -249,8 +250,8 @@ def _class_folders(root, least):
     found = [(file, names.index(folder.name), folder.parent not in trained) for folder in folders
              for file in images.find(folder, below=True)]
     files, classes, held_out = map(list, zip(*found))
-    others = sorted(p for folder in folders for p in folder.rglob("*")
-                    if p.is_file() and p.name[0] != "." and p.suffix.lower() not in images.SUFFIXES)
+    others = sorted(folder / file for folder in folders for file in list_tree(folder)
+                    if not file.lower().endswith(images.SUFFIXES))
     if others:
         dist.print0(f"{root}: {len(others)} files are no TIFF, PNG or JPEG and left out, such as {others[0]}")
     return Samples(files, np.eye(len(names), dtype=np.float32)[classes], names, True, held_out)
@@ -306,8 +307,7 @@ def subset(labels, count, *, seed=0):
 
 def strata(labels):
     """A stratum per sample: its class, or for several the number of classes and the rarest of them."""
-    frequency = labels.sum(0)
-    rarest = np.where(labels > 0, frequency, np.inf).argmin(1)
+    rarest = np.where(labels > 0, labels.sum(0), np.inf).argmin(1)
     return [(int(n), int(c)) for n, c in zip(labels.sum(1), rarest)]
 
 
@@ -317,12 +317,12 @@ class Images(Dataset):
     Where the shorter side is longer than `limit` pixels, it is reduced to that. cache: see data.cache."""
 
     def __init__(self, files, labels, *, bands=None, limit=1024, cache=None):
-        self.files, self.labels = files, torch.as_tensor(labels)
+        self.labels = torch.as_tensor(labels)
         self.pictures = Cache(files, lambda i: reduce(images.read_picture(files[i], bands), limit), cache,
                               variant=("pictures", bands, limit))
 
     def __len__(self):
-        return len(self.files)
+        return len(self.labels)
 
     def __getitem__(self, i):
         return {"image": self.pictures[i], "label": self.labels[i]}
@@ -383,13 +383,10 @@ def reduce(image, limit):
 
 def collate(samples):
     """Stacks; images of several sizes are filled up by reflection at the right and at the bottom."""
-    height, width = (max(s["image"].shape[i] for s in samples) for i in (1, 2))
-    mixed = len({s["image"].dtype for s in samples}) > 1  # 8 and 16 bits do not stack
-    for s in samples:
-        s["image"] = s["image"].float() if mixed else s["image"]
-        _, h, w = s["image"].shape
-        if (h, w) != (height, width):
-            s["image"] = geometry.warp(s["image"], np.eye(3), (height, width), border="reflect")
+    pictures = geometry.of_one_dtype([s["image"] for s in samples])
+    size = tuple(max(picture.shape[i] for picture in pictures) for i in (1, 2))
+    for s, picture in zip(samples, pictures):
+        s["image"] = picture if picture.shape[1:] == size else geometry.warp(picture, np.eye(3), size, border="reflect")
     matrices = np.stack([s.pop("matrix") for s in samples])  # no tensor: warp wants them here, not on the GPU
     return torch.utils.data.default_collate(samples) | {"matrix": matrices}
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from data import augment, images, units
 from data.cache import Cache
 from utils.ops import boxes, tiles
-from utils.ops.geometry import paste, scale, translate, warp_boxes
+from utils.ops.geometry import of_one_dtype, paste, scale, translate, warp_boxes
 from utils.train import dist
 
 GREY = 114  # of 255, around the images
@@ -165,9 +165,7 @@ class DetData(Dataset):
     def compose(self, chosen, matrices, cells):
         """Draws the images `chosen` by their matrices, each into its cell (x1, y1, x2, y2) of the canvas -> picture
         (C, imgsz, imgsz), boxes float32 (n, 5), clipped to what is seen of their image."""
-        sources = [self.pictures[k] for k in chosen]
-        if len({source.dtype for source in sources}) > 1:  # larger numbers would overflow in a canvas of bytes
-            sources = [source.float() for source in sources]
+        sources = of_one_dtype([self.pictures[k] for k in chosen])
         canvas = new_canvas(sources[0], (self.imgsz, self.imgsz))
         rows = []
         for source, k, matrix, cell in zip(sources, chosen, matrices, cells):
@@ -188,8 +186,7 @@ def collate(samples):
     """Samples of DetData or TiledImages -> a batch: {"image": (B, C, H, W) channels-last, "boxes": float32 (n, 6) of
     position in the batch, class, x1, y1, x2, y2, "colour" stacked; everything else as lists, which stay on the CPU}."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    if len({image.dtype for image in batch["image"]}) > 1:  # stacking in a loader worker would not convert them
-        batch["image"] = [image.float() for image in batch["image"]]
+    batch["image"] = of_one_dtype(batch["image"])
     batch |= {name: default_collate(batch[name]) for name in ("image", "colour") if name in batch}
     batch["image"] = batch["image"].permute(0, 3, 1, 2)
     batch["boxes"] = torch.cat([F.pad(rows, (1, 0), value=i) for i, rows in enumerate(batch["boxes"])])
@@ -237,10 +234,10 @@ class TiledImages(Dataset):
 
     def __getitem__(self, k):
         i, window = self.views[k]
-        image, (height, width) = self.pictures[k], self.shapes[k]
-        canvas = new_canvas(image, (height, width))
-        matrix = augment.letterbox(*image.shape[1:], self.imgsz, (height, width))
-        matrix, _ = paste(image, matrix, canvas, (0, 0, width, height))
+        image, shape = self.pictures[k], self.shapes[k]
+        canvas = new_canvas(image, shape)
+        matrix = augment.letterbox(*image.shape[1:], self.imgsz, shape)
+        matrix, _ = paste(image, matrix, canvas, (0, 0, *shape[::-1]))
         y, x = window[:2] if window else (0, 0)
         matrix = matrix @ self.pictures.matrices[k] @ translate(-x, -y)
         return {"image": canvas.permute(1, 2, 0), "boxes": move(self.boxes[i].roll(-1, 1), matrix).roll(1, 1),

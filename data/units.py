@@ -1,6 +1,5 @@
 """The numbers that pixels have: their scale for the net, and whether files to predict have the training's units."""
-import os
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 import torch
@@ -8,6 +7,7 @@ import torch
 from data import augment, bad, images
 from data.folds import spread
 from utils.errors import UserError
+from utils.files import folder_of
 from utils.train import dist
 
 LOOKED_AT = 500  # images, evenly spread, from which statistics are taken
@@ -28,10 +28,11 @@ class Input:
     bands: list
     pixel_scale: float
     imgsz: int
-    pixel_mean: list = field(default=(), kw_only=True)
-    seen: dict = field(default_factory=dict, kw_only=True)
-    mean: list = field(default=(0.0,), kw_only=True)
-    std: list = field(default=(1.0,), kw_only=True)
+    _: KW_ONLY
+    pixel_mean: list = ()
+    seen: dict = field(default_factory=dict)
+    mean: list = (0.0,)
+    std: list = (1.0,)
 
     def __post_init__(self):
         """Raises ValueError or TypeError for values that do not fit, which a damaged checkpoint may hold."""
@@ -60,8 +61,7 @@ class Input:
 
     def normalised(self, x):
         """(B, C, H, W) of `scaled` -> (x - mean) / std."""
-        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (x - mean) / std
+        return (x - per_band(self.mean, x.device)) / per_band(self.std, x.device)
 
 
 def per_band(values, device):
@@ -92,7 +92,7 @@ def _sample(file, bands):
 def photographs(root):
     """Whether the images in a folder, or beside a file, are photographs, by what 20 of them say of themselves: three
     bands of 8 bits and no place on Earth. Files of one band may be masks; what cannot be read does not count."""
-    files, _ = bad.attempt(images.find, root if os.path.isdir(root) else os.path.dirname(root), True)
+    files, _ = bad.attempt(images.find, folder_of(root), True)
     found = [header for file in spread(files or [], 20) if (header := bad.attempt(images.header, file)[0])]
     return {(header.dtype, header.place) for header in found} == {("uint8", None)} and max(
         header.size[0] - header.opacity for header in found) == 3

@@ -1,6 +1,5 @@
 """What a user can cause is answered in one line: the file, what is wrong with it, and the remedy."""
 import argparse
-import contextlib
 import errno
 import multiprocessing
 import os
@@ -8,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import contextmanager, suppress
 
 # words in the messages of collectives whose other side is gone
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "DistNetworkError",
@@ -44,7 +44,7 @@ class Stopped(BaseException):
         self.code = 128 + signum
 
 
-@contextlib.contextmanager
+@contextmanager
 def answers_for(flag):
     """While the block runs, an OSError or ValueError becomes a UserError about the value of this flag."""
     try:
@@ -68,10 +68,9 @@ def cli(main):
     def stop(signum, frame):
         raise Stopped(signum)
 
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell (>&-): the next open file would get its number
-            setattr(sys, name, open(os.devnull, "w"))
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):  # None: closed by the shell (>&-), and the next open file would get its number
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, stream)
         _write_plainly(stream)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -96,7 +95,7 @@ def cli(main):
 
 def _write_plainly(stream):
     """Names of files may be any bytes: what is no text, and what would steer a terminal, is written with a backslash."""
-    with contextlib.suppress(AttributeError):  # the stream may have been replaced
+    with suppress(AttributeError):  # the stream may have been replaced
         stream.reconfigure(errors="backslashreplace")
         write = stream.write
         stream.write = lambda text: write(text.translate(STEERING))
@@ -106,7 +105,7 @@ def end(error):
     """Ends a failed process at once: the usual shutdown would wait for loader workers and for other ranks."""
     text, code = _verdict(error)
     children = multiprocessing.active_children()
-    with contextlib.suppress(OSError):  # nobody reads the output
+    with suppress(OSError):  # nobody reads the output
         print(end="", flush=True)
         if text:
             print(f"error: {text}", file=sys.stderr, flush=True)

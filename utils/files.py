@@ -1,6 +1,5 @@
 """Files: reading them, with one answer for those that cannot be read, and writing them whole or not at all. Everything
 is written by these functions."""
-import contextlib
 import csv
 import fcntl
 import hashlib
@@ -13,6 +12,7 @@ import tempfile
 import unicodedata
 import zlib
 from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import UserError
@@ -27,7 +27,7 @@ LARGEST_TEXT = 4 * 10**9  # bytes; COCO's own files have 0.5 * 10**9
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
+@contextmanager
 def reading(path):
     """While the block runs, an OSError becomes a UserError which says that `path` cannot be read."""
     try:
@@ -88,6 +88,11 @@ def by_name(files, name_of, root=""):
     return found
 
 
+def folder_of(path):
+    """The folder of a data set whose path is that folder or a file in it."""
+    return os.path.dirname(path) if os.path.isfile(path) else path
+
+
 def list_tree(root):
     """The files in a folder and in all folders in it: paths relative to it, a folder's files before its folders. Raises
     UserError for the root of the file system."""
@@ -130,7 +135,7 @@ def check_absent(target):
 ROOM = "make room, or choose another folder"
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path, remedy=ROOM):
     """While the block runs, an OSError becomes a UserError which says that `path` cannot be written."""
     try:
@@ -141,7 +146,7 @@ def writing(path, remedy=ROOM):
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_folder(target):
     """Yields a temporary folder that becomes `target` when the block ends without an error, else nothing is left.
 
@@ -158,7 +163,7 @@ def whole_folder(target):
             os.rename(whole, target)
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path, remedy=ROOM):
     """Yields a temporary name in the same folder, which becomes `path` only when the block ends without an error. Makes
     the folder. Raises UserError when the file cannot be written."""
@@ -170,7 +175,7 @@ def whole_file(path, remedy=ROOM):
             yield temporary
             os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
 
 
@@ -194,7 +199,7 @@ def write_csv(path, header, rows):
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(path):
     """Waits for the lock file `path`, which only one process at a time holds, and holds it while the block runs."""
     with open(path, "a") as file:
@@ -209,7 +214,7 @@ def store_of(cache, what, root, variant=None):
     return Path(cache or os.devnull) / f"{what}-{key}.z"
 
 
-@contextlib.contextmanager
+@contextmanager
 def kept_values(store):
     """Yields the dict in the file `store`, {} where there is none or it is damaged; the block's changes are written.
 
@@ -217,23 +222,23 @@ def kept_values(store):
     be written or locked, every process works for itself.
     """
     known = {}
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
+    with ExitStack() as stack:
+        with suppress(OSError):
             store.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(store.with_suffix(".lock")))
-        with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):
+        with suppress(OSError, ValueError, TypeError, zlib.error):
             known = dict(json.loads(zlib.decompress(store.read_bytes())))
         before = dict(known)
         yield known
         if known != before:
-            with contextlib.suppress(UserError), whole_file(store) as temporary:
+            with suppress(UserError), whole_file(store) as temporary:
                 temporary.write_bytes(zlib.compress(json.dumps(known).encode(), 1))
 
 
 def stamps_of(files):
     """Per file [bytes, time of the last change], or None when it cannot be read, which its reader will tell."""
     def stamp(file):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             found = os.stat(file)
             return [found.st_size, found.st_mtime_ns]
     return [stamp(file) for file in files]

@@ -4,11 +4,11 @@ A worker that hangs and a rank that is stopped send nothing, and are not dead. S
 and a thread looks for them. A rank that is busy for long, with a cache or a validation, still gives its signs.
 """
 import atexit
-import contextlib
 import itertools
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager, suppress
 
 from utils.errors import UserError, end
 
@@ -28,7 +28,7 @@ def start(timeout, store=None, rank=0, world_size=1):
         threading.Thread(target=_exchange, args=(store.clone(), rank, others, timeout), daemon=True).start()
 
 
-@contextlib.contextmanager
+@contextmanager
 def waiting(what, factor=1):
     """While the block runs, the process waits for something that gives no signs."""
     _signs[what] = object(), factor
@@ -52,7 +52,7 @@ def _watch(timeout):
 
 def _exchange(store, rank, others, timeout):
     """Tells the other ranks that this one lives, and takes down what they tell."""
-    with contextlib.suppress(RuntimeError):  # the store is gone: the main thread will notice
+    with suppress(RuntimeError):  # the store is gone: the main thread will notice
         for number in itertools.count():
             store.set(f"alive {rank}", str(number))
             for other in others:

@@ -21,7 +21,7 @@ from data import bad, images
 from data.labels import coco, masks, voc, yolo
 from data.labels.records import MISSING, NO_BOX, list_files
 from utils.errors import UserError
-from utils.files import kept_values, show, stamps_of, store_of
+from utils.files import folder_of, kept_values, show, stamps_of, store_of
 
 VERSION = 6  # of the kept result: to be raised when a reader finds something else in the same files
 # A side of less than a pixel shows nothing, and its logarithm diverges. 0.1 is left for YOLO's rounding: with four
@@ -89,8 +89,7 @@ def with_names(extra, names, root):
 
 def test_folder(path):
     """The folder of the test images that belong to training data, which may be a label file: DATA/test/images."""
-    root = Path(path)
-    return (root.parent if root.is_file() else root) / "test" / "images"
+    return Path(folder_of(path), "test", "images")
 
 
 def _find(path):

@@ -33,10 +33,10 @@ def find(path):
         return _layout(root, [str(path.relative_to(root))])
     if os.path.exists(path / COMPETITION):
         return _layout(path, [COMPETITION])
-    parts = [name for name in _json_files(path) if part_of(os.path.basename(name)) in ("train", "val")]
+    parts = [name for name in _json_files(path) if part_of(name) in ("train", "val")]
     # COCO's folder has captions and key points of the same images too
-    parts = [name for name in parts if os.path.basename(name).startswith("instances")] or parts
-    if "train" in map(part_of, map(os.path.basename, parts)):
+    parts = [name for name in parts if "/instances" in name] or parts
+    if "train" in map(part_of, parts):
         return _layout(path, parts)
     return None
 
@@ -46,7 +46,7 @@ def find_other(path):
     after the other formats, whose folders may hold a JSON too. Raises UserError for several JSON files."""
     among = [f"{part}/{name}" for part in list_files(path) if part_of(part) in ("train", "val")
              for name in list_files(path / part, ".json")]
-    if "train" in map(part_of, map(os.path.dirname, among)):
+    if "train" in map(part_of, among):
         return _layout(path, among)
     alone = _json_files(path) + [name for name in list_files(path, ".json") if name != TEST_INFORMATION]
     if len(alone) > 1:
@@ -138,8 +138,7 @@ def _locator(root, folders):
 def _read_categories(names, data, path):
     """Adds the categories of a file to {id: name}."""
     here = set()
-    data = data if "categories" in data else {"categories": []}
-    for place, _, key, name in _entries(data, "categories", path, id=(int,), name=(str,)):
+    for place, _, key, name in _entries({"categories": []} | data, "categories", path, id=(int,), name=(str,)):
         if key in here or names.setdefault(key, name) != name:
             raise UserError(f"{place}: the id {key} is another category's too; correct one of them")
         here.add(key)

@@ -27,18 +27,16 @@ LINE = re.compile(rf"( *)(?:(-)(?= |$)|({QUOTED}|{TEXT}?) *:(?= |$))? *(.*)")  #
 def read(path):
     """-> {key: value} of a YAML file. Raises UserError naming the line."""
     lines = [(number, COMMENT.sub(r"\1", line).rstrip()) for number, line in enumerate(read_lines(path), 1)]
-    lines = [(number, line) for number, line in lines if line and (number > 1 or line != "---")][::-1]
+    lines = iter([(number, line) for number, line in lines if line and (number > 1 or line != "---")])
     found, shape = [], None  # [key, value or the block's (key, value)]; indentation and kind of the block's lines
-    number, line = 1, ""
     try:
-        while lines:
-            number, line = lines.pop()
+        for number, line in lines:
             indent, dash, key, value = LINE.fullmatch(line).groups()
             below = bool(indent or dash)
             if below and found and found[-1][0] not in KEYS:
                 continue
-            while value[:1] in ("[", "{") and _open(value) and lines:
-                value += " " + lines.pop()[1].strip()
+            while value[:1] in ("[", "{") and _open(value) and (more := next(lines, None)):
+                value += " " + more[1].strip()
             pair = [key and _value(key), _value(value) if key is None or below or key in KEYS else None]
             if not below:
                 found.append(pair)

@@ -70,9 +70,9 @@ def pair(root, suffix, label_folders, entries=()):
     image_of = by_name(pictures, key_of, root)
     label_of = by_name((file for file in files if file.lower().endswith(suffix)
                         and Path(file).name.lower() not in NO_LABELS), key_of, root)
-    for key in sorted(label_of.keys() - image_of.keys()):
-        if label_folders.intersection(folders_of(label_of[key])) and part_of(os.path.dirname(label_of[key])) != "test":
-            raise UserError(f"{root / label_of[key]}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
+    for label in (label_of[key] for key in sorted(label_of.keys() - image_of.keys())):
+        if label_folders.intersection(folders_of(label)) and part_of(os.path.dirname(label)) != "test":
+            raise UserError(f"{root / label}: no image of that name in {root}; add it as PNG, JPEG or TIFF, or "
                             f"remove the label file")
     found = {file: [label_of.get(key), parts[file] or "train"] for key, file in image_of.items()
              if parts[file] != "test" and (parts[file] or label_of.get(key) or not any(parts.values()))}

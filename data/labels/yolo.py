@@ -68,7 +68,7 @@ def read(layout):
     """Layout -> Records, their boxes normalised."""
     boxes, names, bad = [], [], []
     for name in layout.labels:
-        if os.path.basename(name) in map(os.path.basename, NAMES) or name.lower().endswith(YAML):
+        if os.path.basename(name) in NAMES or name.lower().endswith(YAML):
             names = _read_names(layout.root / name)
     for owner, (label, _) in enumerate(layout.images.values()):
         for number, line in enumerate(read_lines(layout.root / label) if label else [], 1):
@@ -85,10 +85,10 @@ def read(layout):
 
 def _parse_line(line):
     """-> class, (x1, y1, x2, y2). Raises ValueError."""
-    category, *numbers = line.split()
-    category, numbers = float(category), [float(number) for number in numbers]
+    category, *numbers = map(float, line.split())
     if len(numbers) >= 6 and len(numbers) % 2 == 0:  # a polygon
-        x1, y1, x2, y2 = *map(min, (numbers[::2], numbers[1::2])), *map(max, (numbers[::2], numbers[1::2]))
+        sides = numbers[::2], numbers[1::2]
+        x1, y1, x2, y2 = *map(min, sides), *map(max, sides)
         numbers = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
     x, y, width, height = numbers
     if not 0 <= category <= MAX_CLASS or category != int(category):

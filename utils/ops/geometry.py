@@ -59,6 +59,12 @@ def warp_boxes(boxes, matrix):
                            np.maximum(first, second).sum(-1) + matrix[:2, 2]), 1)
 
 
+def of_one_dtype(images):
+    """Images as they are, or all of them as float32 where their dtypes differ: they could neither be stacked nor drawn
+    onto one canvas."""
+    return [image.float() for image in images] if len({image.dtype for image in images}) > 1 else images
+
+
 def resize(image, size):
     """(C, H, W) -> (C, *size), antialiased. Bytes stay bytes, all else becomes float32."""
     if image.shape[1:] == tuple(size):

@@ -1,5 +1,5 @@
 """The flags that mean the same in every script, and what happens between the command line and the run."""
-import argparse
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError, BooleanOptionalAction, Namespace
 
 import torch
 
@@ -29,13 +29,14 @@ def _range(convert, name, low, high):
     def parse(text):
         value = convert(text)
         if not low <= value <= high:  # NaN is not, either
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            raise ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     parse.__name__ = name  # argparse shows it
     return parse
 
 
 fraction = float_range(0, 1)  # argparse type: a probability, or a share of something
+positive = int_range(1, 10**6)  # argparse type: a number of epochs, passes or parts
 
 
 def band_list(text):
@@ -47,7 +48,7 @@ def band_list(text):
         first, dash, last = part.partition("-")
         first, last = int(first), int(last if dash else first)
         if not 1 <= first <= last <= 65535:
-            raise argparse.ArgumentTypeError(f"{text} is no list of bands; write 1-7, or 7,5,3, or all")
+            raise ArgumentTypeError(f"{text} is no list of bands; write 1-7, or 7,5,3, or all")
         bands += range(first, last + 1)
     return bands
 
@@ -73,7 +74,7 @@ def noise_list(text):
     """argparse type: "noise.csv:20" -> ("noise.csv", 20)."""
     path, colon, count = text.rpartition(":")
     if not colon:
-        raise argparse.ArgumentTypeError(f"{text} names no number of samples; write noise.csv:20")
+        raise ArgumentTypeError(f"{text} names no number of samples; write noise.csv:20")
     return path, int_range(1)(count)
 
 
@@ -87,7 +88,7 @@ def loss_term(known):
     def parse(text):
         name, _, weight = text.partition("=")
         if name not in known:
-            raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(known)}")
+            raise ArgumentTypeError(f"{name} is not one of {', '.join(known)}")
         return name, float_range(0)(weight or "1")
     parse.__name__ = "loss"
     return parse
@@ -97,7 +98,7 @@ def train_parser(description, task, recipes={}, **defaults):
     """A parser with the flags that all training scripts share; `description`: a text of which the first line is shown.
     recipes: {name: flags} of --recipe, which `setup_run` makes the defaults, first the competition's, then one for
     photographs that names all flags of the first. defaults: {flag: default} for all of them."""
-    parser = Parser(description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.recipes = recipes
     add = parser.add_argument_group("training").add_argument
     add("--data", metavar="DIR", help="folder of the data")
@@ -109,7 +110,7 @@ def train_parser(description, task, recipes={}, **defaults):
     add("--allow-bad", action="store_true", help="train even if more than 1 %% of the images or boxes cannot be used")
     add("--show-augment", action="store_true", help="only draw augmented samples into augment.png, a column per epoch")
     add("--debug", action="store_true", help="train two epochs on a few samples, and check that the loss falls")
-    add("--epochs", type=int_range(1, 10**6), help="number of epochs")
+    add("--epochs", type=positive, help="number of epochs")
     add("--bs", type=int_range(1, 65536), help="batch size, summed over the processes")
     add("--accumulate", type=int_range(1, 65536), default=1, help="batches per optimizer step")
     add("--imgsz", type=int_range(16, 65536), help="side of the net's input in training, in pixels")
@@ -118,7 +119,7 @@ def train_parser(description, task, recipes={}, **defaults):
     add("--lookahead", type=int_range(0, 10**6), default=0, metavar="K", help="Lookahead: slow weights follow every K "
         "steps; 0: off")
     add("--schedule", choices=optim.SCHEDULES, default="cosine", help="learning rate over the run")
-    add("--period", type=int_range(1, 10**6), default=10, help="epochs between restarts or steps; patience of plateau")
+    add("--period", type=positive, default=10, help="epochs between restarts or steps; patience of plateau")
     add("--lr-floor", type=fraction, default=1e-3, help="lowest learning rate, as a fraction of --lr")
     add("--momentum", type=float_range(0, 0.9999), default=0.9, help="momentum of sgd, beta1 of the others")
     add("--warmup-epochs", type=float_range(0), default=0.0, help="epochs of linear warm-up")
@@ -129,7 +130,7 @@ def train_parser(description, task, recipes={}, **defaults):
     add("--swa-lr", type=float_range(0, 100), default=0.2, help="SWA learning rate, as a fraction of --lr")
     add("--swa-cycle", type=int_range(0, 10**6), default=0, help="epochs in which the SWA learning rate falls to "
         "--lr-floor, again and again; 0: it is constant")
-    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights over the steps, and "
+    add("--ema", action=BooleanOptionalAction, default=True, help="average the weights over the steps, and "
         "evaluate the average")
     add("--weights", metavar="FILE|NAME", help="start from a checkpoint or published weights, such as timm:regnetx_002")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (without PATH, the newest one); its "
@@ -143,10 +144,9 @@ def train_parser(description, task, recipes={}, **defaults):
         "number per band; standard: minus the mean of each band, divided by the standard deviation; without: 65535 for "
         "uint16, 255 for uint8, else 1")
     add_augmentation(add)
-    add("--mixup", type=fraction, default=0.0, metavar="P", help="probability that images are blended")
-    add("--gridmask", type=fraction, default=0.0, metavar="P", help="probability that an image loses a grid "
-        "of squares")
-    add("--cutout", type=fraction, default=0.0, metavar="P", help="probability that an image loses one square")
+    add_shares(add, {"mixup": "probability that images are blended",
+                     "gridmask": "probability that an image loses a grid of squares",
+                     "cutout": "probability that an image loses one square"})
     add("--cutout-size", type=float_range(0.01, 0.99), default=0.5, help="side of that square, share of the image's")
     add("--label-smoothing", type=float_range(0, 0.99), default=0.0, help="share of the labels that is spread evenly "
         "over the classes")
@@ -184,8 +184,14 @@ def train_parser(description, task, recipes={}, **defaults):
 def _given(parser, argv):
     """{flag: value} of the flags that stand on a command line; None: this process's."""
     unset = object()
-    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    blank = Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
     return {flag: value for flag, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
+
+
+def add_shares(add, texts, most={}):
+    """Adds flags that are 0 by default. texts: {flag: its help}. most: {flag: its highest value}, 1 for all others."""
+    for flag, text in texts.items():
+        add(f"--{flag}", type=float_range(0, most.get(flag, 1)), default=0.0, metavar="F", help=text)
 
 
 def add_augmentation(add):
@@ -198,13 +204,11 @@ def add_augmentation(add):
              "gain": "random brightness, octaves either way",
              "crop-padding": "a view lies anywhere in the picture, which is padded to this times the view where it is "
                              "smaller; 0: in its middle"}
-    most = {"degrees": 180, "shear": 80, "gain": 10, "crop-padding": 10}
-    for flag, text in texts.items():
-        add(f"--{flag}", type=float_range(0, most.get(flag, 1)), default=0.0, metavar="F", help=text)
-    add("--rot90", action=argparse.BooleanOptionalAction, default=False, help="random quarter turns")
+    add_shares(add, texts, {"degrees": 180, "shear": 80, "gain": 10, "crop-padding": 10})
+    add("--rot90", action=BooleanOptionalAction, default=False, help="random quarter turns")
     add("--zoom", type=float_range(0.05, 20), nargs=2, default=[1.0, 1.0], metavar=("LOW", "HIGH"), help="random zoom, "
         "log-uniform: below 1 a view shows more, above 1 less")
-    add("--zoom-linear", action=argparse.BooleanOptionalAction, default=False, help="draw the zoom uniformly")
+    add("--zoom-linear", action=BooleanOptionalAction, default=False, help="draw the zoom uniformly")
     add("--aspect", type=float_range(1, 10), default=1.0, help="largest stretch of width against height, either way")
     add("--p-affine", type=fraction, default=1.0, metavar="P", help="probability of zoom, aspect, degrees, shear and "
         "translate")
@@ -212,7 +216,7 @@ def add_augmentation(add):
         "of several one at random")
 
 
-def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photographs=lambda data: False):
+def setup_run(parser, argv=None, *, needs={}, check=lambda args: None, photographs=lambda data: False):
     """What a training script begins with: flags, then device and process group, then the run folder.
 
     needs: {flag: flags that do nothing without it}. check(args): raises UserError for flags that are wrong together.
@@ -227,10 +231,10 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photogr
     if recipes and args.resume is None:
         name = given.get("recipe") or list(recipes)[photographs(args.data)]
         parser.set_defaults(**recipes[name])
-        args = parser.parse_args(argv, argparse.Namespace(recipe=name))
+        args = parser.parse_args(argv, Namespace(recipe=name))
 
     def check_all(args):
-        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",)} | (needs or {}))
+        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",)} | needs)
         check(args)
 
     if args.resume is None:
@@ -242,7 +246,7 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photogr
     return args, device, folder, resume
 
 
-def begin_run(parser, args, given=None, check=lambda args: None):
+def begin_run(parser, args, given={}, check=lambda args: None):
     """Opens the run folder of `args`, writes down its flags, and seeds the initialisation of the net -> (args, folder,
     the checkpoint to go on from or None).
 
@@ -250,7 +254,6 @@ def begin_run(parser, args, given=None, check=lambda args: None):
     is called with the result. A script may begin further runs, each with a name of its own: when torchrun restarts the
     script, each of them goes on in its folder.
     """
-    given = given or {}
     folder, resume = runs.open_run(args.project, args.name, args.resume)
     if resume:
         stored = {flag: value for flag, value in _present_names(resume["args"]).items() if flag in vars(args)}
@@ -259,11 +262,12 @@ def begin_run(parser, args, given=None, check=lambda args: None):
                 raise UserError(f"--resume: the checkpoint has {word(flag)} {value}, which is no number; use another one")
         stored |= {"device": args.device, "timeout": args.timeout}  # it may be another machine
         for flag, value in given.items():
-            if flag in KEPT and value != stored.get(flag):
+            if flag == "resume" or value == stored.get(flag):
+                continue
+            if flag in KEPT:
                 raise UserError(f"{word(flag)}: a resumed run keeps its own; leave it out, or start a new run")
-            if flag != "resume" and value != stored.get(flag):
-                dist.print0(f"{word(flag)}: {value} instead of the run's {stored.get(flag)}")
-        args = argparse.Namespace(**vars(args) | stored | given)
+            dist.print0(f"{word(flag)}: {value} instead of the run's {stored.get(flag)}")
+        args = Namespace(**vars(args) | stored | given)
         check(args)
     if args.debug:
         args.epochs, args.warmup_epochs, args.swa, args.patience = 2, 0.0, 0.0, 0
@@ -296,10 +300,16 @@ def _present_names(flags):
     return flags | {name: flags[before] for name, before in old if before in flags}
 
 
-def check_batch(args, stride):
-    """UserError where a batch would have a single pixel in the coarsest map of a net of this stride."""
-    if args.imgsz <= stride and args.bs == dist.world_size():
+def check_batch(args, side, largest):
+    """UserError where the batches of a process are single images that have a single pixel in the net's coarsest map.
+    side: of the images, pixels. largest: of the images that have such a map."""
+    if side <= largest and args.bs == dist.world_size():
         raise UserError(f"--imgsz {args.imgsz} --bs {args.bs}: batch norm would see a single pixel; raise one of them")
+
+
+def debug_sizes(args):
+    """-> how many samples are trained on and validated on at most: a few with --debug."""
+    return (8 * args.bs, args.bs) if args.debug else (10**9, 10**9)
 
 
 def _check_flags(parser, args, given, needs):

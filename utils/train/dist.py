@@ -1,11 +1,11 @@
 """Several processes, started by torchrun, and the signals that stop them. With a single process, functions that exchange
 something do nothing."""
-import contextlib
 import ctypes
 import os
 import signal
 import time
 import uuid
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -45,7 +45,7 @@ def keep_memory():
     is 7 to 20 % of a training step on the CPU (YOLOv5 s, 640 px, batch 4; the wildfire UNet, 256 px, batch 16). The
     peak of memory rises by a fifth. With other C libraries this function does nothing.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30) or mallopt(-4, 0)  # M_MMAP_THRESHOLD; glibc before 2.35 refuses so much: M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -173,7 +173,7 @@ class Signals:
             raise Stopped(number)
         return number
 
-    @contextlib.contextmanager
+    @contextmanager
     def interruptible(self):
         """Inside, a signal raises Stopped at once: for validation, which changes nothing. With several processes, all
         of them finish the validation instead, because one that stopped would leave the others waiting."""

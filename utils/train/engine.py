@@ -57,22 +57,20 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
     state.steps_per_epoch = -(-len(loader) // state.accumulate)
     if resume:
         state.load_state_dict(resume)
-        state.saved = True
-        if dist.is_main() and "args" in header:  # no sooner: they might have been refused
+        state.saved = state.step, state.epoch
+        if dist.is_main():  # no sooner: they might have been refused
             write_json(folder / "args.json", header["args"])
         _write_results(folder, state)  # the run may have been killed between its checkpoint and this
-    saved = state.step, state.epoch  # how far last.pt goes
 
     def save(name="last.pt", **changes):
-        nonlocal saved
         content = header | state.state_dict() | changes  # on every rank: all notice numbers that are not finite
-        if name == "last.pt":
-            saved = state.step, state.epoch
-        else:  # it can predict but not go on, at a third of the size
+        last = name == "last.pt"
+        if not last:  # it can predict but not go on, at a third of the size
             content = {k: v for k, v in content.items() if k not in ("optimizer", "scaler", "swa", "swa_count")}
         if dist.is_main():
-            checkpoint.save(folder / name, content, keep_previous=name == "last.pt")
-        state.saved |= name == "last.pt"
+            checkpoint.save(folder / name, content, keep_previous=last)
+        if last:
+            state.saved = state.step, state.epoch
 
     evaluate = evaluate or (lambda model: {})
     with contextlib.ExitStack() as stack, dist.Signals() as signals:
@@ -91,7 +89,7 @@ def fit(state, loader, compute_loss, evaluate=None, *, folder, header, epochs, r
             if state.swa:
                 _finish_swa(state, loader, compute_loss, evaluate, folder, save, signals, seed=seed)
         except Stopped:  # the state is that between two steps, or that of a trained epoch before its evaluation
-            if saved != (state.step, state.epoch):
+            if state.saved != (state.step, state.epoch):
                 save()
             dist.print0(f"stopped and saved at step {state.step}; go on with --resume")
             raise
@@ -143,12 +141,12 @@ def _finish_epoch(state, loader, evaluate, save, signals, *, began, save_period)
         metrics, threshold = _metrics(evaluate_on(state, evaluate))
     state.history.append(dist.broadcast(row | metrics | {"seconds": time.monotonic() - began}))
     state.sums = {}
-    if metrics:
-        state.score, state.threshold = next(iter(metrics)), threshold
     if state.swa:
         state.swa.take(state.model, state.epoch)
-    if metrics and state.scores[-1] > max(state.scores[:-1], default=-math.inf):
-        save("best.pt")
+    if metrics:
+        state.score, state.threshold = next(iter(metrics)), threshold
+        if state.scores[-1] > max(state.scores[:-1], default=-math.inf):
+            save("best.pt")
     if save_period and state.epoch % save_period == 0:
         save(f"epoch_{state.epoch}.pt")
     save()  # after the others: a run that is killed before this comes here again and writes them

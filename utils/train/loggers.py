@@ -4,12 +4,11 @@ import os
 import resource
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import write_text
 from utils.train import dist
 
@@ -54,7 +53,7 @@ def make_loggers(run_dir, *, tensorboard=False, wandb=False, config=None):
     is kept in run_dir/wandb_id.txt, so that a resumed run continues its own curves.
     Raises UserError if a package is missing or W&B cannot start.
     """
-    run_dir, sinks = Path(run_dir), []
+    sinks = []
     if tensorboard:
         writer = _optional("torch.utils.tensorboard", "SummaryWriter", "tensorboard")(str(run_dir))
 
@@ -69,8 +68,8 @@ def make_loggers(run_dir, *, tensorboard=False, wandb=False, config=None):
                         name=run_dir.resolve().name, dir=str(run_dir), config=config,
                         id=kept.read_text().strip() if kept.exists() else None, resume="allow")
         except Exception as error:  # no account, no network, a deleted run: the user must settle all of them
-            message = " ".join(str(error).split())
-            raise UserError(f"--wandb: W&B did not start ({message}); `wandb login`, or WANDB_MODE=offline") from error
+            raise UserError(f"--wandb: W&B did not start ({one_line(error)}); `wandb login`, or "
+                            f"WANDB_MODE=offline") from error
         write_text(kept, run.id)
         sinks.append((lambda row, step: run.log(row, step=step), run.finish))
     return sinks

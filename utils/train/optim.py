@@ -17,6 +17,11 @@ def param_groups(model, weight_decay):
             for name, params in groups.items() if params]
 
 
+def parameters(optimizer):
+    """The parameters of all groups of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 OPTIMIZERS = ("adamw", "adam", "sgd", "radam", "adamp")
 
 
@@ -31,7 +36,7 @@ def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
     """
     if name == "sgd":
         optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
-        for p in (p for group in optimizer.param_groups if momentum for p in group["params"]):
+        for p in parameters(optimizer) if momentum else ():
             # torch would leave them uninitialised when GradScaler skips the very first step
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     else:
@@ -50,10 +55,12 @@ class AdamP(torch.optim.Optimizer):
     the steps small. The gradients of such weights are orthogonal to them: |cos(w, g)| < 0.1 / sqrt(dim(w)), in every
     output channel, or else in the layer as a whole. They decay only a tenth as much as others. Vectors and scalars get
     AdamW's step. The CPU reads no numbers to decide this, so it does not wait for the GPU.
+
+    settings: lr, betas and eps, of all groups that have none of their own; each group has its weight_decay.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    def __init__(self, params, **settings):
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self):
@@ -97,7 +104,7 @@ def lookahead(optimizer, k=5, alpha=0.5):
     The slow weights and the count of steps are kept in the optimizer's state, and so in its state_dict(). Between these
     steps the model holds the fast weights. Returns the optimizer.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = parameters(optimizer)
 
     def begin(optimizer, *_):  # under a key of its own: Adam initialises a parameter whose state is empty
         if "lookahead" not in optimizer.state:

@@ -67,9 +67,9 @@ def restarted(project, name=None):
     """
     if not launcher():
         return None
-    for path in sorted(Path(project).glob("*/**/lock"), key=_age):
+    for path in sorted(project.glob("*/**/lock"), key=_age):
         folder = path.parent
-        right = re.fullmatch(re.escape(str(Path(project, name))) + r"\d*", str(folder)) if name else _has_saved(folder)
+        right = re.fullmatch(re.escape(str(project / name)) + r"\d*", str(folder)) if name else _has_saved(folder)
         if right and path.read_text() == launcher():
             return folder
     return None
@@ -143,7 +143,7 @@ def new_folder(path):
 def read_record(folder):
     """The values in a run's run.json; {} where there is none yet, or where it is damaged."""
     try:
-        return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8")) | {}
+        return json.loads((folder / "run.json").read_text(encoding="utf-8")) | {}
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
@@ -152,7 +152,7 @@ def add_record(folder, **values):
     """Adds values to run.json: here the name of the run's score. Raises UserError when it cannot be written."""
     record = read_record(folder)
     if not record.items() >= values.items():
-        write_json(Path(folder) / "run.json", record | values)
+        write_json(folder / "run.json", record | values)
 
 
 def record_start(folder, defaults):

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import tensors
 from utils.errors import NumericalError, UserError
 from utils.train import checkpoint, dist
-from utils.train.optim import set_lr
+from utils.train.optim import parameters, set_lr
 
 
 def precision(amp, device):
@@ -58,8 +58,8 @@ class State:
         if dist.world_size() > 1:
             self.net = DistributedDataParallel(self.net, device_ids=[device] if device.type == "cuda" else None,
                                                gradient_as_bucket_view=True)
-        # optimizer steps done, and in an epoch; whether there is a last.pt: `fit` sets the last two
-        self.step, self.steps_per_epoch, self.saved = 0, 0, False
+        # optimizer steps done, and in an epoch; the steps and epochs that last.pt holds: `fit` sets the last two
+        self.step, self.steps_per_epoch, self.saved = 0, 0, (0, 0)
         self.history, self.sums = [], {}  # a row per finished epoch; sums of the running epoch's losses
         self.score, self.threshold = None, None  # the name of the score, and the threshold of the last evaluation
         self.finite = torch.ones((), dtype=torch.bool, device=device)
@@ -107,8 +107,8 @@ class State:
         """The optimizer step, after the backward passes of its batches."""
         set_lr(self.optimizer, self.schedule(self.step, self.scores), self.step)
         self.scaler.unscale_(self.optimizer)
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(params, self.clip or math.inf, foreach=self.device.type != "mps")
+        norm = torch.nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip or math.inf,
+                                              foreach=self.device.type != "mps")
         if not self.scaler.is_enabled():  # the scaler skips such steps
             self.finite &= norm.isfinite()
         self.scaler.step(self.optimizer)
@@ -175,6 +175,6 @@ class State:
     def check(self):
         """Raises NumericalError when a loss or a gradient was not finite. Waits for the GPU."""
         if not self.finite or (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3):
-            then = "--resume goes on from last.pt" if self.saved else "start again"
+            then = "--resume goes on from last.pt" if any(self.saved) else "start again"
             raise NumericalError(f"loss or gradients are no longer finite (noticed at step {self.step}); lower --lr, "
                                  f"try --clip 1 or --amp off, then {then}")
