@@ -1,9 +1,8 @@
 """Layers that the nets share, and the folding of batch norms into convolutions for prediction."""
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
@@ -101,10 +100,6 @@ class Backbone(nn.Module):
         self.channels, self.grad_checkpoint = channels, grad_checkpoint
         self.strides = [stem_stride * 2 ** i for i in range(len(channels))]
 
-    def run(self, module, *inputs):
-        """`module(*inputs)`; with grad_checkpoint the backward pass computes the activations again."""
-        return recompute(module, *inputs) if self.grad_checkpoint and self.training else module(*inputs)
-
     def last_map(self, x):
         """(B, channels, h, w): the map that the head averages before its linear layer."""
         return self.features(x)[-1]
@@ -135,35 +130,25 @@ def init_fan_out(module):
                 nn.init.zeros_(m.bias)
 
 
-@contextlib.contextmanager
-def _keep_statistics(module):
-    """Inside, batch norms update copies of their running statistics."""
-    kept = [(m, dict(m.named_buffers())) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m, buffers in kept:
-        for name, buffer in buffers.items():
-            setattr(m, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for m, buffers in kept:
-            for name, buffer in buffers.items():
-                setattr(m, name, buffer)
+def run(net, module, *inputs):
+    """`module(*inputs)`, a part of the net; with net.grad_checkpoint, the backward pass computes its activations again.
+    """
+    return recompute(module, *inputs) if net.grad_checkpoint and net.training else module(*inputs)
 
 
 def recompute(module, *inputs):
     """`module(*inputs)` without keeping its activations: every backward pass computes them again.
 
-    Only the first forward pass updates the running statistics of batch norm; plain checkpointing would count each batch
-    two times, or three times when a gradient penalty makes a second backward pass.
+    Only the first forward pass updates the running statistics of batch norms, later ones update copies. Plain
+    checkpointing would count each batch two times, or three times when a gradient penalty makes a second backward pass.
     """
     again = False
 
     def forward(*inputs):
         nonlocal again
-        context = _keep_statistics(module) if again else contextlib.nullcontext()
+        copies = {name: buffer.clone() for name, buffer in module.named_buffers()} if again else {}
         again = True
-        with context:
-            return module(*inputs)
+        return functional_call(module, copies, inputs)
 
     compiling = torch.compiler.is_compiling()  # compiled code updates no statistics when it computes them again
     return checkpoint(module if compiling else forward, *inputs, use_reentrant=False)
