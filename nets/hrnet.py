@@ -76,8 +76,7 @@ def enlarge(x, factor, size, mode):
 
     Odd sides were rounded up when they were halved; interpolating to `size` instead would shift the far end of the map.
     """
-    corners = None if mode == "nearest" else False
-    return F.interpolate(x, scale_factor=factor, mode=mode, align_corners=corners)[..., :size[0], :size[1]]
+    return F.interpolate(x, scale_factor=factor, mode=mode)[..., :size[0], :size[1]]
 
 
 class HighResolutionModule(nn.Module):

@@ -3,6 +3,7 @@
 The defaults are that system: two 1x1 convolutions that let every pixel find its own scale, a RegNetX-200MF
 whose stem keeps the full resolution, and a slim decoder. 14 input planes -> 1 logit: 3,307,409 parameters.
 """
+import itertools
 import math
 
 import torch
@@ -77,12 +78,10 @@ class UNet(nn.Module):
     def __init__(self, encoder="regnetx_002", in_chans=14, classes=1, conv0=(32, 32), decoder=None,
                  aux_cls=False, stem_stride=1, grad_checkpoint=False):
         super().__init__()
-        self.conv0 = nn.ModuleList()
-        for width in conv0:  # no norm: batch statistics would mix the scales that these layers compensate
-            self.conv0.append(nn.Conv2d(in_chans, width, 1))
-            in_chans = width
+        widths = [in_chans, *conv0]  # no norm: batch statistics would mix the scales that these layers compensate
+        self.conv0 = nn.ModuleList(nn.Conv2d(*pair, 1) for pair in itertools.pairwise(widths))
         options = {"stem_stride": stem_stride} if encoder.startswith("regnetx") else {}
-        self.encoder = nets.make(encoder, in_chans, grad_checkpoint=grad_checkpoint, **options)
+        self.encoder = nets.make(encoder, widths[-1], grad_checkpoint=grad_checkpoint, **options)
         *skips, cin = self.encoder.channels
         blocks = int(math.log2(self.stride))
         if decoder is None:
@@ -126,7 +125,7 @@ class UNet(nn.Module):
             y = run(self, block, *inputs)
         y = self.head(y)
         if self.coarse > 1:
-            y = F.interpolate(y, scale_factor=self.coarse, mode="bilinear", align_corners=False)
+            y = F.interpolate(y, scale_factor=self.coarse, mode="bilinear")
         y = y[..., :size[0], :size[1]]  # odd sizes were rounded up on their way down
         if present is None:
             return y
