@@ -55,21 +55,21 @@ def fold_norms(module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias -> batch norm -> activation (None: no activation); see `conv2d`.
-
-    The attributes are called `conv` and `bn` because published state dicts use these names.
-    """
+    """Convolution -> batch norm -> activation (None: no activation); see `conv2d`. The attributes of the two layers are
+    called by the `names` that published state dicts use."""
 
     fuse_ = fold_norms
+    names = "conv", "bn"
 
-    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=relu, eps=1e-5, momentum=0.1):
+    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=relu, eps=1e-5, momentum=0.1, bias=False):
         super().__init__()
-        self.conv = conv2d(cin, cout, kernel, stride, groups)
-        self.bn = nn.BatchNorm2d(cout, eps, momentum)
+        self.add_module(self.names[0], conv2d(cin, cout, kernel, stride, groups, bias))
+        self.add_module(self.names[1], nn.BatchNorm2d(cout, eps, momentum))
         self.act = act
 
     def forward(self, x):
-        x = self.bn(self.conv(x))
+        for layer in self.children():
+            x = layer(x)
         return self.act(x) if self.act else x
 
 

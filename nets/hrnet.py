@@ -7,7 +7,7 @@ hrnet_*_ssld, whose head has no biases). As a segmentation net, HRNetV2: UNet("h
 import torch.nn.functional as F
 from torch import nn
 
-from nets.blocks import Backbone, conv2d, fold_norms, init_fan_out, relu, run
+from nets.blocks import Backbone, ConvNorm as NamedConvNorm, conv2d, fold_norms, init_fan_out, relu, run
 
 # modules of stages 2, 3 and 4, which have 2, 3 and 4 branches; (blocks, width) of stage 1; blocks per branch; width of
 # the finest branch. Every coarser branch is twice as wide.
@@ -20,18 +20,10 @@ HEAD = (128, 256, 512, 1024)  # widths of the branches in the classifier
 POOLED = 2048
 
 
-class ConvNorm(nn.Sequential):
-    """nets.blocks.ConvNorm whose parts are called 0 and 1, as in timm's state dicts."""
+class ConvNorm(NamedConvNorm):
+    """With the names of timm's state dicts."""
 
-    fuse_ = fold_norms
-
-    def __init__(self, cin, cout, kernel=1, stride=1, *, act=relu, bias=False):
-        super().__init__(conv2d(cin, cout, kernel, stride, bias=bias), nn.BatchNorm2d(cout))
-        self.act = act
-
-    def forward(self, x):
-        x = super().forward(x)
-        return self.act(x) if self.act else x
+    names = "0", "1"
 
 
 class Block(nn.Module):

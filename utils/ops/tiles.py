@@ -7,6 +7,7 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 
 SWATH = 4096  # columns
 
@@ -95,4 +96,4 @@ def stitch(swaths, maps, height):
                 part[-1] += weight
             done = below - y  # rows that no later window reaches
             yield y, first, (total[:-1, :done] / total[-1, :done])[:, :, first - left:end - left]
-            total = torch.cat((total[:, done:], torch.zeros_like(total[:, :done])), 1)
+            total = F.pad(total[:, done:], (0, 0, 0, done))
