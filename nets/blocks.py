@@ -1,4 +1,6 @@
 """Layers that the nets share, and the folding of batch norms into convolutions for prediction."""
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -80,9 +82,7 @@ class Head(nn.Module):
     def __init__(self, cin, num_classes):
         super().__init__()
         self.fc = nn.Linear(cin, num_classes) if num_classes else nn.Identity()
-        if num_classes:
-            nn.init.normal_(self.fc.weight, 0.0, 0.01)
-            nn.init.zeros_(self.fc.bias)
+        init_layers(functools.partial(nn.init.normal_, std=0.01), self.fc)
 
     def forward(self, x):
         return self.fc(x.mean((2, 3)))
@@ -125,9 +125,7 @@ def init_fan_out(module):
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             fan_out = m.weight[:, 0].numel() // m.groups
-            nn.init.normal_(m.weight, 0.0, (2.0 / fan_out) ** 0.5)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+            init_layers(functools.partial(nn.init.normal_, std=(2.0 / fan_out) ** 0.5), m)
 
 
 def run(net, module, *inputs):

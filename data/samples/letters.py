@@ -23,12 +23,12 @@ def letters(out, *, train=48, test=12, seed=0):
     """
     target, first = os.path.join(out, "resources"), max(train, 50_000)
     with whole_folder(target) as root:
-        for i, (part, folder, each, count, start) in enumerate((
-                ("train", "dirty_mnist_2nd", 20, train, 0), ("test", "test_dirty_mnist_2nd", 10, test, first))):
-            found = glyphs.render(each, seed=2 * seed + i)
-            write_glyphs(f"{root}/mnist_data/{part}.csv", *found)
-            os.mkdir(f"{root}/{folder}")  # which may stay empty
-            write(Synthesizer(*found), f"{root}/{folder}", count, start=start, seed=seed, digits=5)
+        known, unknown = glyphs.render(20, seed=2 * seed), glyphs.render(10, seed=2 * seed + 1)
+        write_glyphs(f"{root}/mnist_data/train.csv", *known)
+        write_glyphs(f"{root}/mnist_data/test.csv", *unknown)
+        write(Synthesizer(*known), f"{root}/dirty_mnist_2nd", train, start=0, seed=seed, digits=5)
+        os.mkdir(f"{root}/test_dirty_mnist_2nd")  # which may stay empty
+        write(Synthesizer(*unknown), f"{root}/test_dirty_mnist_2nd", test, start=first, seed=seed, digits=5)
         rows = [[index] + [0] * 26 for index in range(first, first + test)]
         write_csv(f"{root}/sample_submission.csv", HEADER, rows)
     return target
