@@ -54,7 +54,7 @@ class Block(nn.Module):
         if self.reparam_conv is not None:
             return
         dtype = self.conv_kxk.conv.weight.dtype
-        self.double()
+        self.double()  # in place, as the branches are deleted below
         for branch in (self.conv_kxk, self.conv_1x1):
             branch.fuse_()
         conv, small, norm = self.conv_kxk.conv, self.conv_1x1.conv, self.identity

@@ -64,8 +64,9 @@ def resize(image, size):
     if image.shape[1:] == tuple(size):
         return image
     bytes_here = image.dtype == torch.uint8 and image.device.type == "cpu"  # GPUs resize no bytes
-    batch = (image if bytes_here else image.float()).permute(1, 2, 0)[None]  # image[None] with the bands last in memory
-    small = F.interpolate(batch.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)[0]  # would be slower
+    # with the bands last in memory, image[None] would not count as channels-last, which is slower
+    batch = (image if bytes_here else image.float()).permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    small = F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
     return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
 
 
