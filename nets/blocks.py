@@ -146,7 +146,7 @@ def recompute(module, *inputs):
         nonlocal again
         copies = {name: buffer.clone() for name, buffer in module.named_buffers()} if again else {}
         again = True
-        return functional_call(module, copies, inputs)
+        return functional_call(module, copies, inputs, tie_weights=False)
 
     compiling = torch.compiler.is_compiling()  # compiled code updates no statistics when it computes them again
     return checkpoint(module if compiling else forward, *inputs, use_reentrant=False)
