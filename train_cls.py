@@ -242,7 +242,7 @@ def main():
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
         shown = [sheets.to_rgb(x) for x in inputs(batch)]
-        sheets.contact_sheet(folder / "train_batch.png", [shown[i:i + 4] for i in range(0, 16, 4)])
+        sheets.contact_sheet(folder / "train_batch.png", sheets.in_rows(shown, 4))
     header = {"task": "cls", "arch": arch, "classes": names, "single_label": single_label,
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,

@@ -1,9 +1,10 @@
 """Layers that the nets share, and the folding of batch norms into convolutions for prediction."""
-import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
@@ -56,21 +57,21 @@ def fold_norms(module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias -> batch norm -> activation (None: no activation); see `conv2d`.
-
-    The attributes are called `conv` and `bn` because published state dicts use these names.
-    """
+    """Convolution -> batch norm -> activation (None: no activation); see `conv2d`. The attributes of the two layers are
+    called by the `names` that published state dicts use."""
 
     fuse_ = fold_norms
+    names = "conv", "bn"
 
-    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=relu, eps=1e-5, momentum=0.1):
+    def __init__(self, cin, cout, kernel=1, stride=1, groups=1, act=relu, eps=1e-5, momentum=0.1, bias=False):
         super().__init__()
-        self.conv = conv2d(cin, cout, kernel, stride, groups)
-        self.bn = nn.BatchNorm2d(cout, eps, momentum)
+        self.add_module(self.names[0], conv2d(cin, cout, kernel, stride, groups, bias))
+        self.add_module(self.names[1], nn.BatchNorm2d(cout, eps, momentum))
         self.act = act
 
     def forward(self, x):
-        x = self.bn(self.conv(x))
+        for layer in self.children():
+            x = layer(x)
         return self.act(x) if self.act else x
 
 
@@ -81,9 +82,7 @@ class Head(nn.Module):
     def __init__(self, cin, num_classes):
         super().__init__()
         self.fc = nn.Linear(cin, num_classes) if num_classes else nn.Identity()
-        if num_classes:
-            nn.init.normal_(self.fc.weight, 0.0, 0.01)
-            nn.init.zeros_(self.fc.bias)
+        init_layers(functools.partial(nn.init.normal_, std=0.01), self.fc)
 
     def forward(self, x):
         return self.fc(x.mean((2, 3)))
@@ -100,10 +99,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.channels, self.grad_checkpoint = channels, grad_checkpoint
         self.strides = [stem_stride * 2 ** i for i in range(len(channels))]
-
-    def run(self, module, *inputs):
-        """`module(*inputs)`; with grad_checkpoint the backward pass computes the activations again."""
-        return recompute(module, *inputs) if self.grad_checkpoint and self.training else module(*inputs)
 
     def last_map(self, x):
         """(B, channels, h, w): the map that the head averages before its linear layer."""
@@ -130,40 +125,28 @@ def init_fan_out(module):
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             fan_out = m.weight[:, 0].numel() // m.groups
-            nn.init.normal_(m.weight, 0.0, (2.0 / fan_out) ** 0.5)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+            init_layers(functools.partial(nn.init.normal_, std=(2.0 / fan_out) ** 0.5), m)
 
 
-@contextlib.contextmanager
-def _keep_statistics(module):
-    """Inside, batch norms update copies of their running statistics."""
-    kept = [(m, dict(m.named_buffers())) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m, buffers in kept:
-        for name, buffer in buffers.items():
-            setattr(m, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for m, buffers in kept:
-            for name, buffer in buffers.items():
-                setattr(m, name, buffer)
+def run(net, module, *inputs):
+    """`module(*inputs)`, a part of the net; with net.grad_checkpoint, the backward pass computes its activations again.
+    """
+    return recompute(module, *inputs) if net.grad_checkpoint and net.training else module(*inputs)
 
 
 def recompute(module, *inputs):
     """`module(*inputs)` without keeping its activations: every backward pass computes them again.
 
-    Only the first forward pass updates the running statistics of batch norm; plain checkpointing would count each batch
-    two times, or three times when a gradient penalty makes a second backward pass.
+    Only the first forward pass updates the running statistics of batch norms, later ones update copies. Plain
+    checkpointing would count each batch two times, or three times when a gradient penalty makes a second backward pass.
     """
     again = False
 
     def forward(*inputs):
         nonlocal again
-        context = _keep_statistics(module) if again else contextlib.nullcontext()
+        copies = {name: buffer.clone() for name, buffer in module.named_buffers()} if again else {}
         again = True
-        with context:
-            return module(*inputs)
+        return functional_call(module, copies, inputs, tie_weights=False)
 
     compiling = torch.compiler.is_compiling()  # compiled code updates no statistics when it computes them again
     return checkpoint(module if compiling else forward, *inputs, use_reentrant=False)

@@ -11,8 +11,9 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import stochastic_depth
 
-from nets.blocks import Backbone, conv2d, fold_norms, init_fan_out, silu
+from nets.blocks import Backbone, conv2d, fold_norms, init_fan_out, run, silu
 
 norm = functools.partial(nn.BatchNorm2d, eps=1e-3)  # as in the TensorFlow implementation
 
@@ -45,34 +46,28 @@ def conv3x3(cin, cout, stride=1, *, groups=1, same=True):
     return kind(cin, cout, 3, stride, padding=1, groups=groups, bias=False)
 
 
-def drop_path(x, rate):
-    """Stochastic depth (Huang et al. 2016): zeroes samples of (B, C, H, W), scales the others by 1 / (1 - rate)."""
-    keep = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - rate)
-    return x * keep.div_(1 - rate)
-
-
 class Block(nn.Module):
-    """Adds the input to `body(x)` where the shape stays; in training whole samples of the body are dropped."""
+    """Adds the input to `body(x)` where the shape stays; in training whole samples of the body are dropped (stochastic
+    depth, Huang et al. 2016). Subclasses make their layers in `add_layers`, with `inner` channels between the first and
+    the last convolution."""
 
     fuse_ = fold_norms
 
-    def __init__(self, cin, cout, stride, drop):
+    def __init__(self, cin, cout, expansion, stride, drop, same):
         super().__init__()
         self.residual = stride == 1 and cin == cout
         self.drop = drop
+        self.add_layers(cin, cin * expansion, cout, stride, same)
 
     def forward(self, x):
         y = self.body(x)
-        if not self.residual:
-            return y
-        return x + (drop_path(y, self.drop) if self.drop and self.training else y)
+        return x + stochastic_depth(y, self.drop, "row", self.training) if self.residual else y
 
 
 class ConvBnAct(Block):
     """One 3x3 (expansion 1): the only block with an activation before the sum."""
 
-    def __init__(self, cin, cout, expansion, stride, drop, same):
-        super().__init__(cin, cout, stride, drop)
+    def add_layers(self, cin, inner, cout, stride, same):
         self.conv = conv3x3(cin, cout, stride, same=same)
         self.bn1 = norm(cout)
 
@@ -83,9 +78,7 @@ class ConvBnAct(Block):
 class FusedMBConv(Block):
     """Expanding 3x3 -> 1x1: faster than MBConv where maps are large and have few channels (section 3.2)."""
 
-    def __init__(self, cin, cout, expansion, stride, drop, same):
-        super().__init__(cin, cout, stride, drop)
-        inner = cin * expansion
+    def add_layers(self, cin, inner, cout, stride, same):
         self.conv_exp = conv3x3(cin, inner, stride, same=same)
         self.bn1 = norm(inner)
         self.conv_pwl = conv2d(inner, cout)
@@ -110,9 +103,7 @@ class SqueezeExcite(nn.Module):
 class MBConv(Block):
     """Expanding 1x1 -> depthwise 3x3 -> squeeze and excite -> 1x1 (the block of MobileNetV2 and MnasNet)."""
 
-    def __init__(self, cin, cout, expansion, stride, drop, same):
-        super().__init__(cin, cout, stride, drop)
-        inner = cin * expansion
+    def add_layers(self, cin, inner, cout, stride, same):
         self.conv_pw = conv2d(cin, inner)
         self.bn1 = norm(inner)
         self.conv_dw = conv3x3(inner, inner, stride, groups=inner, same=same)
@@ -188,7 +179,7 @@ class EfficientNetV2(Backbone):
             if stride == 2:
                 maps.append(x)
             for block in stage:  # recomputed one by one: maps inside a block are up to six times as wide as its output
-                x = self.run(block, x)
+                x = run(self, block, x)
         return maps + [x]
 
     def last_map(self, x):

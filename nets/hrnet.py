@@ -7,7 +7,7 @@ hrnet_*_ssld, whose head has no biases). As a segmentation net, HRNetV2: UNet("h
 import torch.nn.functional as F
 from torch import nn
 
-from nets.blocks import Backbone, conv2d, fold_norms, init_fan_out, relu
+from nets.blocks import Backbone, ConvNorm as NamedConvNorm, conv2d, fold_norms, init_fan_out, relu, run
 
 # modules of stages 2, 3 and 4, which have 2, 3 and 4 branches; (blocks, width) of stage 1; blocks per branch; width of
 # the finest branch. Every coarser branch is twice as wide.
@@ -20,56 +20,36 @@ HEAD = (128, 256, 512, 1024)  # widths of the branches in the classifier
 POOLED = 2048
 
 
-class ConvNorm(nn.Sequential):
-    """nets.blocks.ConvNorm whose parts are called 0 and 1, as in timm's state dicts."""
+class ConvNorm(NamedConvNorm):
+    """With the names of timm's state dicts."""
+
+    names = "0", "1"
+
+
+class Block(nn.Module):
+    """ResNet's block with a residual: convolutions of these kernels, the first from widths[0] to widths[1] channels."""
 
     fuse_ = fold_norms
 
-    def __init__(self, cin, cout, kernel=1, stride=1, *, act=relu, bias=False):
-        super().__init__(conv2d(cin, cout, kernel, stride, bias=bias), nn.BatchNorm2d(cout))
-        self.act = act
-
-    def forward(self, x):
-        x = super().forward(x)
-        return self.act(x) if self.act else x
-
-
-class BasicBlock(nn.Module):
-    """ResNet's: 3x3 -> 3x3 with a residual."""
-
-    fuse_ = fold_norms
-
-    def __init__(self, width):
+    def __init__(self, kernels, widths):
         super().__init__()
-        self.conv1 = conv2d(width, width, 3)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv2d(width, width, 3)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return relu(self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))) + x)
-
-
-class Bottleneck(nn.Module):
-    """ResNet's: 1x1 to a quarter of `cout` channels -> 3x3 -> 1x1 with a residual."""
-
-    fuse_ = fold_norms
-
-    def __init__(self, cin, cout):
-        super().__init__()
-        inner = cout // 4
-        self.conv1 = conv2d(cin, inner)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = conv2d(inner, inner, 3)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = conv2d(inner, cout)
-        self.bn3 = nn.BatchNorm2d(cout)
+        for i, (kernel, *sides) in enumerate(zip(kernels, widths, widths[1:]), 1):
+            self.add_module(f"conv{i}", conv2d(*sides, kernel))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(sides[1]))
+        cin, *_, cout = widths
         self.downsample = ConvNorm(cin, cout, act=None) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        y = relu(self.bn1(self.conv1(x)))
-        y = relu(self.bn2(self.conv2(y)))
-        return relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        conv, norm, *others, downsample = self.children()
+        y = norm(conv(x))
+        for conv, norm in zip(others[::2], others[1::2]):
+            y = norm(conv(relu(y)))
+        return relu(y + downsample(x))
+
+
+def bottleneck(cin, cout):
+    """1x1 to a quarter of `cout` channels -> 3x3 -> 1x1."""
+    return Block((1, 3, 1), (cin, cout // 4, cout // 4, cout))
 
 
 def fuse_layer(widths, source, target):
@@ -88,8 +68,7 @@ def enlarge(x, factor, size, mode):
 
     Odd sides were rounded up when they were halved; interpolating to `size` instead would shift the far end of the map.
     """
-    corners = None if mode == "nearest" else False
-    return F.interpolate(x, scale_factor=factor, mode=mode, align_corners=corners)[..., :size[0], :size[1]]
+    return F.interpolate(x, scale_factor=factor, mode=mode)[..., :size[0], :size[1]]
 
 
 class HighResolutionModule(nn.Module):
@@ -101,7 +80,8 @@ class HighResolutionModule(nn.Module):
     def __init__(self, widths, blocks):
         super().__init__()
         each = range(len(widths))
-        self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(width) for _ in range(blocks))) for width in widths)
+        self.branches = nn.ModuleList(nn.Sequential(*(Block((3, 3), [width] * 3) for _ in range(blocks)))
+                                      for width in widths)
         self.fuse_layers = nn.ModuleList(nn.ModuleList(fuse_layer(widths, j, i) for j in each) for i in each)
 
     def forward(self, *maps):
@@ -136,17 +116,16 @@ class HRNet(Backbone):
         self.conv2 = conv2d(64, 64, 3, 2)
         self.bn2 = nn.BatchNorm2d(64)
         cin = 4 * narrow
-        self.layer1 = nn.Sequential(Bottleneck(64, cin), *(Bottleneck(cin, cin) for _ in range(depth - 1)))
-        # a transition adds the next coarser branch; the first transition also narrows the only branch
-        self.transition1 = nn.ModuleList([ConvNorm(cin, width, 3), nn.Sequential(ConvNorm(cin, 2 * width, 3, 2))])
+        self.layer1 = nn.Sequential(bottleneck(64, cin), *(bottleneck(cin, cin) for _ in range(depth - 1)))
+        kept = [ConvNorm(cin, width, 3)]  # the first transition also narrows the only branch
         for i, count in enumerate(modules, 2):
-            if i > 2:
-                kept, added = [nn.Identity()] * (i - 1), nn.Sequential(ConvNorm(*widths[i - 2:i], 3, 2))
-                self.add_module(f"transition{i - 1}", nn.ModuleList([*kept, added]))
+            added = nn.Sequential(ConvNorm(cin, widths[i - 1], 3, 2))  # a transition adds the next coarser branch
+            self.add_module(f"transition{i - 1}", nn.ModuleList([*kept, added]))
             stage = nn.Sequential(*(HighResolutionModule(widths[:i], blocks) for _ in range(count)))
             self.add_module(f"stage{i}", stage)
+            kept, cin = [nn.Identity()] * i, widths[i - 1]
         if num_classes is not None:
-            self.incre_modules = nn.ModuleList(nn.Sequential(Bottleneck(*w)) for w in zip(widths, HEAD))
+            self.incre_modules = nn.ModuleList(nn.Sequential(bottleneck(*w)) for w in zip(widths, HEAD))
             self.downsamp_modules = nn.ModuleList(ConvNorm(*HEAD[i:i + 2], 3, 2, bias=True) for i in range(3))
             self.final_layer = ConvNorm(HEAD[-1], POOLED, bias=True)
             self.classifier = nn.Linear(POOLED, num_classes) if num_classes else nn.Identity()
@@ -156,18 +135,17 @@ class HRNet(Backbone):
         stem = relu(self.bn1(self.conv1(x)))
         x = relu(self.bn2(self.conv2(stem)))
         for block in self.layer1:
-            x = self.run(block, x)
-        maps = [layer(x) for layer in self.transition1]
-        for module in self.stage2:
-            maps = self.run(module, *maps)
-        for added, stage in ((self.transition2[-1], self.stage3), (self.transition3[-1], self.stage4)):
-            maps = [*maps, added(maps[-1])]
+            x = run(self, block, x)
+        maps = [x]
+        for transition, stage in ((self.transition1, self.stage2), (self.transition2, self.stage3),
+                                  (self.transition3, self.stage4)):
+            maps = [layer(x) for layer, x in zip(transition, [*maps, maps[-1]])]
             for module in stage:
-                maps = self.run(module, *maps)
+                maps = run(self, module, *maps)
         return [stem, *maps]
 
     def last_map(self, x):
-        first, *coarser = [self.run(layer, x) for layer, x in zip(self.incre_modules, self.features(x)[1:])]
+        first, *coarser = [run(self, layer, x) for layer, x in zip(self.incre_modules, self.features(x)[1:])]
         for down, x in zip(self.downsamp_modules, coarser):
             first = x + down(first)
         return self.final_layer(first)

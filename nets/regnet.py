@@ -5,7 +5,7 @@ with timm's weights `regnetx_002` (timm's results table).
 """
 from torch import nn
 
-from nets.blocks import Backbone, ConvNorm, Head, init_fan_out, relu
+from nets.blocks import Backbone, ConvNorm, Head, init_fan_out, relu, run
 
 # name: (group width, (width, blocks) of the four stages). The numbers are the results of the paper's linear rule.
 VARIANTS = {
@@ -59,5 +59,5 @@ class RegNetX(Backbone):
     def features(self, x):
         maps = [self.stem(x)]
         for stage in (self.s1, self.s2, self.s3, self.s4):
-            maps.append(self.run(stage, maps[-1]))
+            maps.append(run(self, stage, maps[-1]))
         return maps

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from nets.blocks import Backbone, ConvNorm, Head, conv2d, init_fan_out, relu
+from nets.blocks import Backbone, ConvNorm, Head, init_fan_out, relu, run
 
 # blocks of the four stages after the stem's one (table 2 of the paper)
 A, B = (2, 4, 14, 1), (4, 6, 16, 1)
@@ -45,6 +45,7 @@ class Block(nn.Module):
         y = self.conv_kxk(x) + self.conv_1x1(x[:, :, ::self.stride, ::self.stride])
         return relu(y if self.identity is None else y + self.identity(x))
 
+    @torch.no_grad()
     def fuse_(self):
         """Replaces the branches by one convolution: all are linear, and smaller kernels are 3x3 kernels with zeros.
 
@@ -52,19 +53,20 @@ class Block(nn.Module):
         """
         if self.reparam_conv is not None:
             return
-        conv = self.conv_kxk.conv
-        branches = [(conv.weight, self.conv_kxk.bn), (F.pad(self.conv_1x1.conv.weight, (1, 1, 1, 1)), self.conv_1x1.bn)]
-        if self.identity is not None:
-            branches.append((nn.init.dirac_(torch.empty_like(conv.weight), conv.groups), self.identity))
-        weight = bias = 0
-        for kernel, bn in branches:
-            bn = bn.double()  # in place, as the branch is deleted below
-            w, b = fuse_conv_bn_weights(kernel.double(), None, bn.running_mean, bn.running_var, bn.eps, bn.weight,
-                                        bn.bias)
-            weight, bias = weight + w, bias + b
-        fused = conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, conv.groups, bias=True)
-        fused.weight, fused.bias = nn.Parameter(weight.to(conv.weight)), nn.Parameter(bias.to(conv.weight))
-        self.reparam_conv = fused
+        dtype = self.conv_kxk.conv.weight.dtype
+        self.double()  # in place, as the branches are deleted below
+        for branch in (self.conv_kxk, self.conv_1x1):
+            branch.fuse_()
+        conv, small, norm = self.conv_kxk.conv, self.conv_1x1.conv, self.identity
+        branches = [(F.pad(small.weight, (1, 1, 1, 1)), small.bias)]
+        if norm is not None:
+            kernel = nn.init.dirac_(torch.empty_like(conv.weight), conv.groups)
+            branches.append(fuse_conv_bn_weights(kernel, None, norm.running_mean, norm.running_var, norm.eps,
+                                                 norm.weight, norm.bias))
+        for weight, bias in branches:
+            conv.weight += weight
+            conv.bias += bias
+        self.reparam_conv = conv.to(dtype)
         del self.identity, self.conv_kxk, self.conv_1x1
 
 
@@ -92,6 +94,6 @@ class RepVGG(Backbone):
         for stage in self.stages:
             x = maps[-1]
             for block in stage:
-                x = self.run(block, x)
+                x = run(self, block, x)
             maps.append(x)
         return maps

@@ -15,7 +15,7 @@ from nets import pretrained
 from nets import NAMES as ENCODERS
 from nets import make as make_encoder
 from nets.blocks import fuse
-from nets.efficientnet import VARIANTS, Block, EfficientNetV2, SameConv, drop_path
+from nets.efficientnet import VARIANTS, Block, EfficientNetV2, SameConv
 from nets.unet import UNet
 from tests.conftest import TINY
 from tests.test_nets import assert_equal, count, with_statistics, randn
@@ -205,7 +205,9 @@ def test_drop_path_rates():
     rates = [m.drop for m in net.modules() if isinstance(m, Block)]
     assert rates == [0.25 * i / 21 for i in range(21)]
     torch.manual_seed(0)
-    y = drop_path(torch.full((4000, 1, 2, 1), 3.0), 0.25)
+    block = next(m for m in net.modules() if isinstance(m, Block) and m.residual)
+    block.drop, block.body = 0.25, lambda x: x
+    y = block(torch.full((4000, 1, 2, 1), 3.0)) - 3.0
     per_sample = y[:, 0, 0, 0]
     assert torch.equal(y, per_sample[:, None, None, None].expand_as(y)) and set(per_sample.tolist()) == {0.0, 4.0}
     assert float((per_sample == 0).float().mean()) == pytest.approx(0.25, abs=0.03)

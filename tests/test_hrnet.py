@@ -103,7 +103,7 @@ def test_training_is_timms():
         assert (a.grad - b.grad).abs().max() <= 1e-3 * b.grad.abs().max() + 1e-6, name
     for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
-    assert ours.stage4[0].fuse_layers[3][0][2][1].num_batches_tracked == 1
+    assert ours.stage4[0].fuse_layers[3][0][2].get_submodule("1").num_batches_tracked == 1
 
 
 def test_initialisation_is_timms():
@@ -141,9 +141,10 @@ def test_a_module_fuses_all_branches():
     maps = [randn(2, 4, 13, 9).double(), randn(2, 6, 7, 5).double(), randn(2, 8, 4, 3).double()]
 
     def convolve(x, layer, stride=1):
-        y = nn.functional.conv2d(x, layer[0].weight, stride=stride, padding=layer[0].weight.shape[-1] // 2)
-        mean, spread = layer[1].running_mean[:, None, None], (layer[1].running_var + 1e-5).sqrt()[:, None, None]
-        return (y - mean) / spread * layer[1].weight[:, None, None] + layer[1].bias[:, None, None]
+        conv, norm = layer.children()
+        y = nn.functional.conv2d(x, conv.weight, stride=stride, padding=conv.weight.shape[-1] // 2)
+        mean, spread = norm.running_mean[:, None, None], (norm.running_var + 1e-5).sqrt()[:, None, None]
+        return (y - mean) / spread * norm.weight[:, None, None] + norm.bias[:, None, None]
 
     def up(x, factor, like):
         return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)[..., :like.shape[2], :like.shape[3]]

@@ -87,8 +87,7 @@ def cutmix(images, alpha=1.0):
     centre lies anywhere, and it is clipped to the image. images (B,C,H,W) -> images, perm (B,) int64, lam (B,1,H,W)
     fp32: 1 where a pixel comes from image i, 0 where it comes from image perm[i].
     """
-    height, width = images.shape[2:]
-    kept = ~inside(_random_boxes(len(images), alpha, height, width, images.device), height, width)
+    kept = ~inside(_random_boxes(images, alpha), *images.shape[2:])
     perm = _previous(images)
     return torch.where(kept, images, images[perm]), perm, kept.float()
 
@@ -104,13 +103,12 @@ def snapmix(images, heat, alpha=5.0):
              share of image perm[i]'s heat inside the box that is copied. They need not add up to 1: the sum is above 1
              where an object is pasted onto background, below 1 where background is pasted onto an object
     """
-    count, (height, width) = len(images), images.shape[2:]
-    target, source = (_random_boxes(count, alpha, height, width, images.device) for _ in range(2))
+    target, source = (_random_boxes(images, alpha) for _ in range(2))
     perm = _previous(images)
-    kept = ~inside(target, height, width)
+    kept = ~inside(target, *images.shape[2:])
     mixed = torch.where(kept, images, _resized(images[perm], source, target))
     lam_a = (heat * kept[:, 0]).sum((1, 2))
-    lam_b = (heat[perm] * inside(source, height, width)[:, 0]).sum((1, 2))
+    lam_b = (heat[perm] * inside(source, *images.shape[2:])[:, 0]).sum((1, 2))
     return mixed, perm, lam_a[:, None], lam_b[:, None]
 
 
@@ -168,9 +166,9 @@ def cutout(images, size=0.5, *, p=1.0):
     p: probability, image by image. images (B,C,H,W) -> images. Labels and masks stay, as in the paper: the net learns to
     infer what it does not see.
     """
-    height, width = images.shape[2:]
-    side = torch.full((len(images),), max(1, round(size * min(height, width))), device=images.device)
-    return _erase(images, inside(_boxes(side, side, height, width), height, width), p)
+    shape = images.shape[2:]
+    side = torch.full((len(images),), max(1, round(size * min(shape))), device=images.device)
+    return _erase(images, inside(_boxes([side, side], shape[::-1]), *shape), p)
 
 
 def gridmask(images, *, period=(0.4, 1.0), ratio=(0.5, 0.7), degrees=180.0, p=1.0):
@@ -216,16 +214,17 @@ def _beta(count, alpha, device):
     return torch.distributions.Beta(alpha, alpha, validate_args=False).sample()  # validation would wait for the GPU
 
 
-def _random_boxes(count, alpha, height, width, device):
-    """Boxes (count,4) with a share 1 - b of the area, b from Beta(alpha, alpha), with at least one pixel."""
-    share = (1 - _beta(count, alpha, device)).sqrt()
-    return _boxes(*((share * side).round().long().clamp(min=1) for side in (width, height)), height, width)
+def _random_boxes(images, alpha):
+    """Boxes (B,4) with a share 1 - b of the images' area, b from Beta(alpha, alpha), with at least one pixel."""
+    share, sides = (1 - _beta(len(images), alpha, images.device)).sqrt(), images.shape[:1:-1]
+    return _boxes([(share * side).round().long().clamp(min=1) for side in sides], sides)
 
 
-def _boxes(box_width, box_height, height, width):
-    """Sizes (B,) in pixels -> boxes (B,4) int64 of x1, y1, x2, y2 with random centres, clipped; none is empty."""
+def _boxes(lengths, sides):
+    """Widths and heights, (B,) each, in pixels -> boxes (B,4) int64 of x1, y1, x2, y2 with random centres, clipped to
+    images of `sides` (width, height); none is empty."""
     edges = []
-    for length, side in ((box_width, width), (box_height, height)):
+    for length, side in zip(lengths, sides):
         start = torch.randint(side, length.shape, device=length.device) - length // 2
         edges.append((start.clamp(min=0), (start + length).clamp(max=side)))
     return torch.stack([edge for pair in zip(*edges) for edge in pair], 1)

@@ -109,11 +109,6 @@ def _lovasz_rows(errors, positive, valid, ramp):
     return (ramp(errors) * lovasz_grad(errors, positive & valid)).sum(1)
 
 
-def _elu_ramp(errors):
-    """elu(e) + 1: unlike relu it has a gradient at pixels that are already right."""
-    return F.elu(errors) + 1
-
-
 @_in_fp32
 def lovasz_hinge(logits, labels, per_image=True, elu=False, ignore=None):
     """Binary Lovász hinge loss (Berman, Triki, Blaschko 2018, arXiv 1705.08790, Alg. 1 and sec. 3.1).
@@ -131,7 +126,8 @@ def lovasz_hinge(logits, labels, per_image=True, elu=False, ignore=None):
     logits, labels, valid = _binary_rows(logits, labels, per_image, ignore)
     positive = labels > 0.5
     errors = 1 - torch.where(positive, logits, -logits)
-    return _lovasz_rows(errors, positive, valid, _elu_ramp if elu else F.relu).mean()
+    # unlike relu, elu has a gradient at pixels that are already right
+    return _lovasz_rows(errors, positive, valid, (lambda e: F.elu(e) + 1) if elu else F.relu).mean()
 
 
 @_in_fp32

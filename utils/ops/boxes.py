@@ -105,9 +105,7 @@ def _candidates(rows, conf, multi_label, count):
     if chosen.sum() > count > 0:  # filtered by score before they are listed and sorted: an untrained net gives millions
         chosen &= scores >= scores.flatten().topk(count).values[-1]
     row, column = chosen.nonzero(as_tuple=True)
-    scores, labels = scores[row, column], labels[row, column]
-    order = scores.argsort(descending=True, stable=True)[:count]
-    return torch.cat((boxes[row[order]], scores[order, None], labels[order, None].float()), 1)
+    return by_score(torch.cat((boxes[row], scores[row, column, None], labels[row, column, None].float()), 1))[:count]
 
 
 def suppress(detections, *, iou=0.6, max_det=300, agnostic=False):

@@ -85,11 +85,10 @@ def classify(net, inputs, batch, names=(), *, single_label=False, scales=tta.SCA
 
     inputs: `data.cls.Input`, which is called with each view's matrix. names, scales, merge: as in `segment`.
     """
-    def views():
-        for matrix, (side, _) in tta.tta_views(names, (inputs.imgsz, inputs.imgsz), scales=scales):
-            logits = run(net, inputs(batch, matrix, side)).float()
-            yield logits.softmax(1) if single_label else logits.sigmoid()
-    return finite(tta.merge(views(), merge, single_label=single_label))
+    views = tta.tta_views(names, (inputs.imgsz, inputs.imgsz), scales=scales)
+    logits = (run(net, inputs(batch, matrix, side)).float() for matrix, (side, _) in views)
+    probs = (found.softmax(1) if single_label else found.sigmoid() for found in logits)
+    return finite(tta.merge(probs, merge, single_label=single_label))
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------

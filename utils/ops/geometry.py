@@ -70,7 +70,9 @@ def resize(image, size):
     if image.shape[1:] == tuple(size):
         return image
     bytes_here = image.dtype == torch.uint8 and image.device.type == "cpu"  # GPUs resize no bytes
-    small = F.interpolate((image if bytes_here else image.float())[None], size, mode="bilinear", antialias=True)[0]
+    # with the bands last in memory, image[None] would not count as channels-last, which is slower
+    batch = (image if bytes_here else image.float()).permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    small = F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
     return small.round().to(torch.uint8) if image.dtype == torch.uint8 and not bytes_here else small
 
 
@@ -105,10 +107,7 @@ def paste(image, matrix, canvas, cell):
     snapped[:2, 2] = target[0] - factor * np.where(factor < 0, source[1], source[0])
     (left, top), (right, bottom) = source.astype(int)
     (x1, y1), (x2, y2) = target.astype(int).tolist()
-    part = image[:, top:bottom, left:right]
-    if part.shape[1:] != (y2 - y1, x2 - x1):
-        batch = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # part[None] would not count as channels-last: slower
-        part = F.interpolate(batch, (y2 - y1, x2 - x1), mode="bilinear", antialias=True)[0]
+    part = resize(image[:, top:bottom, left:right], (y2 - y1, x2 - x1))
     axes = [2 - i for i in (0, 1) if factor[i] < 0]
     canvas[:, y1:y2, x1:x2] = part.flip(axes) if axes else part
     return snapped, target.ravel()

@@ -7,6 +7,7 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 
 SWATH = 4096  # columns
 
@@ -29,16 +30,19 @@ def cover(size, tile, overlap):
     if not tile or max(size) <= tile:
         return []
     sides = [min(tile, side) for side in size]
-    return [(y, x, *sides) for y in starts(size[0], tile, overlap) for x in starts(size[1], tile, overlap)]
+    return [(*start, *sides) for start in itertools.product(*(starts(side, tile, overlap) for side in size))]
 
 
 def partition(size, tile):
     """As `cover`, but every pixel is in exactly one window; the sides of the windows differ by one pixel at most."""
     if not tile or max(size) <= tile:
         return []
-    counts = [-(-side // tile) for side in size]
-    ys, xs = ([round(i * side / count) for i in range(count + 1)] for side, count in zip(size, counts))
-    return [(y, x, below - y, right - x) for y, below in itertools.pairwise(ys) for x, right in itertools.pairwise(xs)]
+
+    def spans(side):
+        count = -(-side // tile)
+        return itertools.pairwise(round(i * side / count) for i in range(count + 1))
+
+    return [(y, x, below - y, right - x) for (y, below), (x, right) in itertools.product(*map(spans, size))]
 
 
 def of_images(sizes, cut):
@@ -92,4 +96,4 @@ def stitch(swaths, maps, height):
                 part[-1] += weight
             done = below - y  # rows that no later window reaches
             yield y, first, (total[:-1, :done] / total[-1, :done])[:, :, first - left:end - left]
-            total = torch.cat((total[:, done:], torch.zeros_like(total[:, :done])), 1)
+            total = F.pad(total[:, done:], (0, 0, 0, done))

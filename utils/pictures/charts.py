@@ -9,7 +9,7 @@ from PIL import ImageDraw
 from utils.pictures import cells
 from utils.pictures.detection import class_name
 from utils.pictures.plots import BEST, LINE, TOP, Plot, limits, ticks
-from utils.pictures.sheets import INK, PALETTE, font, join, save_image, shade, text_line
+from utils.pictures.sheets import INK, PALETTE, font, in_rows, join, save_image, shade, text_line
 
 MOST = 20  # classes with a colour of their own
 
@@ -23,7 +23,7 @@ def plot_curves(path, rows, score=None):
     columns = {name: np.array([row.get(name, math.nan) for row in rows], float) for name in cells.column_names(rows)}
     epochs = columns.pop("epoch")
     plots = [_curve(name, epochs, values, name == score) for name, values in columns.items()]
-    save_image(path, join([join(plots[i:i + 4], 0) for i in range(0, len(plots), 4)], 1))
+    save_image(path, join([join(row, 0) for row in in_rows(plots, 4)], 1))
 
 
 def _curve(name, xs, ys, is_score):

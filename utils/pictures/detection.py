@@ -39,16 +39,16 @@ def draw_boxes(rgb, rows, names, zoom=1):
     picture, (height, width) = Image.fromarray(rgb), rgb.shape[:2]
     draw, line = ImageDraw.Draw(picture), round(max(height, width) / 400 + 0.5)
     rows, edge, tags = to_numpy(rows), (width, height), []
-    classes, scored = rows[:, -1].astype(int), rows.shape[1] == 6
-    order = np.argsort(rows[:, 4], kind="stable") if scored else np.arange(len(rows))
-    low, high = rows[:, :2] * zoom, rows[:, 2:4] * zoom
-    for i in order[((low < edge) & (high > 0) & (low <= high)).all(1)[order]]:
-        corner = np.minimum(low[i].clip(0).round(), np.subtract(edge, 1))
-        opposite = np.maximum(np.minimum(high[i], edge).round() - 1, corner)
-        colour = colour_of(classes[i])
-        draw.rectangle([*corner, *opposite], outline=colour, width=line)
-        text = class_name(names, classes[i]) + (f" {rows[i, 4]:.2f}" if scored else "")
-        tags.append((*map(int, (*corner, opposite[1])), text, colour))
+    scored = rows.shape[1] == 6
+    for row in rows[rows[:, 4].argsort(kind="stable")] if scored else rows:
+        low, high, k = row[:2] * zoom, row[2:4] * zoom, int(row[-1])
+        if not ((low < edge) & (high > 0) & (low <= high)).all():
+            continue
+        corner = np.minimum(low.clip(0).round(), np.subtract(edge, 1))
+        opposite = np.maximum(np.minimum(high, edge).round() - 1, corner)
+        draw.rectangle([*corner, *opposite], outline=colour_of(k), width=line)
+        text = class_name(names, k) + (f" {row[4]:.2f}" if scored else "")
+        tags.append((*map(int, (*corner, opposite[1])), text, colour_of(k)))
     _draw_tags(draw, tags[::-1], width, height)
     return np.array(picture)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from utils.errors import UserError
 from utils.files import read_csv
 from utils.pictures import cells
-from utils.pictures.sheets import contact_sheet, draw_sheet, join, save_image
+from utils.pictures.sheets import contact_sheet, draw_sheet, in_rows, join, save_image
 
 
 # ---- review of a run -------------------------------------------------------------------------------------------------
@@ -47,9 +47,8 @@ def write_review(folder, samples, draw, *, tables=None, titles=(), caption=score
         samples[k]["picture"] = f"worst/{i:02}.jpg"
         contact_sheet(f"{folder}/{samples[k]['picture']}", [row], titles=titles, captions=[[caption(samples[k])]],
                       max_side=max_side)
-    starts = range(0, len(pictures), across)
-    sheet = draw_sheet([sum(pictures[i:i + across], []) for i in starts], titles=titles, max_side=max_side,
-                       captions=[captions[i:i + across] for i in starts])
+    sheet = draw_sheet([sum(row, []) for row in in_rows(pictures, across)], titles=titles, max_side=max_side,
+                       captions=in_rows(captions, across))
     save_image(f"{folder}/review.png", join([sheet, *itertools.starmap(cells.as_picture, (tables or {}).items())], 1))
     cells.write_csv(f"{folder}/samples.csv", samples)
 

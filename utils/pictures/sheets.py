@@ -93,7 +93,9 @@ def to_rgb(image):
         return np.ascontiguousarray(image.transpose(1, 2, 0))
     picture = np.zeros((*image.shape[1:], 3), np.uint8)
     for i, band in enumerate(image):
-        finite = band[np.isfinite(band)] if np.isfinite(band).any() else np.zeros(1)
+        finite = band[np.isfinite(band)]
+        if not finite.size:
+            continue
         low, high = np.percentile(finite, (2, 98))
         if low == high:  # a few fires on a flat ground: the percentiles see the ground only
             low, high = finite.min(), finite.max()
@@ -146,11 +148,16 @@ def fit(picture, max_side):
     return np.array(Image.fromarray(picture).resize(size, how))
 
 
+def in_rows(items, across):
+    """Divides a list into lists of `across` items; the last one may be shorter."""
+    return [items[i:i + across] for i in range(0, len(items), across)]
+
+
 def abreast(groups):
     """Equally long lists of pictures, one per image -> rows of pictures, as many images side by side as make the sheet
     roughly square."""
     across = max(1, round((len(groups) / len(groups[0])) ** 0.5))
-    return [sum(groups[i:i + across], []) for i in range(0, len(groups), across)]
+    return [sum(row, []) for row in in_rows(groups, across)]
 
 
 def contact_sheet(path, rows, **options):
@@ -165,18 +172,18 @@ def draw_sheet(rows, *, titles=(), captions=(), legend=None, max_side=256):
     equal share of the row's pictures. legend: {text: colour}, below.
     """
     rows = [[Image.fromarray(fit(picture, max_side)) for picture in row] for row in rows]
-    widths = [max(row[c].width for row in rows if c < len(row)) + GAP for c in range(max(map(len, rows)))]
+    widths = [max(picture.width for picture in column if picture) + GAP for column in itertools.zip_longest(*rows)]
     strips = [[label(text, width, size=14) for text, width in zip(itertools.cycle(titles), widths)]] if titles else []
     for row, texts in itertools.zip_longest(rows, captions):
         strips.append([ImageOps.expand(picture, (0, 0, width - picture.width, GAP), "white")
                        for picture, width in zip(row, widths)])
         if texts:
-            share = len(row) // len(texts)
-            strips.append([label(text, sum(widths[i * share:][:share]), fill=FAINT) for i, text in enumerate(texts)])
+            shares = in_rows(widths, len(row) // len(texts))
+            strips.append([label(text, sum(share), fill=FAINT) for text, share in zip(texts, shares)])
     if legend:
         entries = [join([swatch(colour), label(text)], 0) for text, colour in legend.items()]
         across = max(1, sum(widths) // max(entry.width for entry in entries))
-        strips += [entries[i:i + across] for i in range(0, len(entries), across)]
+        strips += in_rows(entries, across)
     return ImageOps.expand(join([join(strip, 0) for strip in strips], 1), (GAP, GAP, 0, 0), "white")
 
 
@@ -201,12 +208,8 @@ def segmentation_row(image, mask, prob=None, *, ignore=None):
     if prob is None:
         return row
     prob = to_numpy(prob)
-    if len(prob) > 1:
-        prediction = prob.argmax(0)
-        shown = overlay(rgb, prediction)
-    else:
-        prediction = prob[0] > 0.5
-        shown = overlay(shade(prob[0], INK), prediction, alpha=0)
+    prediction = prob.argmax(0) if len(prob) > 1 else prob[0] > 0.5
+    shown = overlay(rgb, prediction) if len(prob) > 1 else overlay(shade(prob[0], INK), prediction, alpha=0)
     errors = np.where(mask == ignore, 0, error_map(truth, prediction))
     grey = np.repeat(rgb.mean(-1, keepdims=True), 3, -1).astype(np.uint8)
     return [*row, shown, overlay(grey, errors, palette=list(ERRORS.values()), alpha=0.7)]
