@@ -62,7 +62,7 @@ def test_what_a_notebook_has():
 
 @pytest.mark.parametrize("script, argv", [
     (train_seg, "--bands 7,5,3 --class-weights 1,20.5 --pixel-scale 0.3,2500,1 --drop-noisy noise.csv:20 --decoder"),
-    (train_seg, "--loss bce=0.5 dice --extra-data a:0.5 'b c' --border reflect wrap --conv0 8 8 --no-ema --lr 0.0012345678"),
+    (train_seg, "--loss bce=0.5 dice --extra-data a:0.5 'b c' --border reflect wrap --conv0 8 8 --no-ema --lr 0.00123456"),
     (train_det, "--stages 50,15 --zoom 0.3 1.7 --weight-decay 1e-05 --pixel-scale standard --no-autoanchor"),
     (train_cls, "--columns image label --hflip 0.1 --class-weights balanced --weights 'my net.pt'")])
 def test_flags_come_back(monkeypatch, script, argv):
