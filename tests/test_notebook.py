@@ -1,6 +1,5 @@
 """utils/notebook.py: the cells of a run's notebook, executed in an empty folder, train its weights."""
 import json
-import shlex
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ import train_det
 import train_seg
 from tests.conftest import TINY, TINY_CLS, TINY_DET, write_dirty, write_parking, write_wildfire
 from utils import notebook
-from utils.pictures import table
+from utils.errors import UserError
+from utils.train import checkpoint, runs
 
 RUNS = {"seg": (train_seg, TINY, write_wildfire), "det": (train_det, TINY_DET, write_parking),
         "cls": (train_cls, TINY_CLS, write_dirty)}
@@ -46,11 +46,11 @@ def test_a_notebook_trains_the_weights_of_its_run(command, refused, tmp_path, mo
     monkeypatch.chdir(tmp_path / "empty")
     execute(tmp_path / f"runs/{task}/mine/mine.ipynb", until)
     first, second = (torch.load(path / f"runs/{task}/{name}/last.pt", weights_only=True)
-                     for path, name in ((tmp_path, "mine"), (tmp_path / "empty", "exp")))
+                     for path, name in ((tmp_path, "mine"), (tmp_path / "empty", "mine")))
     for part in ("model", "ema"):
         assert first[part].keys() == second[part].keys()
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
-    assert (tmp_path / f"empty/runs/{task}/exp/predict").exists() == (until is None)  # the last cell predicts
+    assert (tmp_path / f"empty/runs/{task}/mine/predict").exists() == (until is None)  # the last cell predicts
 
 
 def test_what_a_notebook_has():
@@ -60,19 +60,16 @@ def test_what_a_notebook_has():
     assert found["train_seg.py"].startswith('"""Segmentation') and not any(name.startswith("/") for name in found)
 
 
-@pytest.mark.parametrize("script, argv", [
-    (train_seg, "--bands 7,5,3 --class-weights 1,20.5 --pixel-scale 0.3,2500,1 --drop-noisy noise.csv:20 --decoder"),
-    (train_seg, "--loss bce=0.5 dice --extra-data a:0.5 'b c' --border reflect wrap --conv0 8 8 --no-ema --lr 0.00123456"),
-    (train_det, "--stages 50,15 --zoom 0.3 1.7 --weight-decay 1e-05 --pixel-scale standard --no-autoanchor"),
-    (train_cls, "--columns image label --hflip 0.1 --class-weights balanced --weights 'my net.pt'")])
-def test_flags_come_back(monkeypatch, script, argv):
-    monkeypatch.setattr("sys.argv", ["x"])
-    parser = script.make_parser()
-    chosen, defaults = (json.loads(json.dumps(vars(parser.parse_args(words)))) for words in (shlex.split(argv), []))
-    again = parser.parse_args(shlex.split(table.flags(chosen, defaults)))
-    assert chosen != defaults and json.loads(json.dumps(vars(again))) == chosen
-
-
 def test_no_run(command, tmp_path):
     done = command(notebook, "runs/seg/none")
     assert done.code == 2 and "no such checkpoint" in done.lines[0]
+
+
+def test_a_run_of_an_earlier_edition(tmp_path):
+    """The flags with which it is resumed are not those with which it was started."""
+    (tmp_path / "run.json").write_text('{"started": "2026-01-01 10:00"}')
+    runs.record_start(tmp_path, {})
+    checkpoint.save(tmp_path / "last.pt", {"task": "seg", "arch": {"name": "unet.UNet", "kwargs": {}}, "model": {},
+                                           "input": {}})
+    with pytest.raises(UserError, match="run.json: does not tell how the run was started; train"):
+        next(notebook.cells(tmp_path))

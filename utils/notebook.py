@@ -10,16 +10,15 @@ from importlib.metadata import version
 from modulefinder import ModuleFinder
 from pathlib import Path
 
-from utils.errors import Parser, cli
-from utils.files import check_absent, read_json, write_json
-from utils.pictures import table
+from utils.errors import Parser, UserError, cli
+from utils.files import check_absent, write_json
 from utils.train import checkpoint, runs
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "numpy", "rasterio", "pillow", "tqdm")
-FIRST = '''# {folder}, commit {commit}, with {versions}
+FIRST = '''# {folder}, commit {commit}, seed {seed}, with {versions}
 DATA = {data!r}
-TRAIN = {flags!r}  # flags; of published weights, name the file
+TRAIN = {flags!r}  # flags, as the run was started; of published weights, name the file
 PREDICT = ""  # flags, such as --tta; with --weights best.pt, the training below can be left out'''
 FILES = '''from pathlib import Path
 
@@ -44,17 +43,17 @@ def sources(*scripts):
 
 def cells(folder):
     """Yields the cells of the notebook of a run's folder. Raises UserError for a folder without its records."""
-    task, flags = checkpoint.load(folder / "last.pt")["task"], read_json(folder / "args.json")
-    files, record = sources(f"train_{task}.py", "predict.py"), runs.read_record(folder)
+    state, record = checkpoint.load(folder / "last.pt"), runs.read_record(folder)
+    if record.get("command") is None:
+        raise UserError(f"{folder / 'run.json'}: does not tell how the run was started; train it again")
+    task, args = state["task"], state["args"]
+    files = sources(f"train_{task}.py", "predict.py")
     versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
-    # the data have a line of their own, the loggers need other packages; the seed is always shown
-    shown = table.flags(flags | {"bands": flags["bands"] or "all", "tensorboard": False, "wandb": False},
-                        record.get("defaults", {}) | {"data": flags["data"], "seed": None})
-    yield FIRST.format(folder=folder, commit=record.get("commit"), versions=", ".join(versions), data=flags["data"],
-                       flags=shown)
+    yield FIRST.format(folder=folder, commit=record.get("commit"), seed=args["seed"], versions=", ".join(versions),
+                       data=args["data"], flags=record["command"])
     yield FILES.format(names=list(files))
     yield from (f"%%writefile {name}\n{text}".rstrip("\n") for name, text in files.items() if text)
-    yield RUN.format(words=f'"train_{task}.py", "--data", DATA, *shlex.split(TRAIN)')
+    yield RUN.format(words=f'"train_{task}.py", *shlex.split(TRAIN), "--data", DATA, "--project", "runs/{task}"')
     yield RUN.format(words=f'"predict.py", "--task", "{task}", *shlex.split(PREDICT)')
 
 

@@ -22,25 +22,22 @@ from utils.pictures import cells
 RECORDS = ("args.json", "results.csv")  # a folder with one of them is a run
 TASKS = ("seg", "det", "cls")  # projects of these names share a table
 WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
-ONE_WORD = ("bands", "pixel_scale", "class_weights", "stages", "drop_noisy")  # flags whose list is one word
-MARKS = dict.fromkeys(ONE_WORD, ",") | {"drop_noisy": ":", "extra_data": ":"}  # within a word; of others "="
 OLD_SCORES = ("iou", "miou", "ap", "acc")  # of the first edition's runs, whose run.json does not name the score
 
 
 def flags(chosen, defaults):
-    """The arguments that differ from the defaults as a command line, "--lr 0.01 --no-ema --loss bce=0.5". Both: {flag:
-    value} as JSON holds them."""
-    def word(value, mark):
+    """The arguments that differ from the defaults as text, "--lr 0.01 --no-ema --loss bce=0.5": to be read, for lists
+    of bands are written with spaces. Both: {flag: value} as JSON holds them."""
+    def word(value):
         if isinstance(value, list):
-            return mark.join(word(part, mark) for part in value)
-        return shlex.quote(str(value).removesuffix(".0") if isinstance(value, float) else str(value))
+            return "=".join(map(word, value))  # a term of --loss and its weight
+        return f"{value:g}" if isinstance(value, float) else shlex.quote(str(value))
 
     def text(flag, value):
-        name, mark = f"--{flag.replace('_', '-')}", MARKS.get(flag, "=")
+        flag = flag.replace("_", "-")
         if isinstance(value, bool):
-            return name if value else f"--no-{name[2:]}"
-        several = isinstance(value, list) and flag not in ONE_WORD
-        return " ".join([name, *(word(part, mark) for part in (value if several else [value]))])
+            return f"--{flag}" if value else f"--no-{flag}"
+        return " ".join([f"--{flag}", *map(word, value if isinstance(value, list) else [value])])
 
     return " ".join(text(flag, value) for flag, value in chosen.items()
                     if flag not in WHERE and value != defaults.get(flag))
