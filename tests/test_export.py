@@ -96,6 +96,8 @@ def test_outputs_are_those_of_the_prediction(script, exported, form):
 
 
 def test_refused(refused, tmp_path, monkeypatch):
-    refused(export, "none.pt", says="no such checkpoint")
     (tmp_path / "best.onnx").write_text("")
     refused(export, "best.pt", says="best.onnx: exists already")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    refused(export, "none.pt", says="--format onnx: needs two packages; pip install onnx onnxscript")
+    refused(export, "none.pt", "--format", "pt2", says="no such checkpoint")

@@ -14,6 +14,7 @@ A classifier, and a net that was trained with --resize, sees whole images of the
 stride.
 """
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -46,9 +47,10 @@ class Graph(nn.Module):
 def trace(graph, stride):
     """A Graph -> torch.export.ExportedProgram for any number of images and any size in multiples of the stride."""
     batch, rows, columns = map(torch.export.Dim, ("batch", "rows", "columns"))
-    example, sizes = torch.zeros(2, len(graph.inputs.bands), 4 * stride, 6 * stride), (stride * rows, stride * columns)
+    free = {0: batch, 2: stride * rows, 3: stride * columns}
     with torch.no_grad():
-        return torch.export.export(graph, (example,), dynamic_shapes=({0: batch, 2: sizes[0], 3: sizes[1]},))
+        example = torch.zeros(2, len(graph.inputs.bands), 4 * stride, 6 * stride)
+        return torch.export.export(graph, (example,), dynamic_shapes=(free,))
 
 
 def main():
@@ -59,6 +61,8 @@ def main():
     args = parser.parse_args()
     out = args.weights.with_suffix(f".{args.format}")
     check_absent(out)
+    if args.format == "onnx" and not find_spec("onnxscript"):
+        raise UserError("--format onnx: needs two packages; pip install onnx onnxscript, or take --format pt2")
     state = checkpoint.load(args.weights)
     args.task = state["task"]
     [member] = load_members(args, args.task, torch.device("cpu"), [args.weights], [state])
@@ -69,10 +73,7 @@ def main():
         if args.format == "pt2":
             torch.export.save(program, temporary, extra_files=metadata)
         else:
-            try:
-                found = torch.onnx.export(program, input_names=["image"], output_names=["output"], verbose=False)
-            except ImportError as error:
-                raise UserError(f"--format onnx: {error}; pip install onnx onnxscript, or take --format pt2") from None
+            found = torch.onnx.export(program, input_names=["image"], output_names=["output"], verbose=False)
             found.model.metadata_props.update(metadata)
             found.save(temporary)
     print(f"{out}: images of any number, with sides in multiples of {stride}")
