@@ -265,7 +265,7 @@ MUTANTS = [
     Mutant("boxes are clipped", "data/labels/__init__.py", "min(max(0.0, side), n)", "side", LABELS),
     Mutant("classes of YOLO's files", "data/labels/yolo.py",
            "if not 0 <= category <= MAX_CLASS or category != int(category):", "if False:", LABELS),
-    Mutant("entities in XML", "data/labels/voc.py", "    if any(word in data.replace",
+    Mutant("entities in XML", "data/labels/records.py", "    if any(word in data.replace",
            "    if False and any(word in data.replace", LABELS),
     Mutant("images outside of the data", "data/labels/coco.py", ' and not path.startswith("../"):', ":", LABELS),
     Mutant("ids of images that stand twice", "data/labels/coco.py", "            if key in index_of:\n",

@@ -27,6 +27,11 @@ def imports(path):
             yield node.module.partition(".")[0]
 
 
+def is_command(path):
+    """Whether a module of utils is started as `python -m utils.NAME`: then it is a script, which nothing imports."""
+    return path.parent == Path("utils") and '\nif __name__ == "__main__":' in (ROOT / path).read_text()
+
+
 def test_there_are_files():
     assert len(FILES) > 20 and {"train_seg.py", "train_det.py", "train_cls.py", "predict.py"} <= set(map(str, SCRIPTS))
 
@@ -34,7 +39,18 @@ def test_there_are_files():
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_go_down(path):
     own = {name for name in imports(path) if name in {*MAY_IMPORT, "tests", *(p.stem for p in SCRIPTS)}}
-    assert own <= MAY_IMPORT[path.parts[0]]
+    assert own <= MAY_IMPORT[path.parts[0]] or is_command(path)
+
+
+def test_nothing_imports_a_command():
+    names = {path.stem for path in FILES if is_command(path)}
+    assert {"export", "notebook"} <= names
+    for path in FILES + SCRIPTS:
+        for node in ast.walk(tree(path)):
+            found = {alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)}
+            if isinstance(node, ast.ImportFrom):
+                found = {node.module, *(f"{node.module}.{name}" for name in found)}
+            assert not {f"utils.{name}" for name in names} & found, path
 
 
 @pytest.mark.parametrize("path", FILES + SCRIPTS, ids=str)

@@ -11,6 +11,7 @@ import time
 import unicodedata
 import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -118,7 +119,30 @@ def write_roboflow(root):
     dump(root / "test/labels/t.txt", "0 .5 .5 .1 .1")
 
 
-FORMATS = {"competition": (write_competition, [1, 2, 3], False), "coco": (write_coco, [3, 4, 5], True),
+def write_cvat(root):
+    images = []
+    for i, (name, (size, boxes)) in enumerate(DATA.items()):
+        picture(root / "images" / name, *size)
+        shapes = "".join(f'<box label="{NAMES[c]}" occluded="0" xtl="{x}" ytl="{y}" xbr="{x + w}" ybr="{y + h}"/>'
+                         for c, x, y, w, h in boxes)
+        images.append(f'<image id="{i}" name="{name}" width="{size[1]}" height="{size[0]}">{shapes}</image>')
+    dump(root / "annotations.xml", f"<annotations><version>1.1</version>{''.join(images)}</annotations>")
+
+
+def write_label_studio(root):
+    tasks = []
+    for i, (name, ((height, width), boxes)) in enumerate(DATA.items()):
+        picture(root / "photos" / name, height, width)
+        regions = [{"type": "rectanglelabels", "original_width": width, "original_height": height, "value": {
+            "x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height,
+            "rotation": 0, "rectanglelabels": [NAMES[c]]}} for c, x, y, w, h in boxes]
+        tasks.append({"id": i, "data": {"image": f"/data/local-files/?d=photos/{quote(name)}"},
+                      "annotations": [{"result": regions}]})
+    dump(root / "project.json", tasks)
+
+
+FORMATS = {"cvat": (write_cvat, [0, 1, 2], False), "label studio": (write_label_studio, [0, 1, 2], False),
+           "competition": (write_competition, [1, 2, 3], False), "coco": (write_coco, [3, 4, 5], True),
            "alone": (write_alone, [3, 4, 5], False), "yolo": (write_yolo, [0, 1, 2], True),
            "yolo_roboflow": (write_roboflow, [0, 1, 2], True),
            "yolo_flat": (lambda root: write_yolo(root, parts=False), [0, 1, 2], False),
@@ -177,7 +201,7 @@ def test_one_data_set_in_every_format(tmp_path, kind, capsys):
         assert boxes.dtype == np.float64 and boxes.shape == (len(expected[1]), 4) and classes.dtype == np.int64
         assert classes.tolist() == [c for c, *_ in expected[1]]
         corners = [(x, y, x + w, y + h) for _, x, y, w, h in expected[1]]
-        assert boxes.tolist() == [pytest.approx(b, abs=1e-9 if "yolo" in kind else 0) for b in corners]
+        assert boxes.tolist() == [pytest.approx(b, abs=1e-9 if kind[:4] in ("yolo", "labe") else 0) for b in corners]
 
 
 def test_a_json_by_its_name(tmp_path):

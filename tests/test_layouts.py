@@ -243,6 +243,56 @@ def test_labels_that_are_rather_misunderstood(tmp_path, files, says):
     assert labels.read(tmp_path, cache=None, allow_bad=True).files
 
 
+def cvat(shapes):
+    return f'<annotations><image id="9" name="1.png" width="200" height="100">{shapes}</image></annotations>'
+
+
+def region(x, y, width, height, kind="rectanglelabels", **more):
+    return {"type": kind, "original_width": 200, "original_height": 100, "value": {
+        "x": x, "y": y, "width": width, "height": height, kind: ["car"]} | more}
+
+
+def tasks(*regions, image="/data/upload/1/0123abcd-1.png", **more):
+    return json.dumps([{"data": {"image": image}, "annotations": [
+        {"was_cancelled": True, "result": [region(1, 1, 9, 9)]}, {"result": [{"type": "relation"}, *regions]}]} | more])
+
+
+@pytest.mark.parametrize("name, text, boxes, says", [
+    ("annotations.xml", cvat('<tag label="night"/><box label="car" xtl="1.5" ytl="2" xbr="30" ybr="40.25"/>'),
+     [[1.5, 2, 30, 40.25]], ""),
+    ("annotations.xml", cvat('<polygon label="car" points="9.5,8;1,20;30,2"/>'), [[1, 2, 30, 20]], ""),
+    # a box of 20 x 10 around (20, 15), upright after a quarter turn
+    ("annotations.xml", cvat('<box label="car" rotation="90.0" xtl="10" ytl="10" xbr="30" ybr="20"/>'),
+     [[15, 5, 25, 25]], "rotated box, taken by its extent: 1 found"),
+    ("annotations.xml", cvat('<points label="car" points="5,5"/><box label="car" xtl="1" ytl="1" xbr="9" ybr="9"/>'),
+     [[1, 1, 9, 9]], "no box of 4 numbers, nor a polygon: 1 left out"),
+    ("my.json", tasks(region(25, 10, 50, 20)), [[50, 10, 150, 30]], ""),
+    ("my.json", tasks(region(25, 10, 50, 20), image="https://host/a%20b/1.png"), [[50, 10, 150, 30]], ""),
+    # 40 x 10 pixels, turned clockwise around its first corner (100, 20): it hangs down from there, to the left
+    ("my.json", tasks(region(50, 20, 20, 10, rotation=90)), [[90, 20, 100, 60]],
+     "rotated box, taken by its extent: 1 found"),
+    ("my.json", tasks(region(25, 10, 50, 20), region(1, 1, 1, 1, "ellipselabels")), [[50, 10, 150, 30]],
+     "no box of 4 numbers, nor a polygon: 1 left out")])
+def test_files_of_annotation_programs(tmp_path, capsys, name, text, boxes, says):
+    write(tmp_path, {name: text})
+    picture(tmp_path / "images/1.png", (100, 200))
+    for path in (tmp_path, tmp_path / name):
+        data = labels.read(path, cache=None, allow_bad=True)
+        np.testing.assert_allclose(data.boxes[0], boxes, atol=1e-9)
+        assert data.names == ["car"] and data.sizes == [(100, 200)] and says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, text", [
+    ("annotations.xml", cvat('<box label="car" xtl="a" ytl="2" xbr="30" ybr="40.25"/>')),
+    ("annotations.xml", '<annotations><image name="1.png"/></annotations>'), ("annotations.xml", "<annotation/>"),
+    ("annotations.xml", cvat('<box label="car" rotation="inf" xtl="1" ytl="2" xbr="30" ybr="40.25"/>')),
+    ("my.json", json.dumps([{"image": "1.png", "label": [{"x": 1}]}])), ("my.json", "[1]"),
+    ("my.json", tasks(region("a", 1, 1, 1))), ("my.json", tasks(region(1, 1, 1, 1, rectanglelabels=[])))])
+def test_files_of_annotation_programs_that_are_refused(tmp_path, name, text):
+    write(tmp_path, {name: text, "images/1.png": None})
+    refused(labels.read, tmp_path, cache=None, says=f"{name}: .*(export it again|correct or replace it)")
+
+
 def test_xml_in_its_encoding(tmp_path):
     write(tmp_path, {"images/1.png": None})
     (tmp_path / "annotations").mkdir()

@@ -369,15 +369,18 @@ def test_git_that_is_missing_or_hangs(tmp_path, monkeypatch):
 
 def test_a_resumed_run_keeps_its_date_and_the_defaults_that_it_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "commit", lambda folder: "abc")
+    monkeypatch.setattr("sys.argv", ["train_seg.py", "--name", "my run"])
     runs.record_start(tmp_path, {"lr": 1})
     first = json.loads((tmp_path / "run.json").read_text())
-    assert first == {"started": first["started"], "commit": "abc", "defaults": {"lr": 1}}
+    assert first == {"started": first["started"], "commit": "abc", "defaults": {"lr": 1}, "command": "--name 'my run'"}
     assert abs(time.mktime(time.strptime(first["started"], "%Y-%m-%d %H:%M")) - time.time()) < 200
     (tmp_path / "run.json").write_text(json.dumps(first | {"started": "2020-01-01 00:00"}))
     monkeypatch.setattr(runs, "commit", lambda folder: "def")
+    monkeypatch.setattr("sys.argv", ["train_seg.py", "--resume"])
     runs.record_start(tmp_path, {"lr": 2, "new": 3})  # a flag that there was not
     again = json.loads((tmp_path / "run.json").read_text())
-    assert again == {"started": "2020-01-01 00:00", "defaults": {"lr": 1, "new": 3}, "commit": "def"}
+    assert again == {"started": "2020-01-01 00:00", "defaults": {"lr": 1, "new": 3}, "commit": "def",
+                     "command": "--name 'my run'"}
     with pytest.raises(UserError, match="run.json: cannot be written"):
         (tmp_path / "file").write_text("")
         runs.record_start(tmp_path / "file", {})

@@ -1,6 +1,7 @@
 """Labels of object detection: images and their boxes, read from the usual formats and checked box by box.
 
-    coco.py    the parking-lot competition's files, COCO's folders, or one JSON file
+    coco.py    the parking-lot competition's files, COCO's folders, or one JSON file; CVAT's XML (cvat.py) and Label
+               Studio's JSON (label_studio.py), which are translated into COCO's
     yolo.py    YOLO's text files, with data.yaml (data_yaml.py reads it) or without
     voc.py     Pascal VOC's XML files
     masks.py   the objects in segmentation masks
@@ -19,7 +20,7 @@ import numpy as np
 
 from data import bad, images
 from data.labels import coco, masks, voc, yolo
-from data.labels.records import MISSING, NO_BOX, list_files
+from data.labels.records import MISSING, NO_BOX, TURNED_BOX, list_files
 from utils.errors import UserError
 from utils.files import folder_of, kept_values, show, stamps_of, store_of
 
@@ -33,7 +34,8 @@ MAX_CUT = 0.2  # share of the boxes that may lose this share of their area by cl
 CLIPPED = "clipped to the image"
 TURNED = "boxes turned with the image, by its EXIF"
 RESIZED = "image of another size than its labels state"
-NOTES = {CLIPPED: "found", RESIZED: "found", TURNED: "found", "crowd": "left out"}  # cases that are no faults
+NOTES = {CLIPPED: "found", RESIZED: "found", TURNED: "found", TURNED_BOX: "found",
+         "crowd": "left out"}  # cases that are no faults
 
 
 class Labels(NamedTuple):

@@ -1,34 +1,41 @@
-"""Boxes in JSON: COCO's format in its usual folders, and the parking-lot competition's files.
+"""Boxes in one file for many images: COCO's JSON in its usual folders, the parking-lot competition's, CVAT's XML
+(cvat.py), and Label Studio's JSON, which is a list (label_studio.py).
 
     competition  DATA/train/label/Train.json   DATA/train/images/*.jpg   DATA/Test_Images_Information.json
     COCO         DATA/annotations/instances_train2017.json (and val)   DATA/train2017/*.jpg; or a single JSON file;
                  or, as Roboflow exports it, a JSON among the images: DATA/train/_annotations.coco.json (and valid)
+    CVAT         DATA/annotations.xml   DATA/images/*.jpg; or a single XML file
 """
 import functools
 import itertools
 import os
+import re
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
 from data.folds import part_of
-from data.labels.records import MISSING, NO_BOX, Layout, Records, list_files
+from data.labels import cvat, label_studio
+from data.labels.records import MISSING, NO_BOX, Layout, Records, list_files, read_xml
 from utils.errors import UserError
 from utils.files import read_json, same_name, show
 
 COMPETITION = "train/label/Train.json"
+CVAT = "annotations.xml"
 TEST_INFORMATION = "Test_Images_Information.json"
 LABEL_FOLDERS = ("annotations", "label", "labels")  # the images lie beside a folder of this name, not in it
 # the classes of the parking-lot competition (AI Challenge 2022), whose labels hold only the numbers 1 to 14
 PARKING = ("sedan", "SUV", "van", "bus", "school bus", "truck", "taxi", "adult", "child", "motorcycle", "kickboard",
            "bicycle", "stroller", "cart")
+UPLOADED = re.compile("^[0-9a-f]{8}-")  # Label Studio puts it before the names of uploaded images
 TYPES = {int: "a whole number", str: "a text", list: "a list"}
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
 def find(path):
-    """The Layout of a .json, of the competition's folder, or of COCO's folder with a training part; else None."""
-    if path.suffix.lower() == ".json" and os.path.isfile(path):
+    """The Layout of a .json or .xml, of the competition's folder, of COCO's folder with a training part, or of CVAT's;
+    else None."""
+    if path.suffix.lower() in (".json", ".xml") and os.path.isfile(path):
         root = path.parent.parent if path.parent.name.lower() in LABEL_FOLDERS else path.parent
         return _layout(root, [str(path.relative_to(root))])
     if os.path.exists(path / COMPETITION):
@@ -38,7 +45,7 @@ def find(path):
     parts = [name for name in parts if "/instances" in name] or parts
     if "train" in map(part_of, parts):
         return _layout(path, parts)
-    return None
+    return _layout(path, [CVAT]) if os.path.isfile(path / CVAT) else None
 
 
 def find_other(path):
@@ -70,7 +77,7 @@ def read(layout):
     images, boxes, cases, names, listed = [], [], defaultdict(list), {}, {}
     for label in layout.labels:
         path, part = layout.root / label, part_of(Path(label).name) or part_of(os.path.dirname(label))
-        data, index_of = read_json(path), {}
+        data, index_of = _load(path, cases), {}
         locate = _locator(layout.root, _image_folders(layout.root, label, part))
         for place, entry, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,)):
             file = locate(name)
@@ -107,6 +114,18 @@ def read(layout):
     return Records(images, boxes, names, cases)
 
 
+def _load(path, cases):
+    """The content of a JSON file, or what CVAT's or Label Studio's file holds in the same form. cases: gets notes."""
+    try:
+        if path.suffix.lower() == ".xml":
+            return cvat.as_coco(read_xml(path, "annotations"), cases)
+        data = read_json(path)
+        return label_studio.as_coco(data, cases) if data and type(data) is list else data
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: neither CVAT's XML for images nor Label Studio's JSON ({error!r}); export it again, "
+                        f"not as a video nor as JSON-MIN") from None
+
+
 def _image_folders(root, label, part):
     """Where the images of a label file may lie, relative to the root, in the order in which they are looked for."""
     if label == COMPETITION:
@@ -128,7 +147,8 @@ def _locator(root, folders):
         for base in folders if name else ():
             path = os.path.relpath(os.path.join(root, base, name), root)  # `name` may be absolute
             folder, file = os.path.split(path)
-            found = names(folder).get(same_name(file))
+            here = names(folder)
+            found = here.get(same_name(file)) or here.get(same_name(UPLOADED.sub("", file)))
             if found and not path.startswith("../"):
                 return os.path.join(folder, found)
         return None

@@ -7,14 +7,19 @@ that is understood but makes no sense stays in the records: data/labels drops it
 import os
 from pathlib import Path
 from typing import Callable, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
 
 from data import images
 from data.folds import PARTS, part_of
 from utils.errors import UserError
 from utils.files import by_name, finder, list_tree, read_bytes, show
+from utils.ops.geometry import rotate, translate, warp_boxes
 
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
 MISSING, NO_BOX = "image not found", "no box of 4 numbers, nor a polygon"  # kinds of cases
+TURNED_BOX = "rotated box, taken by its extent"  # a note
 NO_LABELS = ("classes.txt", "predefined_classes.txt", "readme.txt")  # programs write them among the labels
 
 
@@ -115,3 +120,38 @@ def read_lines(path):
         return read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8; save it as UTF-8") from None
+
+
+def read_xml(path, tag):
+    """The root element of an XML file, which has this tag. Raises UserError."""
+    data = read_bytes(path)
+    # Zero bytes are removed to see the words in UTF-16 too. Labels declare no entities, and these can grow without end
+    if any(word in data.replace(b"\0", b"") for word in (b"<!DOCTYPE", b"<!ENTITY")):
+        raise UserError(f"{path}: declares a DOCTYPE or an ENTITY; remove the declaration")
+    try:
+        root = ElementTree.fromstring(data)
+        if root.tag != tag:
+            raise ValueError
+    except (ElementTree.ParseError, ValueError, LookupError):  # the latter two: an encoding that is not supported
+        raise UserError(f"{path}: not a valid XML file of an <{tag}>; correct or replace it") from None
+    return root
+
+
+def as_coco(images, shapes, pivot, cases):
+    """What a file of another format holds, as COCO's JSON would hold it, for coco.py to read.
+
+    images: [{"id", "file_name", "height", "width"}], the latter two if known; shapes: [(id of the image, class name,
+    points, degrees)], points: [x, y, x, y, ...] in pixels, two corners of a box, all of a polygon, none of what has no
+    box. Of a box that is turned clockwise, around the point at this share `pivot` of its sides, the extent is taken,
+    which is noted in `cases`.
+    """
+    names, annotations = sorted({shape[1] for shape in shapes}), []
+    for i, name, points, degrees in shapes:
+        if degrees:
+            start, end = np.reshape(points, (2, 2))
+            x, y = start + pivot * (end - start)
+            points = warp_boxes([points], translate(x, y) @ rotate(-degrees) @ translate(-x, -y))[0].tolist()
+            cases[TURNED_BOX].append(f"image {i}: {name}")
+        annotations.append({"image_id": i, "category_id": names.index(name), "segmentation": [points]})
+    return {"images": images, "categories": [{"id": k, "name": name} for k, name in enumerate(names)],
+            "annotations": annotations}

@@ -3,11 +3,8 @@
     DATA/Annotations/*.xml   DATA/JPEGImages/*.jpg   DATA/ImageSets/Main/{train,val,test}.txt, if they are there
     DATA/train/*.{xml,jpg}, DATA/{images,annotations}/... and other folders that `records.pair` understands
 """
-from xml.etree import ElementTree
-
-from data.labels.records import Layout, Records, list_entries, pair
+from data.labels.records import Layout, Records, list_entries, pair, read_xml
 from utils.errors import UserError
-from utils.files import read_bytes
 
 LABEL_FOLDERS = {"annotations", "annotation", "labels", "label", "xmls", "xml"}
 
@@ -37,17 +34,7 @@ def read(layout):
 def _objects(path):
     """-> (height, width) as a file states it or None, [(name, (x1, y1, x2, y2))] in pixels. In the file, pixels count
     from 1 and the box includes its last ones. Raises UserError."""
-    data = read_bytes(path)
-    # Zero bytes are removed to see the words in UTF-16 too. Labels declare no entities, and these can grow without end
-    if any(word in data.replace(b"\0", b"") for word in (b"<!DOCTYPE", b"<!ENTITY")):
-        raise UserError(f"{path}: declares a DOCTYPE or an ENTITY; remove the declaration")
-    try:
-        root = ElementTree.fromstring(data)
-        if root.tag != "annotation":
-            raise ValueError
-    except (ElementTree.ParseError, ValueError, LookupError):  # the latter two: an encoding that is not supported
-        raise UserError(f"{path}: not a valid XML file of an <annotation>; correct or replace it") from None
-    found = []
+    root, found = read_xml(path, "annotation"), []
     for number, item in enumerate(root.findall("object"), 1):
         try:
             name = " ".join(item.findtext("name").split())

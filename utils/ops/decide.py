@@ -37,9 +37,10 @@ def finite(output):
 
 
 # ---- segmentation ----------------------------------------------------------------------------------------------------
-def probabilities(logits):
-    """Logits (B, K, ...) -> fp32 probabilities: sigmoid for one class, else softmax."""
-    return logits.float().sigmoid() if logits.shape[1] == 1 else logits.float().softmax(1)
+def probabilities(logits, single_label=True):
+    """Logits (B, K, ...) -> fp32 probabilities: softmax where the K classes exclude each other, sigmoid for one class
+    and for several labels per image."""
+    return logits.float().softmax(1) if single_label and logits.shape[1] > 1 else logits.float().sigmoid()
 
 
 def segment(net, x, names=(), *, side=None, scales=tta.SCALES, merge="mean"):
@@ -86,8 +87,7 @@ def classify(net, inputs, batch, names=(), *, single_label=False, scales=tta.SCA
     inputs: `data.cls.Input`, which is called with each view's matrix. names, scales, merge: as in `segment`.
     """
     views = tta.tta_views(names, (inputs.imgsz, inputs.imgsz), scales=scales)
-    logits = (run(net, inputs(batch, matrix, side)).float() for matrix, (side, _) in views)
-    probs = (found.softmax(1) if single_label else found.sigmoid() for found in logits)
+    probs = (probabilities(run(net, inputs(batch, matrix, side)), single_label) for matrix, (side, _) in views)
     return finite(tta.merge(probs, merge, single_label=single_label))
 
 

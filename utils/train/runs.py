@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -156,11 +158,13 @@ def add_record(folder, **values):
 
 
 def record_start(folder, defaults):
-    """Adds {"started", "commit", "defaults"} to run.json. A resumed run keeps all but the commit: its flags are to be
-    compared with the defaults that it began with. defaults: {flag: value}, such as vars(parser.parse_args([]))."""
+    """Adds {"started", "command", "commit", "defaults"} to run.json. A resumed run keeps all but the commit: its flags
+    are to be compared with the defaults that it began with. command: the flags as they were typed; None if they are not
+    known. defaults: {flag: value}, such as vars(parser.parse_args([]))."""
     old = read_record(folder)
     began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
     add_record(folder, started=old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
+               command=old.get("command") if old else shlex.join(sys.argv[1:]),
                commit=commit(Path(__file__).parent), defaults=defaults | began)
 
 
