@@ -45,14 +45,13 @@ KINDS = (  # start of a tensor's name, as a regular expression: the net that has
     (r"model\.23\.cv3\.\d", "a YOLO11 or YOLO12"),
 )
 GIVEN = {"det": "a YOLOv5 (n to x6, of release 4.0 or later) or YOLOv5u", "cls": f"a net of {', '.join(FAMILIES)}"}
-COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # COCO's 80 classes are numbered from 1 to 90
 
 
 # ---- checkpoints of others -------------------------------------------------------------------------------------------
 def checkpoint(path_or_name, task, names=None):
     """A checkpoint as `utils.train.checkpoint.load` gives it, also of published weights and of those of others, see
     `as_checkpoint`. Raises UserError."""
-    path = os.fspath(path_or_name)
+    path = os.fspath(path_or_name).partition(":sha256=")[0]
     convert = functools.partial(as_checkpoint, task=task, path=path, names=names)
     if path in URLS:
         with answers_for("--weights"):
@@ -67,15 +66,13 @@ def as_checkpoint(content, task, path, names=None):
     classifier as if they had been trained here. Variant, classes, bands, anchors and head are read from the tensors;
     what was understood is printed.
 
-    names: a text file with a class name per line, for files that have none; without, the classes are numbers. Where the
-    names are COCO's, so are the category ids, 1 to 90, else they count from 0. Raises UserError for other nets.
+    names: a text file with a class name per line, for files that have none; without, the classes are numbers. Category
+    ids count from 0. Raises UserError for other nets.
     """
     if "task" in content or task == "seg":
-        if names:
-            raise UserError(f"--names {names}: {path} has class names of its own; leave it out")
         return content
     state, detects = our_names(content), task == "det"
-    arch = fitting(state, detectors if detects else classifiers)
+    arch = fitting(state, detectors if detects else classifiers, path)
     if not arch:
         kinds = (kind for pattern, kind in KINDS if any(re.match(pattern, name) for name in unwrap(content)))
         raise UserError(f"{path}: is {next(kinds, 'pruned, or another net')}; give {GIVEN[task]}")
@@ -84,23 +81,22 @@ def as_checkpoint(content, task, path, names=None):
     classes, name = name_classes(content, count, path, names), kwargs.get("variant", arch["name"])
     arch["name"] += "_tv" * (expects.get("padding") == "symmetric")
     mean, std = normalisation(None, len(bands), NONE if detects else expects)
-    of_coco = (count, classes[0], classes[-1]) == (80, "person", "toothbrush")
     dist.print0(f"{path}: {name}, {count} classes: {', '.join(classes[:20])}")
     return {"task": task, "arch": arch, "classes": classes, "single_label": True, "model": state,
-            "category_ids": sorted({*range(1, 91)} - COCO_GAPS) if of_coco else [*range(count)],
+            "category_ids": [*range(count)],
             "input": {"bands": bands, "pixel_scale": 255.0, "mean": mean, "std": std,
                       "imgsz": SIDES.get(name, 224) if not detects else 1280 if "6" in name else 640},
-            "args": {"data": path, "hflip": 0.5, "rot90": False}}  # no data; --tta without names mirrors
+            # of no data; --tta without names mirrors; images are not enlarged and get no border
+            "args": {"data": path, "hflip": 0.5, "rot90": False, "border": 0}}
 
 
-def fitting(state, candidates):
+def fitting(state, candidates, path):
     """The first "arch" of the candidates(state) whose tensors have the names and shapes of a state dict, or None."""
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    with contextlib.suppress(KeyError, IndexError, ValueError, RuntimeError, ArithmeticError):  # of strange tensors
+    with contextlib.suppress(Exception):  # tensors of strange shapes raise any
         for arch in candidates(state):
-            with torch.device("meta"):
-                if shapes == {name: tensor.shape for name, tensor in nets.build(arch).state_dict().items()}:
-                    return arch
+            with contextlib.suppress(UserError), torch.device("meta"):
+                checkpoints.load_strict(nets.build(arch), state, path)
+                return arch
     return None
 
 
@@ -111,8 +107,8 @@ def detectors(state):
     if anchors is None:
         kwargs |= {"head": "dense", "num_classes": len(state[f"{head}cv3.0.2.bias"])}
     else:
-        pixels = anchors.float() * 8 * 2 ** torch.arange(len(anchors))[:, None, None]
-        kwargs |= {"anchors": pixels.tolist(), "num_classes": len(state[f"{head}m.0.bias"]) // anchors.shape[1] - 5}
+        kwargs |= {"anchors": [0.0] * anchors.numel(),  # how many they are: their sizes are a tensor of the state
+                   "num_classes": len(state[f"{head}m.0.bias"]) // anchors.shape[1] - 5}
     for size, release in itertools.product(SIZES, ("", "_v5")):
         yield {"name": "yolo.YOLOv5", "kwargs": kwargs | {"variant": size + kind + release}}
 
@@ -127,12 +123,11 @@ def classifiers(state):
 
 def name_classes(content, count, path, file=None):
     """-> `count` class names: of the content of a file of weights, else of the text file `file`, else numbers."""
-    names = own = tensors.class_names(content.get("names"))
-    if file:
+    names = tensors.class_names(content.get("names"))
+    if file and not names:
         names = tensors.class_names(read_bytes(file).decode("utf-8", "replace").splitlines())
-        if own or len(names) != count:
-            raise UserError(f"--names {file}: has {len(names)} lines, {path} {count} classes and {len(own)} names; write "
-                            f"a line per class, or leave it out")
+        if len(names) != count:
+            raise UserError(f"--names {file}: has {len(names)} lines for the {count} classes of {path}; write one per class")
     return [names.get(k) or str(k) for k in range(count)]
 
 
@@ -188,6 +183,16 @@ def load(model, path_or_name):
     file = os.fspath(path_or_name).partition(":sha256=")[0]
     return {"loaded": list(loaded), "adapted": adapted, "unused": unused, "missing": missing,
             "sha256": None if file in URLS else tensors.sha256(file)}
+
+
+def freeze(model, part):
+    """Freezes the first `part` layers of a net, or its "backbone", which published weights fill; the last layer is always
+    trained. None: nothing. Frozen layers get no gradients, and keep their running statistics: train() does not reach them.
+    """
+    count = getattr(model, "backbone", None) if part == "backbone" else part or 0
+    for k, (name, layer) in enumerate([*getattr(model, "model", model).named_children()][:-1]):
+        if not f"{name}.".startswith(TASK) if count is None else k < count:
+            layer.requires_grad_(False).eval().train = lambda mode=True: None
 
 
 def normalisation(path_or_name, bands, default=HALF):

@@ -69,10 +69,9 @@ EXPECTS = {name: expects for _, expects, files in _PUBLISHED for name in files}
 
 
 def missing(path, task="cls"):
-    """The line about a file that does not exist: published names for this task, those that are like it or all."""
+    """The line about a file that does not exist, with the published names for this task."""
     names = [name for name in URLS if name.startswith("yolov5:") == (task == "det")]
-    near = [name for name in names if Path(path).stem.lower() in name]
-    return f"{path}: no such file; give a file of weights, or one of {', '.join(near or names)}"
+    return f"{path}: no such file; give a file of weights, or one of {', '.join(names)}"
 
 
 def download(name):

@@ -206,6 +206,7 @@ class YOLOv5(nn.Module):
         layers += [SPPF(cin)]
         if old:  # there the pooling precedes the last blocks, which have no shortcuts
             layers[-2:] = [SPPF(cin, 3 if kind == "6" else 5), c3(cin, cin, count, False)]
+        self.backbone = len(layers)  # for --freeze backbone
         channels = [width(cout) for cout, _ in STAGES[kind][1:]]  # of the maps with strides 8, 16, ...
         laterals = []
         for i in reversed(range(len(channels) - 1)):  # coarse to fine; layer 4 + 2i ends the stage of stride 8 * 2^i

@@ -134,6 +134,8 @@ class _Inert(nn.Module):
     """Replaces every class and function that a pickle names, so that none of them is imported or called: accepts all
     arguments and keeps only what a state dict is made of, and class names as texts."""
 
+    names = None
+
     def __init__(self, *args):
         super().__init__()
 
@@ -142,7 +144,7 @@ class _Inert(nn.Module):
         if isinstance(state, dict):
             parts = "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"
             self.__dict__.update({name: state[name] for name in parts if name in state})
-            self.__dict__["names"] = class_names(state.get("names"))
+            self.names = class_names(state.get("names"))
 
 
 def _read_torch(file, zipped, modules):
@@ -165,10 +167,7 @@ def _read_torch(file, zipped, modules):
     if isinstance(content, dict):
         found = content.get("model") if content.get("ema") is None else content["ema"]
     if isinstance(found, _Inert):
-        content = dict(found.state_dict()) or found
-        names = next((part.names for part in found.modules() if getattr(part, "names", None)), None)
-        if names and content is not found:
-            content["names"] = names
+        content = dict(found.state_dict()) | ({"names": found.names} if found.names else {}) or found
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, and neither tensors nor a module")
     return content

@@ -12,7 +12,7 @@ from utils.train.state import State
 from utils.train.swa import SWA, with_swa
 
 # a resumed run keeps its weights and its split
-KEPT = ("weights", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
+KEPT = ("weights", "freeze", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
 
 
 def int_range(low, high=2**31):
@@ -77,6 +77,11 @@ def noise_list(text):
     return path, int_range(1)(count)
 
 
+def frozen_part(text):
+    """argparse type: "backbone", or "10" -> 10."""
+    return text if text == "backbone" else int_range(1, 10**4)(text)
+
+
 def weight_list(text):
     """argparse type: "balanced", or "1,20" -> [1.0, 20.0]."""
     return text if text == "balanced" else [float_range(1e-6)(number) for number in text.split(",")]
@@ -132,6 +137,8 @@ def train_parser(description, task, recipes={}, **defaults):
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="average the weights over the steps, and "
         "evaluate the average")
     add("--weights", metavar="FILE|NAME", help="start from a checkpoint or published weights, such as timm:regnetx_002")
+    add("--freeze", type=frozen_part, metavar="N|backbone", help="the first N layers, or the backbone, keep the weights "
+        "and running statistics of --weights")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (without PATH, the newest one); its "
         "flags hold, except --device and those that are given again")
     add("--patience", type=int_range(0), default=0, help="stop after so many epochs without a better score; 0: never")
@@ -230,7 +237,8 @@ def setup_run(parser, argv=None, *, needs=None, check=lambda args: None, photogr
         args = parser.parse_args(argv, argparse.Namespace(recipe=name))
 
     def check_all(args):
-        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",)} | (needs or {}))
+        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",),
+                                           "weights": ("freeze",)} | (needs or {}))
         check(args)
 
     if args.resume is None:
