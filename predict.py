@@ -299,7 +299,7 @@ def find_parts(args, device, files):
     """{file: the boxes of --detector in it, as [(y, x, height, width)], the highest score last}, with a margin of a
     tenth on each side: the surroundings of an object show where it ends."""
     members = load_members(args, "det", device, [args.detector],
-                           [pretrained.checkpoint(args.detector, "det", args.names)])
+                           [pretrained.checkpoint(args.detector, "det")])
     views, parts = det_views(args, members, files), {}
     for file, size, rows in zip(files, views.sizes, detect(args, device, members, views)):
         margin = 0.1 * boxes.sides(rows)

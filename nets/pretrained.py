@@ -35,16 +35,14 @@ FAMILIES = {  # of classifiers: the tensors that tell the input's bands and the 
     "regnetx": ("stem.conv.weight", "head.fc.bias"), "repvgg": ("stem.conv_kxk.conv.weight", "head.fc.bias"),
     "efficientnetv2": ("conv_stem.weight", "classifier.bias"), "hrnet": ("conv1.weight", "classifier.bias"),
 }
-SIDES = {"efficientnetv2_s": 384, "efficientnetv2_m": 480, "efficientnetv2_l": 480, "efficientnetv2_b1": 240,
-         "efficientnetv2_b2": 260, "efficientnetv2_b3": 300}  # of the images in tests; of other classifiers 224
+# sides of the images that published classifiers were tested with; others 224
+SIDES = {"efficientnetv2_s": 384, "efficientnetv2_m": 480, "efficientnetv2_l": 480, "efficientnetv2_b3": 300}
 KINDS = (  # start of a tensor's name, as a regular expression: the net that has it; the first one counts
     (r"model\.0\.conv\.bias", "a net whose batch norms are fused into its convolutions"),
     (r"model\.\d+\.proto\.", "a segmentation net"), (r"model\.\d+\.cv4\.\d", "a net for poses or rotated boxes"),
-    (r"model\.\d+\.linear\.", "a classifier of YOLO"), (r"model\.\d+\.one2one", "a YOLOv10 or YOLO26"),
-    (r"model\.2\.cv4\.", "a YOLOv5 of before release 4.0"), (r"model\.22\.cv3\.", "a YOLOv8 or YOLOv9"),
+    (r"model\.\d+\.one2one", "a YOLOv10 or YOLO26"), (r"model\.22\.cv3\.", "a YOLOv8 or YOLOv9"),
     (r"model\.23\.cv3\.\d", "a YOLO11 or YOLO12"),
 )
-GIVEN = {"det": "a YOLOv5 (n to x6, of release 4.0 or later) or YOLOv5u", "cls": f"a net of {', '.join(FAMILIES)}"}
 
 
 # ---- checkpoints of others -------------------------------------------------------------------------------------------
@@ -72,16 +70,17 @@ def as_checkpoint(content, task, path, names=None):
     if "task" in content or task == "seg":
         return content
     state, detects = our_names(content), task == "det"
-    arch = fitting(state, detectors if detects else classifiers, path)
+    arch = fitting(state, detectors if detects else classifiers)
     if not arch:
         kinds = (kind for pattern, kind in KINDS if any(re.match(pattern, name) for name in unwrap(content)))
-        raise UserError(f"{path}: is {next(kinds, 'pruned, or another net')}; give {GIVEN[task]}")
+        raise UserError(f"{path}: is {next(kinds, 'pruned, or another net')}; give a YOLOv5 of release 4.0 to 7.0 or "
+                        f"YOLOv5u for --task det, a RegNetX, EfficientNetV2, RepVGG or HRNet for --task cls")
     kwargs, expects = arch["kwargs"], expectations(path, content)
     bands, count = [*range(1, kwargs["in_chans"] + 1)], kwargs["num_classes"]
     classes, name = name_classes(content, count, path, names), kwargs.get("variant", arch["name"])
     arch["name"] += "_tv" * (expects.get("padding") == "symmetric")
     mean, std = normalisation(None, len(bands), NONE if detects else expects)
-    dist.print0(f"{path}: {name}, {count} classes: {', '.join(classes[:20])}")
+    dist.print0(f"{path}: variant {name}, {count} classes: {', '.join(classes[:20])}")
     return {"task": task, "arch": arch, "classes": classes, "single_label": True, "model": state,
             "category_ids": [*range(count)],
             "input": {"bands": bands, "pixel_scale": 255.0, "mean": mean, "std": std,
@@ -90,19 +89,18 @@ def as_checkpoint(content, task, path, names=None):
             "args": {"data": path, "hflip": 0.5, "rot90": False, "border": 0}}
 
 
-def fitting(state, candidates, path):
+def fitting(state, candidates):
     """The first "arch" of the candidates(state) whose tensors have the names and shapes of a state dict, or None."""
-    with contextlib.suppress(Exception):  # tensors of strange shapes raise any
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    with contextlib.suppress(Exception), torch.device("meta"):  # tensors of strange shapes raise any
         for arch in candidates(state):
-            with contextlib.suppress(UserError), torch.device("meta"):
-                checkpoints.load_strict(nets.build(arch), state, path)
+            if shapes == {name: tensor.shape for name, tensor in nets.build(arch).state_dict().items()}:
                 return arch
-    return None
 
 
 def detectors(state):
     """Yields the "arch" of the YOLOv5 nets that a state dict may belong to."""
-    kind, head = ("6", "model.33.") if any(name.startswith("model.33.") for name in state) else ("", "model.24.")
+    kind, head = ("6", "model.33.") if "model.32.cv3.conv.weight" in state else ("", "model.24.")
     kwargs, anchors = {"in_chans": state["model.0.conv.weight"].shape[1]}, state.get(f"{head}anchors")
     if anchors is None:
         kwargs |= {"head": "dense", "num_classes": len(state[f"{head}cv3.0.2.bias"])}
@@ -132,7 +130,6 @@ def name_classes(content, count, path, file=None):
 
 
 # ---- weights for training --------------------------------------------------------------------------------------------
-
 def load(model, path_or_name):
     """Copies the tensors that fit from a file (or a name in URLS) into `model`, or into its `encoder`.
 

@@ -65,7 +65,7 @@ def read(path, *, modules=False):
 def class_names(value):
     """Class names as files of others have them, a list or a dict -> {index: name}: those that are text, without control
     characters and not too long."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, (list, tuple)) else ())
+    pairs = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
     return {k: "".join(filter(str.isprintable, name[:LONGEST_NAME])) for k, name in pairs if isinstance(name, str)}
 
 
