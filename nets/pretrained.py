@@ -10,7 +10,6 @@ The published files are in nets/weights.py, the readers of all formats in utils/
 """
 import contextlib
 import functools
-import itertools
 import os
 import re
 
@@ -36,7 +35,7 @@ FAMILIES = {  # of classifiers: the tensors that tell the input's bands and the 
     "efficientnetv2": ("conv_stem.weight", "classifier.bias"), "hrnet": ("conv1.weight", "classifier.bias"),
 }
 # sides of the images that published classifiers were tested with; others 224
-SIDES = {"efficientnetv2_s": 384, "efficientnetv2_m": 480, "efficientnetv2_l": 480, "efficientnetv2_b3": 300}
+SIDES = {"efficientnetv2_s": 384, "efficientnetv2_m": 480, "efficientnetv2_l": 480}
 KINDS = (  # start of a tensor's name, as a regular expression: the net that has it; the first one counts
     (r"model\.0\.conv\.bias", "a net whose batch norms are fused into its convolutions"),
     (r"model\.\d+\.proto\.", "a segmentation net"), (r"model\.\d+\.cv4\.\d", "a net for poses or rotated boxes"),
@@ -107,8 +106,9 @@ def detectors(state):
     else:
         kwargs |= {"anchors": [0.0] * anchors.numel(),  # how many they are: their sizes are a tensor of the state
                    "num_classes": len(state[f"{head}m.0.bias"]) // anchors.shape[1] - 5}
-    for size, release in itertools.product(SIZES, ("", "_v5")):
-        yield {"name": "yolo.YOLOv5", "kwargs": kwargs | {"variant": size + kind + release}}
+    for size in SIZES:
+        for release in ("", "_v5"):
+            yield {"name": "yolo.YOLOv5", "kwargs": kwargs | {"variant": size + kind + release}}
 
 
 def classifiers(state):
