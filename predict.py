@@ -26,6 +26,7 @@ import nets
 from data import bad, cls, det, images, labels, seg, units
 from data.loader import eval_loader
 from data.results import masks, pseudo, submissions
+from nets import pretrained
 from nets.blocks import fuse
 from utils import flags
 from utils.errors import Parser, PartialError, UserError, cli
@@ -60,7 +61,9 @@ def parse_args():
         parser.add_argument(flag, **options)
 
     add("--task", choices=INPUT, required=True)
-    add("--weights", nargs="+", metavar="PATH", help="checkpoints; without: the newest run's best.pt or last.pt")
+    add("--weights", nargs="+", metavar="PATH", help="checkpoints, also YOLOv5's and ImageNet "
+        "classifiers, and yolov5:yolov5n and other published names; without: the newest run's best.pt or last.pt")
+    add("--names", metavar="FILE", help="class names, one per line, for weights of others that have none")
     add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images of the training's data")
     add("--noisy", type=noise_list, metavar="CSV:K", help="instead of --source: of the K worst samples of a noise.csv, "
         "those that the checkpoint's run has held out; --pseudo labels them anew")
@@ -113,7 +116,7 @@ def main():
     flags.check_ensemble(args, paths)
     if args.noisy:
         args.source = review.read_noise(*args.noisy, Path(paths[0]).parent)
-    states = [checkpoint.load(path) for path in paths]
+    states = [pretrained.checkpoint(path, args.task, args.names) for path in paths]
     if args.soup:
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     members = load_members(args, args.task, device, paths, states)
@@ -295,7 +298,8 @@ def predict_seg(args, device, members):
 def find_parts(args, device, files):
     """{file: the boxes of --detector in it, as [(y, x, height, width)], the highest score last}, with a margin of a
     tenth on each side: the surroundings of an object show where it ends."""
-    members = load_members(args, "det", device, [args.detector], [checkpoint.load(args.detector)])
+    members = load_members(args, "det", device, [args.detector],
+                           [pretrained.checkpoint(args.detector, "det")])
     views, parts = det_views(args, members, files), {}
     for file, size, rows in zip(files, views.sizes, detect(args, device, members, views)):
         margin = 0.1 * boxes.sides(rows)
@@ -340,8 +344,9 @@ def det_views(args, members, files):
     if args.task == "det" and args.overlap is not None and not tile:
         raise UserError("--overlap: is of windows; leave it out, or give --tile")
     overlap = max(m.state["args"].get("overlap", OVERLAP) for m in members) if args.overlap is None else args.overlap
-    return det.TiledImages(files, bands=all_bands(members), imgsz=imgsz, tile=tile, overlap=overlap,
-                           stride=max(member.net.stride for member in members))
+    border = max(member.state["args"].get("border", 0.5) for member in members)  # 0: as YOLOv5 itself predicts
+    return det.TiledImages(files, bands=all_bands(members), imgsz=imgsz, tile=tile, overlap=overlap, border=border,
+                           stride=max(member.net.stride for member in members), enlarge=bool(args.imgsz or border))
 
 
 def detect(args, device, members, views):

@@ -196,6 +196,7 @@ def main():
             if pretrained.classes(args.weights) not in (None, (names, single_label)):
                 init_classifier(linear, frequencies, single_label)
                 dist.print0("weights: of other classes, the classifier starts anew")
+    pretrained.freeze(model, args.freeze)
     state, options = training(args, folder, model, loader, device, part=1 / parts, eps=1e-6)
 
     # ---- loss ----

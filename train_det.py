@@ -70,7 +70,7 @@ def make_parser():
     add("--stages", type=stage_list, metavar="N,N", help="two runs: N epochs of scratch-low, then N epochs of finetune "
         "from the last weights of the first run")
     add("--net", default=YOLO, metavar="NAME", help="mine.Mine: class Mine in nets/mine.py, see nets/yolo.py")
-    add("--variant", choices=VARIANTS, default="s", help="of YOLOv5; variants with a 6 are for --imgsz 1280")
+    add("--variant", choices=VARIANTS, help="of YOLOv5; variants with a 6 are for --imgsz 1280; without: that of --weights")
     add("--head", choices=GAINS, help="free: anchor-free, decoupled; anchor: YOLOv5's own")
     add("--tile", type=int_range(32, 65536), help="larger images are trained on in windows of this side, at full "
         "resolution, and validated as predict.py --tile predicts them")
@@ -96,6 +96,9 @@ def make_parser():
     add("--warmup-momentum", type=float_range(0, 0.9999), help="momentum at the start")
     # the preset gives the defaults, which --help shows
     known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
+    inferred = known.weights and known.net == YOLO and not known.variant
+    kwargs = pretrained.checkpoint(known.weights, "det")["arch"]["kwargs"] if inferred else {}
+    parser.set_defaults(variant=kwargs.get("variant", "s"))
     if known.stages:
         known.preset = "scratch-low"
         parser.set_defaults(preset=known.preset, epochs=known.stages[0])
@@ -200,6 +203,7 @@ def experiment(args, device, folder, resume):
             with answers_for("--weights"):
                 print(pretrained.describe(pretrained.load(model, args.weights)))
         dist.same_weights(model)
+    pretrained.freeze(model, args.freeze)
     if args.head == "anchor" and args.autoanchor and not resume:
         fit_anchors(model.head, samples, args)
     # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.

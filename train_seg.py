@@ -199,6 +199,7 @@ def main():
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
+    pretrained.freeze(model, args.freeze)
     state, options = training(args, folder, model, loader, device)
 
     # ---- loss ----

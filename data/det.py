@@ -71,12 +71,12 @@ def crop(rows, moved, area):
     return np.column_stack((rows[keep, 0], clipped[keep]))
 
 
-def rect(size, imgsz, stride):
+def rect(size, imgsz, stride, border=0.5):
     """size (height, width) of an image -> (height, width) of the smallest canvas for its long side at imgsz pixels, in
     multiples of the stride, with a border of half a stride at least, both sides together: objects at the edge get some
     surroundings.
     """
-    return tuple(math.ceil(side * imgsz / max(size) / stride + 0.5) * stride for side in size)
+    return tuple(math.ceil(side * imgsz / max(size) / stride + border) * stride for side in size)
 
 
 class Pictures:
@@ -213,11 +213,13 @@ class TiledImages(Dataset):
          "boxes": the image's `boxes`, float32 (n, 5) of class, x1, y1, x2, y2 in pixels of the view,
          "matrix": float64 (3, 3), from pixels of the file to pixels of the view}
     boxes: the same in pixels of the file, per file; None: no boxes. cache: see Pictures. `data.sizes`: (height, width)
-    per file; `data.shapes`: the same per view. UserError for a file without the bands.
+    per file; `data.shapes`: the same per view. border: of `rect`, in strides. enlarge: whether smaller images are
+    enlarged to imgsz. UserError for a file without the bands.
     """
 
-    def __init__(self, files, boxes=None, *, bands, imgsz, stride, tile=None, overlap=0.25, cache=None):
-        self.files, self.imgsz = files, imgsz
+    def __init__(self, files, boxes=None, *, bands, imgsz, stride, tile=None, overlap=0.25, cache=None, border=0.5,
+                 enlarge=True):
+        self.files = files
         self.boxes = boxes or [torch.zeros(0, 5)] * len(files)
         self.sizes = [images.size(file)[1:] for file in files]
         images.check_bands(files, bands)
@@ -225,7 +227,8 @@ class TiledImages(Dataset):
         self.views = [(i, window) for i, size in enumerate(self.sizes)
                       for window in [None, *tiles.cover(size, tile, overlap)]]
         sizes = [window[2:] if window else self.sizes[i] for i, window in self.views]
-        self.shapes = [rect(size, imgsz, stride) for size in sizes]
+        self.sides = [imgsz if enlarge else min(imgsz, max(size)) for size in sizes]
+        self.shapes = [rect(size, side, stride, border) for size, side in zip(sizes, self.sides)]
         self.pictures = Pictures([files[i] for i, _ in self.views], sizes, [window for _, window in self.views],
                                  bands=bands, limit=imgsz, cache=cache)
 
@@ -236,7 +239,7 @@ class TiledImages(Dataset):
         i, window = self.views[k]
         image, shape = self.pictures[k], self.shapes[k]
         canvas = new_canvas(image, shape)
-        matrix = augment.letterbox(*image.shape[1:], self.imgsz, shape)
+        matrix = augment.letterbox(*image.shape[1:], self.sides[k], shape)
         matrix, _ = paste(image, matrix, canvas, (0, 0, *shape[::-1]))
         y, x = window[:2] if window else (0, 0)
         matrix = matrix @ self.pictures.matrices[k] @ translate(-x, -y)

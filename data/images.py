@@ -86,7 +86,7 @@ def find_sources(patterns, default):
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
         if not matches:
-            raise UserError(f"{pattern}: no such file or folder; choose another --source")
+            raise UserError(f"{pattern}: no such file or folder; give --source, the images to predict")
         for match in map(Path, sorted(matches)):
             files += find(match) if match.is_dir() else [match]
     return list(by_name(files, lambda file: file.stem).values())

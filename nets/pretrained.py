@@ -1,42 +1,135 @@
 """Published weights for our nets, tensor for tensor: from timm, torchvision, YOLOv5, and our own checkpoints.
 
+    pretrained.checkpoint("yolov5n.pt", "det")        what such a file holds, as a checkpoint of ours
+
     pretrained.load(model, "timm:regnetx_002")        downloads once (torch.hub's cache), checks the file's hash
     pretrained.load(model, "yolov5:yolov5s")          the same without a hash, because none is published
     pretrained.load(model, "weights.safetensors")     or .pth, .pt: no network
 
 The published files are in nets/weights.py, the readers of all formats in utils/tensors.py.
 """
+import contextlib
+import functools
 import os
 import re
 
 import torch
 
-from nets.efficientnet import STAGES, ConvBnAct, FusedMBConv, MBConv
-from nets.weights import EXPECTS, HALF, IMAGENET, NONE, SAME, SYMMETRIC, URLS, download, read
+import nets
+from nets.weights import (EXPECTS, HALF, IMAGENET, NONE, SAME, STEM, SYMMETRIC, URLS, download, missing, our_names, read,
+                          to_timm_names, unwrap)
+from nets.yolo import SIZES
 from utils import tensors
+from utils.errors import UserError, answers_for
+from utils.files import read_bytes
+from utils.train import checkpoint as checkpoints
+from utils.train import dist
 
 # prefixes of layers that depend on the task and its data; the rest is the encoder. A net may have its own
 # `task_prefixes`.
 TASK = ("conv0.", "decoder.", "head.", "aux_cls.",  # UNet's
         "conv_head.", "bn2.", "classifier.",  # EfficientNetV2's head
         "incre_modules.", "downsamp_modules.", "final_layer.")  # HRNet's
-
-# torchvision's names -> timm's
-_STEM = "features.0.0.weight"  # in torchvision's EfficientNetV2, and not in timm's
-_EFFICIENTNET_PARTS = {
-    ConvBnAct: {"0.0": "conv", "0.1": "bn1"},
-    FusedMBConv: {"0.0": "conv_exp", "0.1": "bn1", "1.0": "conv_pwl", "1.1": "bn2"},
-    MBConv: {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2.fc1": "se.conv_reduce",
-             "2.fc2": "se.conv_expand", "3.0": "conv_pwl", "3.1": "bn3"},
+FAMILIES = {  # of classifiers: the tensors that tell the input's bands and the classes
+    "regnetx": ("stem.conv.weight", "head.fc.bias"), "repvgg": ("stem.conv_kxk.conv.weight", "head.fc.bias"),
+    "efficientnetv2": ("conv_stem.weight", "classifier.bias"), "hrnet": ("conv1.weight", "classifier.bias"),
 }
-_REGNET_RULES = (  # regular expression, replacement; applied one after the other
-    (r"^fc\.", "head.fc."),
-    (r"^trunk_output\.block(\d)\.block\d-(\d+)\.", lambda match: f"s{match[1]}.b{int(match[2]) + 1}."),
-    (r"\.proj\.", ".downsample."), (r"\.f\.a\.", ".conv1."), (r"\.f\.b\.", ".conv2."), (r"\.f\.c\.", ".conv3."),
-    (r"(^stem|\.downsample|\.conv\d)\.0\.", r"\1.conv."), (r"(^stem|\.downsample|\.conv\d)\.1\.", r"\1.bn."),
+# sides of the images that published classifiers were tested with; others 224
+SIDES = {"efficientnetv2_s": 384, "efficientnetv2_m": 480, "efficientnetv2_l": 480}
+KINDS = (  # start of a tensor's name, as a regular expression: the net that has it; the first one counts
+    (r"model\.0\.conv\.bias", "a net whose batch norms are fused into its convolutions"),
+    (r"model\.\d+\.proto\.", "a segmentation net"), (r"model\.\d+\.cv4\.\d", "a net for poses or rotated boxes"),
+    (r"model\.\d+\.one2one", "a YOLOv10 or YOLO26"), (r"model\.22\.cv3\.", "a YOLOv8 or YOLOv9"),
+    (r"model\.23\.cv3\.\d", "a YOLO11 or YOLO12"),
 )
 
 
+# ---- checkpoints of others -------------------------------------------------------------------------------------------
+def checkpoint(path_or_name, task, names=None):
+    """A checkpoint as `utils.train.checkpoint.load` gives it, also of published weights and of those of others, see
+    `as_checkpoint`. Raises UserError."""
+    path = os.fspath(path_or_name).partition(":sha256=")[0]
+    convert = functools.partial(as_checkpoint, task=task, path=path, names=names)
+    if path in URLS:
+        with answers_for("--weights"):
+            return checkpoints.checked(convert(download(path)), path)
+    if not any(map(os.path.exists, (path, f"{path}.prev"))):
+        raise UserError(missing(path, task))
+    return checkpoints.load(path, convert)
+
+
+def as_checkpoint(content, task, path, names=None):
+    """What a file of weights holds -> a checkpoint of ours: ours as it is, the tensors of a YOLOv5 or an ImageNet
+    classifier as if they had been trained here. Variant, classes, bands, anchors and head are read from the tensors;
+    what was understood is printed.
+
+    names: a text file with a class name per line, for files that have none; without, the classes are numbers. Category
+    ids count from 0. Raises UserError for other nets.
+    """
+    if "task" in content or task == "seg":
+        return content
+    state, detects = our_names(content), task == "det"
+    arch = fitting(state, detectors if detects else classifiers)
+    if not arch:
+        kinds = (kind for pattern, kind in KINDS if any(re.match(pattern, name) for name in unwrap(content)))
+        raise UserError(f"{path}: is {next(kinds, 'pruned, or another net')}; give a YOLOv5 of release 4.0 to 7.0 or "
+                        f"YOLOv5u for --task det, a RegNetX, EfficientNetV2, RepVGG or HRNet for --task cls")
+    kwargs, expects = arch["kwargs"], expectations(path, content)
+    bands, count = [*range(1, kwargs["in_chans"] + 1)], kwargs["num_classes"]
+    classes, name = name_classes(content, count, path, names), kwargs.get("variant", arch["name"])
+    arch["name"] += "_tv" * (expects.get("padding") == "symmetric")
+    mean, std = normalisation(None, len(bands), NONE if detects else expects)
+    dist.print0(f"{path}: variant {name}, {count} classes: {', '.join(classes[:20])}")
+    return {"task": task, "arch": arch, "classes": classes, "single_label": True, "model": state,
+            "category_ids": [*range(count)],
+            "input": {"bands": bands, "pixel_scale": 255.0, "mean": mean, "std": std,
+                      "imgsz": SIDES.get(name, 224) if not detects else 1280 if "6" in name else 640},
+            # of no data; --tta without names mirrors; images are not enlarged and get no border
+            "args": {"data": path, "hflip": 0.5, "rot90": False, "border": 0}}
+
+
+def fitting(state, candidates):
+    """The first "arch" of the candidates(state) whose tensors have the names and shapes of a state dict, or None."""
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    with contextlib.suppress(Exception), torch.device("meta"):  # tensors of strange shapes raise any
+        for arch in candidates(state):
+            if shapes == {name: tensor.shape for name, tensor in nets.build(arch).state_dict().items()}:
+                return arch
+
+
+def detectors(state):
+    """Yields the "arch" of the YOLOv5 nets that a state dict may belong to."""
+    kind, head = ("6", "model.33.") if "model.32.cv3.conv.weight" in state else ("", "model.24.")
+    kwargs, anchors = {"in_chans": state["model.0.conv.weight"].shape[1]}, state.get(f"{head}anchors")
+    if anchors is None:
+        kwargs |= {"head": "dense", "num_classes": len(state[f"{head}cv3.0.2.bias"])}
+    else:
+        kwargs |= {"anchors": [0.0] * anchors.numel(),  # how many they are: their sizes are a tensor of the state
+                   "num_classes": len(state[f"{head}m.0.bias"]) // anchors.shape[1] - 5}
+    for size in SIZES:
+        for release in ("", "_v5"):
+            yield {"name": "yolo.YOLOv5", "kwargs": kwargs | {"variant": size + kind + release}}
+
+
+def classifiers(state):
+    """Yields the "arch" of the classifiers that a state dict may belong to."""
+    for name in nets.NAMES:
+        stem, last = FAMILIES[name.partition("_")[0]]
+        if stem in state:
+            yield {"name": name, "kwargs": {"in_chans": state[stem].shape[1], "num_classes": len(state[last])}}
+
+
+def name_classes(content, count, path, file=None):
+    """-> `count` class names: of the content of a file of weights, else of the text file `file`, else numbers."""
+    names = tensors.class_names(content.get("names"))
+    if file and not names:
+        names = tensors.class_names(read_bytes(file).decode("utf-8", "replace").splitlines())
+        if len(names) != count:
+            raise UserError(f"--names {file}: has {len(names)} lines for the {count} classes of {path}; write one per class")
+    return [names.get(k) or str(k) for k in range(count)]
+
+
+# ---- weights for training --------------------------------------------------------------------------------------------
 def load(model, path_or_name):
     """Copies the tensors that fit from a file (or a name in URLS) into `model`, or into its `encoder`.
 
@@ -50,7 +143,7 @@ def load(model, path_or_name):
     of an EfficientNetV2 that was trained with the other padding: it would run and be worse.
     """
     content = download(path_or_name) if path_or_name in URLS else read(path_or_name)
-    state, ours = to_timm_names(unwrap(content)), model.state_dict()
+    state, ours = our_names(content), model.state_dict()
     # a whole net fits as it is; a classifier fits into the encoder of another net
     prefix = max(("", "encoder."), key=lambda p: sum(p + name in ours for name in state))
     first = next((name for name, t in ours.items() if name.startswith(prefix) and t.ndim == 4), "")
@@ -89,6 +182,16 @@ def load(model, path_or_name):
             "sha256": None if file in URLS else tensors.sha256(file)}
 
 
+def freeze(model, part):
+    """Freezes the first `part` layers of a net, or its "backbone", which published weights fill; the last layer is always
+    trained. None: nothing. Frozen layers get no gradients, and keep their running statistics: train() does not reach them.
+    """
+    count = getattr(model, "backbone", None) if part == "backbone" else part or 0
+    for k, (name, layer) in enumerate([*getattr(model, "model", model).named_children()][:-1]):
+        if not f"{name}.".startswith(TASK) if count is None else k < count:
+            layer.requires_grad_(False).eval().train = lambda mode=True: None
+
+
 def normalisation(path_or_name, bands, default=HALF):
     """How images in 0...1 must be normalised for weights: [means, standard deviations], one number per band.
 
@@ -117,7 +220,7 @@ def expectations(path_or_name, content=None):
         return EXPECTS[path_or_name]
     content = read(path_or_name) if content is None else content
     state = unwrap(content)
-    names, torchvision = to_timm_names(state), _STEM in state
+    names, torchvision = to_timm_names(state), STEM in state
     stem, first = (len(names.get(name, ())) for name in ("conv_stem.weight", "blocks.0.0.conv.weight"))
     halved = stem == 32 if torchvision else first > 16 or stem == 40
     expects = (HALF if halved else IMAGENET) | (SYMMETRIC if torchvision else {})
@@ -139,43 +242,6 @@ def describe(report):
             f"not used: {names('unused')}, left as initialised: {names('missing')}"
             + (f"; the file's format has no checksums, --weights FILE:sha256={report['sha256']} compares this one"
                if report["sha256"] else ""))
-
-
-def unwrap(content):
-    """The state dict inside a training checkpoint, EMA weights first, without the prefixes of DDP and torch.compile."""
-    for key in ("ema", "state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in content.items()
-            if isinstance(value, torch.Tensor)}
-
-
-def to_timm_names(state):
-    """A state dict with torchvision's names of a RegNet or an EfficientNetV2 -> with timm's names, which are ours.
-    Other state dicts are returned as they are."""
-    if _STEM in state:
-        return {_efficientnet_name(name): tensor for name, tensor in state.items()}
-    if not any(name.startswith("trunk_output.") for name in state):
-        return state
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in _REGNET_RULES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
-
-
-def _efficientnet_name(name):
-    """torchvision's name of a tensor of an EfficientNetV2 -> timm's."""
-    if match := re.fullmatch(r"features\.([1-7])\.(\d+)\.block\.(\d\.\w+)\.(\w+)", name):
-        stage = int(match[1]) - 1
-        part = _EFFICIENTNET_PARTS[STAGES[stage][0]].get(match[3], match[3])
-        return f"blocks.{stage}.{match[2]}.{part}.{match[4]}"
-    if match := re.fullmatch(r"features\.(\d)\.([01])\.(\w+)", name):
-        layers = ("conv_stem", "bn1") if match[1] == "0" else ("conv_head", "bn2")
-        return f"{layers[int(match[2])]}.{match[3]}"
-    return name.replace("classifier.1.", "classifier.")
 
 
 def adapt_input(weight, in_chans):

@@ -1,4 +1,4 @@
-"""Files of weights: which are published where, and how they are read.
+"""Files of weights: which are published where, how they are read, and what other libraries call their tensors.
 
 utils/tensors.py reads the formats; nothing in a file is executed.
 """
@@ -10,6 +10,7 @@ from urllib.error import URLError
 
 import torch
 
+from nets.efficientnet import STAGES, ConvBnAct, FusedMBConv, MBConv
 from nets.yolo import VARIANTS
 from utils import tensors
 from utils.train import checkpoint
@@ -67,6 +68,12 @@ URLS |= {f"yolov5:yolov5{v}": f"{_YOLOV5}yolov5{v}.pt" for v in VARIANTS}
 EXPECTS = {name: expects for _, expects, files in _PUBLISHED for name in files}
 
 
+def missing(path, task="cls"):
+    """The line about a file that does not exist, with the published names for this task."""
+    names = [name for name in URLS if name.startswith("yolov5:") == (task == "det")]
+    return f"{path}: no such file; give a file of weights, or one of {', '.join(names)}"
+
+
 def download(name):
     """The content of a published file, by its name in URLS, from the network or from torch.hub's cache. Raises OSError
     and ValueError as `nets.pretrained.load`."""
@@ -93,8 +100,84 @@ def read(path):
     OSError and ValueError as `nets.pretrained.load`."""
     path, _, wanted = os.fspath(path).partition(":sha256=")
     if not os.path.isfile(path):
-        raise OSError(f"{path}: no such file; give a file of weights, or one of {', '.join(URLS)}")
+        raise OSError(missing(path))
     if wanted and hashlib.sha256(Path(path).read_bytes()).hexdigest() != wanted.lower():
         raise ValueError(f"{path}: has another SHA-256; fetch it again")
     content = tensors.read(path, modules=True)
     return checkpoint.checked(content, path) if "task" in content else content
+
+
+# ---- names of tensors ------------------------------------------------------------------------------------------------
+# torchvision's names -> timm's
+STEM = "features.0.0.weight"  # in torchvision's EfficientNetV2, and not in timm's
+_EFFICIENTNET_PARTS = {
+    ConvBnAct: {"0.0": "conv", "0.1": "bn1"},
+    FusedMBConv: {"0.0": "conv_exp", "0.1": "bn1", "1.0": "conv_pwl", "1.1": "bn2"},
+    MBConv: {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2.fc1": "se.conv_reduce",
+             "2.fc2": "se.conv_expand", "3.0": "conv_pwl", "3.1": "bn3"},
+}
+_REGNET_RULES = (  # regular expression, replacement; applied one after the other
+    (r"^fc\.", "head.fc."),
+    (r"^trunk_output\.block(\d)\.block\d-(\d+)\.", lambda match: f"s{match[1]}.b{int(match[2]) + 1}."),
+    (r"\.proj\.", ".downsample."), (r"\.f\.a\.", ".conv1."), (r"\.f\.b\.", ".conv2."), (r"\.f\.c\.", ".conv3."),
+    (r"(^stem|\.downsample|\.conv\d)\.0\.", r"\1.conv."), (r"(^stem|\.downsample|\.conv\d)\.1\.", r"\1.bn."),
+)
+# the old stem, and the box branch of YOLOv5u
+_YOLO_RULES = (r"^model\.0\.conv\.(?=conv|bn)", "model.0."), (r"^(model\.\d+)\.cv2(?=\.\d)", r"\1.box")
+
+
+def unwrap(content):
+    """The state dict inside a training checkpoint, EMA weights first, without the prefixes of DDP, torch.compile and other
+    wrappers."""
+    for key in ("ema", "state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return {re.sub(r"^(module\.|_orig_mod\.|model\.(?=model\.))+", "", str(name)): value
+            for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def our_names(content):
+    """What a file of weights holds -> its state dict with the names and shapes that our nets have.
+
+    The stem of YOLOv5's releases 4.0 and 5.0 took every second pixel of every second row in four turns and convolved the
+    12 channels by 3x3: this is a 6x6 convolution of stride 2, whose weights are in another order. Constants of heads
+    (anchors in pixels, numbers of bins) are left out, because our nets compute them.
+    """
+    state = _renamed(to_timm_names(unwrap(content)), _YOLO_RULES)
+    stem = state.get("model.0.conv.weight")
+    if stem is not None and stem.shape[1:] == (12, 3, 3):
+        state["model.0.conv.weight"] = stem.unflatten(1, (2, 2, 3)).permute(0, 3, 4, 2, 5, 1).reshape(-1, 3, 6, 6)
+    return {name: tensor for name, tensor in state.items() if not name.endswith((".anchor_grid", ".dfl.conv.weight"))}
+
+
+def to_timm_names(state):
+    """A state dict with torchvision's names of a RegNet or an EfficientNetV2 -> with timm's names, which are ours.
+    Other state dicts are returned as they are."""
+    if STEM in state:
+        return {_efficientnet_name(name): tensor for name, tensor in state.items()}
+    if not any(name.startswith("trunk_output.") for name in state):
+        return state
+    return _renamed(state, _REGNET_RULES)
+
+
+def _renamed(state, rules):
+    """The state dict with the rules (regular expression, replacement) applied to its names, one after the other."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _efficientnet_name(name):
+    """torchvision's name of a tensor of an EfficientNetV2 -> timm's."""
+    if match := re.fullmatch(r"features\.([1-7])\.(\d+)\.block\.(\d\.\w+)\.(\w+)", name):
+        stage = int(match[1]) - 1
+        part = _EFFICIENTNET_PARTS[STAGES[stage][0]].get(match[3], match[3])
+        return f"blocks.{stage}.{match[2]}.{part}.{match[4]}"
+    if match := re.fullmatch(r"features\.(\d)\.([01])\.(\w+)", name):
+        layers = ("conv_stem", "bn1") if match[1] == "0" else ("conv_head", "bn2")
+        return f"{layers[int(match[2])]}.{match[3]}"
+    return name.replace("classifier.1.", "classifier.")

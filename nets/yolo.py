@@ -2,7 +2,8 @@
 
 Ten variants from one table; parameter counts and tensor names are those of the published checkpoints. CSP blocks:
 Wang et al. 2020; path aggregation: Liu et al. 2018; anchor-free head: FCOS (Tian et al. 2019) with the decoupled
-branches of YOLOX (Ge et al. 2021) and the distance distributions of GFL (Li et al. 2020).
+branches of YOLOX (Ge et al. 2021) and the distance distributions of GFL (Li et al. 2020). The nets of releases 4.0 and
+5.0, and YOLOv5u with its dense class branch, are there for the checkpoints of others: see `nets.weights.our_names`.
 
 Another net for train_det.py, class Mine in nets/mine.py, is called with num_classes and in_chans and offers
     strides, stride     pixels per cell of its maps, fine to coarse; the largest, of which image sides are multiples
@@ -23,12 +24,12 @@ from utils.ops.boxes import to_xywh
 
 SIZES = {  # depth, width
     "n": (1 / 3, 1 / 4), "s": (1 / 3, 1 / 2), "m": (2 / 3, 3 / 4), "l": (1, 1), "x": (4 / 3, 5 / 4)}
-STAGES = {  # per variant's last letter: (channels, blocks) of the stages with strides 4, 8, 16, ...
+STAGES = {  # by the last level, P5 or P6: (channels, blocks) of the stages with strides 4, 8, 16, ...
     "5": [(128, 3), (256, 6), (512, 9), (1024, 3)],
     "6": [(128, 3), (256, 6), (512, 9), (768, 3), (1024, 3)],
 }
 VARIANTS = (*SIZES, *(f"{size}6" for size in SIZES))
-ANCHORS = {  # (width, height) in pixels per level, for training at 640 and at 1280; from COCO
+ANCHORS = {  # by the last level: (width, height) in pixels per level, for training at 640 and at 1280; from COCO
     "5": [[(10, 13), (16, 30), (33, 23)], [(30, 61), (62, 45), (59, 119)], [(116, 90), (156, 198), (373, 326)]],
     "6": [[(19, 27), (44, 40), (38, 94)], [(96, 68), (86, 152), (180, 137)], [(140, 301), (303, 264), (238, 542)],
           [(436, 615), (739, 380), (925, 792)]],
@@ -68,13 +69,13 @@ class C3(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Maxima over windows of 5, 9 and 13 cells, as three poolings in a row."""
+    """Maxima over windows of 5, 9 and 13 cells (kernel 3: of 3, 5 and 7), as three poolings in a row."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, kernel=5):
         super().__init__()
         self.cv1 = Conv(channels, channels // 2)
         self.cv2 = Conv(channels * 2, channels)
-        self.pool = nn.MaxPool2d(5, stride=1, padding=2)
+        self.pool = nn.MaxPool2d(kernel, stride=1, padding=kernel // 2)
 
     def forward(self, x):
         x = self.cv1(x)
@@ -140,14 +141,19 @@ class AnchorFreeHead(nn.Module):
 
     A cell's box is given by the distances from its centre to the four sides, each a distribution over BINS
     multiples of the stride. train(): maps (B, rows, columns, 4 * BINS + classes), raw. eval(): see YOLOv5.
+    dense: the class branch is like the box branch, as in YOLOv5u.
     """
 
-    def __init__(self, channels, strides, num_classes):
+    def __init__(self, channels, strides, num_classes, dense=False):
         super().__init__()
         self.strides = strides
         box, cls = max(channels[0] // 4, 4 * BINS), max(channels[0], min(num_classes, 100))
         self.box = nn.ModuleList(nn.Sequential(
             Conv(c, box, 3), Conv(box, box, 3), nn.Conv2d(box, 4 * BINS, 1)) for c in channels)
+        if dense:  # under its published name, so that no tensor of it is loaded into the other branch
+            self.cv3 = nn.ModuleList(nn.Sequential(
+                Conv(c, cls, 3), Conv(cls, cls, 3), nn.Conv2d(cls, num_classes, 1)) for c in channels)
+            return
         self.cls = nn.ModuleList(nn.Sequential(
             Conv(c, c, 3, groups=c), Conv(c, cls), Conv(cls, cls, 3, groups=cls), Conv(cls, cls),
             nn.Conv2d(cls, num_classes, 1)) for c in channels)
@@ -159,7 +165,8 @@ class AnchorFreeHead(nn.Module):
             nn.init.constant_(box[-1].bias, 1.0)
 
     def forward(self, maps):
-        raw = [torch.cat((box(x), cls(x)), 1).permute(0, 2, 3, 1) for box, cls, x in zip(self.box, self.cls, maps)]
+        _, classes = self.children()
+        raw = [torch.cat((box(x), cls(x)), 1).permute(0, 2, 3, 1) for box, cls, x in zip(self.box, classes, maps)]
         return raw if self.training else self.decode(raw)
 
     def decode(self, maps):
@@ -176,13 +183,14 @@ class YOLOv5(nn.Module):
     eval(): decoded rows (B, N, 5 + num_classes) fp32: x, y of the centre, width, height in pixels, objectness (1 for
     head="free"), class probabilities.
 
-    variant: "n" "s" "m" "l" "x" (strides 8, 16, 32) or "n6" ... "x6" (and 64). anchors: (levels, anchors, 2) pixels.
+    variant: "n" "s" "m" "l" "x" (strides 8, 16, 32) or "n6" ... "x6" (and 64); with "_v5" behind it, the nets of
+    releases 4.0 and 5.0. anchors: (levels, anchors, 2) pixels. head: "anchor", "free", or "dense" for YOLOv5u's.
     """
 
     def __init__(self, variant="s", num_classes=80, in_chans=3, anchors=None, head="anchor", grad_checkpoint=False):
         super().__init__()
         deep, wide = SIZES[variant[0]]
-        kind = variant[1:] or "5"
+        kind, old = "6" if "6" in variant else "5", variant.endswith("_v5")
         self.grad_checkpoint = grad_checkpoint
 
         def width(channels):
@@ -193,8 +201,12 @@ class YOLOv5(nn.Module):
 
         cin, layers = width(64), [Conv(in_chans, width(64), 6, 2)]
         for cout, count in STAGES[kind]:
+            count += 3 * (old and count == 6)
             layers += [Conv(cin, width(cout), 3, 2), c3(cin := width(cout), cin, count)]
         layers += [SPPF(cin)]
+        if old:  # there the pooling precedes the last blocks, which have no shortcuts
+            layers[-2:] = [SPPF(cin, 3 if kind == "6" else 5), c3(cin, cin, count, False)]
+        self.backbone = len(layers)  # for --freeze backbone
         channels = [width(cout) for cout, _ in STAGES[kind][1:]]  # of the maps with strides 8, 16, ...
         laterals = []
         for i in reversed(range(len(channels) - 1)):  # coarse to fine; layer 4 + 2i ends the stage of stride 8 * 2^i
@@ -210,7 +222,7 @@ class YOLOv5(nn.Module):
         if head == "anchor":
             layers += [AnchorHead(channels, self.strides, num_classes, ANCHORS[kind] if anchors is None else anchors)]
         else:
-            layers += [AnchorFreeHead(channels, self.strides, num_classes)]
+            layers += [AnchorFreeHead(channels, self.strides, num_classes, dense=head == "dense")]
         self.model = nn.ModuleList(layers)
         self.task_prefixes = (f"model.{len(layers) - 1}.",)  # the head may differ from the published weights' head
 

@@ -30,8 +30,10 @@ _DTYPES = set(_SAFETENSORS.values())
 _REFUSED = re.compile(r"(builtins|__builtin__)\.bytearray|torch\.(\w+\.)*\w*Tensor|torch\.storage\.\w+|torch\._tensor\.\w+|"
                       r"torch\._utils\._rebuild_(?!tensor_v2|parameter)\w+")
 LARGEST = 10**6  # values in a file
+LONGEST_NAME = 100  # characters of a class name
 DEEPEST = 100    # levels of lists and dicts, with the points in names of tensors
 _PROGRAM, _SEAL = "/data.pkl", "/records"  # ends of the names of records
+_SCRIPT = "/constants.pkl"  # a record of TorchScript
 _FOLDER = 16     # flag of a record: torch would read none of its bytes
 _PICKLES = 4  # in a file of torch before 1.6: three that describe it, and the content
 
@@ -41,7 +43,7 @@ def read(path, *, modules=False):
 
     modules: whether a pickled module is read too, without its code. It may stand under "ema" (if that is not None),
     under "model", or alone; its state dict is returned: parameters and persistent buffers in their order, in the file's
-    dtypes, and tensors that shared memory still share it.
+    dtypes, and tensors that shared memory still share it; and with "names" its class names, if it has them.
     Raises OSError when there is no such file, and ValueError in one line when it is damaged or holds something else.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
@@ -58,6 +60,13 @@ def read(path, *, modules=False):
             raise ValueError(f"{path}: damaged, or not a file of tensors ({reason}); fetch it again, or save a state dict "
                              f"with torch.save(model.state_dict(), ...)") from None
     return content
+
+
+def class_names(value):
+    """Class names as files of others have them, a list or a dict -> {index: name}: those that are text, without control
+    characters and not too long."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    return {k: "".join(filter(str.isprintable, name[:LONGEST_NAME])) for k, name in pairs if isinstance(name, str)}
 
 
 def walk(value, name="state"):
@@ -123,7 +132,9 @@ def _check(name, tensor):
 
 class _Inert(nn.Module):
     """Replaces every class and function that a pickle names, so that none of them is imported or called: accepts all
-    arguments and keeps only what a state dict is made of."""
+    arguments and keeps only what a state dict is made of, and class names as texts."""
+
+    names = None
 
     def __init__(self, *args):
         super().__init__()
@@ -133,12 +144,17 @@ class _Inert(nn.Module):
         if isinstance(state, dict):
             parts = "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"
             self.__dict__.update({name: state[name] for name in parts if name in state})
+            self.names = class_names(state.get("names"))
 
 
 def _read_torch(file, zipped, modules):
     """A file of torch.save: since torch 1.6 a zip archive, before a sequence of pickles."""
     foreign = []
     if zipped:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("its end is missing, as of a download that was cut off")
+        if any(name.endswith(_SCRIPT) for name in zipfile.ZipFile(file).namelist()):
+            raise ValueError("it is TorchScript, a program: give the checkpoint that it was exported from")
         check_records(file.name)
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file.name) if modules else []
     for name in _names(file, zipped):
@@ -151,7 +167,7 @@ def _read_torch(file, zipped, modules):
     if isinstance(content, dict):
         found = content.get("model") if content.get("ema") is None else content["ema"]
     if isinstance(found, _Inert):
-        content = dict(found.state_dict()) or found
+        content = dict(found.state_dict()) | ({"names": found.names} if found.names else {}) or found
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, and neither tensors nor a module")
     return content

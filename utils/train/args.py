@@ -12,7 +12,7 @@ from utils.train.state import State
 from utils.train.swa import SWA, with_swa
 
 # a resumed run keeps its weights and its split
-KEPT = ("weights", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
+KEPT = ("weights", "freeze", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
 
 
 def int_range(low, high=2**31):
@@ -78,6 +78,11 @@ def noise_list(text):
     return path, int_range(1)(count)
 
 
+def frozen_part(text):
+    """argparse type: "backbone", or "10" -> 10."""
+    return text if text == "backbone" else int_range(1, 10**4)(text)
+
+
 def weight_list(text):
     """argparse type: "balanced", or "1,20" -> [1.0, 20.0]."""
     return text if text == "balanced" else [float_range(1e-6)(number) for number in text.split(",")]
@@ -133,6 +138,8 @@ def train_parser(description, task, recipes={}, **defaults):
     add("--ema", action=BooleanOptionalAction, default=True, help="average the weights over the steps, and "
         "evaluate the average")
     add("--weights", metavar="FILE|NAME", help="start from a checkpoint or published weights, such as timm:regnetx_002")
+    add("--freeze", type=frozen_part, metavar="N|backbone", help="the first N layers, or the backbone, keep the weights "
+        "and running statistics of --weights")
     add("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (without PATH, the newest one); its "
         "flags hold, except --device and those that are given again")
     add("--patience", type=int_range(0), default=0, help="stop after so many epochs without a better score; 0: never")
@@ -234,7 +241,8 @@ def setup_run(parser, argv=None, *, needs={}, check=lambda args: None, photograp
         args = parser.parse_args(argv, Namespace(recipe=name))
 
     def check_all(args):
-        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",)} | needs)
+        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",),
+                                           "weights": ("freeze",)} | needs)
         check(args)
 
     if args.resume is None:

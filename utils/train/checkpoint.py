@@ -47,18 +47,19 @@ def _sync(path):
         os.close(file)
 
 
-def load(path):
+def load(path, convert=None):
     """Reads a checkpoint on the CPU; falls back to `path + ".prev"` when the newer file is damaged.
 
+    convert(content): makes a checkpoint of files of others too, which may be pickled modules; None: they are refused.
     Executes nothing in the file. Raises UserError naming the file when there is no valid one.
     """
     path = os.fspath(path)
     try:
-        return _read(path)
+        return _read(path, convert)
     except UserError as error:
         if not os.path.exists(f"{path}.prev"):
             raise
-        state = _read(f"{path}.prev")
+        state = _read(f"{path}.prev", convert)
         print(f"warning: {error}; going on from {path}.prev")
         return state
 
@@ -98,9 +99,9 @@ def convert(state, path):
     return state | {"arch": {"name": name, "kwargs": kwargs}, "input": inputs, "score": score}
 
 
-def _read(path):
+def _read(path, convert):
     try:
-        state = tensors.read(path)
+        state = tensors.read(path, modules=convert is not None)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train one, or give its path") from None
     except OSError as error:
@@ -109,7 +110,7 @@ def _read(path):
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
         raise UserError(f"{path}: {reason}; use another checkpoint (runs keep best.pt, last.pt and last.pt.prev)") from None
-    return checked(state, path)
+    return checked(convert(state) if convert else state, path)
 
 
 def checked(state, path):

@@ -60,11 +60,12 @@ class SWA(AveragedModel):
     def new_statistics(self):
         """Inside, the averaged weights are in training mode, and the running statistics of batch norms start anew; they
         become the mean over the batches that pass through the module, and over the ranks."""
-        norms = {m: m.momentum for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        self.module.train()  # frozen layers stay in evaluation mode
+        norms = {m: m.momentum for m in self.module.modules()
+                 if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training}
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean
-        self.module.train()
         yield
         for norm, momentum in norms.items():
             norm.momentum = momentum
