@@ -58,12 +58,12 @@ def checkpoint(path_or_name, task, names=None):
     return checkpoints.load(path, convert)
 
 
-def as_checkpoint(content, task, path, names=None):
+def as_checkpoint(content, task, path, names):
     """What a file of weights holds -> a checkpoint of ours: ours as it is, the tensors of a YOLOv5 or an ImageNet
     classifier as if they had been trained here. Variant, classes, bands, anchors and head are read from the tensors;
     what was understood is printed.
 
-    names: a text file with a class name per line, for files that have none; without, the classes are numbers. Category
+    names: a text file with a class name per line, for files that have none; None: the classes are numbers. Category
     ids count from 0. Raises UserError for other nets.
     """
     if "task" in content or task == "seg":
@@ -119,7 +119,7 @@ def classifiers(state):
             yield {"name": name, "kwargs": {"in_chans": state[stem].shape[1], "num_classes": len(state[last])}}
 
 
-def name_classes(content, count, path, file=None):
+def name_classes(content, count, path, file):
     """-> `count` class names: of the content of a file of weights, else of the text file `file`, else numbers."""
     names = tensors.class_names(content.get("names"))
     if file and not names:

@@ -36,7 +36,8 @@ def test_a_run_with_frozen_layers(tmp_path):
             assert not stays or torch.equal(found[name], tensor), name
     averaged(tmp_path / "b", net=frozen_net(), epochs=2, total=4)
     averaged(tmp_path / "b", net=frozen_net(), epochs=4, resume=True)
-    assert not differences(*(checkpoint.load(tmp_path / run / "last.pt") for run in "ab"))
+    found = differences(*(checkpoint.load(tmp_path / run / "last.pt") for run in "ab"))
+    assert [name for name in found if not name.endswith("/seconds")] == []
 
 
 def frozen(net):
@@ -48,7 +49,7 @@ def frozen(net):
     (lambda: YOLOv5("n"), 10, set(range(10))), (lambda: YOLOv5("n"), "backbone", set(range(10))),
     (lambda: YOLOv5("n6"), "backbone", set(range(12))), (lambda: YOLOv5("n"), 99, set(range(24))),
     (lambda: YOLOv5("n"), None, set()), (lambda: nets.make("regnetx_002", 3, 4), "backbone", {"stem", "s1", "s2", "s3", "s4"}),
-    (lambda: nets.make("regnetx_002", 3, 4), 2, {"stem", "s1"}), (lambda: UNet(3), "backbone", {"encoder"}),
+    (lambda: nets.make("regnetx_002", 3, 4), 2, {"stem", "s1"}), (lambda: UNet(in_chans=3), "backbone", {"encoder"}),
     (lambda: nets.make("efficientnetv2_b0", 3, 4), "backbone", {"conv_stem", "bn1", "blocks"})])
 def test_which_layers(make, part, expected):
     """Layers without weights (concatenation, upsampling) have nothing to freeze."""
