@@ -2,6 +2,7 @@
 
     python predict.py --task seg --tta                        # newest run, its data's test_img folder
     python predict.py --task seg --weights runs/seg/exp*/best.pt --source scene.tif --tile 512 --polygons
+    python predict.py --task seg --submission sample_submission.csv  # the sample's rows and columns, filled
     python predict.py --task seg --detector runs/det/exp/best.pt     # detect, crop, segment
     python predict.py --task det --weights runs/det/exp/best.pt --tta --imgsz 1536 --source photos --tile 1024
     python predict.py --task cls --tta --weights runs/cls/*/best.pt --fit-weights
@@ -25,7 +26,7 @@ from tqdm import tqdm
 import nets
 from data import bad, cls, det, images, labels, seg, units
 from data.loader import eval_loader
-from data.results import masks, pseudo, submissions
+from data.results import masks, pseudo, sample, submissions
 from nets.blocks import fuse
 from utils import flags
 from utils.errors import Parser, PartialError, UserError, cli
@@ -80,12 +81,18 @@ def parse_args():
         "from which a box is drawn; without: the best of the validation, which checkpoints store")
     add("--pseudo", type=float_range(0.5, 1), metavar="P", help="also write pseudo labels for --extra-data: what has "
         "this probability; other pixels are ignored, other boxes are background, other images are left out (cls)")
+    add("--submission", metavar="SAMPLE", help="the competition's sample submission, CSV or JSON: also write OUT/SAMPLE, "
+        "with its rows and columns, filled")
+    add("--ids", metavar="JSON", help="a list of the images with their ids, for coco.json and --submission; without: the "
+        "training's own, Test_Images_Information.json or image_info*.json, at most two folders above the images")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
     add("--tile", "seg det", type=int_range(16, 65536), help="larger images are read in windows of this side; without: "
         "seg twice the training size (the whole image after --resize), det the training's --tile")
     add("--overlap", "seg det", type=float_range(0, 0.9), help="of windows; without: seg 0.25, det the training's")
     add("--overlays", "seg det", action=argparse.BooleanOptionalAction, default=True, help="pictures of the results")
     add("--polygons", "seg", action="store_true", help="also write the masks' outlines as GeoJSON")
+    add("--rle", "seg", choices=sample.RUNS, help="of --submission: the order in which the pixels are counted, and the "
+        "number of the first; without: column,1, or column,0 if the sample has such runs")
     add("--detector", "seg", metavar="PATH", help="a checkpoint of train_det.py, for which --imgsz, --conf, --iou and "
         "--max-det are: only its boxes, a little enlarged, are segmented")
     add("--imgsz", "det cls", type=int_range(32, 65536), help="side of the net's input; without: as trained")
@@ -108,7 +115,7 @@ def main():
     args = parse_args()
     device = dist.setup(args.device)
     if args.probs and not args.weights:
-        return combine_tables(args)
+        return report_failed(*combine_tables(args))
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     flags.check_ensemble(args, paths)
     if args.noisy:
@@ -118,9 +125,7 @@ def main():
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     members = load_members(args, args.task, device, paths, states)
     out, files, failed = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
-    dist.barrier()
-    if failed:
-        report_failed(out, files, failed)
+    report_failed(out, files, failed)
 
 
 # ---- what all tasks share --------------------------------------------------------------------------------------------
@@ -178,12 +183,34 @@ def all_bands(members):
 def find_sources(args, members, longest=math.inf):
     """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
     reason} of those that cannot be read, and the others. longest: see `bad.decode`."""
-    files = images.find_sources(args.source, TEST_FOLDER[args.task](members[0].state["args"]["data"]))
+    data = members[0].state["args"]["data"]
+    unique = {"name_of": lambda file: file.with_suffix("")} if args.task == "cls" else {}  # others write a file of this name
+    files = images.find_sources(args.source, TEST_FOLDER[args.task](data), **unique)
     failed = dist.broadcast(dist.is_main() and bad.unreadable(files, all_bands(members), longest))
     check_some(files, failed)
     good = [file for file in files if file not in failed]
     units.check(good, members[0].inputs)
     return files, failed, good
+
+
+def image_ids(args, members, files):
+    """The competition's ids of the image files."""
+    return submissions.image_ids(files, files[0].parent, others=args.source is not None, listed=args.ids,
+                                 data=members[0].state["args"]["data"])
+
+
+def read_sample(args, state, files, ids):
+    """The Sample of --submission for these images, or None."""
+    names = [] if args.task == "seg" else state["classes"]
+    numbers = state.get("category_ids") or range(len(names)) if names else range(1, max(state["classes"], 2))
+    return args.submission and sample.read(args.submission, files, ids, task=args.task, names=names, numbers=numbers, rle=args.rle)
+
+
+def write_sample(found, out, results):
+    """Writes the Sample `found` -> {key: message} of its rows without an image. results: of its task, {file: result}."""
+    if found and dist.is_main():
+        sample.write(found, out, results)
+    return found.lost if found else {}
 
 
 def check_some(files, failed):
@@ -193,11 +220,14 @@ def check_some(files, failed):
 
 
 def report_failed(out, files, failed):
-    """Names the files that could not be predicted, all of them in OUT/failed.txt. Raises PartialError."""
+    """Names the files that could not be predicted, all of them in OUT/failed.txt. Raises PartialError if there are any."""
+    dist.barrier()
+    if not failed:
+        return
     if dist.is_main():
         write_text(out / "failed.txt", "".join(f"{reason}\n" for reason in failed.values()))
         print("\n".join(["not predicted:", *list(failed.values())[:20], f"all in {out / 'failed.txt'}"]))
-    raise PartialError(f"{len(failed)} of {len(files)} images cannot be read and were not predicted, see "
+    raise PartialError(f"{len(failed)} of {len({*files, *failed})} images cannot be read and were not predicted, see "
                        f"{out / 'failed.txt'}; replace them and predict again, or use the results without them")
 
 
@@ -235,6 +265,7 @@ def predict_seg(args, device, members):
     sizes = {file: images.size(file) for file in good}
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, members)
+    wanted = read_sample(args, first.state, files, image_ids(args, members, files))
     parts = find_parts(args, device, good) if args.detector else {}
     out = new_folder(args, members[0].path)
     writer = masks.MaskWriter(out, overlays=first.inputs.bands if args.overlays else None, polygons=args.polygons,
@@ -289,7 +320,8 @@ def predict_seg(args, device, members):
         if args.pseudo:
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'}")
         print(f"{len(files) - len(failed)} images: {out}")
-    return out, files, failed
+    made = {file: out / "masks" / f"{file.stem}.tif" for file in files if file not in failed}
+    return out, files, failed | write_sample(wanted, out, made)
 
 
 def find_parts(args, device, files):
@@ -310,7 +342,8 @@ def predict_det(args, device, members):
     state, (files, failed, good) = members[0].state, find_sources(args, members)
     names, category_ids, threshold = state["classes"], state["category_ids"], best_threshold(args, members)
     views = det_views(args, members, good)
-    ids = submissions.image_ids(files, files[0].parent, others=args.source is not None)
+    ids = image_ids(args, members, files)
+    wanted = read_sample(args, state, files, ids)
     out = new_folder(args, members[0].path)
     results = detect(args, device, members, views)
     found = dict.fromkeys(files, ((1, 1), torch.zeros(0, 6))) | dict(zip(good, zip(views.sizes, results)))
@@ -327,7 +360,7 @@ def predict_det(args, device, members):
                   if count else "no pseudo labels: no box is sure enough; lower --pseudo")
         note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
         print(f"{len(good)} images, {sum(map(len, results))} detections{note}: {out}")
-    return out, files, failed
+    return out, files, failed | write_sample(wanted, out, dict(zip(good, results)))
 
 
 def det_views(args, members, files):
@@ -376,12 +409,11 @@ def predict_cls(args, device, members):
         shares, thresholds = ensemble.read(args.ensemble, paths, names, single_label, flags=views)
         members, shares = zip(*(pair for pair in zip(members, shares) if pair[-1] > 0))
     files, failed, good = find_sources(args, members)
-    keys = [submissions.index_of(file.stem) for file in files]
-    file_of = dict(zip(keys, files))  # of several with one number the last
-    twice = next((file for key, file in zip(keys, files) if file_of[key] != file), None)
-    if twice:
-        raise UserError(f"{twice}: another image has the number {int(twice.stem)} too; predict them in two runs")
-    _, _, tables = submissions.read_tables(args.probs or (), names, [key for key in keys if file_of[key] not in failed])
+    stems = images.short_names(files)
+    keys = submissions.keys_of(stems)
+    wanted = read_sample(args, members[0].state, files, image_ids(args, members, files))
+    _, _, tables = submissions.read_tables(args.probs or (), names, [
+        key for key, file in zip(keys, files) if file not in failed])
     known, answers = cls.held_out(paths, [m.state for m in members]) if args.fit_weights else ([], None)
     out = new_folder(args, members[0].path)
 
@@ -396,14 +428,14 @@ def predict_cls(args, device, members):
         rows = np.full((len(files), len(names)), probs.mean(0) * single_label)
         rows[[file not in failed for file in files]] = probs
         numbered = cls.test_folder(members[0].state["args"]["data"]).name == cls.COMPETITION_TEST
-        submissions.write_classes(out, keys if numbered else [file.stem for file in files], rows, names, single_label,
-                                  thresholds)
+        submissions.write_classes(out, keys if numbered else stems, rows, names, single_label, thresholds)
         if args.pseudo:
             count = pseudo.write_classes(out / "pseudo", good, probs, names, single_label, args.pseudo)
             print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}" if count else
                   "no pseudo labels: no image is sure enough; lower --pseudo")
         print(f"{len(good)} images: {out}")
-    return out, files, failed
+    decided = submissions.decide(probs, single_label, thresholds)
+    return out, files, failed | write_sample(wanted, out, dict(zip(good, zip(decided, probs))))
 
 
 def combine_tables(args):
@@ -416,10 +448,13 @@ def combine_tables(args):
                 "rows do not add up to 1: several labels per image, the classes above --threshold")
     threshold = best_threshold(args, [], single_label)
     probs = ensemble.average(tables, args.ensemble_weights or [1.0] * len(tables))
+    files = list(map(Path, keys))
+    wanted = read_sample(args, {"classes": names}, files, keys)
     out = new_folder(args, args.probs[0])
     if dist.is_main():
         submissions.write_classes(out, keys, probs, names, single_label, threshold)
         print(f"{len(keys)} rows: {out}")
+    return out, keys, write_sample(wanted, out, dict(zip(files, zip(submissions.decide(probs, single_label, threshold), probs))))
 
 
 def class_probabilities(args, device, member, files):

@@ -20,6 +20,7 @@ import math
 import os
 import stat
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -40,7 +41,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import by_name, read_bytes, reading
+from utils.files import by_name, list_tree, read_bytes, reading
 from utils.ops.geometry import resize  # noqa: F401, as images.resize
 from utils.train import dist
 
@@ -69,27 +70,49 @@ def find(folder, below=False):
     """The image files in a folder, with `below` also those in the folders in it, sorted by name. Raises UserError when
     it is missing or has none."""
     try:
-        paths = list(Path(folder).iterdir())
+        names = os.listdir(folder)
     except OSError:
         raise UserError(f"{folder}: no such folder, or not readable; put the data there, or point --data or --source "
                         f"to it (python -m data.samples makes sample data)") from None
-    paths = Path(folder).rglob("*") if below else paths
-    files = sorted(p for p in paths if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+    names = list_tree(folder) if below else names
+    return some(folder, sorted(Path(folder) / name for name in names if is_image(name)))
+
+
+def some(place, files):
+    """The image files found at a place. Raises UserError where there are none."""
     if not files:
-        raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)}); check the path")
+        raise UserError(f"{place}: no images in it ({', '.join(SUFFIXES)}); check the path")
     return files
 
 
-def find_sources(patterns, default):
-    """Files, folders and globs -> the image files, sorted; their names must differ. UserError where there is none."""
-    files = []
+def is_image(path):
+    """Whether a file is an image by its name; hidden files are none."""
+    name = os.path.basename(path)
+    return name.lower().endswith(SUFFIXES) and name[0] != "."
+
+
+def find_sources(patterns, default, name_of=lambda file: file.stem):
+    """Files, folders with all folders in them, and globs -> the image files, sorted; what name_of(file) gives must differ.
+    Files of other kinds are named with their count, unless the pattern is the file itself. UserError where there is none.
+    """
+    found, others = [], []
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
         if not matches:
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
-        for match in map(Path, sorted(matches)):
-            files += find(match) if match.is_dir() else [match]
-    return list(by_name(files, lambda file: file.stem).values())
+        files = [file for match in map(Path, sorted(matches)) for file in (
+            sorted(match / name for name in list_tree(match)) if match.is_dir() else [match])]
+        others += [file for file in files if not is_image(file) and file != Path(pattern)]
+        found += some(pattern, [file for file in files if is_image(file) or file == Path(pattern)])
+    if others:
+        dist.print0(f"{len(others)} files are no images and are left out, such as {others[0]}")
+    return list(by_name(found, name_of).values())
+
+
+def short_names(files):
+    """The stems of files; of those with one stem, the paths from the folder that has all of them, without suffix."""
+    count, root = Counter(file.stem for file in files), os.path.commonpath([os.path.abspath(file.parent) for file in files])
+    return [file.stem if count[file.stem] == 1 else os.path.relpath(file.with_suffix(""), root) for file in files]
 
 
 def in_threads(function, items, what=None):

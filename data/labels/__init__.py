@@ -93,6 +93,14 @@ def test_folder(path):
     return (root.parent if root.is_file() else root) / "test" / "images"
 
 
+def image_ids(path, file):
+    """{image file, as an absolute path: its id} of training data in COCO's format in whose folder the `file` is, else {}.
+    """
+    layout = _find(Path(path))
+    inside = layout.root.resolve() in Path(file).resolve().parents
+    return coco.image_ids(layout) if inside and layout.read is coco.read else {}
+
+
 def _find(path):
     """-> Layout, of the first format that fits."""
     for find in (coco.find, yolo.find, voc.find, masks.find, coco.find_other):

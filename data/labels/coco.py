@@ -69,11 +69,9 @@ def read(layout):
     """Layout -> Records. Several files must agree in their categories, and no image may be in two of them."""
     images, boxes, cases, names, listed = [], [], defaultdict(list), {}, {}
     for label in layout.labels:
-        path, part = layout.root / label, part_of(Path(label).name) or part_of(os.path.dirname(label))
-        data, index_of = read_json(path), {}
-        locate = _locator(layout.root, _image_folders(layout.root, label, part))
-        for place, entry, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,)):
-            file = locate(name)
+        path = layout.root / label
+        data, index_of, part = read_json(path), {}, _part(label)
+        for place, entry, key, name, file in _listed(layout.root, label, data):
             if key in index_of:
                 raise UserError(f"{place}: the id {show(key)} stands there twice; correct one")
             if file in listed:
@@ -105,6 +103,23 @@ def read(layout):
     # Roboflow's first category is the project, which may have the name of one of its classes
     names = {key: name for key, name in names.items() if key in used or count[name] == 1}
     return Records(images, boxes, names, cases)
+
+
+def image_ids(layout):
+    """{image file, as an absolute path: its id} of all label files."""
+    return {os.path.abspath(layout.root / file): key for label in layout.labels
+            for *_, key, _, file in _listed(layout.root, label, read_json(layout.root / label)) if file}
+
+
+def _listed(root, label, data):
+    """Yields (place for messages, entry, id, file_name, the image's path relative to root or None) of a label file."""
+    locate = _locator(root, _image_folders(root, label, _part(label)))
+    for place, entry, key, name in _entries(data, "images", root / label, id=(int, str), file_name=(str,)):
+        yield place, entry, key, name, locate(name)
+
+
+def _part(label):
+    return part_of(Path(label).name) or part_of(os.path.dirname(label))
 
 
 def _image_folders(root, label, part):
@@ -165,12 +180,20 @@ def _number(value):
     return float(value)
 
 
+def image_lists(folder):
+    """The files in a folder, and in `annotations` in it, that list test images: the competition's and COCO's."""
+    return [path for pattern in (TEST_INFORMATION, "image_info*.json", "annotations/image_info*.json")
+            for path in sorted(Path(folder).glob(pattern))]
+
+
 def test_ids(root):
-    """{name of an image file, by `same_name`: image id} from ROOT/Test_Images_Information.json: {"images": [{"id",
-    "file_name"}]}, or that list alone. {} where there is no such file. Raises UserError."""
-    path = Path(root) / TEST_INFORMATION
-    if not os.path.lexists(path):
-        return {}
+    """{name of an image file, by `same_name`: image id} from ROOT/Test_Images_Information.json, or from the file `root`:
+    {"images": [{"id", "file_name"}]}, or that list alone. {} where there is no such file. Raises UserError."""
+    path = Path(root)
+    if path.suffix.lower() != ".json":
+        path /= TEST_INFORMATION
+        if not os.path.lexists(path):
+            return {}
     data = read_json(path)
     data = {"images": data} if type(data) is list else data
     found = [(same_name(os.path.basename(name.replace("\\", "/"))), key)
