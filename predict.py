@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ def main():
     args = parse_args()
     device = dist.setup(args.device)
     if args.probs and not args.weights:
-        return report_failed(*combine_tables(args))
+        return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
     flags.check_ensemble(args, paths)
     if args.noisy:
@@ -125,7 +126,9 @@ def main():
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     members = load_members(args, args.task, device, paths, states)
     out, files, failed = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
-    report_failed(out, files, failed)
+    dist.barrier()
+    if failed:
+        report_failed(out, files, failed)
 
 
 # ---- what all tasks share --------------------------------------------------------------------------------------------
@@ -184,8 +187,8 @@ def find_sources(args, members, longest=math.inf):
     """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
     reason} of those that cannot be read, and the others. longest: see `bad.decode`."""
     data = members[0].state["args"]["data"]
-    unique = {"name_of": lambda file: file.with_suffix("")} if args.task == "cls" else {}  # others write a file of this name
-    files = images.find_sources(args.source, TEST_FOLDER[args.task](data), **unique)
+    files = images.find_sources(args.source, TEST_FOLDER[args.task](data), lambda file: (
+        file.with_suffix("") if args.task == "cls" else file.stem))  # the others' results are files of this name
     failed = dist.broadcast(dist.is_main() and bad.unreadable(files, all_bands(members), longest))
     check_some(files, failed)
     good = [file for file in files if file not in failed]
@@ -196,7 +199,7 @@ def find_sources(args, members, longest=math.inf):
 def image_ids(args, members, files):
     """The competition's ids of the image files."""
     return submissions.image_ids(files, files[0].parent, others=args.source is not None, listed=args.ids,
-                                 data=members[0].state["args"]["data"])
+                                 data=args.source and members[0].state["args"]["data"])
 
 
 def read_sample(args, state, files, ids):
@@ -220,10 +223,7 @@ def check_some(files, failed):
 
 
 def report_failed(out, files, failed):
-    """Names the files that could not be predicted, all of them in OUT/failed.txt. Raises PartialError if there are any."""
-    dist.barrier()
-    if not failed:
-        return
+    """Names the files that could not be predicted, all of them in OUT/failed.txt. Raises PartialError."""
     if dist.is_main():
         write_text(out / "failed.txt", "".join(f"{reason}\n" for reason in failed.values()))
         print("\n".join(["not predicted:", *list(failed.values())[:20], f"all in {out / 'failed.txt'}"]))
@@ -409,7 +409,10 @@ def predict_cls(args, device, members):
         shares, thresholds = ensemble.read(args.ensemble, paths, names, single_label, flags=views)
         members, shares = zip(*(pair for pair in zip(members, shares) if pair[-1] > 0))
     files, failed, good = find_sources(args, members)
-    stems = images.short_names(files)
+    stems = [file.stem for file in files]
+    if len(set(stems)) < len(stems):  # the folders tell them apart
+        paths = [os.path.abspath(file.with_suffix("")) for file in files]
+        stems = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
     keys = submissions.keys_of(stems)
     wanted = read_sample(args, members[0].state, files, image_ids(args, members, files))
     _, _, tables = submissions.read_tables(args.probs or (), names, [
@@ -448,13 +451,10 @@ def combine_tables(args):
                 "rows do not add up to 1: several labels per image, the classes above --threshold")
     threshold = best_threshold(args, [], single_label)
     probs = ensemble.average(tables, args.ensemble_weights or [1.0] * len(tables))
-    files = list(map(Path, keys))
-    wanted = read_sample(args, {"classes": names}, files, keys)
     out = new_folder(args, args.probs[0])
     if dist.is_main():
         submissions.write_classes(out, keys, probs, names, single_label, threshold)
         print(f"{len(keys)} rows: {out}")
-    return out, keys, write_sample(wanted, out, dict(zip(files, zip(submissions.decide(probs, single_label, threshold), probs))))
 
 
 def class_probabilities(args, device, member, files):

@@ -20,7 +20,6 @@ import math
 import os
 import stat
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -88,10 +87,10 @@ def some(place, files):
 def is_image(path):
     """Whether a file is an image by its name; hidden files are none."""
     name = os.path.basename(path)
-    return name.lower().endswith(SUFFIXES) and name[0] != "."
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def find_sources(patterns, default, name_of=lambda file: file.stem):
+def find_sources(patterns, default, name_of):
     """Files, folders with all folders in them, and globs -> the image files, sorted; what name_of(file) gives must differ.
     Files of other kinds are named with their count, unless the pattern is the file itself. UserError where there is none.
     """
@@ -107,12 +106,6 @@ def find_sources(patterns, default, name_of=lambda file: file.stem):
     if others:
         dist.print0(f"{len(others)} files are no images and are left out, such as {others[0]}")
     return list(by_name(found, name_of).values())
-
-
-def short_names(files):
-    """The stems of files; of those with one stem, the paths from the folder that has all of them, without suffix."""
-    count, root = Counter(file.stem for file in files), os.path.commonpath([os.path.abspath(file.parent) for file in files])
-    return [file.stem if count[file.stem] == 1 else os.path.relpath(file.with_suffix(""), root) for file in files]
 
 
 def in_threads(function, items, what=None):

@@ -97,8 +97,8 @@ def image_ids(path, file):
     """{image file, as an absolute path: its id} of training data in COCO's format in whose folder the `file` is, else {}.
     """
     layout = _find(Path(path))
-    inside = layout.root.resolve() in Path(file).resolve().parents
-    return coco.image_ids(layout) if inside and layout.read is coco.read else {}
+    inside = layout.read is coco.read and layout.root.resolve() in Path(file).resolve().parents
+    return {os.path.abspath(layout.root / name): key for name, *_, key in inside and layout.read(layout).images or ()}
 
 
 def _find(path):

@@ -69,9 +69,11 @@ def read(layout):
     """Layout -> Records. Several files must agree in their categories, and no image may be in two of them."""
     images, boxes, cases, names, listed = [], [], defaultdict(list), {}, {}
     for label in layout.labels:
-        path = layout.root / label
-        data, index_of, part = read_json(path), {}, _part(label)
-        for place, entry, key, name, file in _listed(layout.root, label, data):
+        path, part = layout.root / label, part_of(Path(label).name) or part_of(os.path.dirname(label))
+        data, index_of = read_json(path), {}
+        locate = _locator(layout.root, _image_folders(layout.root, label, part))
+        for place, entry, key, name in _entries(data, "images", path, id=(int, str), file_name=(str,)):
+            file = locate(name)
             if key in index_of:
                 raise UserError(f"{place}: the id {show(key)} stands there twice; correct one")
             if file in listed:
@@ -82,7 +84,7 @@ def read(layout):
                 continue
             listed[file] = label
             stated = (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
-            images.append((file, part == "val", stated))
+            images.append((file, part == "val", stated, key))
         _read_categories(names, data, path)
         # the ids of annotations are not read: nothing refers to them, and merged files often repeat them
         fields = {"image_id": (int, str), "category_id": (int,)}
@@ -103,23 +105,6 @@ def read(layout):
     # Roboflow's first category is the project, which may have the name of one of its classes
     names = {key: name for key, name in names.items() if key in used or count[name] == 1}
     return Records(images, boxes, names, cases)
-
-
-def image_ids(layout):
-    """{image file, as an absolute path: its id} of all label files."""
-    return {os.path.abspath(layout.root / file): key for label in layout.labels
-            for *_, key, _, file in _listed(layout.root, label, read_json(layout.root / label)) if file}
-
-
-def _listed(root, label, data):
-    """Yields (place for messages, entry, id, file_name, the image's path relative to root or None) of a label file."""
-    locate = _locator(root, _image_folders(root, label, _part(label)))
-    for place, entry, key, name in _entries(data, "images", root / label, id=(int, str), file_name=(str,)):
-        yield place, entry, key, name, locate(name)
-
-
-def _part(label):
-    return part_of(Path(label).name) or part_of(os.path.dirname(label))
 
 
 def _image_folders(root, label, part):

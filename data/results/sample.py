@@ -25,9 +25,7 @@ from utils.train import dist
 ROLES = {"class": "class classid classname category categoryid categoryname label labelid labelname",
          "score": "score confidence conf probability prob", "bbox": "bbox", "x1": "x1 xmin left x", "y1": "y1 ymin top y",
          "x2": "x2 xmax right", "y2": "y2 ymax bottom", "w": "w width", "h": "h height"}
-BOXES = ({"x1", "y1", "x2", "y2"}, {"x1", "y1", "w", "h"}, {"bbox"})
-TEXTS = (("class", "score", "x1", "y1", "x2", "y2"), ("score", "x1", "y1", "w", "h"))  # of a detection
-SUFFIX = f"({'|'.join(images.SUFFIXES)})$"
+TEXTS = ("class score x1 y1 x2 y2".split(), "score x1 y1 w h".split())  # of a detection
 RUNS = ("column,1", "column,0", "row,1", "row,0")  # of --rle: the order of the pixels, the number of the first
 
 
@@ -102,7 +100,7 @@ def match(keys, files, ids):
     exact, find = dict(zip(map(str, ids), files)), finder(dict(zip(map(str, files), files)))
     numbered = dict(zip(keys_of([file.stem for file in files]), files))
     return {key: exact.get(key) or find(key) or numbered.get(number)
-            for key, number in zip(keys, keys_of([re.sub(SUFFIX, "", key) for key in keys]))}
+            for key, number in zip(keys, keys_of([Path(key).stem if images.is_image(key) else key for key in keys]))}
 
 
 def role_of(column):
@@ -141,7 +139,7 @@ def runs(columns, known, names, numbers, each, rle):
 
     def fill(file, k):
         mask = images.read(file)[0].numpy()
-        line = np.pad((mask > 0 if k is None else mask == numbers[k]).ravel("F" if rle < "r" else "C"), 1)
+        line = np.pad((mask > 0 if k is None else mask == k + 1).ravel("F" if rle < "r" else "C"), 1)
         found = np.flatnonzero(line[1:] != line[:-1])  # start, end, start, end ...
         found[1::2] -= found[::2]
         found[::2] += int(rle[-1])
@@ -155,8 +153,8 @@ def boxes(columns, known, names, numbers, each, rle):
     if len(columns) == 1:
         example = next(filter(None, map(str.split, *columns.values())), [])
         roles = TEXTS[len(example) % 6 > 0]
-    elif not any(box <= {*roles} for box in BOXES):
-        raise ValueError("no columns of boxes")
+    elif not {"bbox", "x1"} & {*roles}:
+        raise ValueError("no column is of a box")
     labels, by = naming([text for role, text in zip(roles, example) if role == "class"], names, numbers)
 
     def fill(result, _):

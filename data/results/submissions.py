@@ -30,17 +30,16 @@ def image_ids(files, near, *, others=False, listed=None, data=None):
     """
     folders = (near, *list(Path(near).resolve().parents)[:2])
     paths = [listed] if listed else itertools.chain(*map(coco.image_lists, folders))
-    trained, partial = data and not listed and bad.attempt(labels.image_ids, data, files[0])[0], None
-    for path, known in [(None, trained or {}), *((path, coco.test_ids(path)) for path in paths)]:
-        ids = [known.get(os.path.abspath(file), known.get(same_name(file.name))) for file in files]
-        missing = [file for file, key in zip(files, ids) if key is None]
-        if not missing:
-            return ids
-        if path and (listed or not others or len(missing) < len(files)):
-            partial = partial or UserError(f"{missing[0]}: not in {path} ({len(missing)} in total); add it there, or remove "
-                                           f"the image")
-    if partial:
-        raise partial
+    tables = [(path, coco.test_ids(path)) for path in paths]
+    tables.append((None, data and not listed and bad.attempt(labels.image_ids, data, files[0])[0] or {}))
+    found = [(path, [known.get(os.path.abspath(file), known.get(same_name(file.name))) for file in files])
+             for path, known in tables]
+    path, ids = min(found, key=lambda item: item[1].count(None))
+    missing = [file for file, key in zip(files, ids) if key is None]
+    if not missing:
+        return ids
+    if path and (listed or not others or len(missing) < len(files)):
+        raise UserError(f"{missing[0]}: not in {path} ({len(missing)} in total); add it there, or remove the image")
     ids = [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]
     count = Counter(ids)
     return [key if count[key] == 1 else file.stem for key, file in zip(ids, files)]  # 7 and 007
