@@ -125,7 +125,12 @@ def main():
     if args.soup:
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     members = load_members(args, args.task, device, paths, states)
-    out, files, failed = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
+    tasks = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}
+    out, files, failed, wanted, found = tasks[args.task](args, device, members)
+    if wanted:
+        failed |= wanted.lost
+        if dist.is_main():
+            sample.write(wanted, out, found)
     dist.barrier()
     if failed:
         report_failed(out, files, failed)
@@ -185,35 +190,25 @@ def all_bands(members):
 
 def find_sources(args, members, longest=math.inf):
     """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
-    reason} of those that cannot be read, and the others. longest: see `bad.decode`."""
-    data = members[0].state["args"]["data"]
-    files = images.find_sources(args.source, TEST_FOLDER[args.task](data), lambda file: (
+    reason} of those that cannot be read, the others, and the Sample of --submission or None. longest: see `bad.decode`.
+    """
+    state = members[0].state
+    files = images.find_sources(args.source, TEST_FOLDER[args.task](state["args"]["data"]), lambda file: (
         file.with_suffix("") if args.task == "cls" else file.stem))  # the others' results are files of this name
     failed = dist.broadcast(dist.is_main() and bad.unreadable(files, all_bands(members), longest))
     check_some(files, failed)
     good = [file for file in files if file not in failed]
     units.check(good, members[0].inputs)
-    return files, failed, good
+    names = [] if args.task == "seg" else state["classes"]
+    numbers = state.get("category_ids") or (range(len(names)) if names else range(1, max(state["classes"], 2)))
+    return files, failed, good, args.submission and sample.read(
+        args.submission, files, image_ids(args, members, files), task=args.task, names=names, numbers=numbers, rle=args.rle)
 
 
 def image_ids(args, members, files):
     """The competition's ids of the image files."""
     return submissions.image_ids(files, files[0].parent, others=args.source is not None, listed=args.ids,
                                  data=args.source and members[0].state["args"]["data"])
-
-
-def read_sample(args, state, files, ids):
-    """The Sample of --submission for these images, or None."""
-    names = [] if args.task == "seg" else state["classes"]
-    numbers = state.get("category_ids") or range(len(names)) if names else range(1, max(state["classes"], 2))
-    return args.submission and sample.read(args.submission, files, ids, task=args.task, names=names, numbers=numbers, rle=args.rle)
-
-
-def write_sample(found, out, results):
-    """Writes the Sample `found` -> {key: message} of its rows without an image. results: of its task, {file: result}."""
-    if found and dist.is_main():
-        sample.write(found, out, results)
-    return found.lost if found else {}
 
 
 def check_some(files, failed):
@@ -261,11 +256,10 @@ def predict_seg(args, device, members):
     tile = args.tile or (2**31 if first.inputs.resize else 2 * max(member.inputs.imgsz for member in members))
     overlap = OVERLAP if args.overlap is None else args.overlap
     # scenes are not read twice: what is wrong with them is found when they are predicted
-    files, failed, good = find_sources(args, members, longest=math.inf if args.detector else tile)
+    files, failed, good, wanted = find_sources(args, members, longest=math.inf if args.detector else tile)
     sizes = {file: images.size(file) for file in good}
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, members)
-    wanted = read_sample(args, first.state, files, image_ids(args, members, files))
     parts = find_parts(args, device, good) if args.detector else {}
     out = new_folder(args, members[0].path)
     writer = masks.MaskWriter(out, overlays=first.inputs.bands if args.overlays else None, polygons=args.polygons,
@@ -321,7 +315,7 @@ def predict_seg(args, device, members):
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'}")
         print(f"{len(files) - len(failed)} images: {out}")
     made = {file: out / "masks" / f"{file.stem}.tif" for file in files if file not in failed}
-    return out, files, failed | write_sample(wanted, out, made)
+    return out, files, failed, wanted, made
 
 
 def find_parts(args, device, files):
@@ -339,11 +333,10 @@ def find_parts(args, device, files):
 # ---- detection -------------------------------------------------------------------------------------------------------
 def predict_det(args, device, members):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
-    state, (files, failed, good) = members[0].state, find_sources(args, members)
+    state, (files, failed, good, wanted) = members[0].state, find_sources(args, members)
     names, category_ids, threshold = state["classes"], state["category_ids"], best_threshold(args, members)
     views = det_views(args, members, good)
     ids = image_ids(args, members, files)
-    wanted = read_sample(args, state, files, ids)
     out = new_folder(args, members[0].path)
     results = detect(args, device, members, views)
     found = dict.fromkeys(files, ((1, 1), torch.zeros(0, 6))) | dict(zip(good, zip(views.sizes, results)))
@@ -360,7 +353,7 @@ def predict_det(args, device, members):
                   if count else "no pseudo labels: no box is sure enough; lower --pseudo")
         note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
         print(f"{len(good)} images, {sum(map(len, results))} detections{note}: {out}")
-    return out, files, failed | write_sample(wanted, out, dict(zip(good, results)))
+    return out, files, failed, wanted, dict(zip(good, results))
 
 
 def det_views(args, members, files):
@@ -408,13 +401,12 @@ def predict_cls(args, device, members):
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, single_label, flags=views)
         members, shares = zip(*(pair for pair in zip(members, shares) if pair[-1] > 0))
-    files, failed, good = find_sources(args, members)
+    files, failed, good, wanted = find_sources(args, members)
     stems = [file.stem for file in files]
     if len(set(stems)) < len(stems):  # the folders tell them apart
         paths = [os.path.abspath(file.with_suffix("")) for file in files]
         stems = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
     keys = submissions.keys_of(stems)
-    wanted = read_sample(args, members[0].state, files, image_ids(args, members, files))
     _, _, tables = submissions.read_tables(args.probs or (), names, [
         key for key, file in zip(keys, files) if file not in failed])
     known, answers = cls.held_out(paths, [m.state for m in members]) if args.fit_weights else ([], None)
@@ -438,7 +430,7 @@ def predict_cls(args, device, members):
                   "no pseudo labels: no image is sure enough; lower --pseudo")
         print(f"{len(good)} images: {out}")
     decided = submissions.decide(probs, single_label, thresholds)
-    return out, files, failed | write_sample(wanted, out, dict(zip(good, zip(decided, probs))))
+    return out, files, failed, wanted, dict(zip(good, zip(decided, probs)))
 
 
 def combine_tables(args):

@@ -49,7 +49,7 @@ def read(path, files, ids, *, task, **options):
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         seen = show(read_bytes(path)[:150].decode(errors="replace"))
         raise UserError(f"{path}: begins with {seen}, which is not understood for --task {task} ({error}); compare it with "
-                        f"the images and the classes, and with the shapes in data/results/sample.py") from None
+                        f"the images and the classes, and with the shapes in docs/data.md") from None
 
 
 def _read(path, files, ids, shape, *, names, numbers, rle):
