@@ -82,10 +82,10 @@ def parse_args():
         "from which a box is drawn; without: the best of the validation, which checkpoints store")
     add("--pseudo", type=float_range(0.5, 1), metavar="P", help="also write pseudo labels for --extra-data: what has "
         "this probability; other pixels are ignored, other boxes are background, other images are left out (cls)")
-    add("--submission", metavar="SAMPLE", help="the competition's sample submission, CSV or JSON: also write OUT/SAMPLE, "
-        "with its rows and columns, filled")
-    add("--ids", metavar="JSON", help="a list of the images with their ids, for coco.json and --submission; without: the "
-        "training's own, Test_Images_Information.json or image_info*.json, at most two folders above the images")
+    add("--submission", metavar="SAMPLE", help="the competition's sample submission, CSV or JSON: also write "
+        "OUT/SAMPLE, with its rows and columns, filled")
+    add("--ids", metavar="JSON", help="a list of the images with their ids, for coco.json and --submission; without: "
+        "the training's own, Test_Images_Information.json or image_info*.json, at most two folders above the images")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
     add("--tile", "seg det", type=int_range(16, 65536), help="larger images are read in windows of this side; without: "
         "seg twice the training size (the whole image after --resize), det the training's --tile")
@@ -190,8 +190,8 @@ def all_bands(members):
 
 def find_sources(args, members, longest=math.inf):
     """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
-    reason} of those that cannot be read, the others, and the Sample of --submission or None. longest: see `bad.decode`.
-    """
+    reason} of those that cannot be read, the others; where they are needed all files' ids, and the Sample of
+    --submission. longest: see `bad.decode`."""
     state = members[0].state
     files = images.find_sources(args.source, TEST_FOLDER[args.task](state["args"]["data"]), lambda file: (
         file.with_suffix("") if args.task == "cls" else file.stem))  # the others' results are files of this name
@@ -199,16 +199,15 @@ def find_sources(args, members, longest=math.inf):
     check_some(files, failed)
     good = [file for file in files if file not in failed]
     units.check(good, members[0].inputs)
-    names = [] if args.task == "seg" else state["classes"]
-    numbers = state.get("category_ids") or (range(len(names)) if names else range(1, max(state["classes"], 2)))
-    return files, failed, good, args.submission and sample.read(
-        args.submission, files, image_ids(args, members, files), task=args.task, names=names, numbers=numbers, rle=args.rle)
-
-
-def image_ids(args, members, files):
-    """The competition's ids of the image files."""
-    return submissions.image_ids(files, files[0].parent, others=args.source is not None, listed=args.ids,
-                                 data=args.source and members[0].state["args"]["data"])
+    ids = wanted = None
+    if args.submission or args.task == "det":
+        ids = submissions.image_ids(files, files[0].parent, others=args.source is not None, listed=args.ids,
+                                    data=args.source and state["args"]["data"])
+    if args.submission:
+        names = [] if args.task == "seg" else state["classes"]
+        numbers = state.get("category_ids") or (range(len(names)) if names else range(1, max(state["classes"], 2)))
+        wanted = sample.read(args.submission, files, ids, task=args.task, names=names, numbers=numbers, rle=args.rle)
+    return files, failed, good, ids, wanted
 
 
 def check_some(files, failed):
@@ -256,7 +255,7 @@ def predict_seg(args, device, members):
     tile = args.tile or (2**31 if first.inputs.resize else 2 * max(member.inputs.imgsz for member in members))
     overlap = OVERLAP if args.overlap is None else args.overlap
     # scenes are not read twice: what is wrong with them is found when they are predicted
-    files, failed, good, wanted = find_sources(args, members, longest=math.inf if args.detector else tile)
+    files, failed, good, _, wanted = find_sources(args, members, longest=math.inf if args.detector else tile)
     sizes = {file: images.size(file) for file in good}
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, members)
@@ -333,10 +332,9 @@ def find_parts(args, device, files):
 # ---- detection -------------------------------------------------------------------------------------------------------
 def predict_det(args, device, members):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
-    state, (files, failed, good, wanted) = members[0].state, find_sources(args, members)
+    state, (files, failed, good, ids, wanted) = members[0].state, find_sources(args, members)
     names, category_ids, threshold = state["classes"], state["category_ids"], best_threshold(args, members)
     views = det_views(args, members, good)
-    ids = image_ids(args, members, files)
     out = new_folder(args, members[0].path)
     results = detect(args, device, members, views)
     found = dict.fromkeys(files, ((1, 1), torch.zeros(0, 6))) | dict(zip(good, zip(views.sizes, results)))
@@ -401,7 +399,7 @@ def predict_cls(args, device, members):
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, single_label, flags=views)
         members, shares = zip(*(pair for pair in zip(members, shares) if pair[-1] > 0))
-    files, failed, good, wanted = find_sources(args, members)
+    files, failed, good, _, wanted = find_sources(args, members)
     stems = [file.stem for file in files]
     if len(set(stems)) < len(stems):  # the folders tell them apart
         paths = [os.path.abspath(file.with_suffix("")) for file in files]

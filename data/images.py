@@ -91,9 +91,8 @@ def is_image(path):
 
 
 def find_sources(patterns, default, name_of):
-    """Files, folders with all folders in them, and globs -> the image files, sorted; what name_of(file) gives must differ.
-    Files of other kinds are named with their count, unless the pattern is the file itself. UserError where there is none.
-    """
+    """Files, folders with all folders in them, and globs -> the image files, sorted; name_of(file) must differ. Files
+    of other kinds are named with their count, unless the pattern is the file itself. UserError where there is none."""
     found, others = [], []
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)

@@ -26,8 +26,8 @@ FILES = [Path("in/007.jpg"), Path("in/b c.png"), Path("in/7.jpg")]
 ROWS = torch.tensor([[10.0, 20, 30.5, 60, 0.75, 2], [0, 0, 5, 6, 0.5, 0]])
 
 
-def fill(tmp_path, text, task="cls", *, found=None, ids=None, name="sample.csv", names=NAMES, numbers=(0, 1, 2), rle=None):
-    """The sample's text -> what comes out: rows of texts of a CSV, or the content of a JSON; {key: message} of lost rows."""
+def fill(tmp_path, text, task="cls", *, found=None, ids=None, name="s.csv", names=NAMES, numbers=(0, 1, 2), rle=None):
+    """The sample's text -> the rows of texts of the CSV that comes out, or the JSON's content; {lost key: message}."""
     (tmp_path / name).write_text(text)
     ids = ids or dict(zip(["7", "b c", "8"], FILES))
     made = sample.read(tmp_path / name, list(ids.values()), list(ids), task=task, names=names,
@@ -45,7 +45,8 @@ CLASSES = {  # the sample, the rows that come out
     "classes by number, another column": ("id,0,1,2,usage\n7,0,0,0,Public\n", [["7", "0", "1", "1", "Public"]]),
     "other order, files, paths, a lost image": (
         "file,cat\ntest/b c.png,0.1\nno.jpg,0.7\n8,0.5\n", [["test/b c.png", "0.8"], ["no.jpg", "0.7"], ["8", "0.3"]]),
-    "labels by name": ("id,label\n7,cat\nb c,cat\n8,dog\n", [["7", "dog school bus"], ["b c", "cat"], ["8", "dog school bus"]]),
+    "labels by name": ("id,label\n7,cat\nb c,cat\n8,dog\n", [
+        ["7", "dog school bus"], ["b c", "cat"], ["8", "dog school bus"]]),
     "labels by number, joined": ("id,label\n7,0|1\nb c,0\n", [["7", "1|2"], ["b c", "0"]]),
     "labels by name, joined": ('id,tags\n7,"cat,dog"\nb c,x\n', [["7", "dog,school bus"], ["b c", "cat"]]),
     "a row per image and class": ("id,score\n7_cat,0.5\n7_school bus,0.5\nq_dog,0.1\nb c_dog,0.5\n", [
@@ -64,7 +65,8 @@ def test_classes(tmp_path, text, rows):
 
 def test_one_probability_of_two_classes(tmp_path):
     pairs = {file: (np.array([1, 0]), np.array([0.75, 0.25])) for file in FILES}
-    assert fill(tmp_path, "id,label\n7,0.5\n", names=["cat", "dog"], numbers=(0, 1), found=pairs)[0][1:] == [["7", "0.25"]]
+    rows, _ = fill(tmp_path, "id,label\n7,0.5\n", names=["cat", "dog"], numbers=(0, 1), found=pairs)
+    assert rows[1:] == [["7", "0.25"]]
 
 
 def test_two_images_of_one_number(tmp_path):
@@ -91,7 +93,7 @@ def decoded(text, shape, order, first):
 @pytest.mark.parametrize("empty", ["", "-1", "1 0"])
 def test_run_lengths(tmp_path, rle, empty):
     rng, (order, first) = np.random.default_rng(0), rle.split(",")
-    masks = {Path(f"{i}.tif"): (rng.random((9, 13)) < share).astype(np.uint8) * 2 for i, share in enumerate((0.5, 0, 1))}
+    masks = {Path(f"{i}.tif"): (rng.random((9, 13)) < share).astype(np.uint8) * 2 for i, share in enumerate((.5, 0, 1))}
     files = {file: write_tif(tmp_path / file, mask) for file, mask in masks.items()}
     ids = {file.stem: file for file in masks}
     text = f"id,rle\n2,{empty}\nno,9 9\n0,1 1\n1,1 1\n"
@@ -101,7 +103,8 @@ def test_run_lengths(tmp_path, rle, empty):
         assert np.array_equal(decoded(written, (9, 13), order, int(first)), masks[ids[key]] > 0)
     assert rows[4] == ["1", empty]
     if rle == "column,0":  # as COCO counts: zeros, ones, zeros ...
-        counts = np.diff([0, *np.add.accumulate(np.array(rows[3][1].split(), int).reshape(-1, 2), 1).ravel(), 117]).tolist()
+        starts_and_lengths = np.array(rows[3][1].split(), int).reshape(-1, 2)
+        counts = np.diff([0, *np.add.accumulate(starts_and_lengths, 1).ravel(), 117]).tolist()
         coded = coco_mask.frPyObjects({"size": [9, 13], "counts": counts}, 9, 13)
         assert np.array_equal(coco_mask.decode(coded), masks[ids["0"]] > 0)
         assert fill(tmp_path, text + "3,0 4\n", "seg", ids=ids, found=files, names=[], numbers=[1])[0][3] == rows[3]
@@ -113,7 +116,8 @@ def test_run_lengths(tmp_path, rle, empty):
 
 # ---- detections ------------------------------------------------------------------------------------------------------
 BOXES = {
-    "corners": ("image_id,class,score,xmin,ymin,xmax,ymax\n7,cat,0.5,0,0,1,1\nb c,cat,0.5,0,0,1,1\nno,dog,1,2,3,4,5\n", [
+    "corners": (
+        "image_id,class,score,xmin,ymin,xmax,ymax\n7,cat,0.5,0,0,1,1\nb c,cat,0.5,0,0,1,1\nno,dog,1,2,3,4,5\n", [
         ["7", "school bus", "0.75", "10.0", "20.0", "30.5", "60.0"], ["7", "cat", "0.5", "0.0", "0.0", "5.0", "6.0"],
         ["no", "dog", "1", "2", "3", "4", "5"]]),
     "sides": ("ImageID,x,y,w,h,Confidence,LabelId\n7,0,0,1,1,1,1\n7,0,0,1,1,1,1\n", [
@@ -135,12 +139,13 @@ def test_boxes(tmp_path, text, rows):
 def test_coco_results(tmp_path, more):
     text = json.dumps([{"image_id": 9, "category_id": 1, "bbox": [0, 0, 1, 1], **more, "score": 0.5}])
     ids = {4: FILES[0], 9: FILES[1]}
-    items, _ = fill(tmp_path, text, "det", numbers=(1, 2, 7), ids=ids, found=dict(zip(FILES, (ROWS, ROWS[:1]))), name="s.json")
-    assert items == [
-        {"image_id": i, "category_id": c, "bbox": box, **more, "score": score} for i, c, box, score in (
-            (9, 7, [10.0, 20.0, 20.5, 40.0], 0.75), (4, 7, [10.0, 20.0, 20.5, 40.0], 0.75), (4, 1, [0.0, 0.0, 5.0, 6.0], 0.5))]
+    found, large, small = dict(zip(FILES, (ROWS, ROWS[:1]))), [10.0, 20.0, 20.5, 40.0], [0.0, 0.0, 5.0, 6.0]
+    items, _ = fill(tmp_path, text, "det", numbers=(1, 2, 7), ids=ids, found=found, name="s.json")
+    assert items == [{"image_id": i, "category_id": c, "bbox": box, **more, "score": score} for i, c, box, score in (
+        (9, 7, large, 0.75), (4, 7, large, 0.75), (4, 1, small, 0.5))]
     truth = COCO()
-    truth.dataset = {"images": [{"id": 4}, {"id": 9}], "annotations": [], "categories": [{"id": 1}, {"id": 7}], "info": {}}
+    truth.dataset = {key: [] for key in ("images", "annotations", "categories", "info")}
+    truth.dataset |= {"images": [{"id": 4}, {"id": 9}], "categories": [{"id": 1}, {"id": 7}]}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         assert len(truth.loadRes(str(tmp_path / "out/s.json")).anns) == 3
@@ -167,7 +172,8 @@ def test_classification_with_missing_and_damaged_images(script, tmp_path, capsys
     (tmp_path / "sample.csv").write_text(text)
     for source in ("in", "in/*"):
         with pytest.raises(PartialError, match="2 of 6 images"):
-            script(predict, *CLS, "--weights", cls_weights(), "--source", source, "--out", "out", "--submission", "sample.csv")
+            script(predict, *CLS, "--weights", cls_weights(), "--source", source, "--out", "out", "--submission",
+                   "sample.csv")
         assert "1 files are no images and are left out, such as in/notes.txt" in capsys.readouterr().out
         keys, probs, _ = results("out")
         assert sorted(keys) == ["007", "7", "cat/1", "dog/1", "dog/bad"]
@@ -189,13 +195,15 @@ def test_detection_with_ids_of_the_training_data(script, tmp_path, finder, parki
         save(f"DATA/{folder}/{i}.png", picture)
         entries.append({"id": 70 + i, "file_name": f"{i}.png"})
     content = {"images": entries, "annotations": [], "categories": [{"id": k, "name": f"{k}"} for k in (1, 2, 7)]}
-    for name, listed in (("DATA/train/label/Train.json", entries[:2]), ("ids.json", entries), ("DATA/image_info_x.json", entries[2:])):
+    for name, listed in (("DATA/train/label/Train.json", entries[:2]), ("ids.json", entries),
+                         ("DATA/image_info_x.json", entries[2:])):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(json.dumps(content | {"images": listed}))
     (tmp_path / "bad.png").write_bytes(b"no image")
     Path("s.json").write_text(json.dumps([{"image_id": 72, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]))
     net = weights(data="DATA")
-    for out, wanted, *flags in (("train", [70, 71], "--source", "DATA/train/images"), ("new", [72], "--source", "DATA/new"),
+    for out, wanted, *flags in (("train", [70, 71], "--source", "DATA/train/images"),
+                                ("new", [72], "--source", "DATA/new"),
                                 ("all", [70, 71, 72], "--source", "DATA/*/*.png", "DATA/train", "--ids", "ids.json",
                                  "--submission", "s.json")):
         script(predict, *DET, "--weights", net, "--out", out, *flags)
@@ -208,6 +216,11 @@ def test_detection_with_ids_of_the_training_data(script, tmp_path, finder, parki
                 check(items, image_id, truths[image_id])
     with pytest.raises(UserError, match="bad.png: not in ids.json .1 in total"):
         script(predict, *DET, "--weights", net, "--source", "DATA/new", "bad.png", "--ids", "ids.json")
+
+
+def test_flags_without_a_sample(refused):
+    for flags in (["--task", "seg", "--rle", "row,1"], ["--task", "cls", "--ids", "a.json"]):
+        refused(predict, *flags, says="--rle, --ids: are for --submission")
 
 
 def test_lists_of_coco(tmp_path):

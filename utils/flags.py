@@ -20,9 +20,8 @@ def check_task(args, known):
     # of single labels too: normalising to a sum of 1 turns only sum into a mean, which is there already
     if args.pseudo and args.merge in ("sum", "max", "min", "tsharpen"):
         raise UserError(f"--pseudo: the results of --merge {args.merge} are no probabilities; take mean or gmean")
-    for flag in ("rle", "ids"):
-        if vars(args)[flag] and not args.submission and (flag, args.task) != ("ids", "det"):
-            raise UserError(f"{word(flag)}: is for --submission; give that too")
+    if (args.rle or args.ids) and not args.submission and args.task != "det":
+        raise UserError("--rle, --ids: are for --submission; give that too")
     if args.tta_scales and "scale" not in (args.tta or ()):
         raise UserError("--tta-scales: are the sizes of --tta scale; give that too")
 

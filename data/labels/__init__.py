@@ -94,7 +94,7 @@ def test_folder(path):
 
 
 def image_ids(path, file):
-    """{image file, as an absolute path: its id} of training data in COCO's format in whose folder the `file` is, else {}.
+    """{image file, as an absolute path: its id} of training data in COCO's format, if `file` is in its folder; else {}.
     """
     layout = _find(Path(path))
     inside = layout.read is coco.read and layout.root.resolve() in Path(file).resolve().parents

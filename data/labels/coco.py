@@ -172,8 +172,8 @@ def image_lists(folder):
 
 
 def test_ids(root):
-    """{name of an image file, by `same_name`: image id} from ROOT/Test_Images_Information.json, or from the file `root`:
-    {"images": [{"id", "file_name"}]}, or that list alone. {} where there is no such file. Raises UserError."""
+    """{name of an image file, by `same_name`: its id} from ROOT/Test_Images_Information.json, or from the JSON `root`:
+    {"images": [{"id", "file_name"}]}, or that list alone. {} where ROOT has no such file. Raises UserError."""
     path = Path(root)
     if path.suffix.lower() != ".json":
         path /= TEST_INFORMATION

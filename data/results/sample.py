@@ -1,4 +1,4 @@
-"""A competition's sample submission, filled with results: predict.py --submission. Its header and values tell its shape.
+"""A competition's sample submission, filled with results (predict.py --submission). It tells its shape by itself:
 
     classes      a column per class, of 0 and 1 or of probabilities; a row per image and class ("7.png_cat", or a class
                  column); one label, by name or number; several labels in one text; one probability of two classes
@@ -23,15 +23,17 @@ from utils.ops.boxes import sides
 from utils.train import dist
 
 ROLES = {"class": "class classid classname category categoryid categoryname label labelid labelname",
-         "score": "score confidence conf probability prob", "bbox": "bbox", "x1": "x1 xmin left x", "y1": "y1 ymin top y",
+         "score": "score confidence conf probability prob", "bbox": "bbox",
+         "x1": "x1 xmin left x", "y1": "y1 ymin top y",
          "x2": "x2 xmax right", "y2": "y2 ymax bottom", "w": "w width", "h": "h height"}
 TEXTS = ("class score x1 y1 x2 y2".split(), "score x1 y1 w h".split())  # of a detection
 RUNS = ("column,1", "column,0", "row,1", "row,0")  # of --rle: the order of the pixels, the number of the first
 
 
 class Sample(NamedTuple):
-    """places: (row as {column: value}, image file or None, class index or None); lost: {key: message} of the rows without
-    an image; fill: function(result, class index) -> [{column: value}], of one row or of all detections of the image."""
+    """places: (row as {column: value}, image file or None, class index or None); lost: {key: message} of the rows
+    without an image; fill: function(result, class index) -> [{column: value}], of one row, or of all detections of the
+    image."""
     path: Path
     places: list
     lost: dict
@@ -41,15 +43,15 @@ class Sample(NamedTuple):
 def read(path, files, ids, *, task, **options):
     """-> Sample. Rank 0 prints what is understood; UserError where nothing is.
 
-    files, ids: the images and their ids; task: "seg", "det" or "cls"; options: names, numbers: of the classes, in the net's order, []
-    where they have no names; rle: one of RUNS, None: as the sample says, else the first.
+    files, ids: the images and their ids; task: "seg", "det" or "cls"; options: names, numbers: of the classes, in the
+    net's order, [] where they have no names; rle: one of RUNS, None: as the sample says, else the first.
     """
     try:
         return _read(Path(path), files, ids, SHAPES[task], **options)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         seen = show(read_bytes(path)[:150].decode(errors="replace"))
-        raise UserError(f"{path}: begins with {seen}, which is not understood for --task {task} ({error}); compare it with "
-                        f"the images and the classes, and with the shapes in docs/data.md") from None
+        raise UserError(f"{path}: begins with {seen}, which is not understood for --task {task} ({error}); compare it "
+                        f"with the images, the classes, and the shapes in docs/data.md") from None
 
 
 def _read(path, files, ids, shape, *, names, numbers, rle):
@@ -61,8 +63,8 @@ def _read(path, files, ids, shape, *, names, numbers, rle):
     columns = {name: [str(row[name]).strip() for row in rows] for name in rows[0]}
     key = min(columns, key=lambda name: not name.lower().startswith(("image", "img", "file")))
     keys, owners = columns.pop(key), [None] * len(rows)
-    owner = next((name for name in columns if role_of(name) == "class"), None)
-    if owner and shape != boxes and len({*keys}) < len(rows):  # a row per image and class
+    if shape != boxes and len({*keys}) < len(rows):  # a row per image and class
+        [owner] = [name for name in columns if role_of(name) == "class"]
         keys = list(map("_".join, zip(keys, columns.pop(owner))))
     found = match(keys, files, ids)
     if not any(found.values()):  # "7.png_cat"
@@ -76,7 +78,8 @@ def _read(path, files, ids, shape, *, names, numbers, rle):
     if shape == boxes and len(columns) > 1:  # a row per detection: those of an image stand together
         places = list({place[1] or i: place for i, place in enumerate(places)}.values())
         if path.suffix == ".json":  # it is an example, which does not list the images
-            places += [(rows[0] | {key: name}, file, None) for name, file in zip(ids, files) if file not in found.values()]
+            listed = {*found.values()}
+            places += [(rows[0] | {key: name}, file, None) for name, file in zip(ids, files) if file not in listed]
     dist.print0(f"submission: {len(rows):,} rows, {understood}")
     lost = {text: f"{path}: there is no image {show(text)}" for text, file in found.items() if not file}
     return Sample(path, places, lost, fill)

@@ -22,9 +22,9 @@ from utils.train import dist
 def image_ids(files, near, *, others=False, listed=None, data=None):
     """The competition's image ids: from the first JSON file that lists all images, or from their names.
 
-    The file `listed`; else those of the training data `data`, if the images are its own; else the lists of test images
-    (`coco.image_lists`) in `near` or at most two folders above. UserError for a list that lacks some. Without a list the
-    file's stem, as a number where no other file has this number.
+    These are `listed`; else the lists of test images (`coco.image_lists`) in `near` or at most two folders above, and
+    the labels of the training data `data`, of its own images. UserError for a list that lacks some images. Without a
+    list the file's stem, as a number where no other file has this number.
 
     others: a list that has none of the images is ignored instead of refused: they may be training images.
     """
@@ -158,8 +158,8 @@ def keys_of(names):
 
 
 def decide(probs, single_label, thresholds):
-    """Probabilities (N, classes) -> 0 or 1. thresholds: one, or one per class; of exclusive classes the most probable is
-    there."""
+    """Probabilities (N, classes) -> 0 or 1. thresholds: one, or one per class; of exclusive classes the most probable
+    is there."""
     return np.eye(probs.shape[1], dtype=int)[probs.argmax(1)] if single_label else (probs > thresholds).astype(int)
 
 
