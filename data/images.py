@@ -78,10 +78,15 @@ def find(folder, below=False):
 
 
 def some(place, files):
-    """The image files found at a place. Raises UserError where there are none."""
-    if not files:
+    """Of the files found at a place the images, and the file that is itself the place. Rank 0 prints how many others
+    there are. Raises UserError where no image is."""
+    found = [file for file in files if is_image(file) or file == Path(place)]
+    if not found:
         raise UserError(f"{place}: no images in it ({', '.join(SUFFIXES)}); check the path")
-    return files
+    if len(found) < len(files):
+        other = min(set(files) - set(found))
+        dist.print0(f"{place}: {len(files) - len(found)} files are no images and are left out, such as {other}")
+    return found
 
 
 def is_image(path):
@@ -93,17 +98,13 @@ def is_image(path):
 def find_sources(patterns, default, name_of):
     """Files, folders with all folders in them, and globs -> the image files, sorted; name_of(file) must differ. Files
     of other kinds are named with their count, unless the pattern is the file itself. UserError where there is none."""
-    found, others = [], []
+    found = []
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
         if not matches:
             raise UserError(f"{pattern}: no such file or folder; choose another --source")
-        files = [file for match in map(Path, sorted(matches)) for file in (
-            sorted(match / name for name in list_tree(match)) if match.is_dir() else [match])]
-        others += [file for file in files if not is_image(file) and file != Path(pattern)]
-        found += some(pattern, [file for file in files if is_image(file) or file == Path(pattern)])
-    if others:
-        dist.print0(f"{len(others)} files are no images and are left out, such as {others[0]}")
+        found += some(pattern, [file for match in map(Path, sorted(matches)) for file in (
+            sorted(match / name for name in list_tree(match)) if match.is_dir() else [match])])
     return list(by_name(found, name_of).values())
 
 

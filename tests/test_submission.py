@@ -63,6 +63,13 @@ def test_classes(tmp_path, text, rows):
     assert list(lost) == [key for key in ("no.jpg", "q") if f"\n{key}" in text]
 
 
+def test_labels_in_json(tmp_path):
+    found = {file: ([np.array([0, 1, 0]), np.array([1, 0, 1])][i % 2], None) for i, file in enumerate(FILES)}
+    rows = [{"image": "8", "label": 0}, {"image": "b c", "label": 0}]
+    items, _ = fill(tmp_path, json.dumps(rows), found=found, name="s.json")
+    assert items == [{"image": "8", "label": 1}, {"image": "b c", "label": "0 2"}]
+
+
 def test_one_probability_of_two_classes(tmp_path):
     pairs = {file: (np.array([1, 0]), np.array([0.75, 0.25])) for file in FILES}
     rows, _ = fill(tmp_path, "id,label\n7,0.5\n", names=["cat", "dog"], numbers=(0, 1), found=pairs)
@@ -174,7 +181,7 @@ def test_classification_with_missing_and_damaged_images(script, tmp_path, capsys
         with pytest.raises(PartialError, match="2 of 6 images"):
             script(predict, *CLS, "--weights", cls_weights(), "--source", source, "--out", "out", "--submission",
                    "sample.csv")
-        assert "1 files are no images and are left out, such as in/notes.txt" in capsys.readouterr().out
+        assert f"{source}: 1 files are no images and are left out, such as in/notes.txt" in capsys.readouterr().out
         keys, probs, _ = results("out")
         assert sorted(keys) == ["007", "7", "cat/1", "dog/1", "dog/bad"]
         rows = [line.split(",") for line in Path("out/sample.csv").read_text().splitlines()]

@@ -61,7 +61,7 @@ def _read(path, files, ids, shape, *, names, numbers, rle):
         header, *lines = filter(None, read_csv(path))
         rows = [dict(zip(header, line, strict=True)) for line in lines]
     columns = {name: [str(row[name]).strip() for row in rows] for name in rows[0]}
-    key = min(columns, key=lambda name: not name.lower().startswith(("image", "img", "file")))
+    key = min(columns, key=lambda name: name in names or not name.lower().startswith(("image", "img", "file")))
     keys, owners = columns.pop(key), [None] * len(rows)
     if shape != boxes and len({*keys}) < len(rows):  # a row per image and class
         [owner] = [name for name in columns if role_of(name) == "class"]
@@ -122,10 +122,15 @@ def classes(columns, known, names, numbers, each, rle):
     if found:
         return f"classes with {'probabilities' if exact else '0 and 1'}", lambda result, k: [
             {name: round(result[exact][own if k is None else k].item(), 6) for name, own in found.items()}]
-    [column], mark = columns, next((mark for mark in "|;, " if any(mark in text for text in texts)), " ")
+    if len(columns) > 1:
+        raise ValueError("no column has the name of a class")
+    mark = next((mark for mark in "|;, " if any(mark in text for text in texts)), " ")
     labels, by = naming([label for text in texts for label in text.split(mark)], names, numbers)
-    return f"labels by {by}, several joined by {mark!r}", lambda result, k: [
-        {column: mark.join(str(labels[i]) for i in result[0].nonzero()[0])}]
+
+    def fill(result, _):
+        present = [labels[k] for k in result[0].nonzero()[0]]  # a single number stays a number in JSON
+        return [dict.fromkeys(columns, present[0] if len(present) == 1 else mark.join(map(str, present)))]
+    return f"labels by {by}, several joined by {mark!r}", fill
 
 
 def naming(texts, names, numbers):
@@ -142,7 +147,7 @@ def runs(columns, known, names, numbers, each, rle):
 
     def fill(file, k):
         mask = images.read(file)[0].numpy()
-        line = np.pad((mask > 0 if k is None else mask == k + 1).ravel("F" if rle < "r" else "C"), 1)
+        line = np.pad((mask > 0 if k is None else mask == k + 1).ravel("F" if rle.startswith("column") else "C"), 1)
         found = np.flatnonzero(line[1:] != line[:-1])  # start, end, start, end ...
         found[1::2] -= found[::2]
         found[::2] += int(rle[-1])
@@ -161,7 +166,7 @@ def boxes(columns, known, names, numbers, each, rle):
     labels, by = naming([text for role, text in zip(roles, example) if role == "class"], names, numbers)
 
     def fill(result, _):
-        table = np.c_[result, sides(result)].astype(float).round(4).tolist()
+        table = np.c_[result, sides(result)].astype(float).round(6).tolist()
         items = [{"x1": x1, "y1": y1, "x2": x2, "y2": y2, "w": w, "h": h, "bbox": [x1, y1, w, h], "score": score,
                   "class": labels[int(k)]} for x1, y1, x2, y2, score, k, w, h in table]
         if len(columns) == 1:
