@@ -2,6 +2,7 @@
 
     python predict.py --task seg --tta                        # newest run, its data's test_img folder
     python predict.py --task seg --weights runs/seg/exp*/best.pt --source scene.tif --tile 512 --polygons
+    python predict.py --task seg --submission sample_submission.csv  # the sample's rows and columns, filled
     python predict.py --task seg --detector runs/det/exp/best.pt     # detect, crop, segment
     python predict.py --task det --weights runs/det/exp/best.pt --tta --imgsz 1536 --source photos --tile 1024
     python predict.py --task cls --tta --weights runs/cls/*/best.pt --fit-weights
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from tqdm import tqdm
 import nets
 from data import bad, cls, det, images, labels, seg, units
 from data.loader import eval_loader
-from data.results import masks, pseudo, submissions
+from data.results import masks, pseudo, sample, submissions
 from nets import pretrained
 from nets.blocks import fuse
 from utils import flags
@@ -83,12 +85,18 @@ def parse_args():
         "from which a box is drawn; without: the best of the validation, which checkpoints store")
     add("--pseudo", type=float_range(0.5, 1), metavar="P", help="also write pseudo labels for --extra-data: what has "
         "this probability; other pixels are ignored, other boxes are background, other images are left out (cls)")
+    add("--submission", metavar="SAMPLE", help="the competition's sample submission, CSV or JSON: also write "
+        "OUT/SAMPLE, with its rows and columns, filled")
+    add("--ids", metavar="JSON", help="a list of the images with their ids, for coco.json and --submission; without: "
+        "the training's own, Test_Images_Information.json or image_info*.json, at most two folders above the images")
     add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
     add("--tile", "seg det", type=int_range(16, 65536), help="larger images are read in windows of this side; without: "
         "seg twice the training size (the whole image after --resize), det the training's --tile")
     add("--overlap", "seg det", type=float_range(0, 0.9), help="of windows; without: seg 0.25, det the training's")
     add("--overlays", "seg det", action=argparse.BooleanOptionalAction, default=True, help="pictures of the results")
     add("--polygons", "seg", action="store_true", help="also write the masks' outlines as GeoJSON")
+    add("--rle", "seg", choices=sample.RUNS, help="of --submission: the order in which the pixels are counted, and the "
+        "number of the first; without: column,1, or column,0 if the sample has such runs")
     add("--detector", "seg", metavar="PATH", help="a checkpoint of train_det.py, for which --imgsz, --conf, --iou and "
         "--max-det are: only its boxes, a little enlarged, are segmented")
     add("--imgsz", "det cls", type=int_range(32, 65536), help="side of the net's input; without: as trained")
@@ -120,7 +128,12 @@ def main():
     if args.soup:
         paths, states = paths[:1], [checkpoint.average(paths, states)]
     members = load_members(args, args.task, device, paths, states)
-    out, files, failed = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}[args.task](args, device, members)
+    tasks = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}
+    out, files, failed, wanted, found = tasks[args.task](args, device, members)
+    if wanted:
+        failed |= wanted.lost
+        if dist.is_main():
+            sample.write(wanted, out, found)
     dist.barrier()
     if failed:
         report_failed(out, files, failed)
@@ -180,13 +193,24 @@ def all_bands(members):
 
 def find_sources(args, members, longest=math.inf):
     """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
-    reason} of those that cannot be read, and the others. longest: see `bad.decode`."""
-    files = images.find_sources(args.source, TEST_FOLDER[args.task](members[0].state["args"]["data"]))
+    reason} of those that cannot be read, the others; where they are needed all files' ids, and the Sample of
+    --submission. longest: see `bad.decode`."""
+    state = members[0].state
+    files = images.find_sources(args.source, TEST_FOLDER[args.task](state["args"]["data"]), lambda file: (
+        file.with_suffix("") if args.task == "cls" else file.stem))  # the others' results are files of this name
     failed = dist.broadcast(dist.is_main() and bad.unreadable(files, all_bands(members), longest))
     check_some(files, failed)
     good = [file for file in files if file not in failed]
     units.check(good, members[0].inputs)
-    return files, failed, good
+    ids = wanted = None
+    if args.submission or args.task == "det":
+        ids = submissions.image_ids(files, files[0].parent, others=args.source is not None, listed=args.ids,
+                                    data=args.source and state["args"]["data"])
+    if args.submission:
+        names = [] if args.task == "seg" else state["classes"]
+        numbers = state.get("category_ids") or (range(len(names)) if names else range(1, max(state["classes"], 2)))
+        wanted = sample.read(args.submission, files, ids, task=args.task, names=names, numbers=numbers, rle=args.rle)
+    return files, failed, good, ids, wanted
 
 
 def check_some(files, failed):
@@ -200,7 +224,7 @@ def report_failed(out, files, failed):
     if dist.is_main():
         write_text(out / "failed.txt", "".join(f"{reason}\n" for reason in failed.values()))
         print("\n".join(["not predicted:", *list(failed.values())[:20], f"all in {out / 'failed.txt'}"]))
-    raise PartialError(f"{len(failed)} of {len(files)} images cannot be read and were not predicted, see "
+    raise PartialError(f"{len(failed)} of {len({*files, *failed})} images cannot be read and were not predicted, see "
                        f"{out / 'failed.txt'}; replace them and predict again, or use the results without them")
 
 
@@ -234,7 +258,7 @@ def predict_seg(args, device, members):
     tile = args.tile or (2**31 if first.inputs.resize else 2 * max(member.inputs.imgsz for member in members))
     overlap = OVERLAP if args.overlap is None else args.overlap
     # scenes are not read twice: what is wrong with them is found when they are predicted
-    files, failed, good = find_sources(args, members, longest=math.inf if args.detector else tile)
+    files, failed, good, _, wanted = find_sources(args, members, longest=math.inf if args.detector else tile)
     sizes = {file: images.size(file) for file in good}
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, members)
@@ -292,7 +316,8 @@ def predict_seg(args, device, members):
         if args.pseudo:
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'}")
         print(f"{len(files) - len(failed)} images: {out}")
-    return out, files, failed
+    made = {file: out / "masks" / f"{file.stem}.tif" for file in files if file not in failed}
+    return out, files, failed, wanted, made
 
 
 def find_parts(args, device, files):
@@ -311,10 +336,9 @@ def find_parts(args, device, files):
 # ---- detection -------------------------------------------------------------------------------------------------------
 def predict_det(args, device, members):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
-    state, (files, failed, good) = members[0].state, find_sources(args, members)
+    state, (files, failed, good, ids, wanted) = members[0].state, find_sources(args, members)
     names, category_ids, threshold = state["classes"], state["category_ids"], best_threshold(args, members)
     views = det_views(args, members, good)
-    ids = submissions.image_ids(files, files[0].parent, others=args.source is not None)
     out = new_folder(args, members[0].path)
     results = detect(args, device, members, views)
     found = dict.fromkeys(files, ((1, 1), torch.zeros(0, 6))) | dict(zip(good, zip(views.sizes, results)))
@@ -331,7 +355,7 @@ def predict_det(args, device, members):
                   if count else "no pseudo labels: no box is sure enough; lower --pseudo")
         note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
         print(f"{len(good)} images, {sum(map(len, results))} detections{note}: {out}")
-    return out, files, failed
+    return out, files, failed, wanted, dict(zip(good, results))
 
 
 def det_views(args, members, files):
@@ -380,13 +404,14 @@ def predict_cls(args, device, members):
     if args.ensemble:
         shares, thresholds = ensemble.read(args.ensemble, paths, names, single_label, flags=views)
         members, shares = zip(*(pair for pair in zip(members, shares) if pair[-1] > 0))
-    files, failed, good = find_sources(args, members)
-    keys = [submissions.index_of(file.stem) for file in files]
-    file_of = dict(zip(keys, files))  # of several with one number the last
-    twice = next((file for key, file in zip(keys, files) if file_of[key] != file), None)
-    if twice:
-        raise UserError(f"{twice}: another image has the number {int(twice.stem)} too; predict them in two runs")
-    _, _, tables = submissions.read_tables(args.probs or (), names, [key for key in keys if file_of[key] not in failed])
+    files, failed, good, _, wanted = find_sources(args, members)
+    stems = [file.stem for file in files]
+    if len(set(stems)) < len(stems):  # the folders tell them apart
+        paths = [os.path.abspath(file.with_suffix("")) for file in files]
+        stems = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    keys = submissions.keys_of(stems)
+    _, _, tables = submissions.read_tables(args.probs or (), names, [
+        key for key, file in zip(keys, files) if file not in failed])
     known, answers = cls.held_out(paths, [m.state for m in members]) if args.fit_weights else ([], None)
     out = new_folder(args, members[0].path)
 
@@ -401,14 +426,14 @@ def predict_cls(args, device, members):
         rows = np.full((len(files), len(names)), probs.mean(0) * single_label)
         rows[[file not in failed for file in files]] = probs
         numbered = cls.test_folder(members[0].state["args"]["data"]).name == cls.COMPETITION_TEST
-        submissions.write_classes(out, keys if numbered else [file.stem for file in files], rows, names, single_label,
-                                  thresholds)
+        submissions.write_classes(out, keys if numbered else stems, rows, names, single_label, thresholds)
         if args.pseudo:
             count = pseudo.write_classes(out / "pseudo", good, probs, names, single_label, args.pseudo)
             print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}" if count else
                   "no pseudo labels: no image is sure enough; lower --pseudo")
         print(f"{len(good)} images: {out}")
-    return out, files, failed
+    decided = submissions.decide(probs, single_label, thresholds)
+    return out, files, failed, wanted, dict(zip(good, zip(decided, probs)))
 
 
 def combine_tables(args):

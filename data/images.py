@@ -40,7 +40,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import by_name, read_bytes, reading
+from utils.files import by_name, list_tree, read_bytes, reading
 from utils.ops.geometry import resize  # noqa: F401, as images.resize
 from utils.train import dist
 
@@ -69,27 +69,43 @@ def find(folder, below=False):
     """The image files in a folder, with `below` also those in the folders in it, sorted by name. Raises UserError when
     it is missing or has none."""
     try:
-        paths = list(Path(folder).iterdir())
+        names = os.listdir(folder)
     except OSError:
         raise UserError(f"{folder}: no such folder, or not readable; put the data there, or point --data or --source "
                         f"to it (python -m data.samples makes sample data)") from None
-    paths = Path(folder).rglob("*") if below else paths
-    files = sorted(p for p in paths if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
-    if not files:
-        raise UserError(f"{folder}: no images in it ({', '.join(SUFFIXES)}); check the path")
-    return files
+    names = list_tree(folder) if below else names
+    return some(folder, sorted(Path(folder) / name for name in names if is_image(name)))
 
 
-def find_sources(patterns, default):
-    """Files, folders and globs -> the image files, sorted; their names must differ. UserError where there is none."""
-    files = []
+def some(place, files):
+    """Of the files found at a place the images, and the file that is itself the place. Rank 0 prints how many others
+    there are. Raises UserError where no image is."""
+    found = [file for file in files if is_image(file) or file == Path(place)]
+    if not found:
+        raise UserError(f"{place}: no images in it ({', '.join(SUFFIXES)}); check the path")
+    if len(found) < len(files):
+        other = min(set(files) - set(found))
+        dist.print0(f"{place}: {len(files) - len(found)} files are no images and are left out, such as {other}")
+    return found
+
+
+def is_image(path):
+    """Whether a file is an image by its name; hidden files are none."""
+    name = os.path.basename(path)
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def find_sources(patterns, default, name_of):
+    """Files, folders with all folders in them, and globs -> the image files, sorted; name_of(file) must differ. Files
+    of other kinds are named with their count, unless the pattern is the file itself. UserError where there is none."""
+    found = []
     for pattern in patterns or [default]:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(str(pattern), recursive=True)
         if not matches:
             raise UserError(f"{pattern}: no such file or folder; give --source, the images to predict")
-        for match in map(Path, sorted(matches)):
-            files += find(match) if match.is_dir() else [match]
-    return list(by_name(files, lambda file: file.stem).values())
+        found += some(pattern, [file for match in map(Path, sorted(matches)) for file in (
+            sorted(match / name for name in list_tree(match)) if match.is_dir() else [match])])
+    return list(by_name(found, name_of).values())
 
 
 def in_threads(function, items, what=None):

@@ -320,7 +320,7 @@ def test_tables_alone(script, refused, tmp_path, monkeypatch):
         refused(predict, "--task", "cls", "--probs", *pair, "--out", "no", says="four.csv: has no row for 4")
     Path("twice.csv").write_text("index,x,y,z\n7,0.1,0.2,0.3\n007,0.3,0.2,0.1\n")
     Path("seven.csv").write_text("index,x,y,z\n7,0.1,0.2,0.3\n")
-    refused(predict, "--task", "cls", "--probs", "twice.csv", "seven.csv", "--out", "no", says="twice.csv: 2 rows")
+    refused(predict, "--task", "cls", "--probs", "twice.csv", "seven.csv", "--out", "no", says="has no row for 007")
     refused(predict, "--task", "cls", "--probs", "one.csv", "--ensemble-weights", 2, "--out", "no",
             says="--ensemble-weights: is for several")
     for flag in (["--source", "in"], ["--tta"], ["--fit-weights"], ["--soup"], ["--pseudo", 0.9]):

@@ -20,13 +20,16 @@ def check_task(args, known):
     # of single labels too: normalising to a sum of 1 turns only sum into a mean, which is there already
     if args.pseudo and args.merge in ("sum", "max", "min", "tsharpen"):
         raise UserError(f"--pseudo: the results of --merge {args.merge} are no probabilities; take mean or gmean")
+    if (args.rle or args.ids) and not args.submission and args.task != "det":
+        raise UserError("--rle, --ids: are for --submission; give that too")
     if args.tta_scales and "scale" not in (args.tta or ()):
         raise UserError("--tta-scales: are the sizes of --tta scale; give that too")
 
 
 def check_ensemble(args, paths):
     """Whether the flags of an ensemble go together. paths: the checkpoints; none: --probs without --weights."""
-    for flag in () if paths else ("source", "noisy", "tta", "soup", "pseudo", "fit_weights", "ensemble", "imgsz"):
+    for flag in () if paths else ("source", "noisy", "tta", "soup", "pseudo", "fit_weights", "ensemble", "imgsz",
+                 "submission"):
         if getattr(args, flag) not in (None, False):
             raise UserError(f"{word(flag)}: does nothing for --probs without --weights; leave it out")
     if args.noisy and (args.source or len(paths) > 1):

@@ -94,6 +94,14 @@ def test_folder(path):
     return Path(folder_of(path), "test", "images")
 
 
+def image_ids(path, file):
+    """{image file, as an absolute path: its id} of training data in COCO's format, if `file` is in its folder; else {}.
+    """
+    layout = _find(Path(path))
+    inside = layout.read is coco.read and layout.root.resolve() in Path(file).resolve().parents
+    return {os.path.abspath(layout.root / name): key for name, *_, key in inside and layout.read(layout).images or ()}
+
+
 def _find(path):
     """-> Layout, of the first format that fits."""
     for find in (coco.find, yolo.find, voc.find, masks.find, coco.find_other):

@@ -91,7 +91,7 @@ def read(layout):
                 continue
             listed[file] = label
             stated = (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
-            images.append((file, part == "val", stated))
+            images.append((file, part == "val", stated, key))
         _read_categories(names, data, path)
         # the ids of annotations are not read: nothing refers to them, and merged files often repeat them
         fields = {"image_id": (int, str), "category_id": (int,)}
@@ -184,12 +184,20 @@ def _number(value):
     return float(value)
 
 
+def image_lists(folder):
+    """The files in a folder, and in `annotations` in it, that list test images: the competition's and COCO's."""
+    return [path for pattern in (TEST_INFORMATION, "image_info*.json", "annotations/image_info*.json")
+            for path in sorted(Path(folder).glob(pattern))]
+
+
 def test_ids(root):
-    """{name of an image file, by `same_name`: image id} from ROOT/Test_Images_Information.json: {"images": [{"id",
-    "file_name"}]}, or that list alone. {} where there is no such file. Raises UserError."""
-    path = Path(root) / TEST_INFORMATION
-    if not os.path.lexists(path):
-        return {}
+    """{name of an image file, by `same_name`: its id} from ROOT/Test_Images_Information.json, or from the JSON `root`:
+    {"images": [{"id", "file_name"}]}, or that list alone. {} where ROOT has no such file. Raises UserError."""
+    path = Path(root)
+    if path.suffix.lower() != ".json":
+        path /= TEST_INFORMATION
+        if not os.path.lexists(path):
+            return {}
     data = read_json(path)
     data = {"images": data} if type(data) is list else data
     found = [(same_name(os.path.basename(name.replace("\\", "/"))), key)

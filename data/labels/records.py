@@ -35,7 +35,8 @@ class Layout(NamedTuple):
 
 class Records(NamedTuple):
     """What the label files hold."""
-    images: list            # (file relative to the root, held out for validation?, (height, width) as labelled or None)
+    images: list            # (file relative to the root, held out for validation?, (height, width) as labelled or None,
+    #                         in COCO's format the id)
     boxes: list             # (index of the image, category, (x1, y1, x2, y2) in pixels, label file, number in it)
     names: dict             # {category: name}
     cases: dict = {}        # {kind of what was left out, see data/labels: [where it stands]}

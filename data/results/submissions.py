@@ -1,5 +1,7 @@
 """What competitions and other programs read: detections as text and JSON, class probabilities as tables."""
+import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import images
+from data import bad, images, labels
 from data.labels import coco
 from utils.errors import UserError
 from utils.files import read_csv, same_name, write_csv, write_json, write_text
@@ -17,21 +19,27 @@ from utils.train import dist
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------
-def image_ids(files, near, *, others=False):
-    """The competition's image ids, from Test_Images_Information.json in `near` or at most two folders above; without
-    it the file's stem, as a number where no other file has this number.
+def image_ids(files, near, *, others=False, listed=None, data=None):
+    """The competition's image ids: from the first JSON file that lists all images, or from their names.
+
+    These are `listed`; else the lists of test images (`coco.image_lists`) in `near` or at most two folders above, and
+    the labels of the training data `data`, of its own images. UserError for a list that lacks some images. Without a
+    list the file's stem, as a number where no other file has this number.
 
     others: a list that has none of the images is ignored instead of refused: they may be training images.
     """
-    names = [same_name(file.name) for file in files]
-    for folder in (near, *list(Path(near).resolve().parents)[:2]):
-        known = coco.test_ids(folder)
-        if known and not (others and known.keys().isdisjoint(names)):
-            missing = [file for file, name in zip(files, names) if name not in known]
-            if missing:
-                raise UserError(f"{missing[0]}: not in {folder / coco.TEST_INFORMATION} ({len(missing)} in total); add "
-                                f"it there, or remove the image")
-            return [known[name] for name in names]
+    folders = (near, *list(Path(near).resolve().parents)[:2])
+    paths = [listed] if listed else itertools.chain(*map(coco.image_lists, folders))
+    tables = [(path, coco.test_ids(path)) for path in paths]
+    tables.append((None, data and not listed and bad.attempt(labels.image_ids, data, files[0])[0] or {}))
+    found = [(path, [known.get(os.path.abspath(file), known.get(same_name(file.name))) for file in files])
+             for path, known in tables]
+    path, ids = min(found, key=lambda item: item[1].count(None))
+    missing = [file for file, key in zip(files, ids) if key is None]
+    if not missing:
+        return ids
+    if path and (listed or not others or len(missing) < len(files)):
+        raise UserError(f"{missing[0]}: not in {path} ({len(missing)} in total); add it there, or remove the image")
     ids = [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]
     count = Counter(ids)
     return [key if count[key] == 1 else file.stem for key, file in zip(ids, files)]  # 7 and 007
@@ -133,11 +141,7 @@ def read_tables(paths, names=None, keys=None):
         names, table = read_probabilities(path, names)
         tables.append(table)
     if keys or any(table.keys() != tables[0].keys() for table in tables):  # 00007 and 7 are one image
-        for path, table in zip(paths, tables):
-            number, count = Counter(map(index_of, table)).most_common(1)[0]
-            if count > 1:
-                raise UserError(f"{path}: {count} rows have the number {number}; rename them, or remove all but one")
-        tables = [{index_of(key): row for key, row in table.items()} for table in tables]
+        tables = [dict(zip(keys_of(table), table.values())) for table in tables]
     keys = keys or list(dict.fromkeys(key for table in tables for key in table))
     for path, table in zip(paths, tables):
         for key in keys:
@@ -146,15 +150,23 @@ def read_tables(paths, names=None, keys=None):
     return names, keys, [np.array([table[key] for key in keys]) for table in tables]
 
 
-def index_of(name):
-    """A name as the Dirty-MNIST competition writes it: 00007 is 7."""
-    return str(int(name)) if name.isdecimal() else name
+def keys_of(names):
+    """Names as the Dirty-MNIST competition writes them: 00007 is 7, if no other of the names is this number."""
+    numbers = [str(int(name)) if name.isdecimal() else name for name in names]
+    count = Counter(numbers)
+    return [number if count[number] == 1 else name for name, number in zip(names, numbers)]
+
+
+def decide(probs, single_label, thresholds):
+    """Probabilities (N, classes) -> 0 or 1. thresholds: one, or one per class; of exclusive classes the most probable
+    is there."""
+    return np.eye(probs.shape[1], dtype=int)[probs.argmax(1)] if single_label else (probs > thresholds).astype(int)
 
 
 def write_classes(out, keys, probs, names, single_label, thresholds):
     """probs (N, classes) of the images `keys` -> submission.csv, of 0 and 1, and probabilities.csv in the folder `out`.
-    thresholds: one, or one per class; of exclusive classes the most probable is there."""
-    decided = np.eye(len(names), dtype=int)[probs.argmax(1)] if single_label else (probs > thresholds).astype(int)
+    thresholds: of `decide`."""
+    decided = decide(probs, single_label, thresholds)
     for name, rows in {"submission.csv": decided.tolist(),
                        "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
         write_csv(out / name, ["index", *names], [[key, *row] for key, row in zip(keys, rows)])
