@@ -39,8 +39,10 @@ def facts(question, function, items, *, variant=None, cache=FOLDER, bar=None):
     question, variant: what the value depends on beside the item. bar: the name of a progress bar. The facts about the
     files of a folder stand in one file in the folder `cache`, see `kept_values`; cache None: nothing is kept.
     """
+    if not items:
+        return []
     paths = [[part for part in item if isinstance(part, Path)] for item in items]
-    files = [str(path) for row in paths for path in row] or [""]
+    files = [str(path) for row in paths for path in row]
     root = os.path.commonpath([os.path.realpath(end) for end in (min(files), max(files))])
     beside = set()
     for folder in set(map(os.path.dirname, files)):

@@ -66,6 +66,7 @@ MAX_SCENE = 2**36  # pixels, however it is read
 MAX_VALUES = 2**30  # pixels times bands of one read
 MAX_HEADERS = 2**22  # in memory
 HEAD = 2**12  # bytes; more of a header is left to GDAL
+BLOCK = 2**14  # bytes of a JPEG that are decoded at once
 STRIP = 2**25  # pixels times bands of a piece, where an image is read in pieces
 # GDAL's search for files beside the one that it opens takes half of the time; they say nothing about pixels
 ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
@@ -303,12 +304,13 @@ def _open(path, driver, *, env=ALONE, **options):
                 raise UserError(DAMAGED.format(path)) from None
 
 
-def read(path, bands=None, *, window=None, shape=None):
+def read(path, bands=None, *, window=None, shape=None, once=False):
     """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that dtype, and where
     pixels hold no data: these are NaN.
 
     bands: counted from 1, None: all. window: (row, column, height, width); of a GeoTIFF only the window is read.
-    shape: (height, width) to reduce to by nearest pixels. Raises UserError naming the file.
+    shape: (height, width) to reduce to by nearest pixels. once: no other window of the file is read soon, so that a PNG
+    or JPEG is decoded down to this one only. Raises UserError naming the file.
     """
     found = header(path)
     count, height, width = found.size
@@ -321,12 +323,15 @@ def read(path, bands=None, *, window=None, shape=None):
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
     opaque = None  # opacity or mask: 0 where a pixel holds no data
     planes = bands + [count] * (found.opacity and count not in bands)
-    if in_windows(found):
+    upright = once and found.orientation == 1
+    if in_windows(found) or upright and found.kind == "PNG":
         with open_raster(path) as file:
             part = Window(x, y, w, h)
             image = file.read(planes, window=part, out_shape=shape and (len(planes), *shape))
             if found.mask == "inside":
                 opaque = file.read_masks(1, window=part, out_shape=shape)
+    elif upright and found.kind == "JPEG" and count < 4:
+        image = _jpeg_rows(path, y + h)[:, y:, x:x + w].copy()
     else:
         image = (_decode_once if window else _decode)(path, os.stat(path).st_mtime_ns)
         if image.shape != (count, height, width):  # its header tells two sizes
@@ -366,7 +371,7 @@ def void(image):
 
 
 def digest(path):
-    """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever
+    """-> 32 digits that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever
     the format and the compression. Where pixels are indices, the colours count too. Of a JPEG beyond MAX_VALUES the
     bytes of the file count.
 
@@ -375,14 +380,14 @@ def digest(path):
     """
     found = header(path)
     if found.kind == "JPEG" and math.prod(found.size) > MAX_VALUES:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
     hashed = hashlib.blake2b(f"{found.size, found.dtype}".encode(), digest_size=16)
     whole = None if in_windows(found) else read(path)
     for window in strips(found.size):
         pixels = read(path, window=window) if whole is None else whole[:, window[0]:window[0] + window[2]]
         hashed.update(np.asarray(pixels).ravel().view(np.uint8))
     hashed.update(bytes(found.palette))
-    return hashed.digest()
+    return hashed.hexdigest()
 
 
 def read_picture(path, bands=None, **options):
@@ -481,6 +486,25 @@ def _decode_jpeg(path):
         return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
     except (RuntimeError, OSError, SyntaxError, ValueError):
         raise UserError(DAMAGED.format(path)) from None
+
+
+def _jpeg_rows(path, stop):
+    """The rows of a JPEG before `stop`, as `_decode_jpeg` has them, and read no further. Rows are decoded in their order,
+    so they are whole as soon as one below is not black."""
+    with _pillow(path, "JPEG") as file:
+        read_block = file.load_read
+
+        def read_on(_):
+            if file.im.crop((0, stop, file.width, stop + 16)).getbbox():
+                raise StopIteration
+            return read_block(BLOCK)
+
+        file.load_read = read_on
+        with contextlib.suppress(StopIteration):
+            file.load()
+        file.tile = []  # nothing is left to be decoded
+        pixels = np.asarray(file.crop((0, 0, file.width, stop)))
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _ends(jpeg):

@@ -163,13 +163,13 @@ def check_place(image, mask):
 def hold_data(files, windows, bands):
     """-> a bool per tile, which is a window (row, column, height, width) of its file, or for None the whole file:
     whether any of its pixels holds data."""
-    def look(item):
-        file, window = item
-        gaps = images.header(file).gaps
-        empty = images.void(images.read_picture(file, bands, window=window)) if gaps else None
+    def look(file, window):
+        empty = images.void(images.read_picture(file, bands, window=window))
         return empty is None or not bool(empty.all())
 
-    return images.in_threads(look, list(zip(files, windows)), "no data")
+    doubtful = [item for item in zip(files, windows) if images.header(item[0]).gaps]
+    found = dict(zip(doubtful, images.facts("data", look, doubtful, variant=bands, bar="no data")))
+    return [found.get(item, True) for item in zip(files, windows)]
 
 
 def objects(mask):
