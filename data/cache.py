@@ -20,6 +20,7 @@ from utils.train import dist
 
 FOLDER = "runs/cache"
 LOOKED_AT = 100  # images, after which the size of all is estimated
+BATCH = 32  # items that a thread takes at once; a thread's turn takes longer than reading a header
 VERSION = 1  # of the facts: to be raised when a function finds something else in the same files
 SIDECARS = (".msk", ".aux.xml")  # files PATH.msk and PATH.aux.xml, which say more about the image PATH
 
@@ -27,9 +28,15 @@ SIDECARS = (".msk", ".aux.xml")  # files PATH.msk and PATH.aux.xml, which say mo
 def in_threads(function, items, what=None):
     """[function(item) for item in items], in threads: reading, decoding and hashing release Python's lock. what: the
     name of a progress bar, which rank 0 shows."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=what, unit="img", leave=False,
-                         disable=dist.rank() > 0 or not items or what is None))
+    step = max(1, min(BATCH, len(items) // 100))
+    batches = [items[i:i + step] for i in range(0, len(items), step)]
+    with ThreadPoolExecutor(8) as pool, tqdm(total=len(items), desc=what, unit="img", leave=False, disable=dist.rank() > 0
+                                             or not items or what is None) as bar:
+        found = []
+        for values in pool.map(lambda batch: list(map(function, batch)), batches):
+            found += values
+            bar.update(len(values))
+        return found
 
 
 def facts(question, function, items, *, variant=None, cache=FOLDER, bar=None):

@@ -858,7 +858,7 @@ def test_data_sets_do_not_share_what_is_kept(tmp_path, reading):
 
 def test_a_damaged_cache_is_made_again(lot, reading, tmp_path):
     reading(lot)
-    [store] = (tmp_path / "cache").glob("*.z")
+    [store] = (tmp_path / "cache").glob("labels-*.z")
     whole = store.read_bytes()
     flipped = [bytearray(whole) for _ in range(40)]
     for data, spot in zip(flipped, np.random.default_rng(0).integers(2, len(whole), 40)):
@@ -875,7 +875,7 @@ def test_a_damaged_cache_is_made_again(lot, reading, tmp_path):
 
 def test_a_cache_of_valid_content_of_another_kind(lot, reading, tmp_path):
     reading(lot)
-    [store] = (tmp_path / "cache").glob("*.z")
+    [store] = (tmp_path / "cache").glob("labels-*.z")
     for content in (b"{}", b"[]", b"null", b'{"key": %d}' % labels.VERSION, b"no JSON"):
         store.write_bytes(zlib.compress(content))
         assert reading(lot)[1]
