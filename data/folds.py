@@ -59,17 +59,26 @@ def assign(names, sizes, *, strata=None, groups=None, seed=910103):
     order = list(members.values())
     np.random.default_rng(seed).shuffle(order)
     order.sort(key=len, reverse=True)
-    totals, filled, fold_of = Counter(strata), [Counter() for _ in sizes], {}
+    folds, fold_of, filled = range(len(sizes)), [0] * len(names), [0.0] * len(sizes)
+    size_of = [0] * len(sizes)
+    wanted = {stratum: [share * n for share in sizes] for stratum, n in Counter(strata).items()}
+    counts = {stratum: [0] * len(sizes) for stratum in wanted}
+    # how full each fold would be with half the group, as Sainte-Laguë shares out seats (with all of it a small share
+    # would always be rounded down): first in the group's strata, then as a whole; kept for groups of one sample
+    loads_of_one = {stratum: [0.5 / n for n in wanted[stratum]] for stratum in wanted}
     for group in order:
-        labels = Counter(strata[i] for i in group)
-        # how full each fold would be with half the group, as Sainte-Laguë shares out seats (with all of it a small
-        # share would always be rounded down): first in the group's strata, then as a whole
-        load = [(sum(n * (filled[k][s] + n / 2) / (share * totals[s]) for s, n in labels.items()),
-                 filled[k].total() / share) for k, share in enumerate(sizes)]
-        fold = min(range(len(sizes)), key=load.__getitem__)
-        filled[fold].update(labels)
-        fold_of.update((names[i], fold) for i in group)
-    return {name: fold_of[name] for name in names}
+        labels = [(strata[group[0]], 1)] if len(group) == 1 else Counter(strata[i] for i in group).items()
+        loads = loads_of_one[strata[group[0]]] if len(group) == 1 else [
+            sum(n * (counts[s][k] + n / 2) / wanted[s][k] for s, n in labels) for k in folds]
+        _, _, fold = min(zip(loads, filled, folds))
+        for s, n in labels:
+            counts[s][fold] += n
+            loads_of_one[s][fold] = (counts[s][fold] + 0.5) / wanted[s][fold]
+        for i in group:
+            fold_of[i] = fold
+        size_of[fold] += len(group)
+        filled[fold] = size_of[fold] / sizes[fold]
+    return dict(zip(names, fold_of))
 
 
 def area_strata(areas, bins=10):
