@@ -16,10 +16,12 @@ import contextlib
 import functools
 import glob
 import hashlib
+import json
 import math
 import os
 import stat
 import struct
+import sys
 import warnings
 import zlib
 from io import BytesIO
@@ -64,7 +66,6 @@ MIRRORED = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # axes; f
 # a file of a few bytes can claim to be 2e9 x 2e9
 MAX_SCENE = 2**36  # pixels, however it is read
 MAX_VALUES = 2**30  # pixels times bands of one read
-MAX_HEADERS = 2**22  # in memory
 HEAD = 2**12  # bytes; more of a header is left to GDAL
 BLOCK = 2**14  # bytes of a JPEG that are decoded at once
 STRIP = 2**25  # pixels times bands of a piece, where an image is read in pieces
@@ -105,12 +106,12 @@ class Header(NamedTuple):
     size: tuple       # (bands, height, width), upright
     dtype: str        # of the numbers, such as "uint8"
     bits: int = 8     # of a number, where they are less than a byte
-    palette: tuple = ()     # the colours that the indices of the one band stand for: red, green and blue, 256 times
+    palette: list = ()      # the colours that the indices of the one band stand for: red, green and blue, 256 times
     orientation: int = 1    # EXIF's, 1 to 8
     opacity: bool = False   # the last band says how opaque the pixels are
-    nodata: tuple = ()      # the value of each band that stands for no data, or None
+    nodata: list = ()       # the value of each band that stands for no data, or None
     mask: str = ""    # "inside": the file has a mask of the pixels that hold data; "beside": the file PATH.msk has it
-    place: tuple = ()       # on Earth: the coordinate system as WKT or "", the numbers of the affine transform
+    place: list = ()        # on Earth: the coordinate system as WKT or "", the numbers of the affine transform
 
     @property
     def gaps(self):
@@ -118,50 +119,37 @@ class Header(NamedTuple):
         return bool(self.opacity or self.mask or any(v is not None for v in self.nodata) or self.dtype[:5] == "float")
 
 
-_headers = {}  # name of a file -> (bytes, time of the last change, Header)
+_headers = {}  # name of a file -> [bytes, time of the last change, Header as JSON]
+
+
+@functools.lru_cache(2**16)
+def _parsed(text):
+    kind, size, *rest = json.loads(text)
+    return Header(kind, tuple(size), *rest)
 
 
 def header(path):
     """A file's Header. Raises UserError. It is kept until the file changes: an epoch asks for it several times."""
     with reading(path):
         found = os.stat(path)
-    known = _headers.get(str(path), ())
-    if known[:2] != (found.st_size, found.st_mtime_ns):
-        known = _remember(path, *_plain_header(path, found))
-    return known[2]
+    known, stamp = _headers.get(str(path), []), [found.st_size, found.st_mtime_ns]
+    if known[:2] != stamp:
+        text = json.dumps(_header(path, stat.S_ISREG(found.st_mode)))
+        known = _headers[str(path)] = [*stamp, sys.intern(text)]  # equal texts take memory once
+    return _parsed(known[2])
 
 
 def read_headers(files, **options):
     """Puts the headers of many files where `header` finds them; a file that cannot be used is left for `header` to tell.
     options: of `facts`, which keeps them between runs."""
     def look(path):
-        with contextlib.suppress(UserError, OSError):
-            return _plain_header(path, os.stat(path))
+        with contextlib.suppress(UserError):
+            header(path)
+        return _headers.get(str(path))
 
-    new = [(Path(file),) for file in files if str(file) not in _headers]
-    for (file,), found in zip(new, facts("headers", look, new, **options)):
-        if found:
-            _remember(file, *found)
-
-
-def _remember(path, length, changed, *fields):
-    if len(_headers) >= MAX_HEADERS:
-        _headers.clear()
-    known = _headers[str(path)] = length, changed, _shared(*map(_frozen, fields))
-    return known
-
-
-_shared = functools.lru_cache(2**16)(Header)  # equal headers are one object
-
-
-def _frozen(value):
-    """A list, and the lists in it, as tuples."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-def _plain_header(path, found):
-    """found: of os.stat -> [bytes, time of the last change, *fields of the Header]."""
-    return [found.st_size, found.st_mtime_ns, *_header(path, stat.S_ISREG(found.st_mode))]
+    new = [(file,) for file in files if str(file) not in _headers]
+    for (file,), (*stamp, text) in filter(all, zip(new, facts("headers", look, new, **options))):
+        _headers[str(file)] = [*stamp, sys.intern(text)]
 
 
 def _header(path, regular):

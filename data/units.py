@@ -94,7 +94,7 @@ def photographs(root):
     bands of 8 bits and no place on Earth. Files of one band may be masks; what cannot be read does not count."""
     files, _ = bad.attempt(images.find, root if os.path.isdir(root) else os.path.dirname(root), True)
     found = [header for file in spread(files or [], 20) if (header := bad.attempt(images.header, file)[0])]
-    return {(header.dtype, header.place) for header in found} == {("uint8", ())} and max(
+    return {(header.dtype, bool(header.place)) for header in found} == {("uint8", False)} and max(
         header.size[0] - header.opacity for header in found) == 3
 
 

@@ -198,13 +198,8 @@ def _sort_out(records, files, sizes, turns, category_ids, place):
 
 def _repeated(rows):
     """Rows (n, k) of numbers -> bool (n,): whether an equal row stands before."""
-    seen, repeated = set(), np.zeros(len(rows), bool)
-    sums = (rows * np.sqrt(np.arange(2, 2 + rows.shape[1]))).sum(1)  # the same for equal rows
-    _, place, count = np.unique(sums, return_inverse=True, return_counts=True)
-    for i in np.flatnonzero(count[place] > 1):
-        row = rows[i].tobytes()
-        repeated[i] = row in seen
-        seen.add(row)
+    order, repeated = np.lexsort(rows.T), np.zeros(len(rows), bool)
+    repeated[order[1:]] = (np.diff(rows[order], axis=0) == 0).all(1)
     return repeated
 
 
