@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from data import images
 from utils.errors import UserError, one_line
-from utils.files import kept_values, stamps_of, store_of, write_text
+from utils.files import store_of, write_text
 from utils.train import dist
 
 MAX_SHARE = 0.01  # of the items; more is rather a misunderstanding than a slip
@@ -43,18 +43,12 @@ def sort_out(root, items, check, *, variant, allow_bad=False, cache="runs/cache"
     is wrong. variant: what else the result of `check` depends on. cache: the folder in which the results are kept until
     a file or `variant` changes, None: they are not kept.
     """
-    store, cases = store_of(cache, "images", root, variant), {}
-    with kept_values(store) as known:
-        names = ["\n".join(map(str, item)) for item in items]
-        stamps = [stamps_of(item) for item in items]
-        new = [i for i, name in enumerate(names) if known.get(name, [None])[0] != stamps[i]]
-        for i, found in zip(new, images.in_threads(lambda i: attempt(check, items[i]), new, "check")):
-            known[names[i]] = [stamps[i], *found]
-    found = [known[name][1:] for name in names]
+    cases, file = {}, store_of(cache, "bad", root, variant).with_suffix(".txt")
+    found = images.facts("checks", lambda *item: attempt(check, item), items, variant=variant, cache=cache, bar="check")
     for _, wrong in found:
         if wrong:  # "FILE: kind of fault; remedy"
             cases.setdefault(re.split("[;,(]", wrong.partition(": ")[2])[0].strip(), []).append(wrong)
-    leave_out(root, cases, len(items), "images", allow_bad=allow_bad, file=store.with_name(f"bad-{store.stem}.txt"))
+    leave_out(root, cases, len(items), "images", allow_bad=allow_bad, file=file)
     kept = [i for i, (_, wrong) in enumerate(found) if not wrong]
     if not kept:
         raise UserError(f"{root}: none of its {len(items)} images can be used, such as {found[0][1]}")
@@ -87,7 +81,8 @@ def unreadable(files, bands, longest):
 
 def default_bands(files):
     """`images.default_bands` of the files whose headers can be read."""
-    wrong = unreadable(files, None, 0)
+    images.read_headers(files)
+    wrong = {file for file in files if attempt(images.header, file)[1]}
     return images.default_bands([file for file in files if file not in wrong] or files)
 
 

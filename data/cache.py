@@ -1,10 +1,12 @@
-"""Decoded images kept in memory, or in one memory-mapped file that all processes share."""
+"""What is kept of files until they change: facts about them, such as headers and digests, in the folder runs/cache;
+decoded images in memory, or in one memory-mapped file that all processes share."""
 import contextlib
 import hashlib
 import json
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,59 @@ import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import locked, stamps_of, whole_file, write_json, writing
+from utils.files import kept_values, locked, stamps_of, store_of, whole_file, write_json, writing
 from utils.train import dist
 
 
+FOLDER = "runs/cache"
 LOOKED_AT = 100  # images, after which the size of all is estimated
+BATCH = 32  # items that a thread takes at once; a thread's turn takes longer than reading a header
+VERSION = 1  # of the facts: to be raised when a function finds something else in the same files
+SIDECARS = (".msk", ".aux.xml")  # files PATH.msk and PATH.aux.xml, which say more about the image PATH
+
+
+def in_threads(function, items, what=None):
+    """[function(item) for item in items], in threads: reading, decoding and hashing release Python's lock. what: the
+    name of a progress bar, which rank 0 shows."""
+    step = max(1, min(BATCH, len(items) // 100))
+    batches = [items[i:i + step] for i in range(0, len(items), step)]
+    with ThreadPoolExecutor(8) as pool, tqdm(total=len(items), desc=what, unit="img", leave=False, disable=dist.rank() > 0
+                                             or not items or what is None) as bar:
+        found = []
+        for values in pool.map(lambda batch: list(map(function, batch)), batches):
+            found += values
+            bar.update(len(values))
+        return found
+
+
+def facts(question, function, items, *, variant=None, cache=FOLDER, bar=None):
+    """[function(*item) for item in items], in threads; of an item whose files have not changed, what was found before.
+
+    items: tuples of files (Path) and plain values. function: -> a plain value, as JSON has them; None is not kept.
+    question, variant: what the value depends on beside the item. bar: the name of a progress bar. The facts about the
+    files of a folder stand in one file in the folder `cache`, see `kept_values`; cache None: nothing is kept.
+    """
+    if not items:
+        return []
+    paths = [[part for part in item if isinstance(part, Path)] for item in items]
+    files = [str(path) for row in paths for path in row]
+    root = os.path.commonpath([os.path.realpath(end) for end in (min(files), max(files))])
+    beside = set()
+    for folder in set(map(os.path.dirname, files)):
+        with contextlib.suppress(OSError):
+            beside |= {os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(SIDECARS)}
+    with kept_values(store_of(cache, question, root, (VERSION, variant))) as known:
+        names = ["\n".join(map(str, item)) for item in items]
+        stamps = [stamps_of(row + [more for path in row for end in SIDECARS if (more := f"{path}{end}") in beside])
+                  for row in paths]
+        new = [i for i, name in enumerate(names) if known.get(name, [None])[0] != stamps[i]]
+        for i, value in zip(new, in_threads(lambda i: function(*items[i]), new, bar)):
+            known[names[i]] = [stamps[i], value]
+        found = [known[name][1] for name in names]
+        for i in new:
+            if found[i] is None:
+                known.pop(names[i], None)
+    return found
 
 
 def free_memory():

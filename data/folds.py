@@ -1,4 +1,5 @@
 """The split into folds for training and validation, written once as JSON {sample name: fold}, and checks of it."""
+import hashlib
 import math
 import os
 import re
@@ -58,17 +59,26 @@ def assign(names, sizes, *, strata=None, groups=None, seed=910103):
     order = list(members.values())
     np.random.default_rng(seed).shuffle(order)
     order.sort(key=len, reverse=True)
-    totals, filled, fold_of = Counter(strata), [Counter() for _ in sizes], {}
+    folds, fold_of, filled = range(len(sizes)), [0] * len(names), [0.0] * len(sizes)
+    size_of = [0] * len(sizes)
+    wanted = {stratum: [share * n for share in sizes] for stratum, n in Counter(strata).items()}
+    counts = {stratum: [0] * len(sizes) for stratum in wanted}
+    # how full each fold would be with half the group, as Sainte-Laguë shares out seats (with all of it a small share
+    # would always be rounded down): first in the group's strata, then as a whole; kept for groups of one sample
+    loads_of_one = {stratum: [0.5 / n for n in wanted[stratum]] for stratum in wanted}
     for group in order:
-        labels = Counter(strata[i] for i in group)
-        # how full each fold would be with half the group, as Sainte-Laguë shares out seats (with all of it a small
-        # share would always be rounded down): first in the group's strata, then as a whole
-        load = [(sum(n * (filled[k][s] + n / 2) / (share * totals[s]) for s, n in labels.items()),
-                 filled[k].total() / share) for k, share in enumerate(sizes)]
-        fold = min(range(len(sizes)), key=load.__getitem__)
-        filled[fold].update(labels)
-        fold_of.update((names[i], fold) for i in group)
-    return {name: fold_of[name] for name in names}
+        labels = [(strata[group[0]], 1)] if len(group) == 1 else Counter(strata[i] for i in group).items()
+        loads = loads_of_one[strata[group[0]]] if len(group) == 1 else [
+            sum(n * (counts[s][k] + n / 2) / wanted[s][k] for s, n in labels) for k in folds]
+        _, _, fold = min(zip(loads, filled, folds))
+        for s, n in labels:
+            counts[s][fold] += n
+            loads_of_one[s][fold] = (counts[s][fold] + 0.5) / wanted[s][fold]
+        for i in group:
+            fold_of[i] = fold
+        size_of[fold] += len(group)
+        filled[fold] = size_of[fold] / sizes[fold]
+    return dict(zip(names, fold_of))
 
 
 def area_strata(areas, bins=10):
@@ -228,16 +238,23 @@ def without_copies(files, held_out, root):
 
 def _copies(train, val):
     """[(validation file, the first training file with equal pixels)]. Files are compared from cheap to expensive: by
-    bands, height and width, by the row in the middle, by all pixels. Each time only the files stay that have a
-    counterpart on the other side."""
-    def middle(path):
-        _, height, width = images.size(path)
-        return hash(images.read(path, window=(height // 2, 0, 1, width)).numpy().tobytes())
+    bands, height and width, by one row, by all pixels. Each time only the files stay that have a counterpart on the
+    other side."""
+    def size(path):
+        return list(images.size(path))
 
     found = {path: () for path in (*train, *val)}  # what is known of each file
-    for look in (images.size, middle, images.digest):
+    for look in (size, _row, images.digest):
         common = {found.get(path) for path in train} & {found.get(path) for path in val} - {None}
         files = [path for path in found if found[path] in common]
-        found = {path: (*found[path], value) for path, value in zip(files, images.in_threads(look, files, "copies"))}
+        values = images.facts(look.__name__, look, [(path,) for path in files], bar="copies")
+        found = {path: (*found[path], str(value)) for path, value in zip(files, values)}
     seen_of = {found[path]: path for path in reversed(train) if path in found}
     return [(held, seen_of[found[held]]) for held in val if found.get(held) in seen_of]
+
+
+def _row(path):
+    """A digest of one row of pixels, for which little of a file is decoded."""
+    _, height, width = images.size(path)
+    pixels = images.read(path, window=(height // 8, 0, 1, width), once=True)
+    return hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest()

@@ -16,11 +16,14 @@ import contextlib
 import functools
 import glob
 import hashlib
+import json
 import math
 import os
 import stat
+import struct
+import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -37,12 +40,11 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torchvision.io import ImageReadMode, decode_jpeg
-from tqdm import tqdm
 
+from data.cache import facts, in_threads
 from utils.errors import UserError
 from utils.files import by_name, list_tree, read_bytes, reading
 from utils.ops.geometry import resize  # noqa: F401, as images.resize
-from utils.train import dist
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below replace Pillow's
@@ -54,11 +56,18 @@ SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 KINDS = {b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTiff", b"\x89PNG": "PNG",
          b"\xff\xd8": "JPEG", b"RIFF": "WEBP", b"GIF8": "GIF", b"BM": "BMP"}
 GDAL_KINDS = ("GTiff", "PNG")
+# chunks that may stand before the pixels of a PNG without saying anything about them
+PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+PLAIN_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tIME", b"tEXt")
+MAX_SIDE = 2**16  # pixels of a PNG; larger ones are left to GDAL
+WKT = "WKT2_2019"  # it can tell every coordinate system
 ORIENTATION = 0x0112  # the tag of TIFF and EXIF
 MIRRORED = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # axes; from 5 on, after rows became columns
 # a file of a few bytes can claim to be 2e9 x 2e9
 MAX_SCENE = 2**36  # pixels, however it is read
 MAX_VALUES = 2**30  # pixels times bands of one read
+HEAD = 2**12  # bytes; more of a header is left to GDAL
+BLOCK = 2**14  # bytes of a JPEG that are decoded at once
 STRIP = 2**25  # pixels times bands of a piece, where an image is read in pieces
 # GDAL's search for files beside the one that it opens takes half of the time; they say nothing about pixels
 ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
@@ -108,25 +117,17 @@ def find_sources(patterns, default, name_of):
     return list(by_name(found, name_of).values())
 
 
-def in_threads(function, items, what=None):
-    """[function(item) for item in items], in threads: reading, decoding and hashing release Python's lock. what: the
-    name of a progress bar, which rank 0 shows."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=what, unit="img", leave=False,
-                         disable=dist.rank() > 0 or not items or what is None))
-
-
 class Header(NamedTuple):
     kind: str         # "GTiff", "PNG", "JPEG", "WEBP", "GIF" or "BMP"
     size: tuple       # (bands, height, width), upright
     dtype: str        # of the numbers, such as "uint8"
     bits: int = 8     # of a number, where they are less than a byte
-    palette: object = None  # the colours that the indices of the one band stand for, (256, 3) uint8
+    palette: list = ()      # the colours that the indices of the one band stand for: red, green and blue, 256 times
     orientation: int = 1    # EXIF's, 1 to 8
     opacity: bool = False   # the last band says how opaque the pixels are
-    nodata: tuple = ()      # the value of each band that stands for no data, or None
+    nodata: list = ()       # the value of each band that stands for no data, or None
     mask: str = ""    # "inside": the file has a mask of the pixels that hold data; "beside": the file PATH.msk has it
-    place: object = None    # (coordinate system or None, affine transform) on Earth
+    place: list = ()        # on Earth: the coordinate system as WKT or "", the numbers of the affine transform
 
     @property
     def gaps(self):
@@ -134,21 +135,49 @@ class Header(NamedTuple):
         return bool(self.opacity or self.mask or any(v is not None for v in self.nodata) or self.dtype[:5] == "float")
 
 
+_headers = {}  # name of a file -> [bytes, time of the last change, Header as JSON]
+
+
+@functools.lru_cache(2**16)
+def _parsed(text):
+    kind, size, *rest = json.loads(text)
+    return Header(kind, tuple(size), *rest)
+
+
 def header(path):
     """A file's Header. Raises UserError. It is kept until the file changes: an epoch asks for it several times."""
     with reading(path):
         found = os.stat(path)
-    return _header(path, found.st_mtime_ns, found.st_size, stat.S_ISREG(found.st_mode))
+    known, stamp = _headers.get(str(path), []), [found.st_size, found.st_mtime_ns]
+    if known[:2] != stamp:
+        text = json.dumps(_header(path, stat.S_ISREG(found.st_mode)))
+        known = _headers[str(path)] = [*stamp, sys.intern(text)]  # equal texts take memory once
+    return _parsed(known[2])
 
 
-@functools.lru_cache(maxsize=2**18)
-def _header(path, changed, length, regular):
+def read_headers(files, **options):
+    """Puts the headers of many files where `header` finds them; a file that cannot be used is left for `header` to tell.
+    options: of `facts`, which keeps them between runs."""
+    def look(path):
+        with contextlib.suppress(UserError):
+            header(path)
+        return _headers.get(str(path))
+
+    new = [(file,) for file in files if str(file) not in _headers]
+    for (file,), (*stamp, text) in filter(all, zip(new, facts("headers", look, new, **options))):
+        _headers[str(file)] = [*stamp, sys.intern(text)]
+
+
+def _header(path, regular):
     with reading(path):
-        head = open(path, "rb").read(16) if regular else b""  # reading a pipe or a device would block or never end
+        head = open(path, "rb").read(HEAD) if regular else b""  # reading a pipe or a device would block or never end
     kind = KINDS.get(head[:4], KINDS.get(head[:2]))
     if kind is None:
         what = "not a regular file" if not regular else "empty" if not head else f"not a {' '.join(SUFFIXES)} file"
         raise UserError(f"{path}: {what}; replace or remove it")
+    plain = _plain_png(path, head)
+    if plain:
+        return plain
     if kind not in GDAL_KINDS:
         with _pillow(path, kind) as file:
             if getattr(file, "n_frames", 1) > 1:
@@ -157,14 +186,14 @@ def _header(path, changed, length, regular):
             bands = Image.getmodebands(file.mode if kind == "JPEG" else mode)
             sides = file.size if orientation in range(5, 9) else file.size[::-1]
             return Header(kind, (bands, *sides), "uint8", 1 if mode == "1" else 8, orientation=orientation,
-                          palette=_palette(file.getpalette("RGB")) if file.mode == "P" else None,
+                          palette=_palette(file.getpalette("RGB")) if file.mode == "P" else (),
                           opacity=kind != "JPEG" and mode.endswith("A"))
     with _open(path, kind) as file:
         if file.height * file.width > MAX_SCENE:
             raise UserError(f"{path}: claims to be {file.width} x {file.height} pixels; replace or remove it")
         if file.subdatasets:
             raise UserError(f"{path}: has {len(file.subdatasets)} pages; save them as bands, or as files of their own")
-        colours, beside = None, kind == "GTiff" and os.path.isfile(f"{path}.msk")
+        colours, beside = (), kind == "GTiff" and os.path.isfile(f"{path}.msk")
         if file.count == 1:
             with contextlib.suppress(ValueError):  # it has none
                 colours = file.colormap(1)
@@ -179,12 +208,28 @@ def _header(path, changed, length, regular):
             file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha,
             nodata if any(value is not None for value in nodata) else _nodata_beside(path, file.count),
             "beside" if beside else "inside" if file.mask_flag_enums[0] == [MaskFlags.per_dataset] else "",
-            (file.crs, file.transform) if located else None)
+            (file.crs.to_wkt(version=WKT) if file.crs else "", tuple(file.transform)[:6]) if located else ())
+
+
+def _plain_png(path, head):
+    """The Header of a PNG whose first bytes show that it has pixels of 8 or 16 bits without palette, transparent colour
+    or orientation; else None, and GDAL has to look. It is read here because GDAL takes ten times as long."""
+    if head[:16] != PNG_START or len(head) < 41:
+        return None
+    width, height, bits, colour, *rest, checksum = struct.unpack(">II5BI", head[16:33])
+    bands, at = {0: 1, 2: 3, 4: 2, 6: 4}.get(colour), 33
+    while head[at + 4:at + 8] in PLAIN_CHUNKS:
+        at += 12 + int.from_bytes(head[at:at + 4], "big")
+    if not bands or bits not in (8, 16) or rest not in ([0, 0, 0], [0, 0, 1]) or checksum != zlib.crc32(head[12:29]) \
+            or not (0 < width < MAX_SIDE and 0 < height < MAX_SIDE) or head[at + 4:at + 8] != b"IDAT" or head[at] > 127:
+        return None
+    return Header("PNG", (bands, height, width), f"uint{bits}", opacity=bands in (2, 4),
+                  nodata=_nodata_beside(path, bands))
 
 
 def _palette(colours):
-    """Red, green and blue of one colour after another -> (256, 3) uint8, black where there are fewer colours."""
-    return torch.tensor([*colours, *[0] * 768][:768], dtype=torch.uint8).reshape(256, 3)
+    """Red, green and blue of one colour after another -> those of 256 colours, black where there are fewer."""
+    return tuple([*colours, *[0] * 768][:768])
 
 
 @contextlib.contextmanager
@@ -263,12 +308,13 @@ def _open(path, driver, *, env=ALONE, **options):
                 raise UserError(DAMAGED.format(path)) from None
 
 
-def read(path, bands=None, *, window=None, shape=None):
+def read(path, bands=None, *, window=None, shape=None, once=False):
     """-> tensor (C, H, W) in the file's own dtype, or in float32 where torch hardly computes in that dtype, and where
     pixels hold no data: these are NaN.
 
     bands: counted from 1, None: all. window: (row, column, height, width); of a GeoTIFF only the window is read.
-    shape: (height, width) to reduce to by nearest pixels. Raises UserError naming the file.
+    shape: (height, width) to reduce to by nearest pixels. once: no other window of the file is read soon, so that a PNG
+    or JPEG is decoded down to this one only. Raises UserError naming the file.
     """
     found = header(path)
     count, height, width = found.size
@@ -281,12 +327,15 @@ def read(path, bands=None, *, window=None, shape=None):
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
     opaque = None  # opacity or mask: 0 where a pixel holds no data
     planes = bands + [count] * (found.opacity and count not in bands)
-    if in_windows(found):
+    upright = once and found.orientation == 1
+    if in_windows(found) or upright and found.kind == "PNG":
         with open_raster(path) as file:
             part = Window(x, y, w, h)
             image = file.read(planes, window=part, out_shape=shape and (len(planes), *shape))
             if found.mask == "inside":
                 opaque = file.read_masks(1, window=part, out_shape=shape)
+    elif upright and found.kind == "JPEG" and count < 4:
+        image = _jpeg_rows(path, y + h)[:, y:, x:x + w].copy()
     else:
         image = (_decode_once if window else _decode)(path, os.stat(path).st_mtime_ns)
         if image.shape != (count, height, width):  # its header tells two sizes
@@ -326,7 +375,7 @@ def void(image):
 
 
 def digest(path):
-    """-> 16 bytes that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever
+    """-> 32 digits that are equal for equal pixels, as `read` gives them: equal in shape, dtype and every bit, whatever
     the format and the compression. Where pixels are indices, the colours count too. Of a JPEG beyond MAX_VALUES the
     bytes of the file count.
 
@@ -335,15 +384,14 @@ def digest(path):
     """
     found = header(path)
     if found.kind == "JPEG" and math.prod(found.size) > MAX_VALUES:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
     hashed = hashlib.blake2b(f"{found.size, found.dtype}".encode(), digest_size=16)
     whole = None if in_windows(found) else read(path)
     for window in strips(found.size):
         pixels = read(path, window=window) if whole is None else whole[:, window[0]:window[0] + window[2]]
         hashed.update(np.asarray(pixels).ravel().view(np.uint8))
-    if found.palette is not None:
-        hashed.update(found.palette.numpy().ravel())
-    return hashed.digest()
+    hashed.update(bytes(found.palette))
+    return hashed.hexdigest()
 
 
 def read_picture(path, bands=None, **options):
@@ -357,8 +405,9 @@ def read_picture(path, bands=None, **options):
             image = (ink[:3] * ink[3] // 255).to(torch.uint8)
     else:
         image = read(path, [1] if rgb and colour_bands(path) == 1 else bands, **options)
-        if rgb and found.palette is not None and found.dtype == "uint8":
-            empty, colours = void(image), found.palette[image[0].nan_to_num().long()].permute(2, 0, 1)
+        if rgb and found.palette and found.dtype == "uint8":
+            palette = torch.tensor(found.palette, dtype=torch.uint8).reshape(256, 3)
+            empty, colours = void(image), palette[image[0].nan_to_num().long()].permute(2, 0, 1)
             return colours if empty is None else colours.float().masked_fill(empty, math.nan)
         if len(image) == 1 and found.dtype == "uint8" and found.bits < 8:
             image = image * (255 // (2**found.bits - 1))
@@ -372,20 +421,18 @@ def colour_bands(path):
 
 def check_bands(files, bands):
     """UserError for a file of which `read_picture` cannot give these bands."""
-    def check(path):
+    for path in files:
         count = size(path)[0]
         if count < max(bands) and not (colour_bands(path) == 1 and list(bands) == [1, 2, 3]):
             raise UserError(f"{path}: has {count} bands, band {max(bands)} is asked for; leave it out, or train with "
                             f"other --bands")
-
-    in_threads(check, files)
 
 
 def default_bands(files):
     """The bands of the first picture, from 1, without opacity. A JPEG counts as RGB, even a grey or CMYK one (see
     `read_picture`); so does a palette, and a grey image where another image has three bands."""
     first, count = header(files[0]), colour_bands(files[0])
-    if first.kind == "JPEG" or first.palette is not None or count == 1 and max(in_threads(colour_bands, files)) >= 3:
+    if first.kind == "JPEG" or first.palette or count == 1 and max(map(colour_bands, files)) >= 3:
         count = 3
     return list(range(1, count + 1))
 
@@ -443,6 +490,25 @@ def _decode_jpeg(path):
         return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
     except (RuntimeError, OSError, SyntaxError, ValueError):
         raise UserError(DAMAGED.format(path)) from None
+
+
+def _jpeg_rows(path, stop):
+    """The rows of a JPEG before `stop`, as `_decode_jpeg` has them, and read no further. Rows are decoded in their order,
+    so they are whole as soon as one below is not black."""
+    with _pillow(path, "JPEG") as file:
+        read_block = file.load_read
+
+        def read_on(_):
+            if file.im.crop((0, stop, file.width, stop + 16)).getbbox():
+                raise StopIteration
+            return read_block(BLOCK)
+
+        file.load_read = read_on
+        with contextlib.suppress(StopIteration):
+            file.load()
+        file.tile = []  # nothing is left to be decoded
+        pixels = np.asarray(file.crop((0, 0, file.width, stop)))
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _ends(jpeg):

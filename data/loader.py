@@ -42,18 +42,19 @@ class EpochBatches:
         """The epoch's indices, len(self) * batch_size of them."""
         rng, count = np.random.default_rng((self.seed, self.epoch // self.parts)), len(self) * self.batch_size
         rounds = -(-count * self.parts // self.size)
+        part = slice(self.epoch % self.parts * count, (self.epoch % self.parts + 1) * count)
         if self.shares is None:
-            order = np.tile(rng.permutation(self.size), rounds)
-        else:
-            order = rng.choice(self.size, rounds * self.size, p=self.shares)
+            order = rng.permutation(self.size)
+            return np.concatenate([order + i * self.size for i in range(rounds)])[part]
+        order = rng.choice(self.size, rounds * self.size, p=self.shares)
         by_index = order.argsort(kind="stable")
         nth = np.empty_like(order)  # the index's nth time in this order
         nth[by_index] = np.arange(len(order)) - np.searchsorted(order[by_index], order[by_index])
-        return (order + nth * self.size)[self.epoch % self.parts * count:][:count]
+        return (order + nth * self.size)[part]
 
     def __iter__(self):
-        batches = self.order().reshape(len(self), dist.world_size(), -1)[self.skip:, dist.rank()]
-        return iter([[(self.epoch, index) for index in batch] for batch in batches.tolist()])
+        epoch, batches = self.epoch, self.order().reshape(len(self), dist.world_size(), -1)[self.skip:, dist.rank()]
+        return ([(epoch, index) for index in batch.tolist()] for batch in batches)
 
 
 class Loader(DataLoader):

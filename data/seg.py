@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from rasterio import Affine
+from rasterio.crs import CRS
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -149,9 +151,11 @@ def check_place(image, mask):
         return
     height, width = images.size(image)[1:]
     corners = [(x, y) for x in (0, width) for y in (0, height)]
-    away = max(math.dist(corner, ~here[1] @ (there[1] @ corner)) for corner in corners)
-    if here[0] != there[0] or away > 0.5:
-        what = f"lies up to {away:.4g} pixels beside its image {image}" if here[0] == there[0] else \
+    to_image, to_earth = ~Affine(*here[1]), Affine(*there[1])
+    away = max(math.dist(corner, to_image @ (to_earth @ corner)) for corner in corners)
+    same = here[0] == there[0] or CRS.from_string(here[0]) == CRS.from_string(there[0])
+    if not same or away > 0.5:
+        what = f"lies up to {away:.4g} pixels beside its image {image}" if same else \
             f"has another coordinate system than its image {image}"
         raise UserError(f"{mask}: {what}; warp it onto the image, or remove the place from one of them")
 
@@ -159,13 +163,13 @@ def check_place(image, mask):
 def hold_data(files, windows, bands):
     """-> a bool per tile, which is a window (row, column, height, width) of its file, or for None the whole file:
     whether any of its pixels holds data."""
-    def look(item):
-        file, window = item
-        gaps = images.header(file).gaps
-        empty = images.void(images.read_picture(file, bands, window=window)) if gaps else None
+    def look(file, window):
+        empty = images.void(images.read_picture(file, bands, window=window))
         return empty is None or not bool(empty.all())
 
-    return images.in_threads(look, list(zip(files, windows)), "no data")
+    doubtful = [item for item in zip(files, windows) if images.header(item[0]).gaps]
+    found = dict(zip(doubtful, images.facts("data", look, doubtful, variant=bands, bar="no data")))
+    return [found.get(item, True) for item in zip(files, windows)]
 
 
 def objects(mask):

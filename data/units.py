@@ -94,19 +94,23 @@ def photographs(root):
     bands of 8 bits and no place on Earth. Files of one band may be masks; what cannot be read does not count."""
     files, _ = bad.attempt(images.find, folder_of(root), True)
     found = [header for file in spread(files or [], 20) if (header := bad.attempt(images.header, file)[0])]
-    return {(header.dtype, header.place) for header in found} == {("uint8", None)} and max(
+    return {(header.dtype, bool(header.place)) for header in found} == {("uint8", False)} and max(
         header.size[0] - header.opacity for header in found) == 3
 
 
 def look(files, bands):
     """What the pixels of files are like -> {"dtype": of the first file, "low", "high", "mean", "std": numbers per
     band}, over the valid pixels of at most LOOKED_AT files. Raises UserError where none holds data."""
-    sums, low, high = np.zeros((3, len(bands))), np.full(len(bands), np.inf), np.full(len(bands), -np.inf)
-    for pixels in images.in_threads(lambda file: _sample(file, bands), spread(list(files), LOOKED_AT), "units"):
+    def measure(file):
+        pixels = _sample(file, bands)
         valid = np.isfinite(pixels)
-        sums += valid.sum(1), pixels.sum(1, where=valid), (pixels ** 2).sum(1, where=valid)
-        low = np.minimum(low, pixels.min(1, initial=np.inf, where=valid))
-        high = np.maximum(high, pixels.max(1, initial=-np.inf, where=valid))
+        return np.stack((valid.sum(1), pixels.sum(1, where=valid), (pixels ** 2).sum(1, where=valid),
+                         pixels.min(1, initial=np.inf, where=valid),
+                         pixels.max(1, initial=-np.inf, where=valid))).tolist()
+
+    looked = [(file,) for file in spread(list(files), LOOKED_AT)]
+    found = np.array(images.facts("units", measure, looked, variant=(bands, SIDE), bar="units"))
+    sums, low, high = sum(found[:, :3]), found[:, 3].min(0), found[:, 4].max(0)
     if not sums[0].all():
         raise UserError(f"{files[0]}: band {bands[sums[0].argmin()]} holds no data in any image; choose other --bands")
     mean = sums[1] / sums[0]

@@ -343,8 +343,8 @@ def test_only_files_that_may_be_copies_are_read(tmp_path, monkeypatch):
     val = files(tmp_path / "b", [np.ones((n, 6), np.uint8) for n in range(1, 30)] + [7, 9, ends[1]])
     sizes, rows = [], []
     monkeypatch.setattr(images, "size", lambda path, real=images.size: sizes.append(path) or real(path))
-    monkeypatch.setattr(images, "read", lambda path, window=None, real=images.read:
-                        rows.append((path, window and window[2])) or real(path, window=window))
+    monkeypatch.setattr(images, "read", lambda path, window=None, real=images.read, **options:
+                        rows.append((path, window and window[2])) or real(path, window=window, **options))
     assert folds._copies(train, val) == [(val[29], train[29])]
     assert set(sizes) == {*train, *val}
     assert Counter(rows) == Counter([(path, 1) for path in train[29:] + val[29:]]

@@ -10,8 +10,6 @@ A box that makes no sense is dropped; its image and its other boxes stay. Droppe
 of them are an error, see data/bad.py. Reading the headers of many images takes minutes, so the result is kept until a
 file changes.
 """
-import itertools
-import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +20,9 @@ from data import bad, images
 from data.labels import coco, masks, voc, yolo
 from data.labels.records import MISSING, NO_BOX, TURNED_BOX, list_files
 from utils.errors import UserError
-from utils.files import folder_of, kept_values, show, stamps_of, store_of
+from utils.files import folder_of, kept_values, many_objects, show, stamps_of, store_of
 
-VERSION = 6  # of the kept result: to be raised when a reader finds something else in the same files
+VERSION = 7  # of the kept result: to be raised when a reader finds something else in the same files
 # A side of less than a pixel shows nothing, and its logarithm diverges. 0.1 is left for YOLO's rounding: with four
 # decimals, one pixel of 2000 is written as 0.95 to 1.05
 MIN_SIDE = 0.9
@@ -65,12 +63,15 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
         key = [VERSION, layout.labels, layout.images, _stamps(layout, layout.labels)]
         if found.get("key") != key or found.get("stamps") != _stamps(layout, found["files"]):
             found.clear()
-            found.update({"key": key} | _check(layout))
+            with many_objects():
+                found.update({"key": key} | _check(layout, cache))
     _report(path, found, layout, store.with_suffix(".txt"), allow_bad)
+    boxes, classes = (np.frombuffer(bytearray.fromhex(found[key]), kind)
+                      for key, kind in (("boxes", np.float64), ("classes", np.int64)))
+    ends = np.cumsum(found["counts"]).tolist()
+    spans = list(map(slice, [0, *ends], ends))
     return Labels([layout.root / file for file in found["files"]], [size and tuple(size) for size in found["sizes"]],
-                  [np.array(boxes, np.float64).reshape(-1, 4) for boxes in found["boxes"]],
-                  [np.array(classes, np.int64) for classes in found["classes"]],
-                  found["held_out"], list(found["category_of"]), list(found["category_of"].values()),
+                  [boxes.reshape(-1, 4)[span] for span in spans], [classes[span] for span in spans], found["held_out"], list(found["category_of"]), list(found["category_of"].values()),
                   f"labels in {Path(layout.labels[-1]).suffix} files")
 
 
@@ -117,14 +118,16 @@ def _find(path):
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
-def _check(layout):
+def _check(layout, cache):
     """Reads and checks everything -> dict of values that JSON can hold."""
     records = layout.read(layout)
     if not records.images and not records.cases.get(MISSING):
         raise UserError(f"{layout.root}: no images in its labels, or in its folders; check the path given to --data")
     files, held_out, stated = ([row[k] for row in records.images] for k in range(3))
     stamps = _stamps(layout, files)
-    headers = images.in_threads(lambda file: bad.attempt(images.header, layout.root / file)[0], files, "sizes")
+    paths = [layout.root / file for file in files]
+    images.read_headers(paths, cache=cache, bar="sizes")
+    headers = [bad.attempt(images.header, path)[0] for path in paths]
     sizes = [header and header.size[1:] for header in headers]  # None where an image cannot be read
     category_of = {}
     for category, name in sorted(records.names.items()):
@@ -132,10 +135,11 @@ def _check(layout):
             raise UserError(f"{layout.root / layout.labels[0]}: the categories {category_of[name]} and {category} are "
                             f"both named {show(name)}; rename one, or give all their boxes one category")
     turns, cases = _turns(headers, files, stated)
-    boxes, classes, more, cut = _sort_out(records, files, sizes, turns, category_of.values(), layout.place)
+    boxes, classes, counts, more, cut = _sort_out(records, files, sizes, turns, category_of.values(), layout.place)
     cases |= more | records.cases | layout.cases
     held_out = [out and not all(held_out) for out in held_out]
-    return {"stamps": stamps, "files": files, "sizes": sizes, "boxes": boxes, "classes": classes,
+    return {"stamps": stamps, "files": files, "sizes": sizes, "counts": counts,
+            "boxes": boxes.tobytes().hex(), "classes": classes.tobytes().hex(),
             "held_out": held_out, "category_of": category_of, "cases": cases, "cut": cut,
             "total": len(records.boxes) + sum(len(cases.get(kind, ())) for kind in UNREADABLE)}
 
@@ -170,33 +174,42 @@ def _turn(box, size, tag):
     return corners[:, ::-1].ravel().tolist()
 
 
-def _area(box):
-    return (box[2] - box[0]) * (box[3] - box[1])
+def _areas(boxes):
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _sort_out(records, files, sizes, turns, category_ids, place):
-    """-> per image the boxes to keep, clipped to it, in pixels, and their classes; {kind of case: its places}; how many
-    boxes lose much of their area by clipping."""
-    boxes, classes, class_of = [[] for _ in files], [[] for _ in files], {key: k for k, key in enumerate(category_ids)}
-    cases, seen, cut = {kind: [] for kind in (*DROPPED, CLIPPED)}, set(), 0
-    for owner, category, box, label, number in (row for row in records.boxes if sizes[row[0]]):
-        height, width = sizes[owner]
-        corners = [side * n for side, n in zip(box, (width, height) * 2)] if records.normalised else box
-        corners = corners if turns[owner] == 1 else _turn(corners, sizes[owner], turns[owner])
-        inside = tuple(min(max(0.0, side), n) for side, n in zip(corners, (width, height) * 2))
-        reasons = (not all(map(math.isfinite, corners)), category not in class_of,
-                   min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE, (owner, category, inside) in seen)
-        case = next(itertools.compress(DROPPED, reasons), None)
-        cut += _area(inside) < (1 - MAX_CUT) * _area(corners)
-        if case is None:
-            seen.add((owner, category, inside))
-            boxes[owner].append(inside)
-            classes[owner].append(class_of[category])
-            if max(abs(a - b) for a, b in zip(inside, corners)) > 1:  # less is rounding
-                case = CLIPPED
-        if case:
-            cases[case].append(f"{label}: {place.format(number)}, {files[owner]}: {box}")
-    return boxes, classes, cases, cut
+    """-> the boxes to keep (n, 4), image by image, clipped to it, in pixels; their classes (n,); how many each image has;
+    {kind of case: its places}; how many boxes lose much of their area by clipping."""
+    rows, class_of = [row for row in records.boxes if sizes[row[0]]], {key: k for k, key in enumerate(category_ids)}
+    owners = np.array([row[0] for row in rows], int)
+    classes = np.array([class_of.get(row[1], -1) for row in rows], int)
+    sides = np.array([size and size[::-1] * 2 or (0,) * 4 for size in sizes], float).reshape(-1, 4)[owners]
+    corners = np.array([row[2] for row in rows], float).reshape(-1, 4) * (sides if records.normalised else 1)
+    for i in np.flatnonzero(np.array(turns, int)[owners] != 1):
+        corners[i] = _turn(corners[i], sizes[owners[i]], turns[owners[i]])
+    with np.errstate(invalid="ignore", over="ignore"):
+        inside = np.fmin(np.fmax(corners, 0), sides) + 0.0  # not -0.0
+        infinite = ~np.isfinite(corners).all(1)
+        faults = np.stack((infinite, classes < 0, (inside[:, 2:] - inside[:, :2]).min(1) < MIN_SIDE,
+                           _repeated(np.column_stack((owners, classes, infinite, inside)))))
+        moved = (np.abs(inside - corners) > 1).any(1)  # less is rounding
+        cut = int((_areas(inside) < (1 - MAX_CUT) * _areas(corners)).sum())
+    bad_rows, cases = faults.any(0), {kind: [] for kind in (*DROPPED, CLIPPED)}
+    for i in np.flatnonzero(bad_rows | moved):
+        _, _, box, label, number = rows[i]
+        case = DROPPED[faults[:, i].argmax()] if bad_rows[i] else CLIPPED
+        cases[case].append(f"{label}: {place.format(number)}, {files[owners[i]]}: {box}")
+    kept = np.flatnonzero(~bad_rows)
+    kept = kept[owners[kept].argsort(kind="stable")]
+    return inside[kept], classes[kept], np.bincount(owners[kept], minlength=len(files)).tolist(), cases, cut
+
+
+def _repeated(rows):
+    """Rows (n, k) of numbers -> bool (n,): whether an equal row stands before."""
+    order, repeated = np.lexsort(rows.T), np.zeros(len(rows), bool)
+    repeated[order[1:]] = (np.diff(rows[order], axis=0) == 0).all(1)
+    return repeated
 
 
 def _report(path, found, layout, file, allow_bad):
@@ -207,18 +220,19 @@ def _report(path, found, layout, file, allow_bad):
     bad.leave_out(path, {MISSING: missing}, count + len(missing), "images", allow_bad=allow_bad,
                   file=file.with_name(f"missing-{file.name}"))  # the next call writes a list of its own
     bad.leave_out(path, cases, total, "boxes", allow_bad=allow_bad, notes=NOTES, file=file)
-    held = [boxes for boxes, out in zip(found["boxes"], found["held_out"]) if out]
+    held = [boxes for boxes, out in zip(found["counts"], found["held_out"]) if out]
     bare = sum(label is None for label, _ in layout.images.values())
     doubts = {f"{found['cut']} of {total} boxes lie to more than a fifth outside their images, as boxes of another "
               f"order or unit do": found["cut"] > max(1, MAX_CUT * total),
               f"{bare} of {count} images have no label file": 2 * bare > count,
-              f"none of the {len(held)} validation images has a box": held and any(found["boxes"]) and not any(held)}
+              f"none of the {len(held)} validation images has a box": held and any(found["counts"]) and not any(held)}
     for doubt, holds in doubts.items():
         if holds and not allow_bad:
             raise UserError(f"{path}: {doubt}; correct that, or go on by --allow-bad")
-    if not any(found["boxes"]):
+    if not any(found["counts"]):
         raise UserError(f"{path}: no boxes in the labels of {count} images, so nothing to learn; check the labels")
 
 
 def _stamps(layout, files):
-    return stamps_of([layout.root / file for file in files])
+    root = str(layout.root)
+    return stamps_of([f"{root}/{file}" for file in files])

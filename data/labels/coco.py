@@ -170,18 +170,18 @@ def _corners(entry):
     polygons = entry.get("segmentation")
     try:
         if entry.get("bbox") or type(polygons) is not list:
-            x, y, width, height = map(_number, entry["bbox"])
+            x, y, width, height = _numbers(entry["bbox"])
             return x, y, x + width, y + height
-        points = list(map(_number, itertools.chain(*polygons)))
+        points = _numbers(list(itertools.chain(*polygons)))
         return min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2])
     except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: an integer beyond float64
         return None
 
 
-def _number(value):
-    if type(value) not in (int, float):
+def _numbers(values):
+    if not {int, float}.issuperset(map(type, values)):
         raise ValueError
-    return float(value)
+    return list(map(float, values))
 
 
 def image_lists(folder):
@@ -219,6 +219,8 @@ def _entries(data, key, path, **fields):
 def _get(entry, key, types, place):
     """entry[key], if it is of one of the types; else a UserError that names the place."""
     value = entry.get(key) if type(entry) is dict else None
+    if type(value) is int and int in types:  # mostly
+        return value
     if int in types and type(value) in (float, str):  # 1.0 and "1" are the number 1 in some files
         with suppress(ValueError, OverflowError):
             value = int(value) if int(value) == value or str(int(value)) == value else value
