@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 
 from data import images
+from data.cache import facts, in_threads
 from utils.errors import UserError, one_line
 from utils.files import store_of, write_text
 from utils.train import dist
@@ -44,7 +45,7 @@ def sort_out(root, items, check, *, variant, allow_bad=False, cache="runs/cache"
     a file or `variant` changes, None: they are not kept.
     """
     cases, file = {}, store_of(cache, "bad", root, variant).with_suffix(".txt")
-    found = images.facts("checks", lambda *item: attempt(check, item), items, variant=variant, cache=cache, bar="check")
+    found = facts("checks", lambda *item: attempt(check, item), items, variant=variant, cache=cache, bar="check")
     for _, wrong in found:
         if wrong:  # "FILE: kind of fault; remedy"
             cases.setdefault(re.split("[;,(]", wrong.partition(": ")[2])[0].strip(), []).append(wrong)
@@ -75,7 +76,7 @@ def readable(root, columns, bands=None, **options):
 
 def unreadable(files, bands, longest):
     """-> {file: the message} of the images that `decode` refuses."""
-    found = images.in_threads(lambda file: attempt(decode, file, bands, longest)[1], files, "check")
+    found = in_threads(lambda file: attempt(decode, file, bands, longest)[1], files, "check")
     return {file: reason for file, reason in zip(files, found) if reason}
 
 

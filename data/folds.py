@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data import images
+from data.cache import facts
 from utils.errors import UserError
 from utils.files import read_csv, read_json, show, write_json
 from utils.pictures import review
@@ -247,7 +248,7 @@ def _copies(train, val):
     for look in (size, _row, images.digest):
         common = {found.get(path) for path in train} & {found.get(path) for path in val} - {None}
         files = [path for path in found if found[path] in common]
-        values = images.facts(look.__name__, look, [(path,) for path in files], bar="copies")
+        values = facts(look.__name__, look, [(path,) for path in files], bar="copies")
         found = {path: (*found[path], str(value)) for path, value in zip(files, values)}
     seen_of = {found[path]: path for path in reversed(train) if path in found}
     return [(held, seen_of[found[held]]) for held in val if found.get(held) in seen_of]

@@ -32,7 +32,6 @@ from xml.etree import ElementTree
 import numpy as np
 import rasterio
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio._err import CPLE_BaseError
@@ -41,10 +40,11 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from data.cache import facts, in_threads
+from data.cache import facts
 from utils.errors import UserError
 from utils.files import by_name, list_tree, read_bytes, reading
 from utils.ops.geometry import resize  # noqa: F401, as images.resize
+from utils.train import dist
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below replace Pillow's

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import augment, bad, images, pairs, units
-from data.cache import Cache
+from data.cache import Cache, facts
 from utils.train import dist
 from utils.errors import UserError
 from utils.ops import tiles
@@ -168,7 +168,7 @@ def hold_data(files, windows, bands):
         return empty is None or not bool(empty.all())
 
     doubtful = [item for item in zip(files, windows) if images.header(item[0]).gaps]
-    found = dict(zip(doubtful, images.facts("data", look, doubtful, variant=bands, bar="no data")))
+    found = dict(zip(doubtful, facts("data", look, doubtful, variant=bands, bar="no data")))
     return [found.get(item, True) for item in zip(files, windows)]
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from data import augment, bad, images
+from data.cache import facts, in_threads
 from data.folds import spread
 from utils.errors import UserError
 from utils.files import folder_of
@@ -109,7 +110,7 @@ def look(files, bands):
                          pixels.max(1, initial=-np.inf, where=valid))).tolist()
 
     looked = [(file,) for file in spread(list(files), LOOKED_AT)]
-    found = np.array(images.facts("units", measure, looked, variant=(bands, SIDE), bar="units"))
+    found = np.array(facts("units", measure, looked, variant=(bands, SIDE), bar="units"))
     sums, low, high = sum(found[:, :3]), found[:, 3].min(0), found[:, 4].max(0)
     if not sums[0].all():
         raise UserError(f"{files[0]}: band {bands[sums[0].argmin()]} holds no data in any image; choose other --bands")
@@ -183,5 +184,5 @@ def check(files, inputs):
             raise UserError(what)
         return f"{what} unless that is right" if any(unlike) else ""
 
-    for line in filter(None, images.in_threads(compare, files)):
+    for line in filter(None, in_threads(compare, files)):
         dist.print0(f"warning: {line}")

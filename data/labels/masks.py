@@ -11,6 +11,7 @@ import numpy as np
 from rasterio import features
 
 from data import images, pairs, seg
+from data.cache import in_threads
 from data.labels.records import Layout, Records
 from utils.errors import UserError
 
@@ -37,7 +38,7 @@ def read(layout):
         empty = images.void(images.read(layout.root / label))  # as the file declares it; 255 may be an object
         return objects(mask if empty is None else mask.masked_fill(empty, 0))
 
-    found = images.in_threads(check, list(zip(layout.images, layout.labels)), "masks")
+    found = in_threads(check, list(zip(layout.images, layout.labels)), "masks")
     boxes = [(i, value, box, label, number) for i, (label, parts) in enumerate(zip(layout.labels, found))
              for number, (value, box) in enumerate(parts, 1)]
     values = {value for _, value, *_ in boxes}
