@@ -85,7 +85,7 @@ def as_checkpoint(content, task, path, names):
             "input": {"bands": bands, "pixel_scale": 255.0, "mean": mean, "std": std,
                       "imgsz": SIDES.get(name, 224) if not detects else 1280 if "6" in name else 640},
             # of no data; --tta without names mirrors; images are not enlarged and get no border
-            "args": {"data": path, "hflip": 0.5, "rot90": False, "border": 0}}
+            "args": {"data": path, "hflip": 0.5, "rot90": False, "canvas_border": 0}}
 
 
 def fitting(state, candidates):
