@@ -368,7 +368,7 @@ def det_views(args, members, files):
     if args.task == "det" and args.overlap is not None and not tile:
         raise UserError("--overlap: is of windows; leave it out, or give --tile")
     overlap = max(m.state["args"].get("overlap", OVERLAP) for m in members) if args.overlap is None else args.overlap
-    border = max(member.state["args"].get("border", 0.5) for member in members)  # 0: as YOLOv5 itself predicts
+    border = max(member.state["args"].get("canvas_border", 0.5) for member in members)  # 0: as YOLOv5 itself predicts
     return det.TiledImages(files, bands=all_bands(members), imgsz=imgsz, tile=tile, overlap=overlap, border=border,
                            stride=max(member.net.stride for member in members), enlarge=bool(args.imgsz or border))
 

@@ -53,8 +53,8 @@ def checkpoint(path_or_name, task, names=None):
     if path in URLS:
         with answers_for("--weights"):
             return checkpoints.checked(convert(download(path)), path)
-    if not any(map(os.path.exists, (path, f"{path}.prev"))):
-        raise UserError(missing(path, task))
+    if not any(map(os.path.isfile, (path, f"{path}.prev"))):
+        raise UserError(f"--weights {missing(path, task)}")
     return checkpoints.load(path, convert)
 
 
@@ -74,7 +74,8 @@ def as_checkpoint(content, task, path, names):
         kinds = (kind for pattern, kind in KINDS if any(re.match(pattern, name) for name in unwrap(content)))
         raise UserError(f"{path}: is {next(kinds, 'pruned, or another net')}; give a YOLOv5 of release 4.0 to 7.0 or "
                         f"YOLOv5u for --task det, a RegNetX, EfficientNetV2, RepVGG or HRNet for --task cls")
-    kwargs, expects = arch["kwargs"], expectations(path, content)
+    kwargs = arch["kwargs"]
+    expects = expectations(path, content)
     bands, count = [*range(1, kwargs["in_chans"] + 1)], kwargs["num_classes"]
     classes, name = name_classes(content, count, path, names), kwargs.get("variant", arch["name"])
     arch["name"] += "_tv" * (expects.get("padding") == "symmetric")
@@ -85,7 +86,7 @@ def as_checkpoint(content, task, path, names):
             "input": {"bands": bands, "pixel_scale": 255.0, "mean": mean, "std": std,
                       "imgsz": SIDES.get(name, 224) if not detects else 1280 if "6" in name else 640},
             # of no data; --tta without names mirrors; images are not enlarged and get no border
-            "args": {"data": path, "hflip": 0.5, "rot90": False, "border": 0}}
+            "args": {"data": path, "hflip": 0.5, "rot90": False, "canvas_border": 0}}
 
 
 def fitting(state, candidates):

@@ -71,7 +71,7 @@ EXPECTS = {name: expects for _, expects, files in _PUBLISHED for name in files}
 def missing(path, task="cls"):
     """The line about a file that does not exist, with the published names for this task."""
     names = [name for name in URLS if name.startswith("yolov5:") == (task == "det")]
-    return f"{path}: no such file; give a file of weights, or one of {', '.join(names)}"
+    return f"{path}: no such checkpoint, no such file of weights; give one, or one of {', '.join(names)}"
 
 
 def download(name):

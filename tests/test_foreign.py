@@ -275,11 +275,11 @@ def test_other_files_are_named(tmp_path):
     path = write(tmp_path / "whole.pt", YOLOv5("n", 2))
     (tmp_path / "half.pt").write_bytes(Path(path).read_bytes()[:10**6])
     torch.save({"model.0.conv.weight": torch.ones(3), "model.24.anchors": torch.ones(2, 2)}, tmp_path / "odd.pt")
-    for name, words in {"script.pt": "TorchScript", "half.pt": "cut off", "odd.pt": "another net", "no.pt": "no such file"
+    for name, words in {"script.pt": "TorchScript", "half.pt": "cut off", "odd.pt": "another net", "no.pt": "no such checkpoint"
                         }.items():
         with pytest.raises(UserError, match=words):
             pretrained.checkpoint(tmp_path / name, "det")
     for task, known, unknown in (("det", "yolov5:yolov5n,", "timm:"), ("cls", "timm:regnetx_002", "yolov5:")):
-        with pytest.raises(UserError, match="yolov5n: no such file") as error:
+        with pytest.raises(UserError, match="yolov5n: no such checkpoint") as error:
             pretrained.checkpoint("yolov5n", task)
         assert known in str(error.value) and unknown not in str(error.value)
