@@ -29,7 +29,7 @@ def check_task(args, known):
 def check_ensemble(args, paths):
     """Whether the flags of an ensemble go together. paths: the checkpoints; none: --probs without --weights."""
     for flag in () if paths else ("source", "noisy", "tta", "soup", "pseudo", "fit_weights", "ensemble", "imgsz",
-                 "submission"):
+                                  "submission"):
         if getattr(args, flag) not in (None, False):
             raise UserError(f"{word(flag)}: does nothing for --probs without --weights; leave it out")
     if args.noisy and (args.source or len(paths) > 1):

@@ -30,7 +30,7 @@ def image_ids(files, near, *, others=False, listed=None, data=None):
     """
     folders = (near, *list(Path(near).resolve().parents)[:2])
     paths = [listed] if listed else itertools.chain(*map(coco.image_lists, folders))
-    tables = [(path, coco.test_ids(path)) for path in paths]
+    tables = [(path, known) for path in paths if (known := coco.test_ids(path)) or listed]
     tables.append((None, data and not listed and bad.attempt(labels.image_ids, data, files[0])[0] or {}))
     found = [(path, [known.get(os.path.abspath(file), known.get(same_name(file.name))) for file in files])
              for path, known in tables]
