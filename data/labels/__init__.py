@@ -24,7 +24,7 @@ from data.labels.records import MISSING, NO_BOX, TURNED_BOX, list_files
 from utils.errors import UserError
 from utils.files import kept_values, show, stamps_of, store_of
 
-VERSION = 6  # of the kept result: to be raised when a reader finds something else in the same files
+VERSION = 7  # of the kept result: to be raised when a reader finds something else in the same files
 # A side of less than a pixel shows nothing, and its logarithm diverges. 0.1 is left for YOLO's rounding: with four
 # decimals, one pixel of 2000 is written as 0.95 to 1.05
 MIN_SIDE = 0.9
