@@ -25,7 +25,7 @@ announce-demo:
 	@echo "After the installation, the demo takes about 4 minutes on 2 processor cores, and less on newer ones."
 
 test: $(VENV)/installed-dev
-	ls -S tests/test_*.py | OMP_NUM_THREADS=1 xargs -P 2 -n 5 $(PYTHON) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/installed-dev
 	$(PYTHON) -m pytest -m slow

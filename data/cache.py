@@ -30,9 +30,8 @@ def in_threads(function, items, what=None):
     name of a progress bar, which rank 0 shows."""
     step = max(1, min(BATCH, len(items) // 100))
     batches = [items[i:i + step] for i in range(0, len(items), step)]
-    with ThreadPoolExecutor(8) as pool, tqdm(total=len(items), desc=what, unit="img", leave=False, disable=dist.rank() > 0
-                                             or not items or what is None) as bar:
-        found = []
+    found, hidden = [], dist.rank() > 0 or not items or what is None
+    with ThreadPoolExecutor(8) as pool, tqdm(total=len(items), desc=what, unit="img", leave=False, disable=hidden) as bar:
         for values in pool.map(lambda batch: list(map(function, batch)), batches):
             found += values
             bar.update(len(values))

@@ -71,7 +71,8 @@ def read(path, *, allow_bad=False, cache="runs/cache"):
     ends = np.cumsum(found["counts"]).tolist()
     spans = list(map(slice, [0, *ends], ends))
     return Labels([layout.root / file for file in found["files"]], [size and tuple(size) for size in found["sizes"]],
-                  [boxes.reshape(-1, 4)[span] for span in spans], [classes[span] for span in spans], found["held_out"], list(found["category_of"]), list(found["category_of"].values()),
+                  [boxes.reshape(-1, 4)[span] for span in spans], [classes[span] for span in spans],
+                  found["held_out"], list(found["category_of"]), list(found["category_of"].values()),
                   f"labels in {Path(layout.labels[-1]).suffix} files")
 
 

@@ -1,6 +1,4 @@
 """COCO's average precision of detected boxes, and what explains it: curves, thresholds, confusions, scores of images."""
-import collections
-
 import numpy as np
 import torch
 
@@ -22,6 +20,7 @@ class DetectionAP:
     def __init__(self, classes, max_det=100):
         self.classes, self.max_det = classes, max_det
         self.detections, self.gt_boxes = [], []  # image by image: (n, 6) and (m, 5), float64
+        self.by_iou = {}  # IoU -> per class scores (n,), hits (n,) and the number of ground-truth boxes
 
     def update(self, detections, gt_boxes):
         """detections: per image a tensor (n, 6) of x1 y1 x2 y2 score class, in any order, on any device; gt_boxes: per
@@ -33,6 +32,7 @@ class DetectionAP:
         if len(detections) != len(gt_boxes):
             raise ValueError(f"there are detections of {len(detections)} images, but gt_boxes of {len(gt_boxes)}")
         detections = [self._checked("detections", rows, 6) for rows in detections]
+        self.by_iou = {}
         self.gt_boxes += [self._checked("gt_boxes", rows, 5) for rows in gt_boxes]
         self.detections += [rows if len(rows) <= self.max_det else self._best(rows) for rows in detections]
 
@@ -71,9 +71,10 @@ class DetectionAP:
     def best_threshold(self, iou=0.5):
         """-> (t, F1): keeping the detections with score >= t gives the highest F1, averaged over the classes with
         ground truth; of several such t the highest. Both NaN without ground truth or detections."""
-        per_class = self._evaluate([iou], [AREAS["ap"]])
-        levels = np.unique(np.concatenate([scores for scores, *_ in per_class]))[::-1]
-        present = [(scores, hits[:, 0, 0], total[0]) for scores, hits, _, total in per_class if total[0]]
+        if iou not in self.by_iou:
+            self.curve(iou)
+        levels = np.unique(np.concatenate([scores for scores, *_ in self.by_iou[iou]]))[::-1]
+        present = [row for row in self.by_iou[iou] if row[-1]]
         if not len(levels) or not present:
             return float("nan"), float("nan")
         f1 = np.zeros(len(levels))
@@ -115,7 +116,7 @@ class DetectionAP:
         return rows
 
     def _evaluate(self, ious, areas):
-        """-> per class: scores (n,), the highest first, of equal ones in the order of the images; hits and counted
+        """Yields per class: scores (n,), the highest first, of equal ones in the order of the images; hits and counted
         (n, areas, IoUs); the number of ground-truth boxes (areas,).
 
         For each range of areas, a detection takes the free ground-truth box of its image and class that is in the range
@@ -126,27 +127,31 @@ class DetectionAP:
         low, high = np.transpose(areas)
         inside, gt_inside = ((low <= size) & (size <= high) for size in (
             boxes.sides(rows).prod(1, keepdims=True) for rows in (detections, gt_boxes)))
-        ious = np.minimum(ious, 1 - 1e-10)  # COCO's: 1 shall be reached in spite of rounding
-        d, t, overlap = _pairs(self.detections, self.gt_boxes, ious.min())
+        least = np.minimum(ious, 1 - 1e-10)  # COCO's: 1 shall be reached in spite of rounding
+        d, t, overlap = _pairs(self.detections, self.gt_boxes, least.min())
         order = np.lexsort((-t, -overlap, d, -detections[d, 4]))  # of equal IoUs the last box
-        d, t, reached, wanted = d[order], t[order], overlap[order, None, None] >= ious, gt_inside[t[order], :, None]
-        # all boxes in the range first: who gets one of them does not depend on the others
-        d, t, allowed = np.tile(d, 2), np.tile(t, 2), np.concatenate((reached & wanted, reached & ~wanted))
-        pair, *column = _greedy(d, t, allowed).nonzero()
-        hits, claimed = np.zeros((2, *inside.shape, len(ious)), bool)
-        claimed[d[pair], *column] = True
-        hits[d[pair], *column] = pair < len(order)
-        counted = hits | ~claimed & inside[..., None]
-        totals = np.zeros((self.classes, len(areas)), int)
-        np.add.at(totals, gt_boxes[:, 4].astype(int), gt_inside)
-        order = np.lexsort((-detections[:, 4], detections[:, 5]))
-        rows_of = np.split(order, np.searchsorted(detections[order, 5], np.arange(1, self.classes)))
-        return [(detections[rows, 4], hits[rows], counted[rows], total) for rows, total in zip(rows_of, totals)]
+        d, t, overlap = d[order], t[order], overlap[order, None, None]
+        ranked = np.lexsort((-detections[:, 4], detections[:, 5]))
+        ends = np.searchsorted(detections[ranked, 5], np.arange(self.classes + 1))
+        rank, label = ranked.argsort()[d], detections[d, 5]
+        for c, (first, last) in enumerate(zip(ends, ends[1:])):  # class by class, which takes less memory
+            rows, own, total = ranked[first:last], label == c, gt_inside[gt_boxes[:, 4] == c].sum(0)
+            i, j = np.tile(rank[own] - first, 2), np.tile(t[own], 2)
+            reached, wanted = overlap[own] >= least, gt_inside[t[own], :, None]
+            # all boxes in the range first: who gets one of them does not depend on the others
+            pair, *column = _greedy(i, j, np.concatenate((reached & wanted, reached & ~wanted))).nonzero()
+            hits, claimed = np.zeros((2, len(rows), len(areas), len(ious)), bool)
+            claimed[i[pair], *column] = True
+            hits[i[pair], *column] = 2 * pair < len(i)
+            yield detections[rows, 4], hits, hits | ~claimed & inside[rows][..., None], total
 
     def _precision(self, ious, areas):
         """-> (C, areas, IoUs, 101), NaN where there is no ground truth."""
         result = np.full((self.classes, len(areas), len(ious), len(RECALLS)), np.nan)
-        for c, (_, hits, counted, totals) in enumerate(self._evaluate(ious, areas)):
+        self.by_iou |= {iou: [] for iou in ious}
+        for c, (scores, hits, counted, totals) in enumerate(self._evaluate(ious, areas)):
+            for k, iou in enumerate(ious):
+                self.by_iou[iou].append((scores, hits[:, 0, k], totals[0]))
             for a in totals.nonzero()[0]:
                 found, seen = hits[:, a].cumsum(0), counted[:, a].cumsum(0)
                 precision = np.append(found / np.maximum(seen, 1), np.zeros((1, len(ious))), 0)
@@ -189,10 +194,11 @@ def _greedy(d, t, allowed=None):
     """
     allowed = np.ones(len(d), bool) if allowed is None else allowed
     bit = 2 ** np.arange(allowed[:1].size)  # of each matching: a pair takes one step for all of them
-    claimed, taken, matched = collections.defaultdict(int), collections.defaultdict(int), []
+    claimed, taken, matched = [0] * (d.max(initial=0) + 1), [0] * (t.max(initial=0) + 1), []
     for i, j, bits in zip(d.tolist(), t.tolist(), (allowed.reshape(len(d), len(bit)) @ bit).tolist()):
-        free = bits & ~claimed[i] & ~taken[j]
-        claimed[i] |= free
-        taken[j] |= free
+        free = bits & ~(claimed[i] | taken[j])
+        if free:
+            claimed[i] |= free
+            taken[j] |= free
         matched.append(free)
     return (np.array(matched, int)[:, None] & bit > 0).reshape(allowed.shape)
