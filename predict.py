@@ -96,7 +96,7 @@ def parse_args():
     add("--overlays", "seg det", action=argparse.BooleanOptionalAction, default=True, help="pictures of the results")
     add("--polygons", "seg", action="store_true", help="also write the masks' outlines as GeoJSON")
     add("--rle", "seg", choices=sample.RUNS, metavar="ORDER,FIRST", help="of --submission: column or row, the order in "
-        "which pixels are counted; 1 or 0, the number of the first; without: column,1, or column,0 if the sample has it")
+        "which pixels are counted; 1 or 0, the number of the first; without: column,1, or as the sample")
     add("--detector", "seg", metavar="PATH", help="a checkpoint of train_det.py, for which --imgsz, --conf, --iou and "
         "--max-det are: only its boxes, a little enlarged, are segmented")
     add("--imgsz", "det cls", type=int_range(32, 65536), help="side of the net's input; without: as trained")
