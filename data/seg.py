@@ -77,6 +77,7 @@ def read(root, *, bands=None, classes=1, ignore=None, allow_bad=False):
     sizes, counts = zip(*found)
     columns = (list(column) for column in zip(*(rows[i] for i in kept)))
     samples = Samples(*columns, list(map(tuple, sizes)), list(counts), bands)
+    images.read_headers([mask for _, mask in samples.pairs])
     declared = [mask for image, mask in samples.pairs if mask != image and declared_class(mask, classes) is not None]
     if declared:
         dist.print0(f"{declared[0]}: declares {declared_class(declared[0], classes)} as no data, which is a class "

@@ -90,7 +90,8 @@ def precision(count):
 def measured(function, *args):
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     inner = function(*args)
-    return inner or time.process_time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    seconds = inner if isinstance(inner, float) else time.process_time() - began
+    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def main():
