@@ -317,7 +317,7 @@ class Images(Dataset):
     Where the shorter side is longer than `limit` pixels, it is reduced to that. cache: see data.cache."""
 
     def __init__(self, files, labels, *, bands=None, limit=1024, cache=None):
-        self.labels = torch.as_tensor(labels)
+        self.files, self.labels = files, torch.as_tensor(labels)
         self.pictures = Cache(files, lambda i: reduce(images.read_picture(files[i], bands), limit), cache,
                               variant=("pictures", bands, limit))
 

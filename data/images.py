@@ -67,7 +67,6 @@ MIRRORED = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # axes; f
 MAX_SCENE = 2**36  # pixels, however it is read
 MAX_VALUES = 2**30  # pixels times bands of one read
 HEAD = 2**12  # bytes; more of a header is left to GDAL
-BLOCK = 2**14  # bytes of a JPEG that are decoded at once
 STRIP = 2**25  # pixels times bands of a piece, where an image is read in pieces
 # GDAL's search for files beside the one that it opens takes half of the time; they say nothing about pixels
 ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
@@ -314,7 +313,7 @@ def read(path, bands=None, *, window=None, shape=None, once=False):
 
     bands: counted from 1, None: all. window: (row, column, height, width); of a GeoTIFF only the window is read.
     shape: (height, width) to reduce to by nearest pixels. once: no other window of the file is read soon, so that a PNG
-    or JPEG is decoded down to this one only. Raises UserError naming the file.
+    is decoded down to this one only. Raises UserError naming the file.
     """
     found = header(path)
     count, height, width = found.size
@@ -327,15 +326,12 @@ def read(path, bands=None, *, window=None, shape=None, once=False):
         raise UserError(f"{path}: {width} x {height} pixels are too many to read whole; cut it into tiles")
     opaque = None  # opacity or mask: 0 where a pixel holds no data
     planes = bands + [count] * (found.opacity and count not in bands)
-    upright = once and found.orientation == 1
-    if in_windows(found) or upright and found.kind == "PNG":
+    if in_windows(found) or once and found.kind == "PNG" and found.orientation == 1:
         with open_raster(path) as file:
             part = Window(x, y, w, h)
             image = file.read(planes, window=part, out_shape=shape and (len(planes), *shape))
             if found.mask == "inside":
                 opaque = file.read_masks(1, window=part, out_shape=shape)
-    elif upright and found.kind == "JPEG" and count < 4:
-        image = _jpeg_rows(path, y + h)[:, y:, x:x + w].copy()
     else:
         image = (_decode_once if window else _decode)(path, os.stat(path).st_mtime_ns)
         if image.shape != (count, height, width):  # its header tells two sizes
@@ -490,25 +486,6 @@ def _decode_jpeg(path):
         return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
     except (RuntimeError, OSError, SyntaxError, ValueError):
         raise UserError(DAMAGED.format(path)) from None
-
-
-def _jpeg_rows(path, stop):
-    """The rows of a JPEG before `stop`, as `_decode_jpeg` has them, and read no further. Rows are decoded in their order,
-    so they are whole as soon as one below is not black."""
-    with _pillow(path, "JPEG") as file:
-        read_block = file.load_read
-
-        def read_on(_):
-            if file.im.crop((0, stop, file.width, stop + 16)).getbbox():
-                raise StopIteration
-            return read_block(BLOCK)
-
-        file.load_read = read_on
-        with contextlib.suppress(StopIteration):
-            file.load()
-        file.tile = []  # nothing is left to be decoded
-        pixels = np.asarray(file.crop((0, 0, file.width, stop)))
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _ends(jpeg):

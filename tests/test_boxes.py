@@ -134,7 +134,7 @@ def survivors(rows, detections):
 @pytest.mark.parametrize("options", [
     {}, {"agnostic": True}, {"multi_label": False}, {"multi_label": False, "agnostic": True}, {"iou": 0.3},
     {"conf": 0.4, "iou": 0.9}, {"max_det": 3}, {"max_det": 11, "iou": 0.2}, {"max_candidates": 37},
-    {"max_det": 150, "iou": 0.9},
+    pytest.param({"max_det": 150, "iou": 0.9}, marks=pytest.mark.slow),
     {"max_candidates": 100, "max_det": 5, "agnostic": True}, {"max_det": 0},
     {"iou": 1.0, "max_det": 30, "max_candidates": 150}])
 def test_nms_against_brute_force(options):

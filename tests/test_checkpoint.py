@@ -263,7 +263,7 @@ def kills(tmp_path, count, seed):
 
 
 def test_a_valid_file_exists_whenever_the_writer_is_killed(tmp_path, capfd):
-    kills(tmp_path, 120, seed=0)
+    kills(tmp_path, 60, seed=0)
 
 
 @pytest.mark.slow

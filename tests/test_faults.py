@@ -282,7 +282,8 @@ def test_resumed_with_other_flags(tmp_path):
     assert "epoch" not in again.out  # it had ended
 
 
-@pytest.mark.parametrize("pipe", [pytest.param("2>&1 | head -c 10", marks=pytest.mark.slow), ">&- 2>&-"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pipe", ["2>&1 | head -c 10", ">&- 2>&-"])
 def test_output_that_nobody_reads(tmp_path, straight, pipe):
     """The run may end for it, but what it has saved stays whole."""
     line = " ".join(map(str, (sys.executable, "-m", "tests.toy", "--project", tmp_path, *RUN, "--slow", "batch=0.02")))

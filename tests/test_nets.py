@@ -281,6 +281,7 @@ def test_a_regnet_without_a_head_pools():
     torch.testing.assert_close(net(x), net.features(x)[-1].mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_checkpointing_compiles():
     plain = nn.Sequential(ConvNorm(3, 4, 3), ConvNorm(4, 4))
     saving, x = copy.deepcopy(plain), randn(2, 3, 8, 8)

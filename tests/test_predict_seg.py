@@ -221,6 +221,7 @@ def test_two_processes_predict_what_one_does(script, tmp_path, colour_model):
     assert done.stdout.count("5 images: two") == 1
 
 
+@pytest.mark.slow
 def test_the_script_as_a_process_of_its_own(tmp_path, colour_model):
     """The true exit code and the one line, without any help of this process."""
     (tmp_path / "cut.tif").write_bytes(write_tif(tmp_path / "whole.tif", colour(0)[0]).read_bytes()[:-3000])

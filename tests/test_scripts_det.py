@@ -473,8 +473,8 @@ def test_the_second_stage_restarted_after_a_checkpoint(script, parking, monkeypa
     assert len(last("exp-finetune")["history"]) == 4
 
 
-@pytest.mark.parametrize("named", [pytest.param(["runs/det/exp"], marks=pytest.mark.slow), []],
-                         ids=["by name", "the newest"])
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [["runs/det/exp"], []], ids=["by name", "the newest"])
 def test_the_second_stage_of_a_resumed_first_one_is_restarted(script, parking, monkeypatch, named):
     """The command line then holds nothing but --resume: it names the first stage's folder, or the newest."""
     script(train_det, "--data", parking, *STAGED, "--stages", "1,2", "--imgsz", 96, "--image-weights")
@@ -502,6 +502,7 @@ def test_both_stages_drop_the_same_samples(script, parking):
     assert dropped[0] == dropped[1] == [f"train/images/{file.name}" for file in files[:3]]
 
 
+@pytest.mark.slow
 def test_a_first_stage_gets_more_epochs(script, parking):
     script(train_det, "--data", parking, *STAGED, "--stages", "1,1")
     script(train_det, "--resume", "runs/det/exp", "--epochs", 2)

@@ -96,6 +96,7 @@ def test_classification(flags, script, tmp_path, gpu):
     script(predict, "--task", "cls", *pair, "--soup", "--tta", "scale", "hflip", "--out", "out", *OFF)
 
 
+@pytest.mark.slow
 def test_synthesis_on_the_device(script, tmp_path, gpu):
     """Images are made where the net is, each by a generator of that device; labels and order are those of the CPU."""
     write_letters(tmp_path / "letters.csv")

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nets import pretrained
 from predict import load_members
 from utils.errors import Parser, UserError, cli
 from utils.files import check_absent, whole_file
 from utils.ops import decide
-from utils.train import checkpoint
 
 KEPT = ("task", "classes", "single_label", "category_ids", "input", "threshold")
 
@@ -55,7 +55,8 @@ def trace(graph, stride):
 
 def main():
     parser = Parser(prog="python -m utils.export", description=__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path, metavar="PATH", help="a checkpoint")
+    parser.add_argument("weights", type=Path, metavar="PATH", help="a checkpoint, also YOLOv5's and ImageNet classifiers")
+    parser.add_argument("--task", choices=("det", "cls"), default="det", help="of weights of others")
     parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx", help="pt2: for torch.export.load")
     parser.set_defaults(amp="off", compile=False)
     args = parser.parse_args()
@@ -63,7 +64,7 @@ def main():
     check_absent(out)
     if args.format == "onnx" and not find_spec("onnxscript"):
         raise UserError("--format onnx: needs two packages; pip install onnx onnxscript, or take --format pt2")
-    state = checkpoint.load(args.weights)
+    state = pretrained.checkpoint(args.weights, args.task)
     args.task = state["task"]
     [member] = load_members(args, args.task, torch.device("cpu"), [args.weights], [state])
     stride = getattr(member.net, "stride", 32)  # classifiers do not tell theirs
