@@ -227,7 +227,7 @@ def _plain_png(path, head):
 
 
 def _palette(colours):
-    """Red, green and blue of one colour after another -> those of 256 colours, black where there are fewer."""
+    """Red, green and blue of each colour, one after another -> the same for 256 colours; missing ones are black."""
     return tuple([*colours, *[0] * 768][:768])
 
 

@@ -17,7 +17,7 @@ import torch
 
 import nets
 from nets.weights import (EXPECTS, HALF, IMAGENET, NONE, SAME, STEM, SYMMETRIC, URLS, download, missing, our_names, read,
-                          to_timm_names, unwrap)
+                          to_timm_names, unwrap, verified)
 from nets.yolo import SIZES
 from utils import tensors
 from utils.errors import UserError, answers_for
@@ -46,9 +46,10 @@ KINDS = (  # start of a tensor's name, as a regular expression: the net that has
 
 # ---- checkpoints of others -------------------------------------------------------------------------------------------
 def checkpoint(path_or_name, task, names=None):
-    """A checkpoint as `utils.train.checkpoint.load` gives it, also of published weights and of those of others, see
-    `as_checkpoint`. Raises UserError."""
-    path = os.fspath(path_or_name).partition(":sha256=")[0]
+    """Reads a checkpoint as `utils.train.checkpoint.load` does. Published weights and weights of other projects become
+    one too, see `as_checkpoint`. path_or_name: as in `load`. Raises UserError."""
+    with answers_for("--weights"):
+        path = verified(path_or_name)
     convert = functools.partial(as_checkpoint, task=task, path=path, names=names)
     if path in URLS:
         with answers_for("--weights"):
@@ -92,7 +93,9 @@ def as_checkpoint(content, task, path, names):
 def fitting(state, candidates):
     """The first "arch" of the candidates(state) whose tensors have the names and shapes of a state dict, or None."""
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    with contextlib.suppress(Exception), torch.device("meta"):  # tensors of strange shapes raise any
+    # a state dict may lack the tensors that tell the net, or have them in shapes of which no net can be built
+    strange = LookupError, TypeError, ValueError, RuntimeError, ArithmeticError
+    with contextlib.suppress(*strange), torch.device("meta"):
         for arch in candidates(state):
             if shapes == {name: tensor.shape for name, tensor in nets.build(arch).state_dict().items()}:
                 return arch

@@ -94,15 +94,21 @@ def download(name):
         raise ValueError(f"{name}: not the published file ({reason}); delete it from {folder} and try again") from None
 
 
+def verified(path):
+    """The path without `:sha256=HEX` behind it. Raises ValueError where a file is there and does not have this hash."""
+    path, _, wanted = os.fspath(path).partition(":sha256=")
+    if wanted and os.path.isfile(path) and hashlib.sha256(Path(path).read_bytes()).hexdigest() != wanted.lower():
+        raise ValueError(f"{path}: has another SHA-256; fetch it again")
+    return path
+
+
 def read(path):
     """The content of a file of weights, a dict. Of pickled modules only the tensors are read; checkpoints of the first
-    edition are converted to today's layout. path: with `:sha256=HEX` behind it, the file must have this hash. Raises
-    OSError and ValueError as `nets.pretrained.load`."""
-    path, _, wanted = os.fspath(path).partition(":sha256=")
+    edition are converted to today's layout. path: see `verified`. Raises OSError and ValueError as
+    `nets.pretrained.load`."""
+    path = verified(path)
     if not os.path.isfile(path):
         raise OSError(missing(path))
-    if wanted and hashlib.sha256(Path(path).read_bytes()).hexdigest() != wanted.lower():
-        raise ValueError(f"{path}: has another SHA-256; fetch it again")
     content = tensors.read(path, modules=True)
     return checkpoint.checked(content, path) if "task" in content else content
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from data import images, labels
+from data import labels
 from data.labels import coco
 from tests.conftest import digest
 from utils.errors import UserError

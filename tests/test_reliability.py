@@ -11,7 +11,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -21,11 +20,11 @@ import nets
 from data import cache as cache_module
 from data.cache import Cache
 from nets import pretrained
-from tests.harness import ENV, ROOT, differences, toy
+from tests.harness import ENV, differences, toy
 from tests.test_checkpoint import small
-from utils import files, tensors
+from utils import files
 from utils.errors import NumericalError, UserError
-from utils.train import checkpoint, optim, runs
+from utils.train import checkpoint, runs
 from utils.train.optim import make_optimizer, make_schedule, param_groups
 from utils.train.state import State
 
@@ -205,6 +204,8 @@ def test_a_hash_for_formats_without_checksums(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"{name}: has another SHA-256; fetch it again"):
             pretrained.load(Net(), f"{path}:sha256={found}")
+        with pytest.raises(UserError, match=f"--weights .*{name}: has another SHA-256; fetch it again"):
+            pretrained.checkpoint(f"{path}:sha256={found}", "det")
 
 
 # ---- all that a checkpoint holds is finite ---------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def _entries(data, key, path, **fields):
 def _get(entry, key, types, place):
     """entry[key], if it is of one of the types; else a UserError that names the place."""
     value = entry.get(key) if type(entry) is dict else None
-    if type(value) is int and int in types:  # mostly
+    if type(value) is int and int in types:  # the usual case first, which is fast
         return value
     if int in types and type(value) in (float, str):  # 1.0 and "1" are the number 1 in some files
         with suppress(ValueError, OverflowError):

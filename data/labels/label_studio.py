@@ -4,7 +4,7 @@ from urllib.parse import unquote
 
 from data.labels import records
 
-SIDES = {"x": "width", "y": "height", "width": "width", "height": "height"}  # of what they are shares, in percent
+SIDES = {"x": "width", "y": "height", "width": "width", "height": "height"}  # value: the side that it is a percentage of
 
 
 def as_coco(tasks, cases):

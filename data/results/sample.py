@@ -43,8 +43,8 @@ class Sample(NamedTuple):
 def read(path, files, ids, *, task, **options):
     """-> Sample. Rank 0 prints what is understood; UserError where nothing is.
 
-    files, ids: the images and their ids; task: "seg", "det" or "cls"; options: names, numbers: of the classes, in the
-    net's order, [] where they have no names; rle: one of RUNS, None: as the sample says, else the first.
+    files, ids: the images and their ids. task: "seg", "det" or "cls". options: the lists `names` and `numbers` describe
+    the classes in the net's order (no names: []); `rle` is one of RUNS, or None: what the sample says, else the first.
     """
     try:
         return _read(Path(path), files, ids, SHAPES[task], **options)
@@ -75,7 +75,7 @@ def _read(path, files, ids, shape, *, names, numbers, rle):
     known = {text: k for texts in (map(str, numbers), names) for k, text in enumerate(texts)} | {None: None}
     understood, fill = shape(columns, known, names, numbers, any(owners), rle)
     places = [(row, found[text], known[owner]) for row, text, owner in zip(rows, keys, owners)]
-    if shape == boxes and len(columns) > 1:  # a row per detection: those of an image stand together
+    if shape == boxes and len(columns) > 1:  # a row per detection: an image's rows are written where its first one is
         places = list({place[1] or i: place for i, place in enumerate(places)}.values())
         if path.suffix == ".json":  # it is an example, which does not list the images
             listed = {*found.values()}
@@ -111,7 +111,7 @@ def role_of(column):
     return next((role for role, words in ROLES.items() if column.lower().replace("_", "") in words.split()), None)
 
 
-# ---- shapes: -> what is understood, Sample.fill; ValueError where it is another --------------------------------------
+# ---- shapes: each returns what the user is told, and Sample.fill. ValueError: the sample has another shape -----------
 def classes(columns, known, names, numbers, each, rle):
     """A column, or a row, per class; or labels. A result is (0 or 1 (K,), probabilities (K,)), of numpy."""
     found = {name: known[name] for name in columns if name in known}

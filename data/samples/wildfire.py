@@ -35,7 +35,7 @@ def _noise(rng, size, slope):
 def scene(rng, size, *, fraction):
     """One tile: image (10, size, size) uint16 and mask (size, size) uint8 in {0, 1}.
 
-    `fraction` of the pixels burn (0: none). Bands 1-7 are those of SPECTRA; bands 8-10 tell nothing about fire.
+    `fraction` of the pixels burn (0: none). SPECTRA has the values of bands 1-7; bands 8-10 tell nothing about fire.
     """
     image = np.broadcast_to(SPECTRA["forest"], (7, size, size))
     for name, (low, high, width) in COVERS.items():
