@@ -28,7 +28,7 @@ from utils.losses import detection as losses
 from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.ops import anchors, decide
 from utils.ops.boxes import confident
-from utils.pictures import charts, detection as pictures, review, sheets, table
+from utils.pictures import detection as pictures, review, sheets, table
 from utils.train import dist, engine, optim
 from utils.train.args import (begin_run, check_batch, debug_sizes, float_range, fraction, int_range, positive,
                               setup_run, train_parser, training)
@@ -274,7 +274,8 @@ def experiment(args, device, folder, resume):
     if dist.is_main():
         print(f"{len(train_data)} images with {sum(len(sample.boxes) for sample in samples)} boxes to train, "
               f"{len(val)} to validate; {len(names)} classes")
-        draw_labels(folder, train_data, samples, augmented, names, batch_size=min(args.bs, 8))
+        batch = det.collate([train_data[0, i] for i in range(min(args.bs, 8))])
+        pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
     header = {"task": "det", "arch": arch, "classes": names, "category_ids": data.category_ids,
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
@@ -343,14 +344,6 @@ def fit_anchors(head, samples, args):
     dist.print0(line)
 
 
-def draw_labels(folder, data, samples, augmented, names, batch_size):
-    """Draws the first batch as the net sees it, train_batch.png, and statistics of all boxes, labels.png."""
-    batch = det.collate([data[0, i] for i in range(batch_size)])
-    pictures.detection_sheet(folder / "train_batch.png", augmented(batch), det.gt_boxes(batch), names=names)
-    boxes, classes, sizes = zip(*((s.boxes[:, 1:], s.boxes[:, 0], s.size) for s in samples))
-    charts.label_statistics(folder / "labels.png", boxes, classes, sizes, names)
-
-
 def check_debug(history, head):
     """`engine.check_debug`, unless the anchor-free head finds so little that its loss, a mean over what it finds, says
     nothing."""
@@ -376,8 +369,8 @@ def make_tables(scores, classes, names):
 
 
 def write_report(state, average_precision, names, folder, files, bands):
-    """Evaluates the last weights of the run class by class (results.json, precision-recall curves, confusion matrix)
-    and image by image (samples.csv; the worst and the best images and tables in review.png)."""
+    """Evaluates the last weights of the run class by class (results.json) and image by image (samples.csv; the
+    worst and the best images and tables in review.png)."""
     metric = engine.evaluate_on(state, average_precision)
     if not dist.is_main():
         return
@@ -391,8 +384,6 @@ def write_report(state, average_precision, names, folder, files, bands):
 
     review.write_review(folder, metric.samples(files), draw, tables=make_tables(scores, classes, names),
                         titles=("labels", "detections"), max_side=640)
-    charts.pr_curves(folder / "pr.png", *metric.curve(), names, [c["ap50"] for c in classes])
-    charts.confusion_matrix(folder / "confusion.png", metric.confusion(), names)
     print(f"last epoch: {engine.line(scores)}")
     for name, c in zip(names, classes):
         print(f"  {name}: AP {c['ap']:.3f}  AP50 {c['ap50']:.3f}  {c['truths']} boxes")

@@ -1,4 +1,4 @@
-"""utils/pictures/charts.py and plots.py: curves and heat maps pixel by pixel, and the texts that go with them."""
+"""utils/pictures/charts.py: curves pixel by pixel, and the texts that go with them."""
 import errno
 import math
 
@@ -7,12 +7,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from utils.errors import UserError
-from utils.pictures.charts import confusion_matrix, label_statistics, plot_curves, pr_curves
-from utils.pictures.plots import BEST, GRID, LINE, ticks
-from utils.pictures.sheets import INK, PALETTE
+from utils.pictures.charts import BEST, GRID, LINE, plot_curves, ticks
 
 pytestmark = pytest.mark.filterwarnings("error")
-ODD = ["a name that is much longer than any picture is wide " * 4, "Müller", "飞机", "two\nlines", "", "50%"]
 AXES, PANEL = (58, 48, 384, 240), (400, 270)  # left, top, right, bottom of a curve's axes; the size of its picture
 
 
@@ -140,192 +137,10 @@ def test_epoch_ticks_are_whole(tmp_path, texts):
     assert [label for _, label in ticks(-8.0, 159.0, whole=True)] == ["0", "50", "100", "150"]
 
 
-# ---- pr_curves -------------------------------------------------------------------------------------------------------
-RECALL = np.linspace(0, 1, 101)
-AREA = 58, 48, 578, 468
-
-
-def at(picture, recall, precision):
-    """The pixels around a place of the plot: (5, 5, 3)."""
-    x, y = AREA[0] + recall * (AREA[2] - AREA[0]), AREA[3] - precision * (AREA[3] - AREA[1])
-    return picture[round(y) - 2:round(y) + 3, round(x) - 2:round(x) + 3]
-
-
-def legend(texts):
-    """{class: AP50}"""
-    names, values = texts.index("class") + 1, texts.index("AP50") + 1
-    return dict(zip(texts[names:values - 1], texts[values:]))
-
-
-def test_curves_stand_where_they_must(tmp_path, texts):
-    precision = np.stack([np.full(101, 0.9), 1 - RECALL, np.full(101, np.nan), np.full(101, 0.1)])
-    pr_curves(tmp_path / "a.png", RECALL, precision, ["a", "b", "c", "d"], [0.9, 0.5, math.nan, 0.1])
-    picture = read(tmp_path / "a.png")
-    for recall in (0.11, 0.33, 0.71, 0.93):
-        for k, value in enumerate((0.9, 1 - recall, 0.1)):
-            assert near(at(picture, recall, value), PALETTE[k] * 0.75, 40).any()
-        assert near(at(picture, recall, (2 - recall) / 3), INK, 30).sum() >= 8  # the mean of three, bold
-        assert (at(picture, recall, 0.95) == 255).all()
-    assert not near(picture, PALETTE[3] * 0.75, 20).any()  # there are three
-    assert legend(texts) == {"a": "0.9", "b": "0.5", "d": "0.1", "mean of 3 classes": "0.5"}
-
-
-def test_one_class_has_no_mean_and_none_says_so(tmp_path, texts):
-    pr_curves(tmp_path / "a.png", RECALL, np.full((1, 101), 0.5), ["ship"], [0.5])
-    assert legend(texts) == {"ship": "0.5"}
-    texts.clear()
-    pr_curves(tmp_path / "b.png", RECALL, np.full((2, 101), np.nan), ["a", "b"], [math.nan] * 2)
-    assert "class" not in texts
-
-
-def test_of_many_classes_the_lowest_are_named(tmp_path, texts):
-    ap50 = np.random.default_rng(0).permutation(80) / 100
-    names = [f"class-{round(100 * v)}" for v in ap50]
-    pr_curves(tmp_path / "a.png", RECALL, np.repeat(ap50[:, None], 101, 1), names, list(ap50))
-    shown = legend(texts)
-    assert list(shown) == [f"class-{k}" for k in range(19, -1, -1)] + ["mean of 80 classes"]
-    assert shown["mean of 80 classes"] == f"{np.mean(ap50):.4g}"
-    picture = read(tmp_path / "a.png")
-    assert near(at(picture, 0.5, 0.7), (205, 210, 217), 12).any()  # one of the others
-    assert not near(at(picture, 0.5, 0.9), (205, 210, 217), 12).any()
-    assert (picture[:, -8:] == 255).all() and (picture[-5:] == 255).all()
-
-
-def test_odd_names_of_curves(tmp_path, texts):
-    pr_curves(tmp_path / "a.png", RECALL, np.full((6, 101), 0.5), ODD, [0.1] * 6)
-    picture = read(tmp_path / "a.png")
-    assert "Muller" in texts and "class 2" in texts and (picture[:, -8:] == 255).all() and picture.shape[1] < 1100
-
-
-# ---- confusion_matrix ------------------------------------------------------------------------------------------------
-def cells(picture, count, left):
-    """The colour in the upper left corner of each cell, below its text: (count, count, 3)."""
-    cell = max(3, min(96, 880 // count))
-    places = np.arange(count) * cell + min(3, cell // 2)
-    return picture[48 + places][:, left + places].astype(int)
-
-
-def test_matrix_colours_are_shares_of_the_row(tmp_path, texts):
-    matrix = np.array([[90, 10, 0, 0], [200, 200, 200, 200], [0, 0, 0, 0], [0, 0, 5, 0]])
-    confusion_matrix(tmp_path / "a.png", matrix, ["a", "b", "c"])
-    picture = read(tmp_path / "a.png")
-    colour = cells(picture, 4, 170)
-    white = (colour == 255).all(-1)
-    np.testing.assert_array_equal(white, matrix == 0)
-    assert (colour[3, 2] == BEST).all() and near(colour[0, 0], LINE, 25)  # all of the row; nine tenths of it
-    assert (colour[1, 0] == colour[1, 2]).all() and (colour[1, 0] == colour[1, 3]).all()
-    assert colour[1, 1, 2] > colour[1, 1, 0] and colour[1, 0, 0] > colour[1, 0, 2]  # right: blue; wrong: orange
-    assert colour[0, 1].sum() > colour[1, 0].sum() > colour[3, 2].sum()  # the larger the share, the darker
-    assert [t for t in texts if t in ("90", "10", "200", "5")] == ["90", "10"] + ["200"] * 4 + ["5"]
-    assert [text for text in texts if text in ("a  0", "b  1", "c  2", "background  3", *"0123")] == [
-        "a  0", "b  1", "c  2", "background  3", *"0123"]
-    texts.clear()
-    confusion_matrix(tmp_path / "b.png", matrix * 7, ["a", "b", "c"])
-    np.testing.assert_array_equal(cells(read(tmp_path / "b.png"), 4, 170), colour)
-
-
-@pytest.mark.parametrize("classes", [1, 2, 14, 30, 80, 400])
-def test_matrices_of_any_size(tmp_path, texts, classes):
-    matrix = np.random.default_rng(0).integers(0, 100, (classes + 1, classes + 1))
-    matrix[0, 0] = 0
-    names = [f"n{k}" for k in range(classes)]
-    confusion_matrix(tmp_path / "a.png", matrix, names)
-    picture = read(tmp_path / "a.png")
-    assert 200 < picture.shape[1] < 1500 and picture.shape[0] < 1500
-    shown = [k for k in range(classes + 1) if classes <= 80 or k % 3 == 0]  # every third of 400
-    assert [text for text in texts if text.split("  ")[0] in (*names, "background")] == [
-        f"{name}  {k}" for k, name in enumerate([*names, "background"]) if k in shown]
-    counts = [text for text in texts if text.isdigit()]
-    assert len(counts) == len(shown) + (np.count_nonzero(matrix) if classes <= 30 else 0)
-    if 0 < classes <= 80:
-        colour = cells(picture, classes + 1, 170)
-        assert ((colour == 255).all(-1) == (matrix == 0)).all()
-
-
-def test_counts_that_do_not_fit_are_left_out(tmp_path, texts):
-    matrix = np.full((41, 41), 7)
-    matrix[3, 4] = 123456
-    confusion_matrix(tmp_path / "a.png", matrix, ["x"] * 40)
-    assert texts.count("7") == 41 * 41 - 1 + 1 and "123456" not in texts  # and the column of class 7
-
-
-def test_long_and_odd_names_of_a_matrix(tmp_path, texts):
-    confusion_matrix(tmp_path / "a.png", np.ones((7, 7)), ODD)
-    assert read(tmp_path / "a.png").shape[1] < 1300 and "Muller  1" in texts and "class 2  2" in texts
-
-
-# ---- label_statistics ------------------------------------------------------------------------------------------------
-def blue(picture):
-    return near(picture, LINE, 0)
-
-
-def inside(picture, left, top, width, height):
-    """The part of the statistics inside the axes of one plot."""
-    return picture[top:top + height + 1, left:left + width + 1]
-
-
-def test_statistics_of_known_labels(tmp_path, texts):
-    # 40 boxes of 10 x 20 % around (0.9, 0.1) of wide images, three images without any
-    box = [[850.0, 0, 950, 40]] * 10
-    boxes, classes = [np.array(box)] * 4 + [np.zeros((0, 4))] * 3, [np.array([0] * 7 + [2] * 3)] * 4 + [np.zeros(0)] * 3
-    label_statistics(tmp_path / "a.png", boxes, classes, [(200, 1000)] * 7, ["a", "b", "c"])
-    picture = read(tmp_path / "a.png")
-    left = picture.shape[1] - 2 * (58 + 300 + 16) + 58  # of the centres: behind the table of classes
-    centres, sizes = inside(picture, left, 48, 300, 300), inside(picture, left + 300 + 16 + 58, 48, 300, 300)
-    rows, columns = np.nonzero(blue(centres))
-    assert 0.85 < columns.min() / 300 < 0.9 <= columns.max() / 300 < 1
-    assert rows.min() <= 0.1 * 300 <= rows.max() < 0.26 * 300
-    rows, columns = np.nonzero(blue(sizes))  # four decades, 0.01 to 100 %: width 10 -> 0.75, height 20 -> 0.83
-    assert columns.min() <= 0.75 * 300 <= columns.max() + 1 and len(columns) < 40 ** 2
-    assert rows.min() <= (1 - 0.825) * 300 <= rows.max()
-    assert "2 of 3 classes occur" in texts
-    assert [text for text in texts if text in ("a", "c", "b")] == ["a", "c", "b"]  # most frequent first
-    place = texts.index("boxes")
-    assert texts[place + 1:place + 4] == ["28", "12", "0"]
-    squares = [tuple(picture[8 + 22 * (2 + r) + 11, 8 + 5].tolist()) for r in range(3)]  # the more, the darker
-    assert squares[0] == LINE and sum(squares[0]) < sum(squares[1]) < sum(squares[2]) == 3 * 255
-    assert {"40 boxes, 7 images", "median 10 x 20, 0 empty"} <= set(texts)
-
-
-def test_statistics_of_small_and_empty_boxes(tmp_path, texts):
-    tiny = np.array([[500, 500, 502, 505]] * 99 + [[3, 3, 3, 9]], float)  # 0.2 x 0.5 %, and one without area
-    label_statistics(tmp_path / "a.png", [tiny], [np.zeros(100, int)], [(1000, 1000)], ["a"])
-    assert "median 0.2 x 0.5, 1 empty" in texts and "0.1" in texts and "0.01" in texts
-    picture = read(tmp_path / "a.png")
-    rows, columns = np.nonzero(blue(inside(picture, picture.shape[1] - 316, 48, 300, 300)))
-    x, y = (math.log10(v / 0.01) / 4 * 300 for v in (0.2, 0.5))
-    assert columns.min() <= x <= columns.max() and 300 - rows.max() <= y <= 301 - rows.min() and len(rows) < 45 ** 2
-
-
-@pytest.mark.parametrize("classes, images", [(1, 1), (3, 2), (1, 5), (80, 50), (400, 50)])
-def test_statistics_of_any_size(tmp_path, texts, classes, images):
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 900 if classes == 80 else 3, images) if classes > 1 else [0] * images  # no box at all
-    boxes = [rng.uniform(-50, 700, (n, 2)).repeat(2, 1)[:, [0, 2, 1, 3]] + (-9, -9, 9, 9) for n in counts]
-    names = [f"n{k}" for k in range(classes)]
-    label_statistics(tmp_path / "a.png", boxes, [rng.integers(0, classes, n) for n in counts], [(640, 640)] * images,
-                     names)
-    picture = read(tmp_path / "a.png")
-    assert 800 < picture.shape[1] < 1000 and 370 <= picture.shape[0] <= 740
-    assert sum(text in names for text in texts) == min(classes, 30)
-
-
-def test_statistics_of_odd_names_and_numbers(tmp_path, texts):
-    label_statistics(tmp_path / "a.png", [[[0, 0, 9, 9]] * 2], [[1, 7]], [(10, 10)], ODD)
-    assert {"Muller", "class 2", "class 7"} <= set(texts)  # a class beyond the names is shown too
-    assert (read(tmp_path / "a.png")[:, :3] == 255).all()
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("write", [
-    lambda path: plot_curves(path, [{"epoch": 1, "loss": 1}]),
-    lambda path: pr_curves(path, RECALL, np.full((1, 101), 0.5), ["a"], [0.5]),
-    lambda path: confusion_matrix(path, np.eye(3), ["a", "b"]),
-    lambda path: label_statistics(path, [[[0, 0, 9, 9]]], [[0]], [(10, 10)], ["a"])],
-    ids=["curves", "precision", "matrix", "labels"])
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch, write):
-    path = tmp_path / "new" / "a.png"
-    write(path)
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, rows = tmp_path / "new" / "a.png", [{"epoch": 1, "loss": 1}]
+    plot_curves(path, rows)
     first = path.read_bytes()
 
     def full(self, where, *args, **options):
@@ -334,5 +149,5 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch, write):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match="a.png: cannot be written"):
-        write(path)
+        plot_curves(path, rows)
     assert path.read_bytes() == first and [file.name for file in path.parent.iterdir()] == ["a.png"]

@@ -81,8 +81,7 @@ def test_a_run_finds_boxes_and_leaves_its_records(script, tmp_path):
     run = tmp_path / "runs/det/exp"
     assert {p.name for p in run.iterdir()} >= {
         "last.pt", "best.pt", "epoch_4.pt", "results.csv", "results.png", "results.json", "folds.json", "args.json",
-        "train_batch.png", "val.png", "labels.png", "pr.png", "confusion.png",
-        "samples.csv", "review.png", "worst", "run.json"}
+        "train_batch.png", "val.png", "samples.csv", "review.png", "worst", "run.json"}
     rows = list(csv.DictReader(open(run / "results.csv")))
     assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
     assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])
@@ -255,7 +254,7 @@ def test_names_that_are_no_text(command, tmp_path):
     with open(run / "samples.csv", newline="", encoding="utf-8") as file:
         found = [Path(row["name"]).name for row in csv.DictReader(file)]
     assert len(found) == 3 and all(re.fullmatch(r"\\udce9\\udcff[0-5]\.jpg", name) for name in found)
-    assert all((run / name).exists() for name in ("review.png", "pr.png", "confusion.png", "results.json"))
+    assert all((run / name).exists() for name in ("review.png", "results.json"))
     assert done.out.count("\n  \\ud800") == 3 and list(json.loads((run / "results.json").read_text())["classes"]) == [
         "\ud8001", "\ud8002", "\ud8003"]
 

@@ -1,4 +1,4 @@
-"""COCO's average precision of detected boxes, and what explains it: curves, thresholds, confusions, scores of images."""
+"""COCO's average precision of detected boxes, and what explains it: thresholds, scores of images."""
 import numpy as np
 import torch
 
@@ -63,16 +63,11 @@ class DetectionAP:
         return [{"ap": float(row.mean()), "ap50": float(row[0]), "ap75": float(row[5]), "truths": int((actual == c).sum())}
                 for c, row in enumerate(self._precision(IOUS, [AREAS["ap"]]).mean(-1)[:, 0])]
 
-    def curve(self, iou=0.5):
-        """-> recalls (101,), precision (C, 101), float64: the best precision at this recall or a higher one, 0 where
-        that recall is not reached, NaN for a class without ground truth."""
-        return RECALLS, self._precision([iou], [AREAS["ap"]])[:, 0, 0]
-
     def best_threshold(self, iou=0.5):
         """-> (t, F1): keeping the detections with score >= t gives the highest F1, averaged over the classes with
         ground truth; of several such t the highest. Both NaN without ground truth or detections."""
         if iou not in self.by_iou:
-            self.curve(iou)
+            self._precision([iou], [AREAS["ap"]])
         levels = np.unique(np.concatenate([scores for scores, *_ in self.by_iou[iou]]))[::-1]
         present = [row for row in self.by_iou[iou] if row[-1]]
         if not len(levels) or not present:
@@ -83,23 +78,6 @@ class DetectionAP:
             f1 += 2 * np.append(0, hits.cumsum())[kept] / (kept + total) / len(present)
         best = f1.round(12).argmax()  # equal values must compare as equal
         return float(levels[best]), float(f1[best])
-
-    def confusion(self, score=0.25, iou=0.5):
-        """-> (C+1, C+1) int64: row ground truth, column prediction, the last of each is background. Of the detections
-        with at least this score, whatever their class, the pairs of highest IoU are matched first, one to one; of
-        equal IoUs first the pair of one class, then the higher score."""
-        kept = [boxes.confident(rows, score) for rows in self.detections]
-        detections, gt_boxes = _joined(kept, 6), _joined(self.gt_boxes, 5)
-        predicted, actual = detections[:, 5].astype(int), gt_boxes[:, 4].astype(int)
-        d, t, overlap = _pairs(kept, self.gt_boxes, iou, across_classes=True)
-        order = np.lexsort((-detections[d, 4], predicted[d] != actual[t], -overlap))
-        matched = order[_greedy(d[order], t[order])]
-        label_of = np.full(len(detections), self.classes)
-        label_of[d[matched]] = actual[t[matched]]
-        matrix = np.zeros((self.classes + 1, self.classes + 1), np.int64)
-        np.add.at(matrix, (label_of, predicted), 1)
-        np.add.at(matrix, (np.delete(actual, t[matched]), self.classes), 1)
-        return matrix
 
     def samples(self, files, iou=0.5):
         """The rows of samples.csv, one per image: name, score (the F1 of the image's boxes, class by class, with the
@@ -172,16 +150,13 @@ def _joined(rows_of, columns):
     return torch.cat([torch.zeros(0, columns).double(), *rows_of]).numpy()
 
 
-def _pairs(detections, gt_boxes, least, across_classes=False):
+def _pairs(detections, gt_boxes, least):
     """Lists of the boxes of images -> all pairs in one image and class with IoU >= least > 0: the number of the
     detection and of the ground-truth box, through all images, and the IoU, each (p,)."""
     found, n, m = [np.zeros((3, 0))], 0, 0
     for a, b in zip(detections, gt_boxes):
         overlap = boxes.iou(a[:, None, :4], b[:, :4], eps=0)  # NaN for two boxes without area
-        near = overlap >= least
-        if not across_classes:
-            near &= a[:, None, 5] == b[:, 4]
-        d, t = near.numpy().nonzero()
+        d, t = ((overlap >= least) & (a[:, None, 5] == b[:, 4])).numpy().nonzero()
         found.append((d + n, t + m, overlap[d, t]))
         n, m = n + len(a), m + len(b)
     d, t, overlap = np.concatenate(found, 1)

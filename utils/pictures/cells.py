@@ -9,7 +9,7 @@ import math
 from PIL import ImageOps
 
 from utils.files import write_text
-from utils.pictures.sheets import FAINT, GAP, INK, font, join, label, swatch
+from utils.pictures.sheets import FAINT, GAP, INK, font, join, label
 
 WIDEST = 300  # pixels of a column of a picture
 
@@ -55,9 +55,9 @@ def as_text(rows, *, markdown=False):
                    for line in zip(*columns))
 
 
-def as_picture(title, rows, colours=()):
-    """A Pillow image of the table, its title above; colours: one per row, shown as a square before it."""
-    columns = [[swatch("white"), *map(swatch, colours)]] if colours else []
+def as_picture(title, rows):
+    """A Pillow image of the table, its title above."""
+    columns = []
     for texts, numeric in _columns(rows):
         width = min(WIDEST, math.ceil(max(map(font(12).getlength, texts))) + 3 * GAP)
         columns.append([label(text, width, fill=INK if r else FAINT, right=numeric) for r, text in enumerate(texts)])

@@ -1,16 +1,15 @@
-"""Pictures of detection: boxes on images, drawn with Pillow and numpy only.
+"""Pictures of detection: boxes on images, drawn by torchvision.
 
 Boxes are x1 y1 x2 y2 in pixels; they and the images are tensors (any device) or numpy arrays. Classes count from 0,
 class k has the colour PALETTE[k] (cyclic).
 """
-import math
 import unicodedata
 
-import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from torchvision.utils import draw_bounding_boxes
 
-from utils.ops.boxes import confident
-from utils.pictures.sheets import INK, PALETTE, abreast, contact_sheet, fit, font, text_line, to_numpy, to_rgb
+from utils.ops.boxes import clip, confident, sides
+from utils.pictures.sheets import PALETTE, abreast, contact_sheet, fit, to_numpy, to_rgb
 
 MOST = 20  # classes in a legend
 
@@ -33,43 +32,22 @@ def draw_boxes(rgb, rows, names, zoom=1):
     rgb: uint8 (H, W, 3); rows, in pixels of the image: ground truth (n, 5) of x1 y1 x2 y2 class, or detections (n, 6)
     of x1 y1 x2 y2 score class -> uint8 (H, W, 3).
     Boxes are cut at the picture's edge; boxes beyond it, inverted ones and NaN are not drawn. Higher scores (without
-    scores: later boxes) are drawn over lower ones and choose the place of their tag first: above the box, inside,
-    below. Tags never overlap each other; in a crowd, where they would hide the picture, the rest has only its colour.
+    scores: later boxes) are drawn over lower ones.
     """
-    picture, (height, width) = Image.fromarray(rgb), rgb.shape[:2]
-    draw, line = ImageDraw.Draw(picture), round(max(height, width) / 400 + 0.5)
-    rows, edge, tags = to_numpy(rows), (width, height), []
+    rows, (height, width) = torch.as_tensor(to_numpy(rows)), rgb.shape[:2]
     scored = rows.shape[1] == 6
-    for row in rows[rows[:, 4].argsort(kind="stable")] if scored else rows:
-        low, high, k = row[:2] * zoom, row[2:4] * zoom, int(row[-1])
-        if not ((low < edge) & (high > 0) & (low <= high)).all():
-            continue
-        corner = np.minimum(low.clip(0).round(), np.subtract(edge, 1))
-        opposite = np.maximum(np.minimum(high, edge).round() - 1, corner)
-        draw.rectangle([*corner, *opposite], outline=colour_of(k), width=line)
-        text = class_name(names, k) + (f" {row[4]:.2f}" if scored else "")
-        tags.append((*map(int, (*corner, opposite[1])), text, colour_of(k)))
-    _draw_tags(draw, tags[::-1], width, height)
-    return np.array(picture)
-
-
-def _draw_tags(draw, tags, width, height):
-    """tags: (left, top, bottom of the box, text, colour), the most important first."""
-    size = max(10, round(max(width, height) / 70 + 5))
-    tall, taken = size + 2, np.zeros((height, width), bool)
-    for left, top, bottom, text, colour in tags:
-        if taken.mean() > 0.15:
-            break
-        wide = min(math.ceil(draw.textlength(text, font(size))) + 6, width)
-        x = min(left, width - wide)
-        for y in (top - tall, top, bottom + 1, bottom + 1 - tall):
-            if not 0 <= y <= height - tall or taken[y:y + tall, x:x + wide].any():
-                continue
-            taken[y:y + tall, x:x + wide] = True
-            draw.rectangle([x, y, x + wide - 1, y + tall - 1], colour)
-            text_line(draw, (x + 3, y + tall / 2), text, size=size, width=wide - 5,
-                      fill=INK if np.dot(colour, (0.299, 0.587, 0.114)) > 110 else "white")
-            break
+    if scored:
+        rows = rows[rows[:, 4].argsort(stable=True)]
+    corners = clip(rows[:, :4] * zoom, height, width)
+    shown = (sides(corners) > 0).all(1)
+    rows, low, high = rows[shown], *corners[shown].round().split(2, 1)
+    if not len(rows):
+        return rgb.copy()
+    corners = clip(torch.cat([low, torch.maximum(high - 1, low)], 1), height - 1, width - 1)
+    tags = [class_name(names, int(row[-1])) + (f" {row[4]:.2f}" if scored else "") for row in rows]
+    picture = draw_bounding_boxes(torch.from_numpy(rgb).permute(2, 0, 1), corners, tags, [*map(colour_of, rows[:, -1])],
+                                  width=round(max(height, width) / 400 + 0.5), fill_labels=True)
+    return picture.permute(1, 2, 0).contiguous().numpy()
 
 
 def detection_sheet(path, images, gt_boxes, predictions=None, *, names, limit=8, score=0.25, max_side=400):
