@@ -65,7 +65,7 @@ def test_a_box_is_its_outline_and_a_tag_in_its_corner(side, line, texts):
     rows, columns = np.nonzero((drawn != expected).any(-1))  # the tag
     assert 30 < rows.min() < rows.max() < 60 and 10 < columns.min() < columns.max() < 71
     tag = drawn[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
-    assert near(tag, PALETTE[1], 0).mean() > 0.5 and near(tag, (0, 0, 0), 60).sum() > 5  # black on red
+    assert near(tag, PALETTE[1], 0).mean() > 0.5 and near(tag, (255, 255, 255), 60).sum() > 5  # white on red
 
 
 @pytest.mark.parametrize("box, frame", [

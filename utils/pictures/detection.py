@@ -5,6 +5,7 @@ class k has the colour PALETTE[k] (cyclic).
 """
 import unicodedata
 
+import numpy as np
 import torch
 from torchvision.utils import draw_bounding_boxes
 
@@ -45,8 +46,10 @@ def draw_boxes(rgb, rows, names, zoom=1):
         return rgb.copy()
     corners = clip(torch.cat([low, torch.maximum(high - 1, low)], 1), height - 1, width - 1)
     tags = [class_name(names, int(row[-1])) + (f" {row[4]:.2f}" if scored else "") for row in rows]
-    picture = draw_bounding_boxes(torch.from_numpy(rgb).permute(2, 0, 1), corners, tags, [*map(colour_of, rows[:, -1])],
-                                  width=round(max(height, width) / 400 + 0.5), fill_labels=True)
+    colours = [*map(colour_of, rows[:, -1])]
+    picture = draw_bounding_boxes(torch.from_numpy(rgb).permute(2, 0, 1), corners, tags, colours, fill_labels=True,
+                                  width=round(max(height, width) / 400 + 0.5), label_colors=[
+                                      "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 110 else "white" for colour in colours])
     return picture.permute(1, 2, 0).contiguous().numpy()
 
 
