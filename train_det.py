@@ -206,14 +206,7 @@ def experiment(args, device, folder, resume):
     pretrained.freeze(model, args.freeze)
     if args.head == "anchor" and args.autoanchor and not resume:
         fit_anchors(model.head, samples, args)
-    # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.
-    # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
-    count = args.bs * args.accumulate
-    rate = count if args.optimizer == "sgd" else 1
-    state, options = training(args, folder, model, loader, device, lr_factor=rate, eps=1e-8 / count,
-                              decay_divisor={"sgd": 64, "adam": count}.get(args.optimizer, 1))
-    optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
-                  bias_lr=args.warmup_bias_lr * rate, momentum=args.warmup_momentum)
+    state, options = start_training(args, folder, model, loader, device)
 
     # ---- loss ----
     levels = 3 / len(model.strides)  # the anchor head's gains are for 3 levels, 80 classes and 640 pixels
@@ -307,6 +300,19 @@ def load_samples(args, folder):
         chosen = folds.without_copies(extra.files, [sample.file for sample in val], more)
         samples += det.samples(extra, folds.spread(chosen, few), weight)
     return data, val, samples
+
+
+def start_training(args, folder, model, loader, device):
+    """`args.training` with YOLOv5's rates, and its warm-up."""
+    # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.
+    # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
+    count = args.bs * args.accumulate
+    rate = count if args.optimizer == "sgd" else 1
+    state, options = training(args, folder, model, loader, device, lr_factor=rate, eps=1e-8 / count,
+                              decay_divisor={"sgd": 64, "adam": count}.get(args.optimizer, 1))
+    optim.warm_up(state.optimizer, round(args.warmup_epochs * -(-len(loader) // args.accumulate)),
+                  bias_lr=args.warmup_bias_lr * rate, momentum=args.warmup_momentum)
+    return state, options
 
 
 def draw_weights(samples, image_weights):

@@ -152,22 +152,40 @@ def load_samples(args, folder):
     return data, val, samples
 
 
+def training_windows(args, samples, bands):
+    """-> the sample (seg.Samples) of every training window that holds data, and the windows."""
+    of, windows = tiles.of_images(samples.sizes, functools.partial(tiles.cover, tile=args.tile, overlap=args.overlap))
+    train_tiles = samples.pick(of)
+    held = seg.hold_data(train_tiles.images, windows, bands)
+    if not all(held):
+        dist.print0(f"{held.count(False)} tiles hold no data and are not trained on")
+    if not any(held):
+        raise UserError(f"{args.data}: no tile holds data; check the no-data values of the images")
+    return train_tiles.pick(np.flatnonzero(held)), list(itertools.compress(windows, held))
+
+
+def loss_terms(args, counts, device):
+    """-> [(name, weight, function of logits and mask)] of --loss. counts: pixels of each class."""
+    binary = args.classes == 1
+    weights = class_weights(args, class_names(args), counts)
+    if weights:
+        weights = weights[1] / weights[0] if binary else torch.tensor(weights, device=device)
+    given = {"ignore": seg.IGNORE, "smoothing": args.label_smoothing, "weight": weights}
+    terms = []
+    for name, weight in args.loss or [(name, 1.0) for name in (("lovasz_elu", "bce") if binary else ("lovasz", "ce"))]:
+        loss = (BINARY if binary else MULTICLASS)[name]
+        terms.append((name, weight, functools.partial(loss, **{k: v for k, v in given.items() if takes(loss, k)})))
+    return terms
+
+
 def main():
-    args, device, folder, resume = setup_run(
-        make_parser(), needs={"tile": ("overlap",)}, check=check_flags,
-        photographs=units.photographs)
+    args, device, folder, resume = setup_run(make_parser(), needs={"tile": ("overlap",)}, check=check_flags,
+                                             photographs=units.photographs)
 
     # ---- samples ----
     data, val, samples = load_samples(args, folder)
     options = dict(bands=data.bands, classes=args.classes, ignore=args.ignore, cache=args.cache)
-    of, windows = tiles.of_images(samples.sizes, functools.partial(tiles.cover, tile=args.tile, overlap=args.overlap))
-    train_tiles = samples.pick(of)
-    held = seg.hold_data(train_tiles.images, windows, data.bands)
-    train_tiles, windows = train_tiles.pick(np.flatnonzero(held)), list(itertools.compress(windows, held))
-    if not all(held):
-        dist.print0(f"{held.count(False)} tiles hold no data and are not trained on")
-    if not windows:
-        raise UserError(f"{args.data}: no tile holds data; check the no-data values of the images")
+    train_tiles, windows = training_windows(args, samples, data.bands)
     repeat = 1 if args.debug else args.repeat
     changes = of_flags(vars(args))
     train_data = seg.SegData(train_tiles.pairs, windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
@@ -203,14 +221,7 @@ def main():
     state, options = training(args, folder, model, loader, device)
 
     # ---- loss ----
-    known = BINARY if args.classes == 1 else MULTICLASS
-    terms = args.loss or [(name, 1.0) for name in (("lovasz_elu", "bce") if args.classes == 1 else ("lovasz", "ce"))]
-    weights = class_weights(args, class_names(args), np.sum(samples.counts, 0).tolist())
-    if weights:
-        weights = weights[1] / weights[0] if args.classes == 1 else torch.tensor(weights, device=device)
-    given = {"ignore": seg.IGNORE, "smoothing": args.label_smoothing, "weight": weights}
-    options_of = {name: {option: value for option, value in given.items() if takes(loss, option)}
-                  for name, loss in known.items()}
+    terms = loss_terms(args, np.sum(samples.counts, 0).tolist(), device)
 
     def mixed(batch):
         return mix.for_masks(batch["image"], batch["mask"], p_mixup=args.mixup, p_cutmix=args.cutmix,
@@ -220,8 +231,8 @@ def main():
         image, targets = mixed(batch)
         logits = model(inputs(image))
         logits, present = logits if args.aux_cls else (logits, None)
-        parts = {f"{name}_loss": weight * sum(share * known[name](logits, mask, **options_of[name])
-                                              for mask, share in targets) for name, weight in terms}
+        parts = {f"{name}_loss": weight * sum(share * loss(logits, mask) for mask, share in targets)
+                 for name, weight, loss in terms}
         if args.aux_cls:
             parts["aux_cls_loss"] = args.aux_cls * sum(
                 share * losses.bce(present, seg.present(mask, args.classes), ignore=seg.UNKNOWN)
@@ -266,14 +277,13 @@ def main():
     if args.debug:
         engine.check_debug(state.history)
     if val.names:
-        write_report(state, evaluate, inputs, val_data, folder, val_tiles.images,
-                     decide.drawn_views("seg", vars(args)))
+        write_report(args, state, evaluate, inputs, val_data, folder, val_tiles.images)
 
 
-def write_report(state, evaluate, inputs, data, folder, files, views):
-    """Evaluates the run's last weights with the flips that training drew (`views`), at a threshold of 0.5: results.json;
+def write_report(args, state, evaluate, inputs, data, folder, files):
+    """Evaluates the run's last weights with the flips that training drew, at a threshold of 0.5: results.json;
     samples.csv, a row per tile; review.png, the worst and the best tiles, and scores by class and by size."""
-    per_sample = SampleIoU(seg.IGNORE)
+    views, per_sample = decide.drawn_views("seg", vars(args)), SampleIoU(seg.IGNORE)
     scores = engine.evaluate_on(state, functools.partial(evaluate, views=views, per_sample=per_sample))
     scores.pop("threshold", None)
     per_sample.reduce()
