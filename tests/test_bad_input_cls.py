@@ -62,7 +62,8 @@ def test_data_that_is_missing_or_does_not_fit(refused, tmp_path, root):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--noise", 9], "--noise: does nothing without --synthesize"), (["--swa-lr", 0.5], "--swa-lr: does nothing without --swa"),
+    (["--noise", 9], "--noise: does nothing without --synthesize"),
+    (["--swa-lr", 0.5], "--swa-lr: does nothing without --swa"),
     (["--synthesize", "a.csv", "--subset", 2], "--subset: not with --synthesize"),
     (["--synthesize", "a.csv", "--drop-noisy", "noise.csv:2"], "--drop-noisy: not with --synthesize")])
 def test_flags_that_would_do_nothing(refused, root, tmp_path, flags, says):

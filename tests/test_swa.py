@@ -30,10 +30,10 @@ def no_plots(monkeypatch):
 def averaged(folder, *, epochs=4, share=0.5, lr=0.5, on=True, total=None, net=None, seed=0, **options):
     """A toy run with SWA's schedule and (`on`) its average. `total`: epochs that are reckoned with."""
     torch.manual_seed(seed)
-    net, plan = net or Net(), dict(epochs=total or epochs, share=share)
+    net, taken = net or Net(), swa_epochs(total or epochs, share)
     schedule = optim.make_schedule("cosine", steps_per_epoch=STEPS, epochs=total or epochs)
-    return train(folder, net=net, epochs=epochs, total=total, seed=seed, swa=SWA(net, **plan) if on else None,
-                 schedule=with_swa(schedule, steps_per_epoch=STEPS, lr=lr, **plan), **options)
+    return train(folder, net=net, epochs=epochs, total=total, seed=seed, swa=SWA(net, taken) if on else None,
+                 schedule=with_swa(schedule, taken, steps_per_epoch=STEPS, lr=lr), **options)
 
 
 def watching(seen):
@@ -79,11 +79,11 @@ def test_which_epochs_are_taken(epochs, share, taken):
 
 def test_the_rate_is_held():
     base = optim.make_schedule("plateau", steps_per_epoch=5, epochs=8, period=2)
-    schedule = with_swa(base, steps_per_epoch=5, epochs=8, share=0.25, lr=0.3)
+    schedule = with_swa(base, swa_epochs(8, 0.25), steps_per_epoch=5, lr=0.3)
     scores = [1.0, 0.0, 0.0]  # reach the schedule itself
     assert [schedule(step, scores) for step in range(30)] == [base(step, scores) for step in range(30)] == [0.5] * 30
     assert [schedule(step, scores) for step in range(30, 50)] == [0.3] * 20
-    assert schedule(0) == 1.0 and with_swa(base, steps_per_epoch=5, epochs=8, share=0)(39) == 1.0
+    assert schedule(0) == 1.0 and with_swa(base, swa_epochs(8, 0), steps_per_epoch=5)(39) == 1.0
 
 
 # ---- what is averaged ------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_without_validation_and_without_norms(tmp_path, capsys):
 
 def test_average_leaves_the_model_and_its_gradients_alone():
     net = Net()
-    swa = SWA(net, epochs=4, share=0.5)
+    swa = SWA(net, swa_epochs(4, 0.5))
     before = copy.deepcopy(net.state_dict())
     for epoch in (1, 2, 3, 4):
         swa.take(net, epoch)

@@ -131,8 +131,8 @@ def gridmask(images, *, period=(0.4, 1.0), ratio=(0.5, 0.7), degrees=180.0, p=1.
     y = torch.arange(height, device=images.device)[:, None] + 0.5 - height / 2
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     # shifts by whole pixels, so that the squares of a grid that is not rotated are whole pixels
-    inside = [(line + (uniform(0, 1) * pitch).floor()) % pitch < hole for line in (along, across)]
-    return _erase(images, (inside[0] & inside[1])[:, None], p)
+    rows, columns = ((line + (uniform(0, 1) * pitch).floor()) % pitch < hole for line in (along, across))
+    return _erase(images, (rows & columns)[:, None], p)
 
 
 # ---- their parts ----------------------------------------------------------------------------------------------------

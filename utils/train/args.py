@@ -9,7 +9,7 @@ from utils.files import write_json
 from utils.train import dist, engine, optim, runs
 from utils.train.loggers import make_loggers
 from utils.train.state import State
-from utils.train.swa import SWA, with_swa
+from utils.train.swa import SWA, swa_epochs, with_swa
 
 # a resumed run keeps its weights and its split
 KEPT = ("weights", "freeze", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
@@ -329,10 +329,9 @@ def _check_flags(parser, args, given, needs):
                         "fold": args.fold}.items():
         if no_validation and waits and given.keys() & {flag.split()[0], "folds"}:
             raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
-    mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix") if hasattr(args, flag)}
-    if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
-        raise UserError(f"{', '.join(map(word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
-                        f"total; lower one")
+    if given.keys() & {"mixup", "cutmix"} and args.mixup + getattr(args, "cutmix", 0) > 1 + 1e-9:
+        raise UserError("--mixup, --cutmix: are mutually exclusive, and their probabilities exceed 1 in total; lower "
+                        "one")
 
 
 def class_weights(args, names, counts, negatives=None):
@@ -364,12 +363,11 @@ def training(args, folder, model, loader, device, *, part=1.0, lr_factor=1, deca
                                      lr=args.lr * lr_factor, momentum=args.momentum, eps=eps)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
-    swa = dict(epochs=epochs, share=args.swa)
-    schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, **swa)
-    state = State(model, optimizer, schedule, device=device,
+    averaged = swa_epochs(epochs, args.swa)
+    schedule = with_swa(schedule, averaged, steps_per_epoch=steps, lr=args.swa_lr)
+    state = State(model, optimizer, schedule, device=device, amp=args.amp, accumulate=args.accumulate, clip=args.clip,
                   ema=optim.make_ema(model, steps * epochs) if args.ema else None,
-                  swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
-                  clip=args.clip, compile=args.compile)
+                  swa=SWA(model, averaged) if averaged else None, compile=args.compile)
     loggers = make_loggers(folder, tensorboard=args.tensorboard, wandb=args.wandb,
                            config=vars(args)) if dist.is_main() else []
     return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,

@@ -97,7 +97,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
             case "restarts":
                 return cosine(t % length / length)
             case "cyclic":
-                return 1 - (1 - floor) * min((t % length + 1) / length, 1)
+                return 1 - (1 - floor) * ((t % length + 1) / length)
             case "cosine":
                 return cosine(progress)
             case "flat":

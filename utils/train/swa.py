@@ -1,8 +1,9 @@
 """Stochastic weight averaging (SWA; Izmailov et al. 2018, arXiv 1803.05407): in the last part of a run, a constant
 learning rate keeps the weights moving; their mean generalises better than each of them.
 
-    schedule = with_swa(schedule, steps_per_epoch=steps, epochs=30, share=0.25)
-    state = State(model, optimizer, schedule, swa=SWA(model, epochs=30, share=0.25), ...)    # engine.fit writes swa.pt
+    averaged = swa_epochs(30, share=0.25)
+    schedule = with_swa(schedule, averaged, steps_per_epoch=steps)
+    state = State(model, optimizer, schedule, swa=SWA(model, averaged), ...)    # engine.fit writes swa.pt
 """
 import contextlib
 
@@ -19,19 +20,20 @@ def swa_epochs(epochs, share):
     return range(epochs - count + 1, epochs + 1)
 
 
-def with_swa(schedule, *, steps_per_epoch, epochs, share, lr=0.2):
-    """`schedule` until the part of the run that is averaged, and the constant `lr` from there, a fraction of the
+def with_swa(schedule, averaged, *, steps_per_epoch, lr=0.2):
+    """`schedule` until the epochs `averaged` (`swa_epochs`) begin, and the constant `lr` from there, a fraction of the
     initial learning rate; a pure function as well."""
-    start = (swa_epochs(epochs, share).start - 1) * steps_per_epoch
+    start = (averaged.start - 1) * steps_per_epoch
     return lambda step, scores=(): schedule(step, scores) if step < start else lr
 
 
 class SWA(AveragedModel):
-    """The plain mean of the weights after each of `swa_epochs`, with the last buffers until `new_statistics`."""
+    """The plain mean of the weights after each of the `epochs`, of `swa_epochs`, with the last buffers until
+    `new_statistics`."""
 
-    def __init__(self, model, *, epochs, share):
+    def __init__(self, model, epochs):
         super().__init__(model)
-        self.epochs = swa_epochs(epochs, share)
+        self.epochs = epochs
 
     def take(self, model, epoch):
         """To be called after each epoch (counted from 1): adds the weights to the mean if the epoch is one of those."""
