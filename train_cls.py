@@ -65,8 +65,7 @@ def make_parser():
         "image, of the images that have it; balanced: in inverse proportion to the classes' images")
     add("--drop", type=float_range(0, 0.99), help="EfficientNetV2: dropout before the classifier (0.5)")
     add("--drop-path", type=float_range(0, 0.99), help="EfficientNetV2: stochastic depth of the last block (0.2)")
-    add_shares(add, {"cutmix": "probability that a batch gets boxes of other images",
-                     "snapmix": "the same, with labels weighted by the net's class activation maps"})
+    add_shares(add, {"cutmix": "probability that a batch gets boxes of other images"})
     return parser
 
 
@@ -205,9 +204,8 @@ def main():
     loss_options = {"smoothing": args.label_smoothing, "weight": per_class and torch.tensor(per_class, device=device)}
 
     def mixed(batch):
-        x, labels = inputs(batch), batch["label"]
-        return mix.for_labels(x, labels, p_mixup=args.mixup, p_cutmix=args.cutmix, p_snapmix=args.snapmix,
-                              heat=lambda: mix.heat(model, linear.weight, x, labels), p_gridmask=args.gridmask)
+        return mix.for_labels(inputs(batch), batch["label"], p_mixup=args.mixup, p_cutmix=args.cutmix,
+                              p_gridmask=args.gridmask)
 
     def compute_loss(model, batch):
         x, labels = mixed(batch)

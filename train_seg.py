@@ -36,14 +36,12 @@ BINARY = {  # (logits (B, 1, H, W), mask (B, H, W), ignore=...) -> mean over the
     "bce": losses.bce,
     "dice": losses.dice,
     "focal": losses.focal,
-    "topk": losses.top_k,
 }
 MULTICLASS = {  # the same for logits (B, classes, H, W) and masks of class indices
     "lovasz": losses.lovasz_softmax,
     "ce": losses.cross_entropy,
     "dice": losses.dice_softmax,
     "focal": losses.focal_softmax,
-    "topk": losses.top_k_softmax,
 }
 RECIPES = {  # defaults of flags: the competition's, and those for photographs
     "wildfire": "--bands 1-7 --mean-planes --conv0 32 32 --stem-stride 1 --epochs 150 --bs 64 --repeat 10 "

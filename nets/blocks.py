@@ -100,12 +100,8 @@ class Backbone(nn.Module):
         self.channels, self.grad_checkpoint = channels, grad_checkpoint
         self.strides = [stem_stride * 2 ** i for i in range(len(channels))]
 
-    def last_map(self, x):
-        """(B, channels, h, w): the map that the head averages before its linear layer."""
-        return self.features(x)[-1]
-
     def forward(self, x):
-        return self.head(self.last_map(x))
+        return self.head(self.features(x)[-1])
 
 
 def init_layers(function, *modules):

@@ -182,9 +182,6 @@ class EfficientNetV2(Backbone):
                 x = run(self, block, x)
         return maps + [x]
 
-    def last_map(self, x):
-        return silu(self.bn2(self.conv_head(self.features(x)[-1])))
-
     def forward(self, x):
-        x = self.last_map(x).mean((2, 3))
+        x = silu(self.bn2(self.conv_head(self.features(x)[-1]))).mean((2, 3))
         return self.classifier(F.dropout(x, self.drop_rate, self.training))

@@ -144,11 +144,8 @@ class HRNet(Backbone):
                 maps = run(self, module, *maps)
         return [stem, *maps]
 
-    def last_map(self, x):
+    def forward(self, x):
         first, *coarser = [run(self, layer, x) for layer, x in zip(self.incre_modules, self.features(x)[1:])]
         for down, x in zip(self.downsamp_modules, coarser):
             first = x + down(first)
-        return self.final_layer(first)
-
-    def forward(self, x):
-        return self.classifier(self.last_map(x).mean((2, 3)))
+        return self.classifier(self.final_layer(first).mean((2, 3)))

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from nets.yolo import ANCHORS
-from utils.ops.anchors import auto, evolve, fitness, kmeans, recall, side_ratios
+from utils.ops.anchors import auto, kmeans, recall, side_ratios
 
 ANCHORS_P5, ANCHORS_P6 = (np.array(ANCHORS[kind], np.float32) for kind in "56")
 
@@ -29,15 +29,12 @@ def test_the_published_anchors():
 
 
 @pytest.mark.parametrize("threshold", [4.0, 2.91, 1.5])
-def test_recall_and_fitness_box_by_box(threshold):
+def test_recall_box_by_box(threshold):
     wh = sizes(middle=2.5)
-    best = [max(r) for r in ratios(ANCHORS_P5, wh)]
     fits = [[x > 1 / threshold for x in r] for r in ratios(ANCHORS_P5, wh)]
     expected = np.mean([any(f) for f in fits]), np.mean([sum(f) for f in fits])
     assert 0.1 < expected[0] < 0.99
     assert recall(ANCHORS_P5, wh, threshold) == pytest.approx(expected, rel=1e-9)
-    assert fitness(ANCHORS_P5, wh, threshold) == pytest.approx(
-        np.mean([b if b > 1 / threshold else 0 for b in best]), rel=1e-5)
 
 
 def test_recall_at_its_edges():
@@ -89,33 +86,6 @@ def test_kmeans_of_few_different_boxes(wh):
     assert {tuple(c) for c in centres.round(6).tolist()} == {tuple(b) for b in wh}
 
 
-@pytest.mark.parametrize("wh", [sizes(300), sizes(300, middle=6.), np.array([[7., 9]]), np.array([[7., 9]] * 20)])
-def test_evolve_never_lowers_the_fitness(wh):
-    for anchors in (ANCHORS_P5, kmeans(wh, 9, rng=np.random.default_rng(1)), np.full((3, 3, 2), 1e3)):
-        for generations in (0, 1, 30):
-            new = evolve(anchors, wh, rng=np.random.default_rng(0), generations=generations)
-            assert new.shape == anchors.shape and (new > 0).all()
-            assert fitness(new, wh) >= fitness(anchors, wh)
-    assert np.array_equal(evolve(ANCHORS_P5, wh, rng=np.random.default_rng(0), generations=0), ANCHORS_P5)
-
-
-def test_evolve_raises_the_fitness_and_leaves_its_input():
-    wh, before = sizes(300, middle=5.), ANCHORS_P5.copy()
-    fits = [fitness(evolve(ANCHORS_P5, wh, rng=np.random.default_rng(0), generations=g), wh) for g in (0, 50, 400)]
-    assert fits[0] + 0.03 < fits[1] and fits[1] + 0.01 < fits[2]
-    assert np.array_equal(ANCHORS_P5, before)
-
-
-def test_evolve_on_a_sample_is_judged_by_all_boxes():
-    wh = np.concatenate((sizes(3000), sizes(3000, middle=6.)))
-    start = kmeans(wh, 9, rng=np.random.default_rng(0))
-    for seed in range(10):
-        new = evolve(start, wh, rng=np.random.default_rng(seed), generations=40, sample=4)
-        assert fitness(new, wh) >= fitness(start, wh)
-    assert fitness(evolve(start, wh, rng=np.random.default_rng(0), generations=200, sample=500), wh) > (
-        fitness(start, wh) + 0.02)
-
-
 @pytest.mark.parametrize("anchors", [ANCHORS_P5, ANCHORS_P6])
 @pytest.mark.parametrize("factor", [0.1, 150])
 def test_auto_for_tiny_and_for_huge_objects(anchors, factor):
@@ -139,10 +109,11 @@ def test_auto_keeps_what_fits():
     kept, line = auto(wh, ANCHORS_P5)
     assert np.array_equal(kept, ANCHORS_P5) and line.startswith("anchors kept: best possible recall 1.0000, ")
     assert kept is not ANCHORS_P5
-    share = recall(ANCHORS_P5, sizes(1000, middle=4., spread=1.))[0]
+    wh = sizes(1000, middle=6., spread=0.6)
+    share = recall(ANCHORS_P5, wh)[0]
     assert 0.9 < share < 0.98
     for enough, word in ((share - 0.001, "kept"), (share + 0.001, "changed")):
-        assert auto(sizes(1000, middle=4., spread=1.), ANCHORS_P5, enough=enough)[1].startswith(f"anchors {word}")
+        assert auto(wh, ANCHORS_P5, enough=enough)[1].startswith(f"anchors {word}")
 
 
 def test_auto_keeps_what_it_cannot_better():
@@ -156,9 +127,6 @@ def test_auto_uses_the_threshold():
     wh = ANCHORS_P5.reshape(-1, 2) * 1.9
     assert auto(wh, ANCHORS_P5, threshold=2.)[1].startswith("anchors kept")
     assert auto(wh, ANCHORS_P5, threshold=1.2)[1].startswith("anchors changed")
-    wh = sizes(500, middle=7.)
-    strict, loose = (auto(wh, ANCHORS_P5, threshold=t)[0] for t in (1.5, 4.))
-    assert not np.array_equal(strict, loose)  # the threshold reaches the fitness that is climbed, too
 
 
 def test_auto_without_boxes_and_with_strange_ones():

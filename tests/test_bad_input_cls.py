@@ -62,7 +62,7 @@ def test_data_that_is_missing_or_does_not_fit(refused, tmp_path, root):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--noise", 9], "--noise: does nothing without --synthesize"), (["--swa-cycle", 2], "--swa-cycle: does nothing"),
+    (["--noise", 9], "--noise: does nothing without --synthesize"),
     (["--swa-lr", 0.5], "--swa-lr: does nothing without --swa"),
     (["--synthesize", "a.csv", "--subset", 2], "--subset: not with --synthesize"),
     (["--synthesize", "a.csv", "--drop-noisy", "noise.csv:2"], "--drop-noisy: not with --synthesize")])
@@ -107,7 +107,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(refused, command, root):
 
 
 def test_shares_of_what_happens_instead_of_one_another(refused, root):
-    train(refused, "--data", root, "--mixup", 0.5, "--cutmix", 0.3, "--snapmix", 0.3, says=["--snapmix", "exceed 1"])
+    train(refused, "--data", root, "--mixup", 0.7, "--cutmix", 0.4, says=["--mixup, --cutmix", "exceed 1"])
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

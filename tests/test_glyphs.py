@@ -1,6 +1,5 @@
-"""data/samples/glyphs.py: three sources of letters, written here byte by byte, and how they can be damaged."""
+"""data/samples/glyphs.py: the sources of letters, written here byte by byte, and how they can be damaged."""
 import gzip
-import struct
 
 import numpy as np
 import pytest
@@ -98,7 +97,7 @@ def test_bad_csv(tmp_path, change, words):
 def test_damaged_gzip(tmp_path, damage):
     path = tmp_path / "train.csv.gz"
     path.write_bytes(damage(gzip.compress(csv_text(*some()).encode())))
-    with pytest.raises(UserError, match="train.csv.gz: damaged gzip"):
+    with pytest.raises(UserError, match="train.csv.gz: damaged, or not a CSV"):
         glyphs.read(path)
 
 
@@ -109,47 +108,11 @@ def test_no_such_file(tmp_path):
         glyphs.read(tmp_path)
 
 
-def write_idx(folder, pixels, labels, *, stem="emnist-letters-train", end="", pack=bytes):
-    images, targets = (folder / f"{stem}-{kind}-ubyte{end}" for kind in ("images-idx3", "labels-idx1"))
-    images.write_bytes(pack(struct.pack(">4i", 0x803, *pixels.shape) + pixels.tobytes()))
-    targets.write_bytes(pack(struct.pack(">2i", 0x801, len(labels)) + labels.astype(np.uint8).tobytes()))
-    return images, targets
-
-
-@pytest.mark.parametrize("end, pack", [("", bytes), (".gz", gzip.compress)])
-def test_emnist_letters_lie_on_their_sides_and_count_from_one(tmp_path, end, pack):
-    pixels, letters = some()
-    for path in write_idx(tmp_path, np.ascontiguousarray(pixels.transpose(0, 2, 1)), letters + 1, end=end, pack=pack):
-        same(glyphs.read(path), pixels, letters)
-
-
-def test_other_idx_files_stand_upright_and_count_from_zero(tmp_path):
-    pixels, letters = some()
-    same(glyphs.read(write_idx(tmp_path, pixels, letters, stem="t10k")[0]), pixels, letters)
-
-
-def test_bad_idx(tmp_path):
-    pixels, letters = some()
-    images, labels = write_idx(tmp_path, pixels, letters)
-    whole = images.read_bytes(), labels.read_bytes()
-    for name, at, content in ((images, 0, whole[0][:-1]), (labels, 1, whole[1][:-1]), (images, 0, whole[0][:9]),
-                              (labels, 1, whole[1] + b"\0"), (images, 0, whole[1])):
-        name.write_bytes(content)
-        with pytest.raises(UserError, match=f"{name.name}: damaged, or not an idx"):
-            glyphs.read(images if content != whole[1] else labels)
-        name.write_bytes(whole[at])
-    write_idx(tmp_path, pixels[:, :20], letters)
-    with pytest.raises(UserError, match="60 images of 20x28 and 60 labels"):
-        glyphs.read(images)
-    write_idx(tmp_path, pixels[:50], letters)
-    with pytest.raises(UserError, match="50 images of 28x28 and 60 labels"):
-        glyphs.read(images)
-    write_idx(tmp_path, pixels, letters + 100)
-    with pytest.raises(UserError, match="not those of letters"):
-        glyphs.read(images)
-    labels.unlink()
-    with pytest.raises(UserError, match="labels-idx1-ubyte: cannot be read"):
-        glyphs.read(images)
+@pytest.mark.parametrize("content", [bytes(200_000), b"\0\0\x08\x03" + bytes(200_000)])
+def test_other_files(tmp_path, content):
+    (tmp_path / "images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(UserError, match="images-idx3-ubyte: damaged, or not a CSV"):
+        glyphs.read(tmp_path / "images-idx3-ubyte")
 
 
 def test_letters_of_a_font():

@@ -298,32 +298,8 @@ def test_focal_softmax_is_its_formula(gamma):
     assert value.item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
 
 
-@pytest.mark.parametrize("share", [1e-9, 0.1, 0.37, 1.])
-@pytest.mark.parametrize("void", [0., 0.3, 0.97])
-def test_top_k_sorted_by_hand(share, void):
-    logits, labels = maps(3, 1, 9, 10, void=void, dtype=torch.float64)
-    terms = [math.log1p(math.exp(-z if y else z)) for z, y in zip(logits.flatten().tolist(), labels.flatten().tolist())
-             if y != VOID]
-    k = max(1, int(share * len(terms)))
-    assert losses.top_k(logits, labels, share, VOID).item() == pytest.approx(sum(sorted(terms)[-k:]) / k, rel=1e-12)
-    assert (with_grad(losses.top_k, logits, labels, share=share, ignore=VOID)[1] != 0).sum() == k
-
-    logits, labels = class_maps(3, 4, 9, 10, void=void)
-    pixels = zip(logits.double().flatten(2).transpose(1, 2).flatten(0, 1).tolist(), labels.flatten().tolist())
-    terms = [-math.log(probabilities(z)[y]) for z, y in pixels if y != VOID]
-    k = max(1, int(share * len(terms)))
-    value, grad = with_grad(losses.top_k_softmax, logits.double(), labels, share=share, ignore=VOID)
-    assert value.item() == pytest.approx(sum(sorted(terms)[-k:]) / k, rel=1e-12)
-    assert (grad != 0).all(1).sum() == k
-
-
-def test_top_k_of_everything_is_cross_entropy():
-    logits, labels = maps(3, 8, 8, void=0.2)
-    torch.testing.assert_close(with_grad(losses.top_k, logits, labels, share=1., ignore=VOID),
-                               with_grad(bce, logits, labels, ignore=VOID))
+def test_focal_softmax_without_its_factor_is_cross_entropy():
     logits, labels = class_maps(3, 4, 8, 8, void=0.2)
-    torch.testing.assert_close(with_grad(losses.top_k_softmax, logits, labels, share=1., ignore=VOID),
-                               with_grad(cross_entropy, logits, labels, ignore=VOID))
     torch.testing.assert_close(with_grad(focal_softmax, logits, labels, gamma=0., ignore=VOID),
                                with_grad(cross_entropy, logits, labels, ignore=VOID))
 
@@ -406,8 +382,7 @@ def test_dice_and_focal_of_others():
 EVERY = [(lovasz_hinge, dict(), 0), (lovasz_hinge, dict(elu=True), 0), (lovasz_hinge, dict(per_image=False), 0),
          (lovasz_softmax, dict(), 4),
          (bce, dict(smoothing=0.1, weight=2.), 0), (cross_entropy, dict(smoothing=0.1), 4),
-         (dice, dict(), 0), (dice_softmax, dict(), 4), (focal, dict(smoothing=0.1), 0), (focal_softmax, dict(), 4),
-         (losses.top_k, dict(share=0.3), 0), (losses.top_k_softmax, dict(share=0.3), 4)]
+         (dice, dict(), 0), (dice_softmax, dict(), 4), (focal, dict(smoothing=0.1), 0), (focal_softmax, dict(), 4)]
 every_loss = pytest.mark.parametrize("loss, kwargs, classes", EVERY, ids=[f"{f.__name__}-{k}" for f, k, _ in EVERY])
 
 
@@ -535,7 +510,7 @@ def test_gpu_gives_the_same_and_never_syncs(loss, kwargs, classes):
     torch.testing.assert_close((value.cpu(), grad.cpu()), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", [lovasz_hinge, bce, dice, focal, losses.top_k])
+@pytest.mark.parametrize("loss", [lovasz_hinge, bce, dice, focal])
 def test_the_channel_axis_of_a_mask_is_optional(loss):
     logits, labels = maps(3, 6, 5)
     expected = loss(logits, labels)
@@ -547,7 +522,7 @@ def test_the_channel_axis_of_a_mask_is_optional(loss):
 def test_wrong_shapes_are_named():
     logits, labels = maps(2, 4, 6)
     for wrong in (labels.transpose(1, 2), labels[:1], labels[None], labels[:, None].expand(2, 3, 4, 6)):
-        for loss in (lovasz_hinge, bce, dice, focal, losses.top_k):
+        for loss in (lovasz_hinge, bce, dice, focal):
             with pytest.raises(ValueError, match="shape"):
                 loss(logits, wrong)
     for several in (torch.zeros(2, 3, 4, 6), torch.zeros(2, 26)):
@@ -557,7 +532,7 @@ def test_wrong_shapes_are_named():
             dice(several, several)
     many = torch.zeros(2, 3, 4, 6)
     for wrong in (labels.transpose(1, 2), labels[:, None], many):
-        for loss in (lovasz_softmax, dice_softmax, focal_softmax, losses.top_k_softmax, cross_entropy):
+        for loss in (lovasz_softmax, dice_softmax, focal_softmax, cross_entropy):
             if loss is cross_entropy and wrong is many:
                 continue  # soft labels
             with pytest.raises(ValueError, match=r"need labels \(B,\.\.\.\)"):

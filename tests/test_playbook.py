@@ -96,7 +96,7 @@ def dots(tmp_path_factory):
 
 
 MIXES = [["--mixup", 1, "--gridmask", 1, "--p-object", 1, "--swa", 0.5, "--optimizer", "radam"],
-         ["--cutmix", 1, "--cutout", 1, "--aux-cls", 1, "--lookahead", 3, "--optimizer", "adamp"]]
+         ["--cutmix", 1, "--cutout", 1, "--aux-cls", 1, "--optimizer", "adam"]]
 
 
 @pytest.mark.parametrize("flags", MIXES, ids=["mixup", "cutmix"])

@@ -142,7 +142,7 @@ def stop():
 def test_averages_and_a_soup(script, parking, monkeypatch):
     """swa.pt is the mean of the two epochs' weights, and so is their soup; both predict."""
     script(train_det, "--data", parking, *TINY_DET, "--bs", 5, "--epochs", 2, "--folds", 0, "--swa", 1, "--no-ema",
-           "--save-period", 1, "--lr", 0.01, "--optimizer", "adamp", "--lookahead", 2)
+           "--save-period", 1, "--lr", 0.01, "--optimizer", "adam")
     ends = [checkpoint.load(f"runs/det/exp/epoch_{epoch}.pt") for epoch in (1, 2)]
     swa, mean = checkpoint.load("runs/det/exp/swa.pt"), {}
     parameters = {name for name, _ in YOLOv5(**swa["arch"]["kwargs"]).named_parameters()}

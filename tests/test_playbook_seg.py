@@ -23,7 +23,7 @@ from tests.test_scripts_seg import masks_of
 from utils import losses
 from utils import report
 from utils.metrics.segmentation import BinaryIoU
-from utils.train import checkpoint, optim
+from utils.train import checkpoint
 from utils.errors import UserError
 from utils.ops.decide import probabilities
 
@@ -42,8 +42,8 @@ def averaged(small, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("averaged"))
         patch.setattr("sys.argv", [
-            "train_seg.py", "--data", str(small), *TRAIN, "--epochs", "4", "--optimizer", "adamp", "--lookahead", "3",
-            "--swa", "0.5", "--no-ema", "--save-period", "1"])
+            "train_seg.py", "--data", str(small), *TRAIN, "--epochs", "4", "--optimizer", "adam", "--swa", "0.5",
+            "--no-ema", "--save-period", "1"])
         train_seg.main()
         return Path("runs/seg/exp").resolve()
 
@@ -116,23 +116,6 @@ def test_a_constant_rate_is_averaged_and_predicts(script, averaged, small):
         assert np.abs(probs - said(checkpoint.load(averaged / "epoch_4.pt"), path)[0]).max() > 1e-3
 
 
-def test_lookaheads_slow_weights_are_those_after_every_third_step(averaged):
-    state, third = checkpoint.load(averaged / "last.pt"), checkpoint.load(averaged / "epoch_3.pt")
-    assert state["step"] == 4 and state["optimizer"]["name"] == "AdamP"
-    slow = state["optimizer"]["state"]["lookahead"]
-    want = [p for group in optim.param_groups(net_of(third), 0.0) for p in group["params"]]
-    assert slow["steps"] == 1 and len(slow["slow"]) == len(want) and all(map(torch.equal, slow["slow"], want))
-
-
-def test_cycles_are_averaged_at_their_ends(script, small):
-    script(train_seg, "--data", small, *TRAIN, "--epochs", 4, "--optimizer", "radam", "--swa", 1, "--swa-cycle", 2,
-           "--no-ema", "--save-period", 1, "--folds", 0)
-    check_swa(Path("runs/seg/exp"), (2, 4))
-    state = checkpoint.load("runs/seg/exp/last.pt")
-    rates = [row["lr"] for row in state["history"]]
-    assert state["optimizer"]["name"] == "RAdam" and rates == pytest.approx([0.001005, 0.00001] * 2)
-
-
 def test_soup_is_the_net_of_the_mean_weights(script, refused, averaged, small, tmp_path):
     one, two = (centred(averaged, small, name) for name in ("epoch_2.pt", "epoch_4.pt"))
     mean = {name: ((a.double() + two["model"][name].double()) / 2).to(a.dtype) for name, a in one["model"].items()}
@@ -170,10 +153,9 @@ def test_hrnetv2(script, refused, small):
 def binary_values(z, y, s):
     """Logits and labels (n,) that count -> {loss: float64}, written out."""
     p, soft = 1 / (1 + np.exp(-z)), y * (1 - s) + s / 2
-    entropy = [-(t * np.log(p) + (1 - t) * np.log(1 - p)) for t in (soft, y)]
-    return {"bce": entropy[0].mean(), "focal": (entropy[0] * np.abs(soft - p) ** 2).mean(),
-            "dice": 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1),
-            "topk": np.sort(entropy[1])[-int(len(y) / 10):].mean()}
+    entropy = -(soft * np.log(p) + (1 - soft) * np.log(1 - p))
+    return {"bce": entropy.mean(), "focal": (entropy * np.abs(soft - p) ** 2).mean(),
+            "dice": 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)}
 
 
 def several_values(z, y, s):
@@ -182,7 +164,7 @@ def several_values(z, y, s):
     own, truth = -log_p[np.arange(len(y)), y.astype(int)], np.eye(z.shape[1])[y.astype(int)]
     dice = [1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1) for p, t in zip(np.exp(log_p).T, truth.T)]
     return {"ce": ((1 - s) * own - s * log_p.mean(1)).mean(), "focal": (own * (1 - np.exp(-own)) ** 2).mean(),
-            "dice": np.mean(dice), "topk": np.sort(own)[-int(len(y) / 10):].mean()}
+            "dice": np.mean(dice)}
 
 
 @pytest.mark.parametrize("classes, known, values", [(1, train_seg.BINARY, binary_values),
@@ -195,7 +177,7 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
     for s in (0.0, 0.2):
         flat = z.transpose(0, 2, 3, 1)[valid]
         want = values(flat[:, 0] if classes == 1 else flat, y[valid].astype(float), s)
-        assert want.keys() | {"lovasz", "lovasz_elu"} >= known.keys() and len(want) == 4
+        assert want.keys() | {"lovasz", "lovasz_elu"} >= known.keys() and len(want) == 3
         for name, loss in known.items():
             loss = functools.partial(loss, ignore=255, **{"smoothing": s} if train_seg.takes(loss, "smoothing") else {})
             logits = torch.from_numpy(z.copy()).requires_grad_()
@@ -209,8 +191,7 @@ def test_every_loss_by_its_name_ignores_and_smooths(classes, known, values):
                 assert float(value) == pytest.approx(want[name], abs=1e-6), (name, s)
 
 
-@pytest.mark.parametrize("classes, terms", [(1, {"dice": 1, "focal": 2, "topk": 0.5}),
-                                            (3, {"dice": 1, "topk": 3, "focal": 1, "ce": 0.5})])
+@pytest.mark.parametrize("classes, terms", [(1, {"dice": 1, "focal": 2}), (3, {"dice": 1, "focal": 1, "ce": 0.5})])
 def test_runs_with_sums_of_losses(script, tmp_path, monkeypatch, classes, terms):
     root = write_wildfire(tmp_path / "data", train=4, test=1, size=(32, 32), classes=classes)
     known, seen = train_seg.BINARY if classes == 1 else train_seg.MULTICLASS, {}
@@ -452,7 +433,7 @@ def test_samples_are_the_ious_of_the_last_weights_with_flips(script, averaged, s
 def test_the_table_of_runs_shows_what_differs_from_the_defaults(script, averaged, capsys):
     script(report, averaged.parent, "--format", "csv")
     row, = csv.DictReader(capsys.readouterr().out.splitlines())
-    assert {"--swa 0.5", "--optimizer adamp", "--lookahead 3", "--no-ema", "--epochs 4"} <= {
+    assert {"--swa 0.5", "--optimizer adam", "--no-ema", "--epochs 4"} <= {
         " ".join(part.split()) if part.startswith("--") else "" for part in _flags(row["flags"])}
     assert not {"--swa-lr 0.2", "--momentum 0.9", "--ema"} & set(_flags(row["flags"])) and row["metric"] == "iou"
 

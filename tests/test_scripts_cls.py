@@ -303,13 +303,6 @@ def test_two_processes_train_what_one_does(script, tmp_path, dirty):
     assert (one - two).norm() < 2e-3 * step and step > 0.01  # rounding, and a true step
 
 
-@pytest.mark.slow
-def test_one_of_two_processes_looks_where_the_net_looks(tmp_path, dirty):
-    """SnapMix of one rank's batch: the other must not wait for its sums in another order."""
-    flags = ["--data", dirty, *TINY_CLS, "--amp", "bf16", "--sync-bn", "--snapmix", 0.5, "--epochs", 6, "--folds", 0]
-    assert "epoch 6" in ranks(train_cls, *flags, cwd=tmp_path)[0]
-
-
 def held_out_labels(root, name):
     """The rows of the images that a run validated on."""
     rows = dict(zip(*table_of(root / "dirty_mnist_2nd_answer.csv")[1:]))
@@ -393,7 +386,7 @@ def test_two_processes_predict_what_one_does(script, tmp_path, pictures):
 
 
 def test_show_augment_draws_and_does_not_train(script, tmp_path):
-    script(train_cls, "--data", write_dirty(tmp_path / "resources"), *TINY_CLS, "--show-augment", "--snapmix", 1)
+    script(train_cls, "--data", write_dirty(tmp_path / "resources"), *TINY_CLS, "--show-augment", "--cutmix", 1)
     run = Path("runs/cls/exp")
     assert Image.open(run / "augment.png").size[0] > 6 * 32 and not (run / "last.pt").exists()
 

@@ -45,10 +45,10 @@ def cases(flags, quick):
 
 
 SEG = [
-    [], ["--classes", 3, "--ignore", 255, "--loss", "lovasz", "ce", "dice", "focal", "topk", "--aux-cls", 0.5],
-    ["--loss", "lovasz", "bce", "dice", "focal", "topk", "--ignore", 255, "--mixup", 0.5, "--cutmix", 0.5, "--gridmask",
-     1, "--cutout", 1, "--gain", 1, "--aux-cls", 1, "--p-object", 0.5],
-    ["--swa", 0.5, "--epochs", 2, "--optimizer", "adamp", "--lookahead", 2, "--clip", 1, "--accumulate", 2, "--bs", 2],
+    [], ["--classes", 3, "--ignore", 255, "--loss", "lovasz", "ce", "dice", "focal", "--aux-cls", 0.5],
+    ["--loss", "lovasz", "bce", "dice", "focal", "--ignore", 255, "--mixup", 0.5, "--cutmix", 0.5, "--gridmask", 1,
+     "--cutout", 1, "--gain", 1, "--aux-cls", 1, "--p-object", 0.5],
+    ["--swa", 0.5, "--epochs", 2, "--optimizer", "radam", "--clip", 1, "--accumulate", 2, "--bs", 2],
     ["--resize", "--optimizer", "radam", "--no-ema", "--schedule", "plateau"], ["--tile", 48, "--optimizer", "sgd"],
     ["--encoder", "hrnet_w18_small", "--decoder", "--grad-checkpoint", "--optimizer", "adam"],
     ["--encoder", "efficientnetv2_b0", "--label-smoothing", 0.1]]
@@ -66,7 +66,7 @@ def test_segmentation(flags, script, tmp_path, gpu):
 DET = [
     [], ["--head", "anchor", "--image-weights", "--label-smoothing", 0.1],
     ["--mixup", 1, "--gridmask", 1, "--cutout", 1],
-    ["--swa", 0.5, "--epochs", 2, "--optimizer", "adamp", "--lookahead", 2], ["--tile", 64, "--grid", 9],
+    ["--swa", 0.5, "--epochs", 2, "--optimizer", "radam"], ["--tile", 64, "--grid", 9],
     ["--stages", "1,1", "--bs", 2, "--accumulate", 2], ["--no-ema", "--multi-scale", 0.5, "--grad-checkpoint"]]
 
 
@@ -82,7 +82,7 @@ def test_detection(flags, script, tmp_path, gpu):
 
 CLS = [
     [], ["--loss", "focal", "--label-smoothing", 0.1], ["--mixup", 0.5, "--cutmix", 0.5, "--gridmask", 1],
-    ["--snapmix", 1], ["--swa", 0.5, "--epochs", 2, "--optimizer", "adamp", "--lookahead", 2],
+    ["--swa", 0.5, "--epochs", 2, "--optimizer", "radam"],
     ["--net", "efficientnetv2_b0", "--optimizer", "sgd", "--lr", 1e-3, "--clip", 1]]
 
 

@@ -16,7 +16,7 @@ from tests.test_engine import CPU, given_scores, train
 from tests.toy import Data, Net
 from utils.pictures import charts
 from utils.train import checkpoint, dist, engine, optim
-from utils.errors import NumericalError, Stopped, UserError
+from utils.errors import NumericalError, Stopped
 from utils.train.swa import SWA, swa_epochs, with_swa
 
 STEPS = 7  # per epoch of the toy data
@@ -27,13 +27,13 @@ def no_plots(monkeypatch):
     monkeypatch.setattr(charts, "plot_curves", lambda *_, **__: None)
 
 
-def averaged(folder, *, epochs=4, share=0.5, lr=0.5, cycle=0, on=True, total=None, net=None, seed=0, **options):
+def averaged(folder, *, epochs=4, share=0.5, lr=0.5, on=True, total=None, net=None, seed=0, **options):
     """A toy run with SWA's schedule and (`on`) its average. `total`: epochs that are reckoned with."""
     torch.manual_seed(seed)
-    net, plan = net or Net(), dict(epochs=total or epochs, share=share, cycle=cycle)
+    net, taken = net or Net(), swa_epochs(total or epochs, share)
     schedule = optim.make_schedule("cosine", steps_per_epoch=STEPS, epochs=total or epochs)
-    return train(folder, net=net, epochs=epochs, total=total, seed=seed, swa=SWA(net, **plan) if on else None,
-                 schedule=with_swa(schedule, steps_per_epoch=STEPS, lr=lr, **plan), **options)
+    return train(folder, net=net, epochs=epochs, total=total, seed=seed, swa=SWA(net, taken) if on else None,
+                 schedule=with_swa(schedule, taken, steps_per_epoch=STEPS, lr=lr), **options)
 
 
 def watching(seen):
@@ -71,58 +71,26 @@ def epoch_images(epoch, size=26, bs=4, seed=0, parts=1):
 
 
 # ---- when, and at what rate ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("epochs, share, cycle, taken", [
-    (20, 0.25, 0, [16, 17, 18, 19, 20]), (20, 0.25, 1, [16, 17, 18, 19, 20]), (20, 0.25, 2, [18, 20]),
-    (20, 0.25, 5, [20]), (20, 0.25, 9, [20]), (20, 1.0, 9, [11, 20]), (20, 1.0, 20, [20]), (20, 0.01, 0, [20]),
-    (20, 0.0, 0, []), (20, 0.0, 7, []), (3, 1.0, 0, [1, 2, 3]), (1, 0.5, 0, [1]), (10, 0.6, 2, [6, 8, 10]),
-    (30, 0.25, 4, [26, 30])])
-def test_which_epochs_are_taken(epochs, share, cycle, taken):
-    assert list(swa_epochs(epochs, share, cycle)) == taken
-
-
-def test_a_cycle_longer_than_the_run_is_refused():
-    with pytest.raises(UserError, match="--swa-cycle 5: .*--epochs") as caught:
-        swa_epochs(4, 0.25, 5)
-    assert not swa_epochs(4, 0.0, 5)  # --debug, which has two epochs and averages none
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("epochs, share, taken", [
+    (20, 0.25, [16, 17, 18, 19, 20]), (20, 0.01, [20]), (20, 0.0, []), (3, 1.0, [1, 2, 3]), (1, 0.5, [1])])
+def test_which_epochs_are_taken(epochs, share, taken):
+    assert list(swa_epochs(epochs, share)) == taken
 
 
 def test_the_rate_is_held():
     base = optim.make_schedule("plateau", steps_per_epoch=5, epochs=8, period=2)
-    schedule = with_swa(base, steps_per_epoch=5, epochs=8, share=0.25, lr=0.3)
+    schedule = with_swa(base, swa_epochs(8, 0.25), steps_per_epoch=5, lr=0.3)
     scores = [1.0, 0.0, 0.0]  # reach the schedule itself
     assert [schedule(step, scores) for step in range(30)] == [base(step, scores) for step in range(30)] == [0.5] * 30
     assert [schedule(step, scores) for step in range(30, 50)] == [0.3] * 20
-    assert schedule(0) == 1.0 and with_swa(base, steps_per_epoch=5, epochs=8, share=0)(39) == 1.0
-
-
-def test_the_rate_comes_down_in_cycles():
-    """From `lr` to `floor`, which each of the epochs that are taken ends with; equation 1 of the paper."""
-    base = optim.make_schedule("linear", steps_per_epoch=5, epochs=10)
-    schedule = with_swa(base, steps_per_epoch=5, epochs=10, share=0.4, lr=0.5, cycle=2, floor=0.1)
-    assert [schedule(step) for step in range(30)] == [base(step) for step in range(30)]
-    seen = [schedule(step) for step in range(30, 50)]
-    assert seen == pytest.approx([0.5 - 0.4 * ((i % 10) + 1) / 10 for i in range(20)])
-    lowest = [step for step in range(30, 50) if schedule(step) < 0.1 + 1e-9]
-    assert lowest == [5 * epoch - 1 for epoch in swa_epochs(10, 0.4, 2)] == [39, 49]
-    assert [schedule(step) for step in reversed(range(30, 50))] == seen[::-1]
-
-
-def test_cycles_have_to_come_down():
-    base, options = lambda step, scores=(): 1.0, dict(steps_per_epoch=5, epochs=10, lr=0.05, floor=0.12)
-    with pytest.raises(UserError, match="--swa-lr 0.05.*--lr-floor 0.12") as caught:
-        with_swa(base, share=0.25, cycle=2, **options)
-    assert "\n" not in str(caught.value)
-    assert with_swa(base, share=0.25, **options)(49) == 0.05
-    assert with_swa(base, share=0.0, cycle=2, **options)(49) == 1.0
-    assert with_swa(base, share=0.25, **options | {"lr": 0.0})(49) == 0.0
+    assert schedule(0) == 1.0 and with_swa(base, swa_epochs(8, 0), steps_per_epoch=5)(39) == 1.0
 
 
 # ---- what is averaged ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("epochs, share, cycle, taken", [(4, 0.75, 0, [2, 3, 4]), (5, 0.8, 2, [3, 5])])
-def test_the_plain_mean_of_the_weights_at_the_ends_of_epochs(tmp_path, epochs, share, cycle, taken, capsys):
+@pytest.mark.parametrize("epochs, share, taken", [(4, 0.75, [2, 3, 4]), (5, 0.4, [4, 5])])
+def test_the_plain_mean_of_the_weights_at_the_ends_of_epochs(tmp_path, epochs, share, taken, capsys):
     seen = []
-    state = averaged(tmp_path, epochs=epochs, share=share, cycle=cycle, ema=False, evaluate=watching(seen))
+    state = averaged(tmp_path, epochs=epochs, share=share, ema=False, evaluate=watching(seen))
     assert len(seen) == epochs + 1  # the last is the average's
     saved, last = read(tmp_path / "swa.pt"), read(tmp_path / "last.pt")
     for name, parameter in state.model.named_parameters():
@@ -185,7 +153,7 @@ def test_without_validation_and_without_norms(tmp_path, capsys):
 
 def test_average_leaves_the_model_and_its_gradients_alone():
     net = Net()
-    swa = SWA(net, epochs=4, share=0.5)
+    swa = SWA(net, swa_epochs(4, 0.5))
     before = copy.deepcopy(net.state_dict())
     for epoch in (1, 2, 3, 4):
         swa.take(net, epoch)
@@ -348,10 +316,3 @@ def test_the_loop_and_this_file_mean_the_same_batches():
     loader.batch_sampler.set_epoch(3)
     for batch, images in zip(loader, epoch_images(3), strict=True):
         assert torch.equal(engine.to_device(batch, CPU)["image"], images)
-
-
-def test_a_rate_of_zero_divides_nothing():
-    for share in (0, 0.5):
-        options = dict(steps_per_epoch=2, epochs=8, share=share, lr=0.0, cycle=2, floor=0)
-        schedule = with_swa(lambda step, scores=(): 1.0, **options)
-        assert schedule(15) == (0 if share else 1)

@@ -234,7 +234,7 @@ def row_range(text):
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--letters", metavar="FILE", help="the competition's CSV or EMNIST's idx, or .gz (default: letters of a font)")
+    add("--letters", metavar="FILE", help="the competition's CSV, or .gz (default: letters of a font)")
     add("--rows", type=row_range, default=":", metavar="A:B", help="use only these rows of the file, as in a Python "
         "slice; write --rows=-3000: for the last 3000 (default: all)")
     add("--out", required=True, metavar="DIR", help="the folder of the images")

@@ -1,7 +1,6 @@
-"""Glyphs, pictures of single capital letters: from the competition's CSV, EMNIST's idx files, or a font."""
+"""Glyphs, pictures of single capital letters: from the competition's CSV, or a font."""
 import csv
 import gzip
-import math
 import string
 import zlib
 from pathlib import Path
@@ -22,33 +21,16 @@ def read(path=None):
     """Pictures of single letters, white on black -> pixels uint8 (N, 28, 28), letters int64 (N,): 0 is A, 25 is Z.
 
     path: the competition's CSV, with a column letter and, at the end, the columns 0 ... 783 (train.csv has id and digit
-    before them, test.csv id); or one file of a pair of idx files, such as EMNIST's, whose names differ by images-idx3
-    and labels-idx1. Files may be gzipped. None: 100 glyphs of each letter from `render`.
+    before them, test.csv id); it may be gzipped. None: 100 glyphs of each letter from `render`.
     Raises UserError for other files and for damaged ones.
     """
     if path is None:
         return render(100)
-    content = _content(path)
-    if content[:4] in (b"\0\0\x08\x03", b"\0\0\x08\x01"):
-        return _read_idx(Path(path))
-    return _read_csv(path, content)
-
-
-def _content(path):
-    with reading(path):
-        content = Path(path).read_bytes()
-    try:
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UserError(f"{path}: damaged gzip; fetch or write it again") from None
-
-
-def _read_csv(path, content):
-    names, *lines = csv.reader(content.decode("utf-8-sig", errors="replace").splitlines() or [""])
+    names, *lines = _rows(path) or [[]]
     before = len(names) - len(COLUMNS)
     if "letter" not in names[:max(before, 0)] or names[before:] != COLUMNS:
         raise UserError(f"{path}: the columns are not letter and, at the end, 0 to 783; give the competition's CSV of "
-                        f"letters, or EMNIST's idx files")
+                        f"letters")
     pixels, letters = [], []
     for number, row in enumerate(lines, 2):
         if not row:
@@ -64,29 +46,14 @@ def _read_csv(path, content):
     return np.array(pixels), np.array(letters, np.int64)
 
 
-def _read_idx(path):
-    """Labels count from 0 or, as in EMNIST's split letters, from 1."""
-    images = path.with_name(path.name.replace("labels", "images").replace("idx1", "idx3"))
-    targets = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    pixels, labels = _idx(images, 3), _idx(targets, 1).astype(np.int64)
-    if pixels.shape[1:] != (SIDE, SIDE) or len(pixels) != len(labels) or not len(labels):
-        raise UserError(f"{images}: {len(pixels)} images of {pixels.shape[1]}x{pixels.shape[2]} and {len(labels)} "
-                        f"labels; give a pair of idx files of 28x28 letters")
-    if "emnist" in path.name.lower():
-        pixels = pixels.swapaxes(1, 2)  # EMNIST's images are transposed
-    letters = labels - int(labels.min() > 0)
-    if letters.max() > 25:
-        raise UserError(f"{targets}: the labels are not those of letters; give EMNIST's split letters")
-    return np.ascontiguousarray(pixels), letters
-
-
-def _idx(path, dims):
-    content = _content(path)
-    header = 4 + 4 * dims
-    shape = [int.from_bytes(content[k:k + 4], "big") for k in range(4, header, 4)]
-    if content[:4] != bytes((0, 0, 8, dims)) or len(content) != header + math.prod(shape):
-        raise UserError(f"{path}: damaged, or not an idx file of {dims} dimensions; fetch it again")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+def _rows(path):
+    with reading(path):
+        content = Path(path).read_bytes()
+    try:
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        return list(csv.reader(content.decode("utf-8-sig", errors="replace").splitlines()))
+    except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error):
+        raise UserError(f"{path}: damaged, or not a CSV; fetch or write it again") from None
 
 
 def render(count, *, seed=0):

@@ -39,20 +39,19 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 SCORE = {"water": "iou", "bccd": "ap", "letters": "acc"}
 TASK = {"water": "seg", "bccd": "det", "letters": "cls"}
 ROWS = {
-    "water": ["", "--loss dice focal", "--loss dice topk", "--loss lovasz_elu", "--gain 0", "--mixup 0.5",
-              "--cutmix 0.5", "--gridmask 0.5", "--p-object 0.5", "--aux-cls 0.5", "--lookahead 5", "--swa 0.25",
-              "--swa 0.5 --swa-cycle 2", "--optimizer adamp", "--encoder efficientnetv2_b0", "--cutout 0.5",
-              "--label-smoothing 0.1", "--optimizer radam", "--no-ema", "--schedule restarts",
+    "water": ["", "--loss dice focal", "--loss lovasz_elu", "--gain 0", "--mixup 0.5", "--cutmix 0.5",
+              "--gridmask 0.5", "--p-object 0.5", "--aux-cls 0.5", "--swa 0.25", "--encoder efficientnetv2_b0",
+              "--cutout 0.5", "--label-smoothing 0.1", "--optimizer radam", "--no-ema", "--schedule restarts",
               "--encoder repvgg_a0", *(f"--encoder hrnet_{w}" for w in ("w18_small", "w18", "w32")), "--resize",
               "--schedule plateau --period 2", "--schedule flat", "--optimizer sgd --lr 0.02 --weight-decay 5e-4",
               "--class-weights balanced"],
-    "bccd": ["", "--mixup 0.15", "--lookahead 5", "--swa 0.25", "--gridmask 0.5", "--cutout 0.5", "--close-mosaic 3",
-             "--schedule plateau --period 3", "--schedule cosine", "--image-weights", "--grid 9", "--optimizer adamp",
+    "bccd": ["", "--mixup 0.15", "--swa 0.25", "--gridmask 0.5", "--cutout 0.5", "--close-mosaic 3",
+             "--schedule plateau --period 3", "--schedule cosine", "--image-weights", "--grid 9",
              "--optimizer radam", "--optimizer adam --weight-decay 5e-4",
              "--optimizer sgd --lr 0.02 --weight-decay 5e-4", "--no-ema", "--tile 320 --epochs 4"],
-    "letters": ["", "--label-smoothing 0.1", "--mixup 0.5", "--cutmix 0.5", "--snapmix 0.5", "--gridmask 0.5",
-                "--net efficientnetv2_b0 --drop 0 --drop-path 0", "--cutout 0", "--lookahead 5", "--swa 0.5",
-                "--no-ema", "--schedule plateau --period 1", "--schedule flat", "--optimizer adamp",
+    "letters": ["", "--label-smoothing 0.1", "--mixup 0.5", "--cutmix 0.5", "--gridmask 0.5",
+                "--net efficientnetv2_b0 --drop 0 --drop-path 0", "--cutout 0", "--swa 0.5",
+                "--no-ema", "--schedule plateau --period 1", "--schedule flat",
                 "--optimizer radam", "--optimizer adam --weight-decay 1e-5",
                 "--optimizer sgd --lr 0.05 --weight-decay 5e-4", "--class-weights balanced"],
 }

@@ -9,8 +9,8 @@ is the weight of positives, whose negatives weigh 1: a number, or a tensor that 
 (B,K). The mean is divided by the weights of the labels, as in torch's cross_entropy; in losses that are a mean over
 classes each class has its weight there. None: all weigh the same.
 
-binary masks      lovasz_hinge    dice          bce            focal          top_k
-several classes   lovasz_softmax  dice_softmax  cross_entropy  focal_softmax  top_k_softmax
+binary masks      lovasz_hinge    dice          bce            focal
+several classes   lovasz_softmax  dice_softmax  cross_entropy  focal_softmax
 """
 import functools
 
@@ -256,14 +256,7 @@ def cross_entropy(logits, labels, smoothing=0., weight=None, ignore=None):
     return _ratio((loss * valid).sum(), (mass * valid).sum())
 
 
-# ---- Cross entropies of hard pixels ---------------------------------------------------------------------------------
-
-def _hard_cross_entropy(logits, labels, weight, ignore):
-    """-> softmax cross entropy of every element (B,...), and its weight, which is 0 where it is ignored."""
-    logits, labels, valid = _multiclass(logits, labels, ignore)
-    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
-    return loss, valid if weight is None else valid * weight.to(loss.dtype)[labels]
-
+# ---- Focal losses ----------------------------------------------------------------------------------------------------
 
 def focus(loss, distance, gamma):
     """The focal factor: loss x distance^gamma. The distance is clamped because the slope of x^gamma with gamma < 1 is
@@ -284,36 +277,7 @@ def focal_softmax(logits, labels, gamma=2., ignore=None, weight=None):
     """Focal loss of several classes: cross entropy times (1 - p)^gamma, where p is the softmax at the label, mean over
     the valid elements. Weight: see `cross_entropy`. Shapes, ignore and errors: see `dice_softmax`.
     (segmentation-models-pytorch instead averages binary focal losses of the classes.)"""
-    loss, mass = _hard_cross_entropy(logits, labels, weight, ignore)
+    logits, labels, valid = _multiclass(logits, labels, ignore)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    mass = valid if weight is None else valid * weight.to(loss.dtype)[labels]
     return _ratio((focus(loss, -torch.expm1(-loss), gamma) * mass).sum(), mass.sum())  # loss is -log p
-
-
-def _top_mean(loss, mass, share):
-    """Mean of the largest `share` of the valid elements of `loss`, at least one, by their weights in `mass`. The loss
-    is weighted already, and both are 0 where ignored.
-
-    The number k of elements depends on the labels, and reading it would synchronise with the GPU. So topk gets the k of
-    a batch without ignored elements, and the excess is masked.
-    """
-    largest, where = loss.flatten().topk(max(1, int(share * loss.numel())))
-    k = (share * (mass > 0).sum()).long().clamp(1, len(largest))
-    kept = torch.arange(len(largest), device=k.device) < k
-    total = k if mass.dtype == torch.bool else (mass.flatten()[where] * kept).sum()
-    return _ratio((largest * kept).sum(), total)
-
-
-@_in_fp32
-def top_k(logits, labels, share=0.1, ignore=None, weight=None):
-    """Binary cross entropy of the hardest pixels: mean over the `share` (0 .. 1, at least one pixel) of the batch's
-    valid pixels with the largest loss. nnU-Net's TopK loss (Isensee et al. 2021). Shapes, weight, ignore, errors: see
-    `bce`."""
-    loss, mass, _ = _binary_cross_entropy(logits, labels, 0., weight, ignore)
-    return _top_mean(loss, mass, share)
-
-
-@_in_fp32
-def top_k_softmax(logits, labels, share=0.1, ignore=None, weight=None):
-    """`top_k` of softmax cross entropies, as in nnU-Net. Weight: see `cross_entropy`. Shapes, ignore and errors: see
-    `dice_softmax`."""
-    loss, mass = _hard_cross_entropy(logits, labels, weight, ignore)
-    return _top_mean(loss * mass, mass, share)

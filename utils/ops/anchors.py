@@ -83,43 +83,18 @@ def kmeans(wh, n, *, rng, iterations=30):
     return centres * std
 
 
-def fitness(anchors, wh, threshold=4.0):
-    """The mean over boxes wh (N, 2) of the agreement with the best anchor (`side_ratios`), 0 where none fits."""
-    best = side_ratios(anchors, wh).max(0)
-    return float((best * (best > 1 / threshold)).mean(dtype=np.float64))
-
-
-def evolve(anchors, wh, *, rng, generations=1000, threshold=4.0, sample=10000):
-    """Anchors (..., 2) improved for boxes wh (N, 2), N > 0, sides > 0: random changes that raise the fitness stay.
-
-    Each side is changed with probability 0.9, by a factor 1 + 0.1 x normal within 0.3 .. 3. Of more than `sample` boxes
-    that many are drawn; the result is never worse than the given anchors on all of them.
-    """
-    few = wh if len(wh) <= sample else wh[rng.choice(len(wh), sample, replace=False)]
-    few = np.float32(few)  # 1,000 generations take a second
-    new, best = anchors, fitness(np.float32(anchors), few, threshold)
-    for _ in range(generations):
-        change = rng.standard_normal(anchors.shape) * (rng.random(anchors.shape) < 0.9)
-        changed = new * (1 + 0.1 * change).clip(0.3, 3)
-        value = fitness(np.float32(changed), few, threshold)
-        if value > best:
-            new, best = changed, value
-    return new if fitness(new, wh, threshold) >= fitness(anchors, wh, threshold) else anchors
-
-
 def auto(wh, anchors, *, threshold=4.0, seed=0, enough=0.98):
     """-> (anchors (levels, 3, 2) float32, a line that says what was done and why).
 
     wh (N, 2): box sizes in pixels as the net sees them (scaled to its image size); boxes below 2 px in both sides or
-    without area are left out. anchors (levels, 3, 2) are kept if their recall is above `enough`, or if k-means and
-    evolution find none with a higher one. New anchors are sorted by area: the small ones go to the fine levels.
+    without area are left out. anchors (levels, 3, 2) are kept if their recall is above `enough`, or if k-means
+    finds none with a higher one. New anchors are sorted by area: the small ones go to the fine levels.
     """
     anchors, wh = np.array(anchors, np.float32), np.asarray(wh, np.float64).reshape(-1, 2)
     wh = wh[np.isfinite(wh).all(1) & (wh.max(1) >= 2) & (wh.min(1) > 0)]
     before, text = recall(anchors, wh, threshold), "{:.4f}, {:.2f} anchors per box".format
     if len(wh) and before[0] <= enough:
-        rng = np.random.default_rng(seed)
-        new = evolve(kmeans(wh, anchors.size // 2, rng=rng), wh, rng=rng, threshold=threshold)
+        new = kmeans(wh, anchors.size // 2, rng=np.random.default_rng(seed))
         new = new[np.argsort(new.prod(1), kind="stable")].reshape(anchors.shape).astype(np.float32)
         after = recall(new, wh, threshold)
         if after[0] > before[0]:

@@ -9,7 +9,7 @@ from utils.files import write_json
 from utils.train import dist, engine, optim, runs
 from utils.train.loggers import make_loggers
 from utils.train.state import State
-from utils.train.swa import SWA, with_swa
+from utils.train.swa import SWA, swa_epochs, with_swa
 
 # a resumed run keeps its weights and its split
 KEPT = ("weights", "freeze", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
@@ -121,8 +121,6 @@ def train_parser(description, task, recipes={}, **defaults):
     add("--imgsz", type=int_range(16, 65536), help="side of the net's input in training, in pixels")
     add("--lr", type=float_range(0, 100), help="initial learning rate")
     add("--optimizer", choices=optim.OPTIMIZERS, default="adamw")
-    add("--lookahead", type=int_range(0, 10**6), default=0, metavar="K", help="Lookahead: slow weights follow every K "
-        "steps; 0: off")
     add("--schedule", choices=optim.SCHEDULES, default="cosine", help="learning rate over the run")
     add("--period", type=positive, default=10, help="epochs between restarts or steps; patience of plateau")
     add("--lr-floor", type=fraction, default=1e-3, help="lowest learning rate, as a fraction of --lr")
@@ -133,8 +131,6 @@ def train_parser(description, task, recipes={}, **defaults):
     add("--swa", type=fraction, default=0.0, help="SWA: average the weights over this last fraction of the "
         "run, such as 0.25, into swa.pt")
     add("--swa-lr", type=float_range(0, 100), default=0.2, help="SWA learning rate, as a fraction of --lr")
-    add("--swa-cycle", type=int_range(0, 10**6), default=0, help="epochs in which the SWA learning rate falls to "
-        "--lr-floor, again and again; 0: it is constant")
     add("--ema", action=BooleanOptionalAction, default=True, help="average the weights over the steps, and "
         "evaluate the average")
     add("--weights", metavar="FILE|NAME", help="start from a checkpoint or published weights, such as timm:regnetx_002")
@@ -241,7 +237,7 @@ def setup_run(parser, argv=None, *, needs={}, check=lambda args: None, photograp
         args = parser.parse_args(argv, Namespace(recipe=name))
 
     def check_all(args):
-        _check_flags(parser, args, given, {"swa": ("swa_lr", "swa_cycle"), "cutout": ("cutout_size",),
+        _check_flags(parser, args, given, {"swa": ("swa_lr",), "cutout": ("cutout_size",),
                                            "weights": ("freeze",)} | needs)
         check(args)
 
@@ -333,10 +329,9 @@ def _check_flags(parser, args, given, needs):
                         "fold": args.fold}.items():
         if no_validation and waits and given.keys() & {flag.split()[0], "folds"}:
             raise UserError(f"--{flag}: does nothing with --folds 0, which holds nothing out; leave one out")
-    mixing = {flag: getattr(args, flag) for flag in ("mixup", "cutmix", "snapmix") if hasattr(args, flag)}
-    if mixing.keys() & given.keys() and sum(mixing.values()) > 1 + 1e-9:
-        raise UserError(f"{', '.join(map(word, mixing))}: are mutually exclusive, and their probabilities exceed 1 in "
-                        f"total; lower one")
+    if given.keys() & {"mixup", "cutmix"} and args.mixup + getattr(args, "cutmix", 0) > 1 + 1e-9:
+        raise UserError("--mixup, --cutmix: are mutually exclusive, and their probabilities exceed 1 in total; lower "
+                        "one")
 
 
 def class_weights(args, names, counts, negatives=None):
@@ -357,8 +352,8 @@ def training(args, folder, model, loader, device, *, part=1.0, lr_factor=1, deca
     """What the shared flags decide -> (State, the keyword arguments of engine.fit: epochs, records, ...).
 
     The model is moved to the device, and its batch norms are synchronised with --sync-bn: see `State.model`.
-    part: share of a pass over the data that the loader's epoch is; --epochs, --period, --warmup-epochs and --swa-cycle
-    count passes. lr_factor, decay_divisor: of --lr and --weight-decay. eps: of Adam and its relatives.
+    part: share of a pass over the data that the loader's epoch is; --epochs, --period and --warmup-epochs count
+    passes. lr_factor, decay_divisor: of --lr and --weight-decay. eps: of Adam and its relatives.
     """
     model = model.to(device, memory_format=torch.channels_last)
     model = dist.sync_batch_norm(model, device) if args.sync_bn else model
@@ -368,12 +363,11 @@ def training(args, folder, model, loader, device, *, part=1.0, lr_factor=1, deca
                                      lr=args.lr * lr_factor, momentum=args.momentum, eps=eps)
     schedule = optim.make_schedule(args.schedule, steps_per_epoch=steps, epochs=epochs, floor=args.lr_floor,
                                    period=round(args.period / part), warmup_epochs=args.warmup_epochs / part)
-    swa = dict(epochs=epochs, share=args.swa, cycle=round(args.swa_cycle / part))
-    schedule = with_swa(schedule, steps_per_epoch=steps, lr=args.swa_lr, floor=args.lr_floor, **swa)
-    state = State(model, optim.lookahead(optimizer, args.lookahead), schedule, device=device,
+    averaged = swa_epochs(epochs, args.swa)
+    schedule = with_swa(schedule, averaged, steps_per_epoch=steps, lr=args.swa_lr)
+    state = State(model, optimizer, schedule, device=device, amp=args.amp, accumulate=args.accumulate, clip=args.clip,
                   ema=optim.make_ema(model, steps * epochs) if args.ema else None,
-                  swa=SWA(model, **swa) if args.swa else None, amp=args.amp, accumulate=args.accumulate,
-                  clip=args.clip, compile=args.compile)
+                  swa=SWA(model, averaged) if averaged else None, compile=args.compile)
     loggers = make_loggers(folder, tensorboard=args.tensorboard, wandb=args.wandb,
                            config=vars(args)) if dist.is_main() else []
     return state, dict(epochs=epochs, seed=args.seed, patience=args.patience, save_period=args.save_period,

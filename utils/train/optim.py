@@ -2,8 +2,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
+
+from utils.errors import UserError
 
 
 def param_groups(model, weight_decay):
@@ -22,7 +23,7 @@ def parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-OPTIMIZERS = ("adamw", "adam", "sgd", "radam", "adamp")
+OPTIMIZERS = ("adamw", "adam", "sgd", "radam")
 
 
 def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
@@ -30,10 +31,12 @@ def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
 
     sgd    Nesterov momentum
     adam   weight decay as part of the gradient (L2), as in the paper
-    adamw  decoupled weight decay, times the learning rate (Loshchilov & Hutter 2019); also in the next two
+    adamw  decoupled weight decay, times the learning rate (Loshchilov & Hutter 2019); also in radam
     radam  the adaptive learning rate is rectified while its variance is large (Liu et al. 2020)
-    adamp  without the part of a step that only makes scale-invariant weights longer, see `AdamP`
+    Raises UserError for another name, which a resumed run of another edition may have.
     """
+    if name not in OPTIMIZERS:
+        raise UserError(f"--optimizer {name}: is not one of {', '.join(OPTIMIZERS)}; start a new run with --weights")
     if name == "sgd":
         optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
         for p in parameters(optimizer) if momentum else ():
@@ -41,92 +44,10 @@ def make_optimizer(name, params, *, lr, momentum=0.9, eps=1e-8):
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     else:
         kind, options = {"adamw": (torch.optim.AdamW, {"fused": True}), "adam": (torch.optim.Adam, {"fused": True}),
-                         "radam": (torch.optim.RAdam, {"decoupled_weight_decay": True}), "adamp": (AdamP, {})}[name]
+                         "radam": (torch.optim.RAdam, {"decoupled_weight_decay": True})}[name]
         optimizer = kind(params, lr=lr, betas=(momentum, 0.999), eps=eps, **options)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return optimizer
-
-
-class AdamP(torch.optim.Optimizer):
-    """AdamW without the part of its step that lies along scale-invariant weights (Heo et al. 2021, arXiv 2006.08217).
-
-    The scale of a weight in front of a norm does not matter to the net, but momentum makes it grow, and growing makes
-    the steps small. The gradients of such weights are orthogonal to them: |cos(w, g)| < 0.1 / sqrt(dim(w)), in every
-    output channel, or else in the layer as a whole. They decay only a tenth as much as others. Vectors and scalars get
-    AdamW's step. The CPU reads no numbers to decide this, so it does not wait for the GPU.
-
-    settings: lr, betas and eps, of all groups that have none of their own; each group has its weight_decay.
-    """
-
-    def __init__(self, params, **settings):
-        super().__init__(params, settings)
-
-    @torch.no_grad()
-    def step(self):
-        """Makes one step. Parameters without a gradient stay as they are."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._move(p, group)
-
-    def _move(self, p, group):
-        (beta1, beta2), lr, state, ratio = group["betas"], group["lr"], self.state[p], 1.0
-        if not state:
-            state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        state["step"] += 1
-        state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        root = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
-        update = state["exp_avg"] / root / (1 - beta1 ** state["step"])
-        if p.ndim > 1:
-            update, ratio = project(p, p.grad, update)
-        p.mul_(1 - lr * group["weight_decay"] * ratio).sub_(update, alpha=lr)
-
-
-def project(weight, grad, update):
-    """-> (AdamP's update, the ratio of its weight decay). Three tensors of one shape, (out, ...), and a 0-d tensor."""
-    ratio, projected = weight.new_ones(()), update
-    for rows in (1, len(weight)):  # the layer as a whole, then its channels, which override it if all are invariant
-        w, g, u = (t.reshape(rows, -1) for t in (weight, grad, update))
-        unit = F.normalize(w)
-        invariant = (unit * F.normalize(g)).sum(1).abs().max() < 0.1 / math.sqrt(w.shape[1])
-        along = (unit * u).sum(1, keepdim=True) * unit
-        projected = torch.where(invariant, (u - along).view_as(update), projected)
-        ratio = torch.where(invariant, 0.1, ratio)
-    return projected, ratio
-
-
-def lookahead(optimizer, k=5, alpha=0.5):
-    """Adds Lookahead (Zhang et al. 2019, arXiv 1907.08610) to an optimizer: after every `k` steps the slow weights move
-    by the fraction `alpha` towards the weights, which continue from there. The moments stay. k 0: no Lookahead.
-
-    The slow weights and the count of steps are kept in the optimizer's state, and so in its state_dict(). Between these
-    steps the model holds the fast weights. Returns the optimizer.
-    """
-    params = parameters(optimizer)
-
-    def begin(optimizer, *_):  # under a key of its own: Adam initialises a parameter whose state is empty
-        if "lookahead" not in optimizer.state:
-            optimizer.state["lookahead"] = {"steps": 0, "slow": [p.detach().clone() for p in params]}
-
-    @torch.no_grad()
-    def catch_up(optimizer, *_):
-        if getattr(optimizer, "found_inf", 0):  # GradScaler leaves it to fused kernels to skip a step
-            return
-        state = optimizer.state["lookahead"]
-        state["steps"] += 1
-        if state["steps"] >= k:
-            slow = [s.to(p.device) for s, p in zip(state["slow"], params)]  # those of a checkpoint are on the CPU
-            torch._foreach_lerp_(slow, params, alpha)
-            torch._foreach_copy_(params, slow)
-            state.update(steps=0, slow=slow)
-
-    if k:
-        optimizer.register_step_pre_hook(begin)
-        optimizer.register_step_post_hook(catch_up)
-    else:  # they would be stale if the run is resumed with Lookahead later
-        optimizer.register_load_state_dict_post_hook(lambda optimizer: optimizer.state.pop("lookahead", None))
     return optimizer
 
 
@@ -162,7 +83,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
     """
     warmup = round(warmup_epochs * steps_per_epoch)
     total = max(epochs * steps_per_epoch - warmup, 1)
-    length = max(period * steps_per_epoch, 1)
+    length = period * steps_per_epoch
 
     def cosine(progress):
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
@@ -176,7 +97,7 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
             case "restarts":
                 return cosine(t % length / length)
             case "cyclic":
-                return 1 - (1 - floor) * min((t % length + 1) / length, 1)
+                return 1 - (1 - floor) * ((t % length + 1) / length)
             case "cosine":
                 return cosine(progress)
             case "flat":

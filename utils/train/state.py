@@ -154,9 +154,8 @@ class State:
         ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
-            for p, moments in self.optimizer.state.items():  # Lookahead's stand under a name
-                if torch.is_tensor(p) and any(tensor.ndim and tensor.shape != p.shape
-                                              for _, tensor in tensors.walk(moments)):
+            for p, moments in self.optimizer.state.items():
+                if any(tensor.ndim and tensor.shape != p.shape for _, tensor in tensors.walk(moments)):
                     raise ValueError("a moment has another shape than its weight")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--resume: the state of the optimizer is damaged ({error}); use another checkpoint") from None

@@ -1,53 +1,39 @@
-"""Stochastic weight averaging (SWA; Izmailov et al. 2018, arXiv 1803.05407): in the last part of a run, a constant or
-cyclic learning rate keeps the weights moving; their mean generalises better than each of them.
+"""Stochastic weight averaging (SWA; Izmailov et al. 2018, arXiv 1803.05407): in the last part of a run, a constant
+learning rate keeps the weights moving; their mean generalises better than each of them.
 
-    schedule = with_swa(schedule, steps_per_epoch=steps, epochs=30, share=0.25)
-    state = State(model, optimizer, schedule, swa=SWA(model, epochs=30, share=0.25), ...)    # engine.fit writes swa.pt
+    averaged = swa_epochs(30, share=0.25)
+    schedule = with_swa(schedule, averaged, steps_per_epoch=steps)
+    state = State(model, optimizer, schedule, swa=SWA(model, averaged), ...)    # engine.fit writes swa.pt
 """
 import contextlib
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from utils.errors import UserError
 from utils.train import dist
-from utils.train.optim import make_schedule
 
 
-def swa_epochs(epochs, share, cycle=0):
-    """-> range: the epochs, counted from 1, after which the weights enter the mean; at least one if share > 0.
-
-    share: the last part of the run that is averaged, 0..1. cycle: epochs per cycle of the learning rate; then they are
-    the last epochs of the last whole cycles. Raises UserError for a cycle that is longer than the run.
-    """
-    length = max(cycle, 1)
-    if share and length > epochs:
-        raise UserError(f"--swa-cycle {cycle}: longer than the run's {epochs} epochs; lower it, or raise --epochs")
-    count = min(max(round(share * epochs / length), 1), epochs // length) if share else 0
-    return range(epochs - (count - 1) * length, epochs + 1, length)
+def swa_epochs(epochs, share):
+    """-> range: the epochs, counted from 1, after which the weights enter the mean; at least one if share > 0. share:
+    the last part of the run that is averaged, 0 .. 1."""
+    count = max(round(share * epochs), 1) if share else 0
+    return range(epochs - count + 1, epochs + 1)
 
 
-def with_swa(schedule, *, steps_per_epoch, epochs, share, lr=0.2, cycle=0, floor=1e-3):
-    """`schedule` until the part of the run that is averaged, and SWA's schedule from there; a pure function as well.
-
-    lr     SWA's learning rate, as a fraction of the initial one: constant, or the start of each cycle
-    cycle  epochs in which it falls linearly to `floor`, again and again; 0: it is constant
-    floor  a fraction of the initial learning rate. Raises UserError when it is above `lr` and there are cycles.
-    """
-    if cycle and share and floor > lr:
-        raise UserError(f"--swa-lr {lr:g}: is below --lr-floor {floor:g}, to which each cycle falls; raise it")
-    start = (swa_epochs(epochs, share, cycle).start - max(cycle, 1)) * steps_per_epoch
-    rate = make_schedule("cyclic" if cycle else "constant", steps_per_epoch=steps_per_epoch, epochs=epochs,
-                         period=cycle, floor=floor / lr if cycle and lr else 1)
-    return lambda step, scores=(): schedule(step, scores) if step < start else lr * rate(step - start)
+def with_swa(schedule, averaged, *, steps_per_epoch, lr=0.2):
+    """`schedule` until the epochs `averaged` (`swa_epochs`) begin, and the constant `lr` from there, a fraction of the
+    initial learning rate; a pure function as well."""
+    start = (averaged.start - 1) * steps_per_epoch
+    return lambda step, scores=(): schedule(step, scores) if step < start else lr
 
 
 class SWA(AveragedModel):
-    """The plain mean of the weights after each of `swa_epochs`, with the last buffers until `new_statistics`."""
+    """The plain mean of the weights after each of the `epochs`, of `swa_epochs`, with the last buffers until
+    `new_statistics`."""
 
-    def __init__(self, model, *, epochs, share, cycle=0):
+    def __init__(self, model, epochs):
         super().__init__(model)
-        self.epochs = swa_epochs(epochs, share, cycle)
+        self.epochs = epochs
 
     def take(self, model, epoch):
         """To be called after each epoch (counted from 1): adds the weights to the mean if the epoch is one of those."""
