@@ -423,7 +423,7 @@ def test_the_true_net_on_training_images(script, tmp_path, parking):
     file = parking / "train/images/003.jpg"
     with torch.inference_mode():
         args = Namespace(task="det", amp="off", compile=False)
-        [member] = predict.load_members(args, "det", torch.device("cpu"), [path], [state])
+        [member] = predict.load_members(args, "det", torch.device("cpu"), [path])
         view = det.TiledImages([file], bands=[1, 2, 3], imgsz=64, stride=member.net.stride)[0]
         raw = view["image"].permute(2, 0, 1)[None]
         want = box_tools.nms(net(raw.float() / 255), **limits)

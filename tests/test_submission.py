@@ -18,6 +18,7 @@ from data.results import sample, submissions
 from tests.test_predict_det import FLAGS as DET, Finder, check, finder, items_of, save, scene, weights  # noqa: F401
 from tests.test_scripts_cls import FLAGS as CLS, results, weights as cls_weights
 from utils.errors import PartialError, UserError
+from utils.flags import RUNS
 from tests.conftest import write_tif
 
 NAMES = ["cat", "dog", "school bus"]
@@ -96,7 +97,7 @@ def decoded(text, shape, order, first):
     return mask
 
 
-@pytest.mark.parametrize("rle", sample.RUNS)
+@pytest.mark.parametrize("rle", RUNS)
 @pytest.mark.parametrize("empty", ["", "-1", "1 0"])
 def test_run_lengths(tmp_path, rle, empty):
     rng, (order, first) = np.random.default_rng(0), rle.split(",")

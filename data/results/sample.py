@@ -27,7 +27,6 @@ ROLES = {"class": "class classid classname category categoryid categoryname labe
          "x1": "x1 xmin left x", "y1": "y1 ymin top y",
          "x2": "x2 xmax right", "y2": "y2 ymax bottom", "w": "w width", "h": "h height"}
 TEXTS = ("class score x1 y1 x2 y2".split(), "score x1 y1 w h".split())  # of a detection
-RUNS = ("column,1", "column,0", "row,1", "row,0")  # of --rle: the order of the pixels, the number of the first
 
 
 class Sample(NamedTuple):
@@ -44,7 +43,8 @@ def read(path, files, ids, *, task, **options):
     """-> Sample. Rank 0 prints what is understood; UserError where nothing is.
 
     files, ids: the images and their ids. task: "seg", "det" or "cls". options: the lists `names` and `numbers` describe
-    the classes in the net's order (no names: []); `rle` is one of RUNS, or None: what the sample says, else the first.
+    the classes in the net's order (no names: []); `rle` is one of `flags.RUNS`, or None: what the sample says, else
+    the first.
     """
     try:
         return _read(Path(path), files, ids, SHAPES[task], **options)
@@ -143,7 +143,7 @@ def runs(columns, known, names, numbers, each, rle):
     """Run lengths in the last column. A result is the file of a mask."""
     *_, (name, texts) = columns.items()
     empty = next((text for text in texts if not sum(map(int, re.findall(r" (\d+)", text)))), "")
-    rle = rle or RUNS[any(re.match("0 [1-9]", text) for text in texts)]
+    rle = rle or ("column,0" if any(re.match("0 [1-9]", text) for text in texts) else "column,1")
 
     def fill(file, k):
         mask = images.read(file)[0].numpy()

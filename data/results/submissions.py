@@ -12,7 +12,7 @@ from PIL import Image
 from data import bad, images, labels
 from data.labels import coco
 from utils.errors import UserError
-from utils.files import read_csv, same_name, write_csv, write_json, write_text
+from utils.files import same_name, write_csv, write_json, write_text
 from utils.ops import boxes
 from utils.pictures import detection as pictures_det, sheets
 from utils.train import dist
@@ -109,47 +109,6 @@ def _share(*columns):
 
 
 # ---- classification --------------------------------------------------------------------------------------------------
-def read_probabilities(path, names=None):
-    """probabilities.csv of an earlier run -> its classes, {index: their probabilities}. names: the classes that it must
-    have. UserError naming the file and the row."""
-    rows = [row for row in read_csv(path, "give a probabilities.csv") if row]
-    if len(rows) < 2:
-        raise UserError(f"{path}: has no rows; give a probabilities.csv")
-    (_, *classes), table = rows[0], {}
-    if classes != (names or classes) or len(set(rows[0])) < len(rows[0]) or not classes:
-        raise UserError(f"{path}: has other columns than the classes of the rest; give one of this task")
-    for key, *values in rows[1:]:
-        try:
-            values = np.array(values, float)
-        except ValueError:
-            values = np.array([np.nan])
-        if key in table or len(values) != len(classes) or not ((values >= 0) & (values <= 1)).all():
-            raise UserError(f"{path}: the row {key} is damaged, or there twice; predict again")
-        table[key] = values
-    return classes, table
-
-
-def read_tables(paths, names=None, keys=None):
-    """Tables of `read_probabilities` -> their classes, the images' keys, and for each table the probabilities
-    (N, classes) in the order of the keys.
-
-    names, keys: the classes and images that each table must have; it may have other images too. Without keys all tables
-    must have the same images. UserError naming the file and what is missing.
-    """
-    tables = []
-    for path in paths:
-        names, table = read_probabilities(path, names)
-        tables.append(table)
-    if keys or any(table.keys() != tables[0].keys() for table in tables):  # 00007 and 7 are one image
-        tables = [dict(zip(keys_of(table), table.values())) for table in tables]
-    keys = keys or list(dict.fromkeys(key for table in tables for key in table))
-    for path, table in zip(paths, tables):
-        for key in keys:
-            if key not in table:
-                raise UserError(f"{path}: has no row for {key}; predict the same images")
-    return names, keys, [np.array([table[key] for key in keys]) for table in tables]
-
-
 def keys_of(names):
     """Names as the Dirty-MNIST competition writes them: 00007 is 7, if no other of the names is this number."""
     numbers = [str(int(name)) if name.isdecimal() else name for name in names]
