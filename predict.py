@@ -103,12 +103,10 @@ def load_members(args, task, device, paths, names=None):
             [state["args"]["data"], *(state[key] for key in NEEDED[args.task])]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(checkpoint.OTHER_VERSION.format(path) + f" ({error})") from None
-        if classes != states[0]["classes"]:
-            shown = f"{classes} classes" if isinstance(classes, int) else f"the classes {', '.join(classes)}"
-            raise UserError(f"{path}: has {shown}, {paths[0]} others; an ensemble needs the same")
-        if state.get("single_label") != states[0].get("single_label"):
-            raise UserError(f"{path}: is for {'one label' if state['single_label'] else 'several labels'} per image, "
-                            f"{paths[0]} is not; predict them apart")
+        for key in ("classes", "single_label"):
+            value, first = (one.get(key) for one in (state, states[0]))
+            if value != first:
+                raise UserError(f"{path}: has {key} {value}, but {paths[0]} has {first}; predict them apart")
         checkpoint.load_weights(net, state, path)
         net = fuse(net).to(device, dtype, memory_format=torch.channels_last)
         if args.compile:
@@ -143,7 +141,7 @@ def find_sources(args, members, longest=math.inf):
     units.check(good, members[0].inputs)
     ids = wanted = None
     if args.submission or args.task == "det":
-        ids = submissions.image_ids(files, files[0].parent, others=args.source is not None, listed=args.ids,
+        ids = submissions.image_ids(files, others=args.source is not None, listed=args.ids,
                                     data=args.source and state["args"]["data"])
     if args.submission:
         names = [] if args.task == "seg" else state["classes"]
@@ -348,18 +346,18 @@ def predict_cls(args, device, members):
     out = new_folder(args, members[0].path)
     probs = np.average([class_probabilities(args, device, member, good) for member in members], axis=0,
                        weights=args.ensemble_weights)
-    decided = submissions.decide(probs, single_label, thresholds)
+    # an image that cannot be read has no class, or where it must have one the most frequent
+    rows = np.full((len(files), len(names)), probs.mean(0) * single_label)
+    rows[[file not in failed for file in files]] = probs
+    decided = submissions.decide(rows, single_label, thresholds)
     if dist.is_main():
-        # an image that cannot be read has no class, or where it must have one the most frequent
-        rows = np.full((len(files), len(names)), probs.mean(0) * single_label)
-        rows[[file not in failed for file in files]] = probs
-        submissions.write_classes(out, keys, rows, names, single_label, thresholds)
+        submissions.write_classes(out, keys, names, decided, rows)
         if args.pseudo:
             count = pseudo.write_classes(out / "pseudo", good, probs, names, single_label, args.pseudo)
             print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}" if count else
                   "no pseudo labels: no image is sure enough; lower --pseudo")
         print(f"{len(good)} images: {out}")
-    return out, sources, dict(zip(good, zip(decided, probs)))
+    return out, sources, {file: pair for file, *pair in zip(files, decided, rows) if file not in failed}
 
 
 def class_probabilities(args, device, member, files):

@@ -223,12 +223,12 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
 def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     one = weights(tmp_path / "one.pt", data=root)
     two = weights(tmp_path / "two.pt", data=root, classes="abce")
-    predicts(refused, "--weights", one, two, says=["two.pt", "a, b, c, e", "one.pt"])
+    predicts(refused, "--weights", one, two, says=["two.pt", "'a', 'b', 'c', 'e'", "one.pt"])
     predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says=["--ensemble-weights: 1 for 2 checkpoints"])
     predicts(refused, "--weights", one, "--ensemble-weights", 1, says=["1 for 1 checkpoints", "one weight each"])
     softmax = weights(tmp_path / "softmax.pt", data=root, single_label=True)
-    predicts(refused, "--weights", one, softmax, says=["softmax.pt: is for one label per image", "predict them apart"])
-    predicts(refused, "--weights", softmax, one, says=["one.pt: is for several labels per image", "softmax.pt is not"])
+    predicts(refused, "--weights", one, softmax, says=["softmax.pt: has single_label True", "one.pt has False"])
+    predicts(refused, "--weights", softmax, one, says=["one.pt: has single_label False", "predict them apart"])
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path):

@@ -238,7 +238,7 @@ def test_lists_of_coco(tmp_path):
     for name, count in (("test-dev2017", 2), ("test2017", 3)):
         listed = [{"id": 40 + i, "file_name": f"{i}.jpg"} for i in range(count)]
         (tmp_path / f"annotations/image_info_{name}.json").write_text(json.dumps({"images": listed}))
-    assert submissions.image_ids(files, files[0].parent) == [40, 41, 42]
+    assert submissions.image_ids(files) == [40, 41, 42]
 
 
 def test_segmentation(script, tmp_path, wildfire, monkeypatch):

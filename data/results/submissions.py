@@ -3,7 +3,6 @@ import itertools
 import json
 import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,16 +18,17 @@ from utils.train import dist
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------
-def image_ids(files, near, *, others=False, listed=None, data=None):
+def image_ids(files, *, others=False, listed=None, data=None):
     """The competition's image ids: from the first JSON file that lists all images, or from their names.
 
-    These are `listed`; else the lists of test images (`coco.image_lists`) in `near` or at most two folders above, and
-    the labels of the training data `data`, of its own images. UserError for a list that lacks some images. Without a
-    list the file's stem, as a number where no other file has this number.
+    These are `listed`; else the lists of test images (`coco.image_lists`) beside the first image or at most two folders
+    above, and the labels of the training data `data`, of its own images. UserError for a list that lacks some images.
+    Without a list the ids are `keys_of` the files' stems.
 
     others: a list that has none of the images is ignored instead of refused: they may be training images.
     """
-    folders = (near, *list(Path(near).resolve().parents)[:2])
+    folder = files[0].parent
+    folders = (folder, *list(folder.resolve().parents)[:2])
     paths = [listed] if listed else itertools.chain(*map(coco.image_lists, folders))
     tables = [(path, known) for path in paths if (known := coco.test_ids(path)) or listed]
     tables.append((None, data and not listed and bad.attempt(labels.image_ids, data, files[0])[0] or {}))
@@ -36,13 +36,9 @@ def image_ids(files, near, *, others=False, listed=None, data=None):
              for path, known in tables]
     path, ids = min(found, key=lambda item: item[1].count(None))
     missing = [file for file, key in zip(files, ids) if key is None]
-    if not missing:
-        return ids
-    if path and (listed or not others or len(missing) < len(files)):
+    if path and missing and (listed or not others or len(missing) < len(files)):
         raise UserError(f"{missing[0]}: not in {path} ({len(missing)} in total); add it there, or remove the image")
-    ids = [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]
-    count = Counter(ids)
-    return [key if count[key] == 1 else file.stem for key, file in zip(ids, files)]  # 7 and 007
+    return keys_of([file.stem for file in files]) if missing else ids
 
 
 def coco_items(results, ids, category_ids):
@@ -110,8 +106,8 @@ def _share(*columns):
 
 # ---- classification --------------------------------------------------------------------------------------------------
 def keys_of(names):
-    """Names as the Dirty-MNIST competition writes them: 00007 is 7, if no other of the names is this number."""
-    numbers = [str(int(name)) if name.isdecimal() else name for name in names]
+    """Names of images as competitions write them: 00007 is the number 7, if no other of the names is this number."""
+    numbers = [int(name) if name.isascii() and name.isdigit() else name for name in names]
     count = Counter(numbers)
     return [number if count[number] == 1 else name for name, number in zip(names, numbers)]
 
@@ -122,10 +118,9 @@ def decide(probs, single_label, thresholds):
     return np.eye(probs.shape[1], dtype=int)[probs.argmax(1)] if single_label else (probs > thresholds).astype(int)
 
 
-def write_classes(out, keys, probs, names, single_label, thresholds):
-    """probs (N, classes) of the images `keys` -> submission.csv, of 0 and 1, and probabilities.csv in the folder `out`.
-    thresholds: of `decide`."""
-    decided = decide(probs, single_label, thresholds)
+def write_classes(out, keys, names, decided, probs):
+    """Writes submission.csv, of `decided` (N, classes) of 0 and 1, and probabilities.csv, of `probs` (N, classes), into
+    the folder `out`. keys: the images' names in them."""
     for name, rows in {"submission.csv": decided.tolist(),
                        "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
         write_csv(out / name, ["index", *names], [[key, *row] for key, row in zip(keys, rows)])
