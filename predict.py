@@ -225,8 +225,9 @@ def predict_seg(args, device, members):
                                                overlap=overlap):
             yield y, x, *(found[0] for found in maps(probs[None]))
 
-    at_once = {file for file in good if max(sizes[file][1:]) <= tile and not args.detector}
-    small, large = ([file for file in good if (file in at_once) is side] for side in (True, False))
+    small, large = [], []
+    for file in good:
+        (large if args.detector or max(sizes[file][1:]) > tile else small).append(file)
     loader = eval_loader(seg.Tiles(small, bands), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
                          device=device)
     progress = tqdm(total=len(good), desc="predict", unit="img", disable=dist.rank() > 0)

@@ -172,7 +172,7 @@ TABLES = {  # file: reader(folder with a damaged copy of it)
     "groups.csv": lambda root: folds.read_groups(root / "groups.csv", NAMES),
     "folds.json": lambda root: folds.read_split(root / "folds.json", NAMES),
     "noise.csv": lambda root: review.read_noise(root / "noise.csv", 2),
-    "Test_Images_Information.json": lambda root: coco.test_ids(root),
+    "Test_Images_Information.json": lambda root: coco.test_ids(root / "Test_Images_Information.json"),
 }
 
 
