@@ -5,14 +5,12 @@
     python predict.py --task seg --submission sample_submission.csv  # the sample's rows and columns, filled
     python predict.py --task seg --detector runs/det/exp/best.pt     # detect, crop, segment
     python predict.py --task det --weights runs/det/exp/best.pt --tta --imgsz 1536 --source photos --tile 1024
-    python predict.py --task cls --tta --weights runs/cls/*/best.pt --fit-weights
-    python predict.py --task cls --probs a.csv b.csv --ensemble-weights 1.5 1    # only tables, of any predictions
+    python predict.py --task cls --tta --weights runs/cls/exp*/best.pt --ensemble-weights 1.5 1 1
     torchrun --nproc_per_node 4 predict.py --task seg --tta   # the inputs are shared among four GPUs
 
 Several checkpoints are averaged: folds, seeds and epochs make an ensemble. How a net is fed and what its output means
 is defined in data/<task>.py (Input) and in utils/ops/decide.py, for training and prediction alike.
 """
-import argparse
 import dataclasses
 import functools
 import math
@@ -31,13 +29,11 @@ from data.results import masks, pseudo, sample, submissions
 from nets import pretrained
 from nets.blocks import fuse
 from utils import flags
-from utils.errors import Parser, PartialError, UserError, cli
+from utils.errors import PartialError, UserError, cli
 from utils.files import write_text
-from utils.metrics import ensemble
 from utils.ops import boxes, decide, tta
-from utils.pictures import review, table
+from utils.pictures import review
 from utils.train import checkpoint, dist, runs
-from utils.train.args import float_range, fraction, int_range, noise_list
 from utils.train.state import precision, to_device
 
 INPUT = {"seg": seg.Input, "det": det.Input, "cls": cls.Input}
@@ -54,95 +50,40 @@ class Member(NamedTuple):
     inputs: Any
 
 
-def parse_args():
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    only = {}
-
-    def add(flag, tasks="seg det cls", **options):
-        only[flag[2:].replace("-", "_")] = tasks
-        parser.add_argument(flag, **options)
-
-    add("--task", choices=INPUT, required=True)
-    add("--weights", nargs="+", metavar="PATH", help="checkpoints, also YOLOv5's and ImageNet "
-        "classifiers, and yolov5:yolov5n and other published names; without: the newest run's best.pt or last.pt")
-    add("--names", metavar="FILE", help="class names, one per line, for weights of others that have none")
-    add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images of the training's data")
-    add("--noisy", type=noise_list, metavar="CSV:K", help="instead of --source: of the K worst samples of a noise.csv, "
-        "those that the checkpoint's run has held out; --pseudo labels them anew")
-    add("--out", metavar="DIR", help="new folder for the results; without: predict in the run's folder")
-    add("--tta", nargs="*", choices=tta.NAMES, metavar="NAME", help="test-time augmentation: all combinations of "
-        f"{', '.join(tta.NAMES)}; without names: seg, cls what training drew of them, det three sizes, one flipped")
-    add("--tta-scales", type=float_range(0.1, 10), nargs="+", metavar="F", help=f"sizes of --tta scale {tta.SCALES}")
-    add("--merge", choices=(*tta.MERGES, "wbf"), help="of the views' probabilities (mean; sum is capped at 1 and needs "
-        "--threshold, tsharpen averages sqrt(p) and compares with sqrt(threshold)), or wbf of their boxes (det)")
-    add("--bs", type=int_range(1, 65536), default=8, help="images per forward pass")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--compile", action="store_true", help="torch.compile the net: starts half a minute later, then runs faster")
-    add("--workers", type=int_range(0, 256), default=2, help="loader processes per process")
-    add("--project", metavar="DIR", help="where to look for the newest run; without: runs/TASK")
-    add("--threshold", type=fraction, help="probability above which a pixel or a class is positive, score "
-        "from which a box is drawn; without: the best of the validation, which checkpoints store")
-    add("--pseudo", type=float_range(0.5, 1), metavar="P", help="also write pseudo labels for --extra-data: what has "
-        "this probability; other pixels are ignored, other boxes are background, other images are left out (cls)")
-    add("--submission", metavar="SAMPLE", help="the competition's sample submission, CSV or JSON: also write "
-        "OUT/SAMPLE, with its rows and columns, filled")
-    add("--ids", metavar="JSON", help="a list of the images with their ids, for coco.json and --submission; without: "
-        "the training's own, Test_Images_Information.json or image_info*.json, at most two folders above the images")
-    add("--soup", action="store_true", help="average the checkpoints' weights instead of their predictions")
-    add("--tile", "seg det", type=int_range(16, 65536), help="larger images are read in windows of this side; without: "
-        "seg twice the training size (the whole image after --resize), det the training's --tile")
-    add("--overlap", "seg det", type=float_range(0, 0.9), help="of windows; without: seg 0.25, det the training's")
-    add("--overlays", "seg det", action=argparse.BooleanOptionalAction, default=True, help="pictures of the results")
-    add("--polygons", "seg", action="store_true", help="also write the masks' outlines as GeoJSON")
-    add("--rle", "seg", choices=sample.RUNS, metavar="ORDER,FIRST", help="of --submission: column or row, the order in "
-        "which pixels are counted; 1 or 0, the number of the first; without: column,1, or as the sample")
-    add("--detector", "seg", metavar="PATH", help="a checkpoint of train_det.py, for which --imgsz, --conf, --iou and "
-        "--max-det are: only its boxes, a little enlarged, are segmented")
-    add("--imgsz", "det cls", type=int_range(32, 65536), help="side of the net's input; without: as trained")
-    add("--conf", "det", type=fraction, help="lowest score of a detection; without: 0.01, --detector 0.25")
-    add("--iou", "det", type=fraction, default=0.7, help="boxes that overlap by more suppress each other")
-    add("--max-det", "det", type=int_range(1, 100000), default=300, help="most detections per image")
-    add("--max-mb", "det", type=float_range(0.001), default=20.0, help="largest submission.json, 10^6 bytes")
-    add("--ensemble-weights", "det cls", type=float_range(1e-6), nargs="+", metavar="W", help="of checkpoints, tables")
-    add("--probs", "cls", nargs="+", metavar="CSV", help="probabilities.csv of earlier predictions, to be averaged in")
-    add("--fit-weights", "cls", action="store_true", help="find the checkpoints' weights and a threshold per class on "
-        "the images that all their runs held out; both are used, and written to ensemble.json")
-    add("--ensemble", "cls", metavar="JSON", help="an earlier ensemble.json, for the same checkpoints and views")
-    args = parser.parse_args()
-    flags.check_task(args, {flag: (tasks, parser.get_default(flag)) for flag, tasks in only.items()})
-    args.conf = (0.25 if args.detector else 0.01) if args.conf is None else args.conf
-    return args
+class Sources(NamedTuple):
+    """What is predicted. files: all images; failed: {file: the reason} of those that cannot be read; good: the others;
+    ids: of all files, None where no result has ids; wanted: the Sample of --submission, or None."""
+    files: list
+    failed: dict
+    good: list
+    ids: Any
+    wanted: Any
 
 
 def main():
-    args = parse_args()
+    args = flags.parse(__doc__.splitlines()[0])
     device = dist.setup(args.device)
-    if args.probs and not args.weights:
-        return combine_tables(args)
     paths = args.weights or [runs.newest(args.project or f"runs/{args.task}", "best.pt", "last.pt")]
-    flags.check_ensemble(args, paths)
     if args.noisy:
         args.source = review.read_noise(*args.noisy, Path(paths[0]).parent)
-    states = [pretrained.checkpoint(path, args.task, args.names) for path in paths]
-    if args.soup:
-        paths, states = paths[:1], [checkpoint.average(paths, states)]
-    members = load_members(args, args.task, device, paths, states)
+    members = load_members(args, args.task, device, paths, names=args.names)
     tasks = {"seg": predict_seg, "det": predict_det, "cls": predict_cls}
-    out, files, failed, wanted, found = tasks[args.task](args, device, members)
+    out, (files, failed, _, _, wanted), results = tasks[args.task](args, device, members)
     if wanted:
         failed |= wanted.lost
         if dist.is_main():
-            sample.write(wanted, out, found)
+            sample.write(wanted, out, results)
     dist.barrier()
     if failed:
         report_failed(out, files, failed)
 
 
 # ---- what all tasks share --------------------------------------------------------------------------------------------
-def load_members(args, task, device, paths, states):
+def load_members(args, task, device, paths, names=None):
     """-> a Member per checkpoint, its net on the device with batch norms folded away, in half precision where the
-    hardware has it. UserError for checkpoints that cannot be used, or cannot be used together."""
+    hardware has it. names: of `pretrained.checkpoint`. UserError for checkpoints that cannot be used, or cannot be used
+    together."""
+    states = [pretrained.checkpoint(path, task, names) for path in paths]
     dtype, members = precision(args.amp, device) or torch.float32, []
     if args.compile:  # the weights as constants, which CPUs get packed; several nets would be compiled one by one
         torch._inductor.config.freezing = device.type == "cpu" and len(paths) == 1
@@ -162,12 +103,10 @@ def load_members(args, task, device, paths, states):
             [state["args"]["data"], *(state[key] for key in NEEDED[args.task])]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(checkpoint.OTHER_VERSION.format(path) + f" ({error})") from None
-        if classes != states[0]["classes"]:
-            shown = f"{classes} classes" if isinstance(classes, int) else f"the classes {', '.join(classes)}"
-            raise UserError(f"{path}: has {shown}, {paths[0]} others; an ensemble needs the same")
-        if state.get("single_label") != states[0].get("single_label"):
-            raise UserError(f"{path}: is for {'one label' if state['single_label'] else 'several labels'} per image, "
-                            f"{paths[0]} is not; predict them apart")
+        for key in ("classes", "single_label"):
+            value, first = (one.get(key) for one in (state, states[0]))
+            if value != first:
+                raise UserError(f"{path}: has {key} {value}, but {paths[0]} has {first}; predict them apart")
         checkpoint.load_weights(net, state, path)
         net = fuse(net).to(device, dtype, memory_format=torch.channels_last)
         if args.compile:
@@ -192,9 +131,7 @@ def all_bands(members):
 
 
 def find_sources(args, members, longest=math.inf):
-    """The image files to predict: --source, or the test images of the first training's data -> all of them, {file: the
-    reason} of those that cannot be read, the others; where they are needed all files' ids, and the Sample of
-    --submission. longest: see `bad.decode`."""
+    """-> the Sources: of --source, or the test images of the first training's data. longest: see `bad.decode`."""
     state = members[0].state
     files = images.find_sources(args.source, TEST_FOLDER[args.task](state["args"]["data"]), lambda file: (
         file.with_suffix("") if args.task == "cls" else file.stem))  # the others' results are files of this name
@@ -204,13 +141,13 @@ def find_sources(args, members, longest=math.inf):
     units.check(good, members[0].inputs)
     ids = wanted = None
     if args.submission or args.task == "det":
-        ids = submissions.image_ids(files, files[0].parent, others=args.source is not None, listed=args.ids,
+        ids = submissions.image_ids(files, others=args.source is not None, listed=args.ids,
                                     data=args.source and state["args"]["data"])
     if args.submission:
         names = [] if args.task == "seg" else state["classes"]
         numbers = state.get("category_ids") or (range(len(names)) if names else range(1, max(state["classes"], 2)))
         wanted = sample.read(args.submission, files, ids, task=args.task, names=names, numbers=numbers, rle=args.rle)
-    return files, failed, good, ids, wanted
+    return Sources(files, failed, good, ids, wanted)
 
 
 def check_some(files, failed):
@@ -240,7 +177,7 @@ def best_threshold(args, members, single_label=False):
         if single_label:
             raise UserError("--threshold: does nothing where the most probable class is taken; leave it out")
         return args.threshold
-    if args.merge == "sum" and not single_label and not (args.fit_weights or args.ensemble):  # these fit their own
+    if args.merge == "sum" and not single_label:
         raise UserError("--merge sum: the trainings' thresholds are of single probabilities, not of sums; give "
                         "--threshold")
     found = [m.state["threshold"] for m in members if m.state.get("threshold") is not None]
@@ -258,7 +195,8 @@ def predict_seg(args, device, members):
     tile = args.tile or (2**31 if first.inputs.resize else 2 * max(member.inputs.imgsz for member in members))
     overlap = OVERLAP if args.overlap is None else args.overlap
     # scenes are not read twice: what is wrong with them is found when they are predicted
-    files, failed, good, _, wanted = find_sources(args, members, longest=math.inf if args.detector else tile)
+    sources = find_sources(args, members, longest=math.inf if args.detector else tile)
+    files, failed, good = sources[:3]
     sizes = {file: images.size(file) for file in good}
     threshold = best_threshold(args, members, single_label=first.state["classes"] > 1)
     views = view_options(args, members)
@@ -287,8 +225,9 @@ def predict_seg(args, device, members):
                                                overlap=overlap):
             yield y, x, *(found[0] for found in maps(probs[None]))
 
-    at_once = {file for file in good if max(sizes[file][1:]) <= tile and not args.detector}
-    small, large = ([file for file in good if (file in at_once) is side] for side in (True, False))
+    small, large = [], []
+    for file in good:
+        (large if args.detector or max(sizes[file][1:]) > tile else small).append(file)
     loader = eval_loader(seg.Tiles(small, bands), args.bs, shapes=[sizes[file] for file in small], workers=args.workers,
                          device=device)
     progress = tqdm(total=len(good), desc="predict", unit="img", disable=dist.rank() > 0)
@@ -309,7 +248,7 @@ def predict_seg(args, device, members):
                 if not failed[file]:  # it is not the scene that is at fault
                     raise
             bar.update(dist.world_size())
-    failed = dist.gather_dicts(failed)
+    failed |= dist.gather_dicts(failed)
     check_some(files, failed)
     if dist.is_main():
         writer.finish(files, failed)
@@ -317,14 +256,13 @@ def predict_seg(args, device, members):
             print(f"pseudo labels: train_seg.py --extra-data {out / 'pseudo'}")
         print(f"{len(files) - len(failed)} images: {out}")
     made = {file: out / "masks" / f"{file.stem}.tif" for file in files if file not in failed}
-    return out, files, failed, wanted, made
+    return out, sources, made
 
 
 def find_parts(args, device, files):
     """{file: the boxes of --detector in it, as [(y, x, height, width)], the highest score last}, with a margin of a
     tenth on each side: the surroundings of an object show where it ends."""
-    members = load_members(args, "det", device, [args.detector],
-                           [pretrained.checkpoint(args.detector, "det")])
+    members = load_members(args, "det", device, [args.detector])
     views, parts = det_views(args, members, files), {}
     for file, size, rows in zip(files, views.sizes, detect(args, device, members, views)):
         margin = 0.1 * boxes.sides(rows)
@@ -336,7 +274,8 @@ def find_parts(args, device, files):
 # ---- detection -------------------------------------------------------------------------------------------------------
 def predict_det(args, device, members):
     """Boxes as the parking-lot competition's submission, as COCO's and YOLO's files, and drawn into the images."""
-    state, (files, failed, good, ids, wanted) = members[0].state, find_sources(args, members)
+    state, sources = members[0].state, find_sources(args, members)
+    files, _, good, ids, _ = sources
     names, category_ids, threshold = state["classes"], state["category_ids"], best_threshold(args, members)
     views = det_views(args, members, good)
     out = new_folder(args, members[0].path)
@@ -355,7 +294,7 @@ def predict_det(args, device, members):
                   if count else "no pseudo labels: no box is sure enough; lower --pseudo")
         note = f", of which the {dropped} of lowest score are not in submission.json (--max-mb)" if dropped else ""
         print(f"{len(good)} images, {sum(map(len, results))} detections{note}: {out}")
-    return out, files, failed, wanted, dict(zip(good, results))
+    return out, sources, dict(zip(good, results))
 
 
 def det_views(args, members, files):
@@ -395,61 +334,31 @@ def detect(args, device, members, views):
 
 # ---- classification --------------------------------------------------------------------------------------------------
 def predict_cls(args, device, members):
-    """The competition's submission, probabilities, weighted ensembles of checkpoints and tables."""
+    """The competition's submission and the probabilities, weighted means over the checkpoints."""
     names, single_label = members[0].state["classes"], members[0].state["single_label"]
-    shares = args.ensemble_weights or [1.0] * (len(members) + len(args.probs or ()))
-    thresholds = best_threshold(args, members, single_label)
-    views = table.flags({flag: vars(args)[flag] for flag in ("tta", "tta_scales", "merge", "imgsz")}, {})
-    paths = [member.path for member in members]
-    if args.ensemble:
-        shares, thresholds = ensemble.read(args.ensemble, paths, names, single_label, flags=views)
-        members, shares = zip(*(pair for pair in zip(members, shares) if pair[-1] > 0))
-    files, failed, good, _, wanted = find_sources(args, members)
-    stems = [file.stem for file in files]
-    if len(set(stems)) < len(stems):  # the folders tell them apart
-        paths = [os.path.abspath(file.with_suffix("")) for file in files]
-        stems = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
-    keys = submissions.keys_of(stems)
-    _, _, tables = submissions.read_tables(args.probs or (), names, [
-        key for key, file in zip(keys, files) if file not in failed])
-    known, answers = cls.held_out(paths, [m.state for m in members]) if args.fit_weights else ([], None)
+    thresholds, sources = best_threshold(args, members, single_label), find_sources(args, members)
+    files, failed, good = sources[:3]
+    keys = [file.stem for file in files]
+    if len(set(keys)) < len(keys):  # the folders tell them apart
+        stems = [os.path.abspath(file.with_suffix("")) for file in files]
+        keys = [os.path.relpath(stem, os.path.commonpath(stems)) for stem in stems]
+    if cls.test_folder(members[0].state["args"]["data"]).name == cls.COMPETITION_TEST:
+        keys = submissions.keys_of(keys)
     out = new_folder(args, members[0].path)
-
-    found = [class_probabilities(args, device, member, known + good) for member in members]
-    if args.fit_weights:
-        shares, thresholds = ensemble.fit([probs[:len(known)] for probs in found], answers, single_label)
-        if dist.is_main():
-            ensemble.write(out / "ensemble.json", paths, shares, names, () if single_label else thresholds, flags=views)
-    probs = ensemble.average([*(probs[len(known):] for probs in found), *tables], shares)
+    probs = np.average([class_probabilities(args, device, member, good) for member in members], axis=0,
+                       weights=args.ensemble_weights)
+    # an image that cannot be read has no class, or where it must have one the most frequent
+    rows = np.full((len(files), len(names)), probs.mean(0) * single_label)
+    rows[[file not in failed for file in files]] = probs
+    decided = submissions.decide(rows, single_label, thresholds)
     if dist.is_main():
-        # an image that cannot be read has no class, or where it must have one the most frequent
-        rows = np.full((len(files), len(names)), probs.mean(0) * single_label)
-        rows[[file not in failed for file in files]] = probs
-        numbered = cls.test_folder(members[0].state["args"]["data"]).name == cls.COMPETITION_TEST
-        submissions.write_classes(out, keys if numbered else stems, rows, names, single_label, thresholds)
+        submissions.write_classes(out, keys, names, decided, rows)
         if args.pseudo:
             count = pseudo.write_classes(out / "pseudo", good, probs, names, single_label, args.pseudo)
             print(f"pseudo labels of {count} images: train_cls.py --extra-data {out / 'pseudo'}" if count else
                   "no pseudo labels: no image is sure enough; lower --pseudo")
         print(f"{len(good)} images: {out}")
-    decided = submissions.decide(probs, single_label, thresholds)
-    return out, files, failed, wanted, dict(zip(good, zip(decided, probs)))
-
-
-def combine_tables(args):
-    """--probs without --weights: the weighted mean of tables, of other systems too. Images have single labels where
-    every row adds up to 1."""
-    flags.check_ensemble(args, [])
-    names, keys, tables = submissions.read_tables(args.probs)
-    single_label = all(map(ensemble.adds_up, tables))
-    dist.print0("every row adds up to 1: a single label per image, the most probable class" if single_label else
-                "rows do not add up to 1: several labels per image, the classes above --threshold")
-    threshold = best_threshold(args, [], single_label)
-    probs = ensemble.average(tables, args.ensemble_weights or [1.0] * len(tables))
-    out = new_folder(args, args.probs[0])
-    if dist.is_main():
-        submissions.write_classes(out, keys, probs, names, single_label, threshold)
-        print(f"{len(keys)} rows: {out}")
+    return out, sources, {file: pair for file, *pair in zip(files, decided, rows) if file not in failed}
 
 
 def class_probabilities(args, device, member, files):

@@ -8,7 +8,6 @@ In place of train and val: training, valid, validation, dev, in capitals too; te
 train.csv, and a column split, part, set or subset of a table, tell the part as well.
 """
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from data.cache import Cache
 from utils.errors import UserError
 from utils.files import by_name, finder, list_tree, read_csv
 from utils.ops import geometry
-from utils.train import checkpoint, dist
+from utils.train import dist
 
 ANSWER = "_answer"  # the competition's dirty_mnist_2nd_answer.csv belongs to the folder dirty_mnist_2nd
 COMPETITION = f"dirty_mnist_2nd{ANSWER}.csv"
@@ -267,35 +266,6 @@ def with_names(extra, table, root):
     labels = np.zeros((len(extra.files), len(table.names)), np.float32)
     labels[:, [table.names.index(name) for name in extra.names]] = extra.labels
     return extra._replace(labels=labels, names=table.names, single_label=table.single_label)
-
-
-def held_out(paths, states):
-    """-> the images that the runs of all checkpoints validated on (files), their labels (N, classes).
-
-    Only images that no member was trained on are fair to all: UserError where the runs held out different ones.
-    """
-    found = None
-    for path, state in zip(paths, states):
-        settings, split = state["args"], Path(path).parent / "folds.json"
-        if not {"data", "labels", "images", "fold"} <= settings.keys():
-            raise UserError(checkpoint.OTHER_VERSION.format(path))
-        if not split.exists():
-            raise UserError(f"{split}: missing, so no images are known that {path} was not trained on; give "
-                            f"--ensemble-weights instead of --fit-weights")
-        table = read(settings["data"], table=settings["labels"], folder=settings["images"],
-                     columns=settings.get("columns")).usable(settings["data"], state["input"]["bands"], allow_bad=True)
-        if table.names != state["classes"]:
-            raise UserError(f"{settings['data']}: has other classes than {path}; bring back the data it was trained on")
-        names = [os.path.relpath(file, settings["data"]) for file in table.files]  # as train_cls.split
-        fold_of = folds.read_split(split, names)
-        out = {file.resolve(): (file, row) for file, name, row in zip(table.files, names, table.labels)
-               if fold_of[name] == settings["fold"]}
-        found = found or out
-        if out.keys() != found.keys():
-            raise UserError(f"{path}: its run held out other images than that of {paths[0]}; give --ensemble-weights "
-                            f"instead of --fit-weights (equal ones for the folds of one split)")
-    files, labels = zip(*found.values())
-    return list(files), np.stack(labels)
 
 
 def subset(labels, count, *, seed=0):

@@ -223,24 +223,12 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
 def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     one = weights(tmp_path / "one.pt", data=root)
     two = weights(tmp_path / "two.pt", data=root, classes="abce")
-    predicts(refused, "--weights", one, two, says=["two.pt", "a, b, c, e", "one.pt"])
+    predicts(refused, "--weights", one, two, says=["two.pt", "'a', 'b', 'c', 'e'", "one.pt"])
     predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says=["--ensemble-weights: 1 for 2 checkpoints"])
-    table = tmp_path / "table.csv"
-    table.write_text("index,a,b,c,d\n50000,0,0,0,0\n50001,1,1,1,1\n")
-    predicts(refused, "--weights", one, "--probs", table, "--ensemble-weights", 1,
-             says=["1 for 1 checkpoints and 1 tables", "one each"])
-    for text, says in (("index,a,b,c,d\n50000,0,0,0,0\n", "no row for 50001"), ("", "has no rows"),
-                       ("index,a,b,c\n50000,0,0,0\n50001,0,0,0\n", "other columns"),
-                       ("index,a,b,d,c\n50000,0,0,0,0\n50001,0,0,0,0\n", "other columns"),
-                       ("index,a,b,c,d\n50000,0,0,0,x\n50001,0,0,0,0\n", "row 50000 is damaged"),
-                       ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,nan\n", "row 50001 is damaged"),
-                       ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0\n", "row 50001 is damaged"),
-                       ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,7\n", "row 50001 is damaged"),
-                       ("index,a,b,c,d\n50000,0,0,0,0\n50001,0,0,0,0\n50001,0,0,0,1\n", "50001 is damaged, or there"),
-                       ("index,a,b,c,d\n", "has no rows")):
-        table.write_text(text)
-        predicts(refused, "--weights", one, "--probs", table, says=["table.csv: ", says])
-    predicts(refused, "--weights", one, "--probs", "none.csv", says="none.csv: not a readable CSV")
+    predicts(refused, "--weights", one, "--ensemble-weights", 1, says=["1 for 1 checkpoints", "one weight each"])
+    softmax = weights(tmp_path / "softmax.pt", data=root, single_label=True)
+    predicts(refused, "--weights", one, softmax, says=["softmax.pt: has single_label True", "one.pt has False"])
+    predicts(refused, "--weights", softmax, one, says=["one.pt: has single_label False", "predict them apart"])
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path):

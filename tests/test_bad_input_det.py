@@ -211,9 +211,9 @@ def test_checkpoints_that_cannot_be_used(refused, root, tmp_path):
 def test_ensembles_that_do_not_fit(refused, root, tmp_path):
     one = weights(tmp_path / "one.pt", data=root)
     two = weights(tmp_path / "two.pt", data=root, classes=["sedan", "bus", "child"])
-    predicts(refused, "--weights", one, two, says=["two.pt", "sedan, bus, child", "one.pt"])
+    predicts(refused, "--weights", one, two, says=["two.pt", "'sedan', 'bus', 'child'", "one.pt"])
     predicts(refused, "--weights", one, one, "--ensemble-weights", 1, says="--ensemble-weights: 1 for 2 check")
-    predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says="--ensemble-weights: is for several check")
+    predicts(refused, "--weights", one, "--ensemble-weights", 1, 2, says="--ensemble-weights: 2 for 1 check")
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path):

@@ -266,7 +266,7 @@ def test_ensembles_of_different_classes(refused, root, tmp_path, model):
         patch.setattr("sys.argv", ["train_seg.py", "--data", str(three), *TINY, "--classes", "3"])
         train_seg.main()
     refused(predict, "--task", "seg", "--weights", model, "runs/seg/exp/last.pt", "--source", root / "test_img",
-            "--device", "cpu", says=["runs/seg/exp/last.pt: has 3 classes", "best.pt others"])
+            "--device", "cpu", says=["runs/seg/exp/last.pt: has classes 3", "best.pt has 1; predict them apart"])
 
 
 def test_sources_that_cannot_be_used(refused, root, tmp_path, model):

@@ -497,11 +497,3 @@ def test_a_run_writes_plain_values_only(tmp_path):
     slim = read(folder / "best.pt")
     assert last["optimizer"]["state"] and "optimizer" not in slim and slim["model"] and slim["ema"]
     assert not any(isinstance(v, np.generic) for row in last["history"] for v in row.values())
-
-
-def test_a_soup_has_the_mean_threshold():
-    states = [{"model": {"w": torch.ones(2)}, "threshold": threshold} for threshold in ([0.2, 0.4], [0.4, 0.8])]
-    assert checkpoint.average(["a", "b"], states)["threshold"] == pytest.approx([0.3, 0.6])
-    bare = [{"model": state["model"]} for state in states]  # of runs without validation
-    assert checkpoint.average(["a", "b"], [states[0], bare[1]])["threshold"] == [0.2, 0.4]
-    assert checkpoint.average(["a", "b"], bare)["threshold"] is None

@@ -104,7 +104,7 @@ def test_a_users_own_checkpoint(tmp_path, photo, monkeypatch):
     with torch.no_grad():
         assert torch.equal(build(state)(x), ema.float().eval()(x))
     text = run(monkeypatch, "--task", "det", "--weights", path, path, "--source", photo, "--out", tmp_path / "out",
-               "--soup", "--tta", "--pseudo", 0.9, "--imgsz", 64)
+               "--tta", "--pseudo", 0.9, "--imgsz", 64)
     assert "variant n, 3 classes: car" in text and (tmp_path / "out/coco.json").exists()
     with pytest.raises(UserError, match="--source"):
         run(monkeypatch, "--task", "det", "--weights", path)

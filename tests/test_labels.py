@@ -409,11 +409,9 @@ def test_folder_of_the_test_images(tmp_path):
 
 
 def test_ids_of_the_test_images(tmp_path):
-    assert coco.test_ids(tmp_path) == {} == coco.test_ids(tmp_path / "nowhere")
     entries = [{"id": 3, "file_name": "x.y.jpg"}, {"id": "k", "file_name": "test/images/9.jpg", "width": 4}]
     for content in (entries, {"images": entries, "annotations": []}):
-        dump(tmp_path / "Test_Images_Information.json", content)
-        assert coco.test_ids(str(tmp_path)) == {"x.y.jpg": 3, "9.jpg": "k"}
+        assert coco.test_ids(dump(tmp_path / "Test_Images_Information.json", content)) == {"x.y.jpg": 3, "9.jpg": "k"}
 
 
 # ---- boxes that make no sense ----------------------------------------------------------------------------------------
@@ -639,6 +637,10 @@ def test_bad_content_of_a_json(lot):
         assert [len(boxes) for boxes in found.boxes] in (left, [2, 1, 2, 0])
 
 
+def listed_ids(root):
+    return coco.test_ids(Path(root) / "Test_Images_Information.json")
+
+
 @pytest.mark.parametrize("content, says", [
     (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"\xff{}", "not valid JSON"),
     (b'{"images": [NaN]}', "images[0]"), (b'{"images": [{"id": -Infinity}]}', "id is -inf"), (b'{"images": 1, "images": 2}', "twice"),
@@ -646,7 +648,7 @@ def test_bad_content_of_a_json(lot):
     (b"[" * 200_000, "not valid JSON"), (b'{"a":' * 200_000, "not valid JSON"),
     (b'{"images": ' + b"9" * 5000 + b"}", "not valid JSON"), (b"[]", "images"), (b"null", "images"), (b"1", "images")])
 def test_a_json_that_is_none(lot, content, says):
-    for path, call in ((lot / "train/label/Train.json", read), (lot / "Test_Images_Information.json", coco.test_ids)):
+    for path, call in ((lot / "train/label/Train.json", read), (lot / "Test_Images_Information.json", listed_ids)):
         path.write_bytes(content)
         if call is read or content != b"[]":
             refused(lot, path, says, call=call)
@@ -667,7 +669,7 @@ def test_a_json_cut_anywhere(lot):
     ([{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "b/a"}], "the file_name 'a' stands there 2 times"),
     ([{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "the id 1 stands there 2 times")])
 def test_bad_test_ids(tmp_path, content, says):
-    refused(tmp_path, dump(tmp_path / "Test_Images_Information.json", content), says, call=coco.test_ids)
+    refused(tmp_path, dump(tmp_path / "Test_Images_Information.json", content), says, call=listed_ids)
 
 
 def test_two_categories_of_one_name(lot, tmp_path):
@@ -975,5 +977,5 @@ def test_blood_cells_against_pycocotools(tmp_path, capsys):
         assert found.sizes[i] == (entry["height"], entry["width"])
         assert [found.category_ids[c] for c in found.classes[i]] == [c for c, _ in boxes]
         assert found.boxes[i].tolist() == [[x, y, x + w, y + h] for _, (x, y, w, h) in boxes]
-    ids = coco.test_ids(BCCD)
+    ids = coco.test_ids(BCCD / "Test_Images_Information.json")
     assert len(ids) == 72 and set(ids) == {p.name for p in (BCCD / "test/images").iterdir()}

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.harness import two_ranks
 from tests.test_components import oracle
-from utils.metrics.classification import Accuracy, average_precisions
+from utils.metrics.classification import Accuracy, average_precisions, fit_thresholds
 from utils.metrics.segmentation import BinaryIoU, MeanIoU, SampleIoU
 from utils.train import dist as ranks
 
@@ -340,3 +340,58 @@ def test_labels_by_hand():
     assert np.isnan(Accuracy(3).compute()["acc"])
     with pytest.raises(ValueError):
         Accuracy(3).update(torch.zeros(2, 3), torch.zeros(2, 4), torch.arange(2))
+
+
+# ---- thresholds ------------------------------------------------------------------------------------------------------
+def best_by_trial(scores, labels):
+    """-> most hits of any threshold 0..1 (all scores, their neighbours and both ends are tried)."""
+    tried = {0.0, 1.0, 0.5, *scores, *(float(np.nextafter(s, 0)) for s in scores if s > 0)}
+    return max(sum((s > t) == (y == 1) for s, y in zip(scores, labels)) for t in tried)
+
+
+@pytest.mark.parametrize("seed, digits", [(0, None), (1, 1), (2, 2), (3, 0), (4, 1)])
+def test_thresholds_are_the_best_of_all(seed, digits):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, (40, 6)) > 0
+    probs = 1 / (1 + np.exp(-rng.normal(2 * labels - 1, 1.5)))
+    probs = probs if digits is None else probs.round(digits)
+    found = fit_thresholds(probs, labels)
+    assert found.shape == (6,) and ((0 <= found) & (found <= 1)).all()
+    for c, t in enumerate(found):
+        most = best_by_trial(probs[:, c].tolist(), labels[:, c].tolist())
+        assert ((probs[:, c] > t) == (labels[:, c])).sum() == most
+        if ((probs[:, c] > 0.5) == (labels[:, c])).sum() == most:
+            assert t == 0.5
+    assert ((probs > found) == labels).sum() >= ((probs > 0.5) == labels).sum()
+
+
+@pytest.mark.parametrize("scores, labels, threshold", [
+    ([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1], 0.25),
+    ([0.4, 0.3, 0.2, 0.1], [1, 1, 0, 0], 0.25),
+    ([0.6, 0.7, 0.8, 0.9], [0, 0, 0, 1], 0.85),
+    ([0.6, 0.7, 0.8, 0.9], [0, 0, 0, 0], 0.95),  # none: between the highest and 1
+    ([0.2, 0.3, 0.4, 0.3], [1, 1, 1, 1], 0.1),   # all: between 0 and the lowest
+    ([0.3, 0.4, 0.6, 0.9], [0, 0, 1, 1], 0.5),   # the default, though not in the middle of (0.4, 0.6) alone
+    ([0.1, 0.2, 0.7, 0.8], [0, 1, 1, 1], 0.15),
+    ([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1], 0.35),  # 0.15 and 0.35 are as good: nearest to 0.5
+    ([0.6, 0.7, 0.8, 0.9], [0, 1, 0, 1], 0.65),
+    ([0.1, 0.2, 0.3, 0.4], [1, 0, 1, 0], 0.5),   # all, none and two others are as good as the default
+    ([0.3, 0.3, 0.3, 0.4], [1, 0, 0, 1], 0.35),  # equal scores go together
+    ([1.0, 1.0, 0.6], [1, 1, 0], 0.8),
+    ([1.0, 1.0, 1.0, 0.9], [0, 0, 0, 0], 1.0),
+    ([0.0, 0.0, 0.1, 0.2], [1, 1, 0, 0], 0.5)])
+def test_thresholds_that_are_known(scores, labels, threshold):
+    found = fit_thresholds(np.array(scores)[:, None], np.array(labels)[:, None] > 0)
+    assert found == pytest.approx([threshold], abs=1e-12)
+
+
+def test_neighbouring_numbers_are_kept_apart():
+    for low in (0.3, 0.7, 1 - 2**-53):
+        scores = np.array([low, np.nextafter(low, 2)])[:, None]
+        for labels in ([[0], [1]], [[1], [1]], [[0], [0]]):
+            found = fit_thresholds(scores, np.array(labels) > 0)
+            assert ((scores > found) == labels).all() or labels == [[1], [1]] and low < 0.5
+
+
+def test_thresholds_of_no_images():
+    assert fit_thresholds(np.zeros((0, 3)), np.zeros((0, 3), bool)).tolist() == [0.5] * 3

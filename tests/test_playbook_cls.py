@@ -102,7 +102,7 @@ def test_mixed_runs_are_what_they_say_and_resume_to_the_same_bits(script, dirty,
     assert all(np.isfinite(row["loss"]) for row in straight["history"])
 
 
-# ---- thresholds and soups --------------------------------------------------------------------------------------------
+# ---- thresholds ------------------------------------------------------------------------------------------------------
 def test_checkpoints_keep_the_thresholds_of_their_own_evaluation(folds, dirty):
     """Per class no threshold has more right labels; 0.5 where that has as many."""
     header, keys, rows = table_of(dirty / "dirty_mnist_2nd_answer.csv")
@@ -140,15 +140,6 @@ def test_prediction_takes_the_stored_thresholds(script, pictures):  # noqa: F811
         assert ((decided == 1) == (want > threshold))[sure].all() and sure.mean() > 0.7
     decided = {name: results(f"out-{name}")[2].sum(0).tolist() for name in ("one0", "two0")}
     assert decided == {"one0": [4] * 4, "two0": [1] * 4}
-
-
-def test_soups_of_other_classes_are_no_soup(refused, tmp_path, pictures):  # noqa: F811
-    """Nets of one form whose outputs mean different things: an ensemble refuses them, and so does a soup."""
-    pair = [weights(tmp_path / "one.pt", imgsz=64), weights(tmp_path / "two.pt", imgsz=64, classes="abce")]
-    refused(predict, *PREDICT, "--weights", *pair, "--out", "out", says=["two.pt", "a, b, c, e"])
-    refused(predict, *PREDICT, "--weights", *pair, "--out", "out", "--soup", says="two.pt")
-    refused(predict, *PREDICT, "--weights", *pair, "--out", "out", "--soup", "--ensemble-weights", 1, 2,
-            says=["--soup: makes one net", "leave it out, or --ensemble-weights"])
 
 
 # ---- pseudo labels and extra data ------------------------------------------------------------------------------------

@@ -116,25 +116,6 @@ def test_a_constant_rate_is_averaged_and_predicts(script, averaged, small):
         assert np.abs(probs - said(checkpoint.load(averaged / "epoch_4.pt"), path)[0]).max() > 1e-3
 
 
-def test_soup_is_the_net_of_the_mean_weights(script, refused, averaged, small, tmp_path):
-    one, two = (centred(averaged, small, name) for name in ("epoch_2.pt", "epoch_4.pt"))
-    mean = {name: ((a.double() + two["model"][name].double()) / 2).to(a.dtype) for name, a in one["model"].items()}
-    for name, state in (("one.pt", one), ("two.pt", two)):
-        checkpoint.save(tmp_path / name, state)
-    probs = [said(one | {"model": mean}, path)[0] for path in files_of(small)]
-    threshold = float(np.median(probs))
-    flags = [*PREDICT, "--weights", "one.pt", "two.pt", "--threshold", threshold]
-    script(predict, *flags, "--soup", "--out", "soup")
-    script(predict, *flags, "--out", "ensemble")
-    for path, own in zip(files_of(small), probs):
-        agree(masks_of("soup")[path.name], own, threshold)
-    assert any((masks_of("soup")[path.name] != masks_of("ensemble")[path.name]).any() for path in files_of(small))
-    kwargs = one["arch"]["kwargs"] | {"decoder": [8, 8, 8, 16]}
-    checkpoint.save(tmp_path / "wide.pt", one | {"arch": {"name": "UNet", "kwargs": kwargs},
-                                                 "model": UNet(**kwargs).state_dict()})
-    refused(predict, *PREDICT, "--soup", "--weights", "one.pt", "wide.pt", says=["wide.pt", "another net"])
-
-
 # ---- nets and losses -------------------------------------------------------------------------------------------------
 def test_hrnetv2(script, refused, small):
     flags = ["--data", small, *TRAIN, "--encoder", "hrnet_w18_small", "--decoder"]
@@ -392,7 +373,7 @@ def test_stored_thresholds_are_of_plain_probabilities(script, refused, averaged,
 @pytest.mark.parametrize("task, classes", [("seg", 1), ("seg", 3), ("cls", ["a", "b"])])
 def test_the_threshold_of_each_merge(task, classes):
     def found(how, single_label=classes == 3, stored=([0.25, 0.36], [0.49, 0.36]), **flags):
-        args = Namespace(**dict(task=task, merge=how, threshold=None, fit_weights=False, ensemble=None) | flags)
+        args = Namespace(**dict(task=task, merge=how, threshold=None) | flags)
         members = [predict.Member("net.pt", {"threshold": t}, None, None) for t in stored]
         return np.asarray(predict.best_threshold(args, members, single_label)).tolist()
 
@@ -408,8 +389,6 @@ def test_the_threshold_of_each_merge(task, classes):
     assert found("sum", threshold=0.8) == 0.8 == found("tsharpen", threshold=0.8)
     if task == "cls":
         found("sum", single_label=True)
-        found("sum", fit_weights=True)  # these come with thresholds of what is merged
-        found("sum", ensemble="ensemble.json")
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

@@ -142,24 +142,25 @@ def test_the_submission(script, tmp_path, finder, capsys):
 
 def test_ids(tmp_path):
     names = [tmp_path / name for name in ("007.jpg", "b.c.jpg", "12", "x²3.jpg", "٣.jpg")]
-    assert submissions.image_ids(names, tmp_path) == [7, "b.c", 12, "x²3", "٣"]
+    assert submissions.image_ids(names) == [7, "b.c", 12, "x²3", "٣"]
     listed = [{"id": f"id {p.name}", "file_name": p.name} for p in names]
     (tmp_path / "Test_Images_Information.json").write_text(json.dumps(listed))
     folder = tmp_path / "test/images"
     for near in (tmp_path, folder):
-        assert submissions.image_ids(names, near) == [entry["id"] for entry in listed]
-        assert submissions.image_ids([folder / "8.jpg"], near, others=True) == [8]  # training images, for a look
+        names = [near / path.name for path in names]
+        assert submissions.image_ids(names) == [entry["id"] for entry in listed]
+        assert submissions.image_ids([near / "8.jpg"], others=True) == [8]  # training images, for a look
         with pytest.raises(UserError, match="9.jpg.*not in .*Test_Images_Information.json .1 in total."):
-            submissions.image_ids([names[0], folder / "9.jpg"], near, others=True)
+            submissions.image_ids([names[0], near / "9.jpg"], others=True)
 
 
 def test_ids_of_equal_numbers_and_of_names_from_a_mac(tmp_path):
     names = [tmp_path / name for name in ("7.jpg", "007.jpg", "8.jpg")]
-    assert submissions.image_ids(names, tmp_path) == ["7", "007", 8]
+    assert submissions.image_ids(names) == ["7", "007", 8]
     listed, there = (unicodedata.normalize(form, "주차장.jpg") for form in ("NFC", "NFD"))
     for one, other in ((listed, there), (there, listed)):
         (tmp_path / "Test_Images_Information.json").write_text(json.dumps([{"id": 3, "file_name": one}]))
-        assert submissions.image_ids([tmp_path / other], tmp_path) == [3]
+        assert submissions.image_ids([tmp_path / other]) == [3]
 
 
 def test_cut_is_the_largest_file_below_the_limit():
@@ -423,7 +424,7 @@ def test_the_true_net_on_training_images(script, tmp_path, parking):
     file = parking / "train/images/003.jpg"
     with torch.inference_mode():
         args = Namespace(task="det", amp="off", compile=False)
-        [member] = predict.load_members(args, "det", torch.device("cpu"), [path], [state])
+        [member] = predict.load_members(args, "det", torch.device("cpu"), [path])
         view = det.TiledImages([file], bands=[1, 2, 3], imgsz=64, stride=member.net.stride)[0]
         raw = view["image"].permute(2, 0, 1)[None]
         want = box_tools.nms(net(raw.float() / 255), **limits)

@@ -75,13 +75,9 @@ def test_the_competition_from_letters_to_a_weighted_ensemble(script, tmp_path, c
     pair = [run / "last.pt" for run in runs]
     script(predict, *FLAGS, "--weights", *pair, "--tta", "--ensemble-weights", 1.5, 1, "--out", "both",
            "--threshold", 0.5)
-    script(predict, *FLAGS, "--weights", pair[1], "--tta", "--probs", runs[0] / "predict/probabilities.csv",
-           "--ensemble-weights", 1, 1.5, "--out", "mixed")
-    (keys, one, _), (_, two, _), (_, both, decided), (_, mixed, _) = map(
-        results, (runs[0] / "predict", runs[1] / "predict", "both", "mixed"))
+    (keys, one, _), (_, two, _), (_, both, decided) = map(results, (runs[0] / "predict", runs[1] / "predict", "both"))
     assert np.abs(one - two).max() > 1e-3
     np.testing.assert_allclose(both, (1.5 * one + two) / 2.5, atol=1.5e-6)
-    np.testing.assert_allclose(mixed, both, atol=1.5e-6)
     assert keys == ["50000", "50001", "50002", "50003", "50004"] and both.shape == (5, 26)
     wanted = Path("resources/sample_submission.csv").read_text().splitlines()
     lines = Path("both/submission.csv").read_text().splitlines()
@@ -360,9 +356,8 @@ def test_sizes_and_bands_of_an_ensemble(script, pictures):
     other = direct(nets[1], pictures)
     assert np.abs(other - found[1]).max() > 1e-4
     np.testing.assert_allclose(results("64")[1], (other + found[2]) / 2, atol=2e-5)
-    script(predict, *FLAGS, "--weights", nets[2], "--source", "in", "--out", "tables", "--probs",
-           "out0/probabilities.csv", "out1/probabilities.csv", "--ensemble-weights", 1, 2, 5)
-    np.testing.assert_allclose(results("tables")[1], (found[2] + 2 * found[0] + 5 * found[1]) / 8, atol=2e-6)
+    script(predict, *FLAGS, "--weights", *nets, "--source", "in", "--out", "weighted", "--ensemble-weights", 2, 5, 1)
+    np.testing.assert_allclose(results("weighted")[1], (2 * found[0] + 5 * found[1] + found[2]) / 8, atol=2e-6)
 
 
 def test_thresholds(script, pictures):
@@ -453,7 +448,6 @@ def test_synthesis_is_told_the_device(script, tmp_path, monkeypatch):
 
 def test_a_threshold_that_would_do_nothing(refused, script, pictures, tmp_path):
     flags = [*FLAGS, "--source", "in", "--threshold", 0.3]
-    refused(predict, *flags, "--weights", weights("one.pt"), "--fit-weights", says="--threshold: --fit-weights")
     refused(predict, *flags, "--weights", weights("two.pt", single_label=True), says="--threshold: does nothing")
 
 

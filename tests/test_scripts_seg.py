@@ -120,7 +120,7 @@ def test_tta_is_the_mean_over_flips_of_the_unfused_net(trained, wildfire):
     path = sorted((wildfire / "test_img").iterdir())[0]
     raw = images.read(path, state["input"]["bands"])[None]
     with torch.inference_mode():
-        [member] = predict.load_members(args, "seg", cpu, ["x"], [state])
+        [member] = predict.load_members(args, "seg", cpu, [trained / "best.pt"])
         got = decide.segment(member.net, member.inputs(raw), decide.VIEWS["seg"])[0, 0].numpy()
         net = checkpoint.load_weights(UNet(**state["arch"]["kwargs"]).eval(), state, "x")
         x = raw[0, :7].numpy().astype(np.float64) / 65535

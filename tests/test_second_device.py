@@ -91,9 +91,9 @@ def test_classification(flags, script, tmp_path, gpu):
     data = write_dirty(tmp_path / "resources")
     script(train_cls, "--data", data, *TINY_CLS, *flags)
     script(train_cls, "--resume", "--epochs", 3)
-    script(predict, "--task", "cls", "--tta", "--fit-weights", "--pseudo", 0.5, *OFF)
+    script(predict, "--task", "cls", "--tta", "--pseudo", 0.5, *OFF)
     pair = ["--weights", "runs/cls/exp/best.pt", "runs/cls/exp/last.pt"]
-    script(predict, "--task", "cls", *pair, "--soup", "--tta", "scale", "hflip", "--out", "out", *OFF)
+    script(predict, "--task", "cls", *pair, "--tta", "scale", "hflip", "--out", "out", *OFF)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from data.results import sample, submissions
 from tests.test_predict_det import FLAGS as DET, Finder, check, finder, items_of, save, scene, weights  # noqa: F401
 from tests.test_scripts_cls import FLAGS as CLS, results, weights as cls_weights
 from utils.errors import PartialError, UserError
+from utils.flags import RUNS
 from tests.conftest import write_tif
 
 NAMES = ["cat", "dog", "school bus"]
@@ -96,7 +97,7 @@ def decoded(text, shape, order, first):
     return mask
 
 
-@pytest.mark.parametrize("rle", sample.RUNS)
+@pytest.mark.parametrize("rle", RUNS)
 @pytest.mark.parametrize("empty", ["", "-1", "1 0"])
 def test_run_lengths(tmp_path, rle, empty):
     rng, (order, first) = np.random.default_rng(0), rle.split(",")
@@ -237,7 +238,7 @@ def test_lists_of_coco(tmp_path):
     for name, count in (("test-dev2017", 2), ("test2017", 3)):
         listed = [{"id": 40 + i, "file_name": f"{i}.jpg"} for i in range(count)]
         (tmp_path / f"annotations/image_info_{name}.json").write_text(json.dumps({"images": listed}))
-    assert submissions.image_ids(files, files[0].parent) == [40, 41, 42]
+    assert submissions.image_ids(files) == [40, 41, 42]
 
 
 def test_segmentation(script, tmp_path, wildfire, monkeypatch):

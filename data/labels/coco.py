@@ -190,14 +190,9 @@ def image_lists(folder):
             for path in sorted(Path(folder).glob(pattern))]
 
 
-def test_ids(root):
-    """{name of an image file, by `same_name`: its id} from ROOT/Test_Images_Information.json, or from the JSON `root`:
-    {"images": [{"id", "file_name"}]}, or that list alone. {} where ROOT has no such file. Raises UserError."""
-    path = Path(root)
-    if path.suffix.lower() != ".json":
-        path /= TEST_INFORMATION
-        if not os.path.lexists(path):
-            return {}
+def test_ids(path):
+    """{name of an image file, by `same_name`: its id} from the JSON `path`: {"images": [{"id", "file_name"}]}, or that
+    list alone. Raises UserError."""
     data = read_json(path)
     data = {"images": data} if type(data) is list else data
     found = [(same_name(os.path.basename(name.replace("\\", "/"))), key)

@@ -27,7 +27,6 @@ ROLES = {"class": "class classid classname category categoryid categoryname labe
          "x1": "x1 xmin left x", "y1": "y1 ymin top y",
          "x2": "x2 xmax right", "y2": "y2 ymax bottom", "w": "w width", "h": "h height"}
 TEXTS = ("class score x1 y1 x2 y2".split(), "score x1 y1 w h".split())  # of a detection
-RUNS = ("column,1", "column,0", "row,1", "row,0")  # of --rle: the order of the pixels, the number of the first
 
 
 class Sample(NamedTuple):
@@ -44,7 +43,8 @@ def read(path, files, ids, *, task, **options):
     """-> Sample. Rank 0 prints what is understood; UserError where nothing is.
 
     files, ids: the images and their ids. task: "seg", "det" or "cls". options: the lists `names` and `numbers` describe
-    the classes in the net's order (no names: []); `rle` is one of RUNS, or None: what the sample says, else the first.
+    the classes in the net's order (no names: []); `rle` is one of `flags.RUNS`, or None: what the sample says, else
+    the first.
     """
     try:
         return _read(Path(path), files, ids, SHAPES[task], **options)
@@ -56,7 +56,7 @@ def read(path, files, ids, *, task, **options):
 
 def _read(path, files, ids, shape, *, names, numbers, rle):
     if path.suffix == ".json":
-        rows = [dict(row.items()) for row in read_json(path)]
+        rows = read_json(path)
     else:
         header, *lines = filter(None, read_csv(path))
         rows = [dict(zip(header, line, strict=True)) for line in lines]
@@ -65,10 +65,10 @@ def _read(path, files, ids, shape, *, names, numbers, rle):
     keys, owners = columns.pop(key), [None] * len(rows)
     if shape != boxes and len({*keys}) < len(rows):  # a row per image and class
         [owner] = [name for name in columns if role_of(name) == "class"]
-        keys = list(map("_".join, zip(keys, columns.pop(owner))))
+        owners = columns.pop(owner)
     found = match(keys, files, ids)
     if not any(found.values()):  # "7.png_cat"
-        keys, owners = zip(*(text.rpartition("_")[::2] for text in keys))
+        keys, _, owners = zip(*(text.rpartition("_") for text in keys))
         found = match(keys, files, ids)
     if not any(found.values()):
         raise ValueError(f"no row is of {files[0]} or another image")
@@ -124,26 +124,25 @@ def classes(columns, known, names, numbers, each, rle):
             {name: round(result[exact][own if k is None else k].item(), 6) for name, own in found.items()}]
     if len(columns) > 1:
         raise ValueError("no column has the name of a class")
-    mark = next((mark for mark in "|;, " if any(mark in text for text in texts)), " ")
-    labels, by = naming([label for text in texts for label in text.split(mark)], names, numbers)
+    mark = next((mark for mark in "|;," if mark in "".join(texts)), " ")
+    labels = naming(mark.join(texts).split(mark), names, numbers)
 
     def fill(result, _):
         present = [labels[k] for k in result[0].nonzero()[0]]  # a single number stays a number in JSON
         return [dict.fromkeys(columns, present[0] if len(present) == 1 else mark.join(map(str, present)))]
-    return f"labels by {by}, several joined by {mark!r}", fill
+    return f"labels such as {labels[0]}, several joined by {mark!r}", fill
 
 
 def naming(texts, names, numbers):
-    """What labels in a sample call the classes -> a list for all classes, "name" or "number"."""
-    numbered = all(text.isdecimal() for text in texts) and not {*texts} <= {*names}
-    return (numbers, "number") if numbered else (names, "name")
+    """Labels of a sample -> what it calls the classes in the net's order: names or numbers."""
+    return numbers if {*texts} - {*names} and all(map(str.isdecimal, texts)) else names
 
 
 def runs(columns, known, names, numbers, each, rle):
     """Run lengths in the last column. A result is the file of a mask."""
     *_, (name, texts) = columns.items()
     empty = next((text for text in texts if not sum(map(int, re.findall(r" (\d+)", text)))), "")
-    rle = rle or RUNS[any(re.match("0 [1-9]", text) for text in texts)]
+    rle = rle or ("column,0" if any(re.match("0 [1-9]", text) for text in texts) else "column,1")
 
     def fill(file, k):
         mask = images.read(file)[0].numpy()
@@ -163,7 +162,7 @@ def boxes(columns, known, names, numbers, each, rle):
         roles = TEXTS[len(example) % 6 > 0]
     elif not {"bbox", "x1"} & {*roles}:
         raise ValueError("no column is of a box")
-    labels, by = naming([text for role, text in zip(roles, example) if role == "class"], names, numbers)
+    labels = naming([text for role, text in zip(roles, example) if role == "class"], names, numbers)
 
     def fill(result, _):
         table = np.c_[result, sides(result)].astype(float).round(6).tolist()
@@ -172,7 +171,7 @@ def boxes(columns, known, names, numbers, each, rle):
         if len(columns) == 1:
             return [dict.fromkeys(columns, " ".join(str(item[role]) for item in items for role in roles))]
         return [{name: item[role] for name, role in zip(columns, roles) if role} for item in items]
-    return f"detections, classes by {by}", fill
+    return f"detections of classes such as {labels[0]}", fill
 
 
 SHAPES = {"cls": classes, "seg": runs, "det": boxes}

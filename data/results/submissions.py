@@ -3,7 +3,6 @@ import itertools
 import json
 import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,23 +11,24 @@ from PIL import Image
 from data import bad, images, labels
 from data.labels import coco
 from utils.errors import UserError
-from utils.files import read_csv, same_name, write_csv, write_json, write_text
+from utils.files import same_name, write_csv, write_json, write_text
 from utils.ops import boxes
 from utils.pictures import detection as pictures_det, sheets
 from utils.train import dist
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------
-def image_ids(files, near, *, others=False, listed=None, data=None):
+def image_ids(files, *, others=False, listed=None, data=None):
     """The competition's image ids: from the first JSON file that lists all images, or from their names.
 
-    These are `listed`; else the lists of test images (`coco.image_lists`) in `near` or at most two folders above, and
-    the labels of the training data `data`, of its own images. UserError for a list that lacks some images. Without a
-    list the file's stem, as a number where no other file has this number.
+    These are `listed`; else the lists of test images (`coco.image_lists`) beside the first image or at most two folders
+    above, and the labels of the training data `data`, of its own images. UserError for a list that lacks some images.
+    Without a list the ids are `keys_of` the files' stems.
 
     others: a list that has none of the images is ignored instead of refused: they may be training images.
     """
-    folders = (near, *list(Path(near).resolve().parents)[:2])
+    folder = files[0].parent
+    folders = (folder, *list(folder.resolve().parents)[:2])
     paths = [listed] if listed else itertools.chain(*map(coco.image_lists, folders))
     tables = [(path, known) for path in paths if (known := coco.test_ids(path)) or listed]
     tables.append((None, data and not listed and bad.attempt(labels.image_ids, data, files[0])[0] or {}))
@@ -36,13 +36,9 @@ def image_ids(files, near, *, others=False, listed=None, data=None):
              for path, known in tables]
     path, ids = min(found, key=lambda item: item[1].count(None))
     missing = [file for file, key in zip(files, ids) if key is None]
-    if not missing:
-        return ids
-    if path and (listed or not others or len(missing) < len(files)):
+    if path and missing and (listed or not others or len(missing) < len(files)):
         raise UserError(f"{missing[0]}: not in {path} ({len(missing)} in total); add it there, or remove the image")
-    ids = [int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.stem for file in files]
-    count = Counter(ids)
-    return [key if count[key] == 1 else file.stem for key, file in zip(ids, files)]  # 7 and 007
+    return keys_of([file.stem for file in files]) if missing else ids
 
 
 def coco_items(results, ids, category_ids):
@@ -73,8 +69,8 @@ def yolo_lines(rows, height, width):
     """Detections (n, 6) as text, one a line: class from 0, centre x, centre y, width, height as shares of the image's
     sides, score."""
     xywh = boxes.to_xywh(rows[:, :4].double()) / torch.tensor([width, height] * 2)
-    return "".join(f"{int(label)} {x:.6f} {y:.6f} {w:.6f} {h:.6f} {score:.6f}\n"
-                   for (x, y, w, h), (score, label) in zip(xywh.tolist(), rows[:, 4:].tolist()))
+    table = torch.cat((rows[:, 5:], xywh, rows[:, 4:5]), 1).tolist()
+    return "".join(f"{int(label)} {' '.join(f'{value:.6f}' for value in values)}\n" for label, *values in table)
 
 
 def write_boxes(out, files, sizes, results, *, ids, category_ids, max_mb):
@@ -109,50 +105,9 @@ def _share(*columns):
 
 
 # ---- classification --------------------------------------------------------------------------------------------------
-def read_probabilities(path, names=None):
-    """probabilities.csv of an earlier run -> its classes, {index: their probabilities}. names: the classes that it must
-    have. UserError naming the file and the row."""
-    rows = [row for row in read_csv(path, "give a probabilities.csv") if row]
-    if len(rows) < 2:
-        raise UserError(f"{path}: has no rows; give a probabilities.csv")
-    (_, *classes), table = rows[0], {}
-    if classes != (names or classes) or len(set(rows[0])) < len(rows[0]) or not classes:
-        raise UserError(f"{path}: has other columns than the classes of the rest; give one of this task")
-    for key, *values in rows[1:]:
-        try:
-            values = np.array(values, float)
-        except ValueError:
-            values = np.array([np.nan])
-        if key in table or len(values) != len(classes) or not ((values >= 0) & (values <= 1)).all():
-            raise UserError(f"{path}: the row {key} is damaged, or there twice; predict again")
-        table[key] = values
-    return classes, table
-
-
-def read_tables(paths, names=None, keys=None):
-    """Tables of `read_probabilities` -> their classes, the images' keys, and for each table the probabilities
-    (N, classes) in the order of the keys.
-
-    names, keys: the classes and images that each table must have; it may have other images too. Without keys all tables
-    must have the same images. UserError naming the file and what is missing.
-    """
-    tables = []
-    for path in paths:
-        names, table = read_probabilities(path, names)
-        tables.append(table)
-    if keys or any(table.keys() != tables[0].keys() for table in tables):  # 00007 and 7 are one image
-        tables = [dict(zip(keys_of(table), table.values())) for table in tables]
-    keys = keys or list(dict.fromkeys(key for table in tables for key in table))
-    for path, table in zip(paths, tables):
-        for key in keys:
-            if key not in table:
-                raise UserError(f"{path}: has no row for {key}; predict the same images")
-    return names, keys, [np.array([table[key] for key in keys]) for table in tables]
-
-
 def keys_of(names):
-    """Names as the Dirty-MNIST competition writes them: 00007 is 7, if no other of the names is this number."""
-    numbers = [str(int(name)) if name.isdecimal() else name for name in names]
+    """Names of images as competitions write them: 00007 is the number 7, if no other of the names is this number."""
+    numbers = [int(name) if name.isascii() and name.isdigit() else name for name in names]
     count = Counter(numbers)
     return [number if count[number] == 1 else name for name, number in zip(names, numbers)]
 
@@ -163,10 +118,9 @@ def decide(probs, single_label, thresholds):
     return np.eye(probs.shape[1], dtype=int)[probs.argmax(1)] if single_label else (probs > thresholds).astype(int)
 
 
-def write_classes(out, keys, probs, names, single_label, thresholds):
-    """probs (N, classes) of the images `keys` -> submission.csv, of 0 and 1, and probabilities.csv in the folder `out`.
-    thresholds: of `decide`."""
-    decided = decide(probs, single_label, thresholds)
+def write_classes(out, keys, names, decided, probs):
+    """Writes submission.csv, of `decided` (N, classes) of 0 and 1, and probabilities.csv, of `probs` (N, classes), into
+    the folder `out`. keys: the images' names in them."""
     for name, rows in {"submission.csv": decided.tolist(),
                        "probabilities.csv": [[f"{p:.6f}" for p in row] for row in probs]}.items():
         write_csv(out / name, ["index", *names], [[key, *row] for key, row in zip(keys, rows)])

@@ -59,15 +59,15 @@ PREDICT = {  # with the baseline's weights of each seed; EPOCHS: its last three,
     "water": ["", "--tta hflip", "--tta hflip vflip", "--tta hflip vflip rot90", "--tta scale",
               "--tta hflip vflip rot90 scale", *(f"--tta hflip vflip --merge {how}" for how in (
                   "gmean", "max", "min", "tsharpen", "sum --threshold 0.99")), "--detector DETECTOR",
-              "--detector DETECTOR --conf 0.05", "--weights EPOCHS", "--weights EPOCHS --soup"],
+              "--detector DETECTOR --conf 0.05", "--weights EPOCHS"],
     "bccd": ["", "--tta", "--tta hflip", "--tta hflip scale", "--tta hflip scale --merge wbf", "--imgsz 192",
-             "--iou 0.5", "--tile 320", "--weights EPOCHS", "--weights EPOCHS --soup"],
+             "--iou 0.5", "--tile 320", "--weights EPOCHS"],
     "letters": ["", "--tta scale", "--tta rot180", "--tta hflip", "--tta scale --merge gmean", "--imgsz 40",
-                "--weights EPOCHS", "--weights EPOCHS --soup"],
+                "--weights EPOCHS"],
 }
 DETECTOR = "train_det.py --data {data}/water --pixel-scale 10000 --variant n --imgsz 128 --bs 16 --epochs 20"
 TOGETHER = {  # with the weights of all seeds at once
-    "water": ["", "--soup", "--tta hflip vflip"], "bccd": ["", "--tta hflip scale"], "letters": ["", "--soup"]}
+    "water": ["", "--tta hflip vflip"], "bccd": ["", "--tta hflip scale"], "letters": [""]}
 SIZES = {"water": "--imgsz 96", "bccd": "--imgsz 192", "letters": "--imgsz 40"}  # also a row of the first table
 
 

@@ -25,7 +25,6 @@ import train_cls
 import train_det
 import train_seg
 from data import bad, cls, folds, images, labels, seg
-from data.results import submissions
 from nets import weights
 from tests.conftest import TINY_CLS, write_dirty, write_tif
 from tests.test_images import VRT
@@ -307,7 +306,6 @@ READERS = {
     "folds.read_groups": lambda path: folds.read_groups(path, ["a"]),
     "folds.read_split": lambda path: folds.read_split(path, ["a"]),
     "review.read_noise": review.read_noise,
-    "submissions.read_probabilities": submissions.read_probabilities,
 }
 TABLE_CASES = [Case(f"{name}: {kind}", _special(kind, "t.csv"), lambda root, reader=reader: reader(root / "DATA/t.csv"))
                for name, reader in READERS.items() for kind in ("fifo", "/dev/zero", "folder", "loop", "huge")]
@@ -436,9 +434,9 @@ FLAG_CASES = [Case(f"{flag} {kind}", _letters, _flag(
     train_cls, "--data", "ROOT/D", *(["--images", "ROOT/D/dirty_mnist_2nd"] if flag == "--labels" else []), flag,
     f"ROOT/DATA/{kind}" + (":2" if flag == "--drop-noisy" else ""), "--project", "ROOT/runs"))
     for flag in FLAGS for kind in ("fifo", "zero")]
-FLAG_CASES += [Case(f"{flag} {kind} of predict.py", _letters, _flag(
-    predict, "--task", "cls", flag, f"ROOT/DATA/{kind}", "--out", "ROOT/out", "--device", "cpu"))
-    for flag in ("--probs", "--weights") for kind in ("fifo", "zero")]
+FLAG_CASES += [Case(f"--weights {kind} of predict.py", _letters, _flag(
+    predict, "--task", "cls", "--weights", f"ROOT/DATA/{kind}", "--out", "ROOT/out", "--device", "cpu"))
+    for kind in ("fifo", "zero")]
 FLAG_CASES += [Case(f"--name {name!r}"[:60], _letters, _flag(
     train_cls, "--data", "ROOT/D", "--folds", "0", "--project", "ROOT/runs", f"--name={name}")) for name in (
     "größe 火", "-x", "a\nb", "x" * 400, "\x1b[31mred", "=1+1", ".")]

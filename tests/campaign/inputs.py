@@ -13,7 +13,6 @@ from PIL import Image
 
 from data import bad, cls, folds, images, labels, seg
 from data.labels import coco
-from data.results import submissions
 from tests.campaign import core, scripts
 from tests.campaign.core import Failed, Goal, bounded, check
 from tests.conftest import digest, write_dirty, write_tif, write_wildfire
@@ -159,7 +158,6 @@ def _write_tables(folder):
     (folder / "folds.json").write_text(json.dumps({name: i % 2 for i, name in enumerate(names)}))
     (folder / "noise.csv").write_text("rank,name,score\n" + "".join(
         f"{i + 1},seg/train_img/{name}.tif,0.{i}\n" for i, name in enumerate(names)))
-    (folder / "probabilities.csv").write_text("index,a,b\n1,0.25,0.75\n2,0.5,0\n")
     (folder / "Test_Images_Information.json").write_text(json.dumps(
         {"images": [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate(names)]}))
     (folder / "one.csv").write_text("name,label\n" + "".join(f"{i:05},{'ab'[i % 2]}\n" for i in range(6)))
@@ -174,9 +172,7 @@ TABLES = {  # file: reader(folder with a damaged copy of it)
     "groups.csv": lambda root: folds.read_groups(root / "groups.csv", NAMES),
     "folds.json": lambda root: folds.read_split(root / "folds.json", NAMES),
     "noise.csv": lambda root: review.read_noise(root / "noise.csv", 2),
-    "probabilities.csv": lambda root: [_numbers(list(table.values())) for table in [
-        submissions.read_probabilities(root / "probabilities.csv")[1]]],
-    "Test_Images_Information.json": lambda root: coco.test_ids(root),
+    "Test_Images_Information.json": lambda root: coco.test_ids(root / "Test_Images_Information.json"),
 }
 
 

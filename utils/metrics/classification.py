@@ -7,7 +7,6 @@ the score, higher is better.
 import numpy as np
 import torch
 
-from utils.metrics.ensemble import fit_thresholds
 from utils.train import dist
 
 
@@ -62,7 +61,7 @@ class Accuracy:
             (predicted == labels).mean(0), average_precisions(probs, labels), labels.sum(0))]
 
     def best_thresholds(self):
-        """The threshold of each class that makes the most labels right, see `ensemble.fit_thresholds`. -> list"""
+        """The threshold of each class that makes the most labels right, see `fit_thresholds`. -> list"""
         return fit_thresholds(*self._columns()[:2]).tolist()
 
     def samples(self, files, names):
@@ -90,3 +89,20 @@ def average_precisions(scores, labels):
         hits, seen = y.cumsum()[last], np.flatnonzero(last) + 1
         result.append((hits / seen * np.diff(hits, prepend=0)).sum() / y.sum() if y.any() else np.nan)
     return np.array(result)
+
+
+def fit_thresholds(probs, labels):
+    """probs (N, C) 0..1, labels (N, C) bool -> (C,) float64, per class the threshold 0..1 with the most right labels.
+
+    Every way to divide a class's scores is tried: below the lowest, between each two neighbours, above the highest.
+    The threshold is the middle of the best gap; 0.5 where that is as good, else of several the one nearest to 0.5.
+    """
+    found = []
+    for scores, positive in zip(probs.T, labels.T):
+        values = np.unique([0, *scores, 1])
+        middle = (values[:-1] + values[1:]) / 2
+        middle = np.where(middle < values[1:], middle, values[:-1])  # of neighbouring floats it is one of the two
+        tried = np.array([0.5, *middle, 1])
+        above, below = (np.searchsorted(np.sort(scores[chosen]), tried, "right") for chosen in (positive, ~positive))
+        found.append(tried[np.lexsort((np.abs(tried - 0.5), above - below))[0]])
+    return np.array(found)

@@ -167,23 +167,6 @@ def load_weights(model, state, path):
     return model
 
 
-def average(paths, states):
-    """Several checkpoints of one net -> one checkpoint with the mean of their weights and buffers, a model soup
-    (Wortsman et al. 2022, arXiv 2203.05482); its threshold is the mean too. Raises UserError for different nets."""
-    weights = [state.get("ema") or state["model"] for state in states]
-    kinds = [[*(state.get(key) for key in ("arch", "classes", "single_label", "input")),
-              {name: tensor.shape for name, tensor in part.items()}] for state, part in zip(states, weights)]
-    for path, kind in zip(paths, kinds):
-        if kind != kinds[0]:
-            raise UserError(f"{path}: is another net than {paths[0]}, and --soup averages weights of one net; leave it "
-                            f"out")
-    mean = {name: torch.stack([part[name].double() for part in weights]).mean(0).to(tensor.dtype)
-            for name, tensor in weights[0].items()}
-    found = [state["threshold"] for state in states if state.get("threshold") is not None]
-    threshold = torch.tensor(found, dtype=torch.float64).mean(0).tolist() if found else None
-    return states[0] | {"model": mean, "ema": None, "threshold": threshold}
-
-
 def load_strict(model, weights, path):
     """Loads weights that have exactly the names and shapes of the model's. Else raises UserError with what differs, and
     loads nothing. A model without memory (of torch's meta device) is only compared."""
