@@ -148,9 +148,8 @@ def synthetic_source(args, data, bands, device):
 
 
 def main():
-    args, device, folder, resume = setup_run(
-        make_parser(), needs={"synthesize": ("letters_per_image", "noise", "synthesize_count")}, check=check_flags,
-        photographs=units.photographs)
+    args, device, folder, resume = setup_run(make_parser(), check=check_flags, photographs=units.photographs, needs={
+        "synthesize": ("letters_per_image", "noise", "synthesize_count")})
 
     # ---- samples ----
     data, val, bands, files, labels, weights = load_samples(args, folder, resume)
@@ -187,13 +186,12 @@ def main():
     model = nets.build(arch, **drop, grad_checkpoint=args.grad_checkpoint)
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     answers = data.labels if args.synthesize else labels
-    frequencies = answers.mean(0)
-    init_classifier(linear, frequencies, single_label)
+    init_classifier(linear, answers, single_label)
     if args.weights and not resume:
         with answers_for("--weights"):
             dist.print0(pretrained.describe(pretrained.load(model, args.weights)))
             if pretrained.classes(args.weights) not in (None, (names, single_label)):
-                init_classifier(linear, frequencies, single_label)
+                init_classifier(linear, answers, single_label)
                 dist.print0("weights: of other classes, the classifier starts anew")
     pretrained.freeze(model, args.freeze)
     state, options = training(args, folder, model, loader, device, part=1 / parts, eps=1e-6)
@@ -214,8 +212,8 @@ def main():
         return sum(parts.values()), parts if len(parts) > 1 else {}
 
     def draw_augmented(epoch):  # labels above 1 % are written below
-        batch = cls.collate([train_data[i if epoch is None else (epoch, i)] for i in range(8)])
-        batch = engine.to_device(batch, device)
+        samples = [train_data[i if epoch is None else (epoch, i)] for i in range(8)]
+        batch = engine.to_device(cls.collate(samples), device)
         x, labels = (inputs(batch), batch["label"]) if epoch is None else mixed(batch)
         return [sheets.to_rgb(image) for image in x], [
             " ".join(name if share > 0.99 else f"{name} {share:.2f}" for name, share in zip(names, row) if share > 0.01)
@@ -240,8 +238,7 @@ def main():
     if dist.is_main():
         print(f"{len(train_data)} images to train, {len(val)} to validate; {len(names)} classes")
         batch = engine.to_device(cls.collate([train_data[0, i] for i in range(16)]), device)
-        shown = [sheets.to_rgb(x) for x in inputs(batch)]
-        sheets.contact_sheet(folder / "train_batch.png", sheets.in_rows(shown, 4))
+        sheets.contact_sheet(folder / "train_batch.png", sheets.in_rows([sheets.to_rgb(x) for x in inputs(batch)], 4))
     header = {"task": "cls", "arch": arch, "classes": names, "single_label": single_label,
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
@@ -252,11 +249,12 @@ def main():
         write_report(state, evaluate_metric, names, folder, val_files, bands)
 
 
-def init_classifier(linear, shares, single_label):
-    """The classifier starts with the classes' frequencies as biases (Lin et al. 2017, section 3.3) and small weights.
-    Otherwise the first hundreds of steps only learn that most letters are absent from most images, and for a few
-    classes the logits of EfficientNetV2's own initialisation (timm's, for 1,000 classes) are far off."""
-    shares = torch.as_tensor(shares).clamp(0.001, 0.999)
+def init_classifier(linear, answers, single_label):
+    """The classifier starts with the classes' frequencies in the answers (N, classes) as biases (Lin et al. 2017,
+    section 3.3) and small weights. Otherwise the first hundreds of steps only learn that most letters are absent from
+    most images, and for a few classes the logits of EfficientNetV2's own initialisation (timm's, for 1,000 classes) are
+    far off."""
+    shares = torch.as_tensor(answers.mean(0)).clamp(0.001, 0.999)
     torch.nn.init.normal_(linear.weight, 0, 0.01)
     linear.bias.data.copy_(shares.log() if single_label else shares.logit())
 

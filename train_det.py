@@ -70,7 +70,8 @@ def make_parser():
     add("--stages", type=stage_list, metavar="N,N", help="two runs: N epochs of scratch-low, then N epochs of finetune "
         "from the last weights of the first run")
     add("--net", default=YOLO, metavar="NAME", help="mine.Mine: class Mine in nets/mine.py, see nets/yolo.py")
-    add("--variant", choices=VARIANTS, help="of YOLOv5; variants with a 6 are for --imgsz 1280; without: that of --weights")
+    add("--variant", choices=VARIANTS, help="of YOLOv5; variants with a 6 are for --imgsz 1280; without: that of "
+        "--weights")
     add("--head", choices=GAINS, help="free: anchor-free, decoupled; anchor: YOLOv5's own")
     add("--tile", type=int_range(32, 65536), help="larger images are trained on in windows of this side, at full "
         "resolution, and validated as predict.py --tile predicts them")

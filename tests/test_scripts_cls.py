@@ -389,7 +389,7 @@ def test_show_augment_draws_and_does_not_train(script, tmp_path):
 @pytest.mark.parametrize("single_label, shares", [(False, [0.5, 0.1, 0.0]), (True, [0.6, 0.399, 0.001])])
 def test_the_first_guess_is_the_classes_frequency(single_label, shares):
     linear = torch.nn.Linear(64, 3)
-    train_cls.init_classifier(linear, shares, single_label)
+    train_cls.init_classifier(linear, np.array([shares]), single_label)
     logits = linear(torch.randn(500, 64))
     probs = (logits.softmax(1) if single_label else logits.sigmoid()).mean(0)
     assert (probs - torch.tensor(shares).clamp(min=0.001)).abs().max() < 0.01
