@@ -104,6 +104,14 @@ def test_auto_for_tiny_and_for_huge_objects(anchors, factor):
     assert not np.array_equal(new, auto(wh, anchors, seed=1)[0])
 
 
+@pytest.mark.parametrize("spread", [0.8, 1.0])
+def test_auto_fits_sizes_of_all_magnitudes(spread):
+    wh = sizes(3000, spread=spread) * 0.1
+    plain = kmeans(wh[wh.max(1) >= 2], 9, rng=np.random.default_rng(0))
+    new = recall(auto(wh, ANCHORS_P5)[0], wh[wh.max(1) >= 2])[0]
+    assert new > 0.97 and new > recall(plain, wh[wh.max(1) >= 2])[0] + 0.01
+
+
 def test_auto_keeps_what_fits():
     wh = sizes(1000, middle=4., spread=0.4)
     kept, line = auto(wh, ANCHORS_P5)

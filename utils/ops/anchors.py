@@ -94,7 +94,8 @@ def auto(wh, anchors, *, threshold=4.0, seed=0, enough=0.98):
     wh = wh[np.isfinite(wh).all(1) & (wh.max(1) >= 2) & (wh.min(1) > 0)]
     before, text = recall(anchors, wh, threshold), "{:.4f}, {:.2f} anchors per box".format
     if len(wh) and before[0] <= enough:
-        new = kmeans(wh, anchors.size // 2, rng=np.random.default_rng(seed))
+        # of logarithms, because a loss matches anchors and boxes by the ratios of their sides
+        new = np.exp(kmeans(np.log(wh), anchors.size // 2, rng=np.random.default_rng(seed)))
         new = new[np.argsort(new.prod(1), kind="stable")].reshape(anchors.shape).astype(np.float32)
         after = recall(new, wh, threshold)
         if after[0] > before[0]:
