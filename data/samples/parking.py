@@ -85,11 +85,11 @@ def parking(out, *, train=48, test=12, size=(720, 1280), seed=0):
     with whole_folder(target) as root:
         for split, i, rng in numbered(target, train=train, test=test, seed=seed):
             image, found = scene(rng, size, first=classes[i % 14] if i % 12 != 7 else None)
-            name = f"{split}_{i:04d}.jpg"
+            key, name, content = i + 1, f"{split}_{i:04d}.jpg", labels[split]
             save_image(f"{root}/{split}/images/{name}", image, quality=90)
-            labels[split]["images"].append({"id": i + 1, "file_name": name})
-            labels[split]["annotations"] += [
-                {"image_id": i + 1, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            content["images"].append({"id": key, "file_name": name})
+            content["annotations"] += [
+                {"image_id": key, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1]}
                 for category, (x1, y1, x2, y2) in found]
         for split, content in labels.items():
             write_json(f"{root}/{split}/label/{split.title()}.json", content, indent=None)
