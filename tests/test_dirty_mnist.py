@@ -1,6 +1,5 @@
 """data/samples/dirty_mnist.py and letters.py: the recipe's statistics, a slow renderer, files."""
 import csv
-import io
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ from torchvision.io import decode_image
 from data.samples import dirty_mnist, glyphs
 from data.samples import letters as sample_letters
 from data.samples.dirty_mnist import HEADER, Synthesizer, Synthetic, write
-from data.loader import _end_workers, eval_loader, train_loader
+from data.loader import eval_loader, train_loader
 from utils.errors import UserError, cli
 
 
@@ -293,12 +292,12 @@ def test_files_are_the_images_made_on_the_fly(tmp_path, plain):
     assert np.array_equal(np.array(rows)[:, 1:].astype(float), labels.numpy())
 
 
-def test_the_number_of_processes_does_not_matter(tmp_path, small):
-    for workers in (0, 1, 3):
-        write(small, tmp_path / str(workers), 50, start=7, workers=workers)
-    assert content(tmp_path / "0") == content(tmp_path / "1") == content(tmp_path / "3")
-    assert table_of(tmp_path / "0_answer.csv") == table_of(tmp_path / "3_answer.csv")
-    assert list(content(tmp_path / "0"))[::49] == ["000007.png", "000056.png"]
+def test_the_names_and_the_number_of_images(tmp_path, small):
+    for num in (50, 20, 0):
+        write(small, tmp_path / str(num), num, start=7)
+    assert list(content(tmp_path / "50"))[::49] == ["000007.png", "000056.png"]
+    assert content(tmp_path / "20").items() < content(tmp_path / "50").items() and not content(tmp_path / "0")
+    assert table_of(tmp_path / "20_answer.csv") == table_of(tmp_path / "50_answer.csv")[:21]
 
 
 def test_what_exists_is_left_alone(tmp_path, small):
@@ -310,27 +309,17 @@ def test_what_exists_is_left_alone(tmp_path, small):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b_answer.csv"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_written(tmp_path, small, monkeypatch, workers):
+def test_what_cannot_be_written(tmp_path, small, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "file").write_text("a file")
     with pytest.raises(UserError, match="file/out: cannot be written"):
-        write(small, tmp_path / "file/out", 2, workers=workers)
+        write(small, tmp_path / "file/out", 2)
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(UserError, match="out/100000.png: cannot be written .No space"):
-        write(small, tmp_path / "out", 2, workers=workers)
-    assert not (tmp_path / "out_answer.csv").exists()
-
-
-def test_a_process_that_dies(tmp_path, small, monkeypatch):
-    def dies(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGKILL)
-    monkeypatch.setattr(dirty_mnist, "save_image", dies)
-    with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):  # utils.errors.cli answers it
-        write(small, tmp_path / "out", 40, workers=2)
-    assert not (tmp_path / "out_answer.csv").exists()
+    with pytest.raises(UserError, match="out: cannot be written .No space"):
+        write(small, tmp_path / "out", 2)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def command(monkeypatch, *flags):
@@ -342,65 +331,39 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     pixels, letters = glyphs.render(4)
     sample_letters.write_glyphs(tmp_path / "train.csv", pixels, letters)
     out = tmp_path / "out"
-    flags = ["--letters", tmp_path / "train.csv", "--out", out, "--workers", 2]
+    flags = ["--letters", tmp_path / "train.csv", "--out", out]
     command(monkeypatch, *flags, "--num", 3, "--size", 80, "--letters-per-image", 1, 3, "--noise", 9, "--seed", 4,
             "--start-index", 5)
     assert capsys.readouterr().out == f"{out}_answer.csv\n"
     synthesizer = Synthesizer(pixels, letters, size=80, counts=(1, 3), noise=9)
     write(synthesizer, tmp_path / "b", 3, start=5, seed=4)
     assert content(out) == content(tmp_path / "b")
-    with pytest.raises(UserError, match="out: exists already"):
+    with pytest.raises(UserError, match="out_answer.csv: exists already"):
         command(monkeypatch, *flags)
 
 
 @pytest.mark.parametrize("flags", [["--num", 0], ["--size", 78], ["--letters-per-image", 10], ["--noise", 256],
-                                   ["--letters-per-image", 0, 3], ["--seed", -1], ["--workers", -1]])
+                                   ["--letters-per-image", 0, 3], ["--seed", -1]])
 def test_bad_flags(tmp_path, monkeypatch, capsys, flags):
     with pytest.raises(SystemExit) as error:
         command(monkeypatch, "--out", tmp_path / "out", *flags)
     assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def in_a_session(log, flags):
-    """What a shell does with the command, but for the seconds that importing torch takes."""
-    os.setsid()
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    sys.argv = ["dirty_mnist", *map(str, flags)]
-    try:
+def test_a_stopped_command_leaves_nothing(tmp_path):
+    def child():
+        os.dup2(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv = ["dirty_mnist", "--out", str(tmp_path / "images/out"), "--num", "20000", "--size", "80"]
         cli(dirty_mnist.main)
-    finally:
-        _end_workers()  # as when Python ends; a process of multiprocessing does not get there
 
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_command_leaves_no_processes(tmp_path, signum):
-    pixels, letters = glyphs.render(1)
-    sample_letters.write_glyphs(tmp_path / "letters.csv", pixels, letters)
-    out, log = tmp_path / "out", tmp_path / "log"
-    flags = ["--letters", tmp_path / "letters.csv", "--out", out, "--num", 20_000, "--size", 80, "--workers", 2]
-    process = multiprocessing.get_context("fork").Process(target=in_a_session, args=(log, flags))
+    process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    while process.is_alive() and not (out / "100040.png").exists():
+    while process.is_alive() and not list(tmp_path.rglob("100040.png")):
         time.sleep(.02)
-    if signum == signal.SIGKILL:
-        os.killpg(process.pid, signum)
-    else:
-        os.kill(process.pid, signum)
+    os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[signum]
-    assert "Traceback" not in log.read_text() and "error" not in log.read_text(), log.read_text()
-    for _ in range(200):  # until nobody of its session is left
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(.05)
-    else:
-        pytest.fail("processes are left")
-    written = content(out)
-    assert 0 < len(written) < 20_000 and not (tmp_path / "out_answer.csv").exists()
-    whole = {k: v for k, v in written.items() if not k.startswith(".new")}
-    assert all(Image.open(io.BytesIO(value)).load() for value in whole.values())
+    assert process.exitcode == 143 and not os.listdir(tmp_path / "images")
+    assert "Traceback" not in (tmp_path / "log").read_text() and "error" not in (tmp_path / "log").read_text()
 
 
 # ---- the sample ------------------------------------------------------------------------------------------------------

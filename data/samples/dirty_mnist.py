@@ -4,8 +4,8 @@
         --out more/dirty_mnist_2nd
 
 The command writes OUT/100000.png and so on, and at the end OUT_answer.csv (index, a ... z). An image depends only on
-(seed, index), on the letters and on the flags of the recipe, not on --workers or --num. `Synthetic` makes such images
-during training: every image is new, and no image is written to disk.
+(seed, index), on the letters and on the flags of the recipe, not on --num. `Synthetic` makes such images during training:
+every image is new, and no image is written to disk.
 """
 import argparse
 import os
@@ -15,13 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
+from tqdm import trange
 
-from data.loader import eval_loader
 from data.samples import glyphs
 from utils.errors import Parser, UserError, cli
-from utils.files import check_absent, write_csv, writing
-from utils.pictures.sheets import save_image
+from utils.files import check_absent, whole_folder, write_csv
 from utils.train.args import int_range
 
 SIDE, LARGEST = 28, 79  # pixels: side of a glyph; side of the box around a glyph turned by 45 degrees and doubled
@@ -151,27 +149,22 @@ class Synthetic(torch.utils.data.Dataset):
 
 
 # ---- the files -----------------------------------------------------------------------------------------------------
-def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
+def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6):
     """Writes images start ... start + num - 1 to `out`/{index}.png and then their labels to the table `out`_answer.csv.
 
-    Returns the name of the table. workers: processes; 0 writes in this one. Raises UserError if the folder or the table
-    exists already or cannot be written.
+    Returns the name of the table. The folder appears whole or not at all. Raises UserError if it or the table exists
+    already or cannot be written.
     """
-    def save(indices):
-        images, labels = synthesizer.batch(indices, seed)
-        for i, image in zip(indices, images.cpu().numpy()):
-            # not compressed, as noise cannot be
-            save_image(f"{out}/{i:0{digits}d}.png", Image.fromarray(image[0]), compress_level=0)
-        return [[i, *label] for i, label in zip(indices, labels.int().tolist())]
-
-    answers, rows = f"{os.path.normpath(out)}_answer.csv", []
-    for path in (out, answers):
-        check_absent(path)
-    with writing(out), tqdm(total=num, desc=str(out), unit="image", disable=None) as bar:
-        os.makedirs(out)
-        for block in eval_loader(range(start, start + num), BLOCK, workers=workers, collate=save):
-            rows += block
-            bar.update(len(block))
+    answers, rows, stop = f"{os.path.normpath(out)}_answer.csv", [], start + num
+    check_absent(answers)
+    with whole_folder(out) as folder:
+        for first in trange(start, stop, BLOCK, desc=str(out), unit=f"{BLOCK} images", disable=None):
+            indices = range(first, min(first + BLOCK, stop))
+            images, labels = synthesizer.batch(indices, seed)
+            for i, image, label in zip(indices, images.numpy(), labels.int().tolist()):
+                # not compressed, as noise cannot be
+                Image.fromarray(image[0]).save(f"{folder}/{i:0{digits}d}.png", compress_level=0)
+                rows.append([i, *label])
     write_csv(answers, HEADER, rows)
     return answers
 
@@ -188,11 +181,10 @@ def main():
         "largest number of letters in an image (default: 10 14)")
     add("--noise", type=int_range(0, 255), default=254, metavar="N", help="largest value of the noise (default: 254)")
     add("--seed", type=int_range(0), default=0, metavar="N", help="another seed gives other images (default: 0)")
-    add("--workers", type=int_range(0), default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
     args = parser.parse_args()
     synthesizer = Synthesizer(*glyphs.read(args.letters), size=args.size, counts=args.letters_per_image,
                               noise=args.noise)
-    print(write(synthesizer, args.out, args.num, start=args.start_index, seed=args.seed, workers=args.workers))
+    print(write(synthesizer, args.out, args.num, start=args.start_index, seed=args.seed))
 
 
 if __name__ == "__main__":

@@ -55,18 +55,17 @@ def rows(folders, pattern="**/results.csv"):
 
 def write(folder):
     """Writes summary.csv beside a run's folder, the table of all runs there; of runs/seg/exp into runs, with the runs
-    of the other tasks.
+    of the other tasks and projects.
 
     Raises UserError when it cannot be written. What is damaged is left out, with a line on stderr.
     """
     project = Path(os.path.abspath(folder)).parent  # of "." too
-    parent = project.parent if project.name in TASKS else project
-    places = [parent / task for task in TASKS] if project.name in TASKS else [project]
+    parent, depth = (project.parent, "*/*") if project.name in TASKS else (project, "*")
     path = parent / "summary.csv"
     # the process that writes last has read last, so it sees runs that end at the same time
     with writing(path), locked(path.with_name(".summary.lock")):
         cells.write_csv(path, [row | {"run": os.path.relpath(row["run"], parent)}
-                               for row in rows(places, "*/results.csv")])
+                               for row in rows([parent], f"{depth}/results.csv")])
 
 
 def _row(run):
