@@ -258,7 +258,8 @@ MUTANTS = [
     # ---- labels ----
     Mutant("boxes that are not finite", "data/labels/__init__.py", "infinite = ~np.isfinite(corners).all(1)",
            "infinite = np.zeros(len(corners), bool)", LABELS),
-    Mutant("unknown categories", "data/labels/__init__.py", "infinite, classes < 0,", "infinite, classes < -1,", LABELS),
+    Mutant("unknown categories", "data/labels/__init__.py", "infinite, classes < 0,",
+           "infinite, classes < -1,", LABELS),
     Mutant("boxes without area", "data/labels/__init__.py",
            "(inside[:, 2:] - inside[:, :2]).min(1) < MIN_SIDE", "classes < 0", LABELS),
     Mutant("boxes that stand twice", "data/labels/__init__.py",

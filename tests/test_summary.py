@@ -59,7 +59,8 @@ def test_the_best_run_first_and_those_without_a_score_last(tmp_path):
     make(tmp_path / "cls/x", [0.3], key="acc")
     make(tmp_path / "seg/m", [0.99], key="miou")  # another score: not compared with the others
     assert list(rows(tmp_path)) == ["x", "b", "a", "d", "m", "e"]  # and "c" has not trained an epoch yet
-    assert (rows(tmp_path)["e"]["best"], rows(tmp_path)["e"]["epoch"], rows(tmp_path)["e"]["minutes"]) == (None, None, 2)
+    last = rows(tmp_path)["e"]
+    assert (last["best"], last["epoch"], last["minutes"]) == (None, None, 2)
 
 
 def test_a_run_and_a_folder_above_it_are_the_same_runs(tmp_path):

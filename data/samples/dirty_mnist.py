@@ -4,8 +4,8 @@
         --out more/dirty_mnist_2nd
 
 The command writes OUT/100000.png and so on, and at the end OUT_answer.csv (index, a ... z). An image depends only on
-(seed, index), on the letters and on the flags of the recipe, not on --num. `Synthetic` makes such images during training:
-every image is new, and no image is written to disk.
+(seed, index), on the letters and on the flags of the recipe, not on --num. `Synthetic` makes such images during
+training: every image is new, and no image is written to disk.
 """
 import argparse
 import os

@@ -36,7 +36,7 @@ BAY = (2.7, 5.6)                                         # width and depth of a 
 
 
 def draw(rng, name, scale, degrees):
-    """An object of this class, turned counter-clockwise -> RGBA image, `scale` pixels a metre, transparent around it."""
+    """An object of this class, turned counter-clockwise -> RGBA image, `scale` pixels a metre, else transparent."""
     _, colours, length, width, top, colour = CLASSES[name]
     length, width, top = (int(scale * side) + 1 for side in (length, width, top))
     image = Image.new("RGBA", (length, width), str(rng.choice(colours)))
@@ -61,7 +61,7 @@ def scene(rng, size, *, first=None):
         if name in PARKED and rng.random() < .85:
             place, degrees = (place // bay + .5) * bay, rng.normal(90, 2)
         vehicle, layer = draw(rng, name, scale, degrees), Image.new("RGBA", image.size)
-        layer.paste(vehicle, tuple((np.minimum(place, sides - 1) - np.divide(vehicle.size, 2)).astype(int)))
+        layer.paste(vehicle, tuple((np.clip(place, 2, sides - 3) - np.divide(vehicle.size, 2)).astype(int)))
         x1, y1, x2, y2 = layer.getbbox()                 # of what of it is in the image
         if all(x2 <= a1 or a2 <= x1 or y2 <= b1 or b2 <= y1 for _, (a1, b1, a2, b2) in found):
             found.append((1 + list(CLASSES).index(name), (x1, y1, x2, y2)))
