@@ -476,25 +476,18 @@ def _decode_jpeg(path):
     on what stands in place of the marker."""
     data, end = Path(path).read_bytes(), b"\xff\xd9"
     try:
-        if not _ends(data):  # torchvision would fill up with grey; Pillow does, but prints nothing
-            ends = [np.asarray(Image.open(BytesIO(data + tail + end), formats=("JPEG",))) for tail in (b"",
-                                                                                                       b"Z" * 4096)]
-            if not np.array_equal(*ends):
+        # Behind the start of the last scan, as thumbnails in the header have end markers of their own. Without one
+        # torchvision would fill up with grey; Pillow does, but prints nothing
+        if data.rfind(end) < data.rfind(b"\xff\xda"):
+            whole, other = (np.asarray(Image.open(BytesIO(data + tail + end), formats=("JPEG",)))
+                            for tail in (b"", b"Z" * 4096))
+            if not np.array_equal(whole, other):
                 raise RuntimeError("truncated")
             data += end
         data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
     except (RuntimeError, OSError, SyntaxError, ValueError):
         raise UserError(DAMAGED.format(path)) from None
-
-
-def _ends(jpeg):
-    """Whether a JPEG has an end marker. It is looked for behind the header's segments, which hold thumbnails with end
-    markers of their own."""
-    at = 2
-    while jpeg[at:at + 1] == b"\xff" and jpeg[at + 1:at + 2] != b"\xda":
-        at += 2 + int.from_bytes(jpeg[at + 2:at + 4], "big")
-    return jpeg.find(b"\xff\xd9", at) >= 0
 
 
 _decode_once = functools.lru_cache(maxsize=1)(_decode)  # for the windows of one large picture

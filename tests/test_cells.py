@@ -1,4 +1,4 @@
-"""utils/pictures/cells.py: tables as CSV files, text, Markdown and pictures."""
+"""utils/pictures/cells.py: tables as CSV files, text and pictures."""
 import csv
 import math
 
@@ -71,12 +71,6 @@ def test_text_is_aligned_numbers_on_the_right():
                              "a|b c  0.1235      7\n"
                              "large          12345\n"
                              "          nan\n")
-
-
-def test_markdown():
-    assert as_text(ROWS, markdown=True).splitlines() == [
-        "| name   |    iou |     n |", "| ---    |    --: |   --: |", "| a\\|b c | 0.1235 |     7 |",
-        "| large  |        | 12345 |", "|        |    nan |       |"]
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

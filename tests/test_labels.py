@@ -889,7 +889,9 @@ def test_a_damaged_cache_is_made_again(lot, reading, tmp_path):
     for data, spot in zip(flipped, np.random.default_rng(0).integers(2, len(whole), 40)):
         data[spot] ^= 16
     for data in [b"", b"\n", whole[:-1], whole[:len(whole) // 2], whole[9:], b"\xff" * 99, b"[" * 200_000, *flipped]:
-        assert data != whole
+        with contextlib.suppress(zlib.error):
+            if zlib.decompress(data) == zlib.decompress(whole):  # another way of writing the same
+                continue
         store.write_bytes(data)
         assert reading(lot)[1], data[:99]
         assert store.read_bytes() == whole and not reading(lot)[1]

@@ -5,7 +5,7 @@
 """
 import sys
 
-from utils.errors import Parser, cli
+from utils.errors import Parser, UserError, cli
 from utils.files import check_absent
 from utils.pictures import cells, review, table
 
@@ -16,10 +16,11 @@ def print_table(argv):
     parser = Parser(prog="python -m utils.report",
                     description="Lists the runs, the best first. `noise RUN ...` ranks samples instead.")
     parser.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="where runs are (default: runs)")
-    parser.add_argument("--metric", metavar="NAME", help="sort by this column of results.csv instead of the score")
-    parser.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
     args = parser.parse_args(argv)
-    print(table.render(table.tables(args.folders, args.metric), args.format), end="")
+    found = table.rows(args.folders)
+    if not found:
+        raise UserError(f"{' '.join(args.folders)}: no runs below (results.csv); give the folder that --project names")
+    print(cells.as_text(found), end="")
 
 
 def rank_noise(argv):

@@ -22,18 +22,17 @@ from data.labels.records import MISSING, NO_BOX, TURNED_BOX, list_files
 from utils.errors import UserError
 from utils.files import folder_of, kept_values, many_objects, show, stamps_of, store_of
 
-VERSION = 7  # of the kept result: to be raised when a reader finds something else in the same files
+VERSION = 8  # of the kept result: to be raised when a reader finds something else in the same files
 # A side of less than a pixel shows nothing, and its logarithm diverges. 0.1 is left for YOLO's rounding: with four
 # decimals, one pixel of 2000 is written as 0.95 to 1.05
 MIN_SIDE = 0.9
-DROPPED = ("not finite", "unknown category", "less than a pixel inside the image", "duplicate")
+DROPPED = ("labelled without the turn in the image's EXIF (turn the file or its labels)", "not finite",
+           "unknown category", "less than a pixel inside the image", "duplicate")
 UNREADABLE = (NO_BOX, yolo.BAD_LINE)
 MAX_CUT = 0.2  # share of the boxes that may lose this share of their area by clipping; else they are of another format
 CLIPPED = "clipped to the image"
-TURNED = "boxes turned with the image, by its EXIF"
 RESIZED = "image of another size than its labels state"
-NOTES = {CLIPPED: "found", RESIZED: "found", TURNED: "found", TURNED_BOX: "found",
-         "crowd": "left out"}  # cases that are no faults
+NOTES = {CLIPPED: "found", RESIZED: "found", TURNED_BOX: "found", "crowd": "left out"}  # cases that are no faults
 
 
 class Labels(NamedTuple):
@@ -135,8 +134,13 @@ def _check(layout, cache):
         if category_of.setdefault(name, category) != category:  # results are kept by name
             raise UserError(f"{layout.root / layout.labels[0]}: the categories {category_of[name]} and {category} are "
                             f"both named {show(name)}; rename one, or give all their boxes one category")
-    turns, cases = _turns(headers, files, stated)
-    boxes, classes, counts, more, cut = _sort_out(records, files, sizes, turns, category_of.values(), layout.place)
+    # images are read upright, but some programs label them as they are stored
+    stored = [bool(header and header.orientation > 4 and shape == header.size[:0:-1] != header.size[1:])
+              for header, shape in zip(headers, stated)]
+    cases = {RESIZED: [f"{file}: {size[0]} x {size[1]}, not {show(shape)}"
+                       for file, size, shape, as_stored in zip(files, sizes, stated, stored)
+                       if size and shape and shape != size and not as_stored]}
+    boxes, classes, counts, more, cut = _sort_out(records, files, sizes, stored, category_of.values(), layout.place)
     cases |= more | records.cases | layout.cases
     held_out = [out and not all(held_out) for out in held_out]
     return {"stamps": stamps, "files": files, "sizes": sizes, "counts": counts,
@@ -145,41 +149,11 @@ def _check(layout, cache):
             "total": len(records.boxes) + sum(len(cases.get(kind, ())) for kind in UNREADABLE)}
 
 
-def _turns(headers, files, stated):
-    """-> per image the EXIF orientation by which its boxes are to be turned (1: none), {kind of case: its places}.
-
-    Images are read upright, but some programs label them as they are stored. Where the orientation exchanges height and
-    width, the size that the labels state shows it. If one image of the set is labelled in this way, so are the images
-    whose size shows nothing: squares, and orientations that keep height and width.
-    """
-    turns, cases = [], {TURNED: [], RESIZED: []}
-    known = [(header.orientation, header.size[1:], shape) if header and shape else (1, None, None)
-             for header, shape in zip(headers, stated)]
-    stored = any(tag > 4 and shape == size[::-1] != size for tag, size, shape in known)
-    for file, (tag, size, shape) in zip(files, known):
-        turned = stored and (1 < tag < 5 or tag > 4 and shape == size[::-1])
-        turns.append(tag if turned else 1)
-        if turned:
-            cases[TURNED].append(file)
-        elif shape != size:
-            cases[RESIZED].append(f"{file}: {size[0]} x {size[1]}, not {show(shape)}")
-    return turns, cases
-
-
-def _turn(box, size, tag):
-    """A box x1, y1, x2, y2 in the stored image -> the same box in the upright image of size (height, width). tag: the
-    orientation in EXIF."""
-    corners = np.reshape(box, (2, 2))[:, ::-1 if tag < 5 else 1].astype(float)  # rows of y, x in the upright image
-    for axis in images.MIRRORED.get(tag, ()):
-        corners[:, axis - 1] = size[axis - 1] - corners[::-1, axis - 1]
-    return corners[:, ::-1].ravel().tolist()
-
-
 def _areas(boxes):
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def _sort_out(records, files, sizes, turns, category_ids, place):
+def _sort_out(records, files, sizes, stored, category_ids, place):
     """-> the boxes to keep (n, 4), image by image, clipped to it, in pixels; their classes (n,); how many each image has;
     {kind of case: its places}; how many boxes lose much of their area by clipping."""
     rows, class_of = [row for row in records.boxes if sizes[row[0]]], {key: k for k, key in enumerate(category_ids)}
@@ -187,12 +161,11 @@ def _sort_out(records, files, sizes, turns, category_ids, place):
     classes = np.array([class_of.get(row[1], -1) for row in rows], int)
     sides = np.array([size and size[::-1] * 2 or (0,) * 4 for size in sizes], float).reshape(-1, 4)[owners]
     corners = np.array([row[2] for row in rows], float).reshape(-1, 4) * (sides if records.normalised else 1)
-    for i in np.flatnonzero(np.array(turns, int)[owners] != 1):
-        corners[i] = _turn(corners[i], sizes[owners[i]], turns[owners[i]])
     with np.errstate(invalid="ignore", over="ignore"):
         inside = np.fmin(np.fmax(corners, 0), sides) + 0.0  # not -0.0
         infinite = ~np.isfinite(corners).all(1)
-        faults = np.stack((infinite, classes < 0, (inside[:, 2:] - inside[:, :2]).min(1) < MIN_SIDE,
+        faults = np.stack((np.array(stored, bool)[owners], infinite, classes < 0,
+                           (inside[:, 2:] - inside[:, :2]).min(1) < MIN_SIDE,
                            _repeated(np.column_stack((owners, classes, infinite, inside)))))
         moved = (np.abs(inside - corners) > 1).any(1)  # less is rounding
         cut = int((_areas(inside) < (1 - MAX_CUT) * _areas(corners)).sum())

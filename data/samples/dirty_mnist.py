@@ -1,36 +1,25 @@
 """Dirty-MNIST, second edition (DACON 2021): synthetic images of 10 to 14 different capital letters in heavy noise.
 
     python -m data.samples.dirty_mnist --letters resources/mnist_data/train.csv --num 350000 \
-        --out resources/dirty_mnist_2nd
-    python -m data.samples.dirty_mnist --letters resources/mnist_data/test.csv --rows=-3000: --num 5000 \
-        --out resources/val_dirty_mnist_2nd
+        --out more/dirty_mnist_2nd
 
-The command writes OUT/100000.png and so on, and adds their rows to OUT_answer.csv (index, a ... z). After an
-interruption, the same command continues where it stopped. An image depends only on (seed, index), on the letters and on
-the flags of the recipe, not on --workers or --num. `Synthetic` makes such images during training: every image is new,
-and no image is written to disk.
+The command writes OUT/100000.png and so on, and at the end OUT_answer.csv (index, a ... z). An image depends only on
+(seed, index), on the letters and on the flags of the recipe, not on --num. `Synthetic` makes such images during
+training: every image is new, and no image is written to disk.
 """
 import argparse
-import contextlib
-import functools
-import json
 import os
 import string
-import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
+from tqdm import trange
 
-from data.loader import eval_loader
 from data.samples import glyphs
 from utils.errors import Parser, UserError, cli
-from utils.files import read_csv, write_csv
-from utils.pictures.sheets import save_image
+from utils.files import check_absent, whole_folder, write_csv
 from utils.train.args import int_range
 
 SIDE, LARGEST = 28, 79  # pixels: side of a glyph; side of the box around a glyph turned by 45 degrees and doubled
@@ -160,83 +149,30 @@ class Synthetic(torch.utils.data.Dataset):
 
 
 # ---- the files -----------------------------------------------------------------------------------------------------
-def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6, workers=0):
-    """Writes images start ... start + num - 1 to `out`/{index}.png and adds their labels to the table `out`_answer.csv.
+def write(synthesizer, out, num, *, start=100_000, seed=0, digits=6):
+    """Writes images start ... start + num - 1 to `out`/{index}.png and then their labels to the table `out`_answer.csv.
 
-    Returns the name of the table. Complete files are kept, so that an interrupted run continues; each file appears
-    whole or not at all. workers: processes; 0 writes in this one. Raises UserError for a file that cannot be written,
-    or that exists with another recipe.
+    Returns the name of the table. The folder appears whole or not at all. Raises UserError if it or the table exists
+    already or cannot be written.
     """
-    s, answers = synthesizer, f"{os.path.normpath(out)}_answer.csv"
-    letters = zlib.crc32(s.pixels.cpu().numpy().tobytes() + s.available.tobytes())
-    recipe = {"seed": seed, "size": s.size, "counts": s.counts, "noise": s.noise, "letters": f"{letters:08x}"}
-    others = _other_rows(answers, start, start + num)  # read before an hour's work, not after
-    job = functools.partial(_write_missing, s, Path(out), seed=seed, digits=digits, text=json.dumps(recipe))
-    rows = []
-    blocks = eval_loader(range(start, start + num), BLOCK, workers=workers, collate=job)
-    try:
-        with tqdm(total=num, desc=str(out), unit="image", disable=None) as bar:
-            for block in blocks:
-                rows += block
-                bar.update(len(block))
-    finally:
-        if workers:  # after an error too: this process would wait for them when it ends
-            blocks._iterator._shutdown_workers()
-    write_csv(answers, HEADER, [*others, *rows])
+    answers, rows, stop = f"{os.path.normpath(out)}_answer.csv", [], start + num
+    check_absent(answers)
+    with whole_folder(out) as folder:
+        for first in trange(start, stop, BLOCK, desc=str(out), unit=f"{BLOCK} images", disable=None):
+            indices = range(first, min(first + BLOCK, stop))
+            images, labels = synthesizer.batch(indices, seed)
+            for i, image, label in zip(indices, images.numpy(), labels.int().tolist()):
+                # not compressed, as noise cannot be
+                Image.fromarray(image[0]).save(f"{folder}/{i:0{digits}d}.png", compress_level=0)
+                rows.append([i, *label])
+    write_csv(answers, HEADER, rows)
     return answers
-
-
-def _write_missing(synthesizer, out, indices, *, seed, digits, text):
-    """Writes the missing ones of the images -> the rows of all of them in the table of labels: index, 26 times 0 or 1.
-    """
-    paths, comment = {i: out / f"{i:0{digits}d}.png" for i in indices}, PngInfo()
-    comment.add_text("Comment", text)
-    missing = [i for i, path in paths.items() if not _complete(path, text)]
-    if missing:
-        for i, image in zip(missing, synthesizer.batch(missing, seed)[0].cpu().numpy()):
-            # not compressed, as noise cannot be
-            save_image(paths[i], Image.fromarray(image[0]), pnginfo=comment, compress_level=0)
-    return [[i, *label] for i, label in zip(indices, synthesizer.draw(indices, seed)[1].int().tolist())]
-
-
-def _complete(path, text):
-    """Whether the file exists and is complete. Raises UserError if its comment is another one than `text`."""
-    if not (path.exists() and path.stat().st_size):
-        return False
-    recipe, complete = None, False
-    with contextlib.suppress(OSError, SyntaxError), Image.open(path, formats=("PNG",)) as image:  # it may be damaged
-        recipe = image.info.get("Comment")
-        image.load()
-        complete = True
-    if recipe != text:
-        raise UserError(f"{path}: exists already, made with other letters or flags; choose another --out or "
-                        f"--start-index")
-    return complete
-
-
-def _other_rows(path, start, stop):
-    """The rows of a table of labels whose indices are not start ... stop - 1: the competition's own, for instance."""
-    if not os.path.exists(path):
-        return []
-    header, *rows = [row for row in read_csv(path) if row] or [[]]
-    if header != HEADER or not all(len(row) == len(HEADER) and row[0].isdecimal() for row in rows):
-        raise UserError(f"{path}: exists already and is no table of index and a to z; move it away or choose another "
-                        f"--out")
-    return [row for row in rows if not start <= int(row[0]) < stop]
-
-
-def row_range(text):
-    """argparse type: "0:3000" -> slice(0, 3000), "-3000:" -> slice(-3000, None)."""
-    start, stop = text.split(":")
-    return slice(int(start) if start else None, int(stop) if stop else None)
 
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--letters", metavar="FILE", help="the competition's CSV, or .gz (default: letters of a font)")
-    add("--rows", type=row_range, default=":", metavar="A:B", help="use only these rows of the file, as in a Python "
-        "slice; write --rows=-3000: for the last 3000 (default: all)")
     add("--out", required=True, metavar="DIR", help="the folder of the images")
     add("--num", type=int_range(1), default=350_000, metavar="N", help="number of images (default: 350000)")
     add("--start-index", type=int_range(0), default=100_000, metavar="N", help="index of the first (default: 100000)")
@@ -245,11 +181,10 @@ def main():
         "largest number of letters in an image (default: 10 14)")
     add("--noise", type=int_range(0, 255), default=254, metavar="N", help="largest value of the noise (default: 254)")
     add("--seed", type=int_range(0), default=0, metavar="N", help="another seed gives other images (default: 0)")
-    add("--workers", type=int_range(0), default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
     args = parser.parse_args()
-    pixels, letters = (array[args.rows] for array in glyphs.read(args.letters))
-    synthesizer = Synthesizer(pixels, letters, size=args.size, counts=args.letters_per_image, noise=args.noise)
-    print(write(synthesizer, args.out, args.num, start=args.start_index, seed=args.seed, workers=args.workers))
+    synthesizer = Synthesizer(*glyphs.read(args.letters), size=args.size, counts=args.letters_per_image,
+                              noise=args.noise)
+    print(write(synthesizer, args.out, args.num, start=args.start_index, seed=args.seed))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ def letters(out, *, train=48, test=12, seed=0):
         write_glyphs(f"{root}/mnist_data/train.csv", *known)
         write_glyphs(f"{root}/mnist_data/test.csv", *unknown)
         write(Synthesizer(*known), f"{root}/dirty_mnist_2nd", train, start=0, seed=seed, digits=5)
-        os.mkdir(f"{root}/test_dirty_mnist_2nd")  # which may stay empty
         write(Synthesizer(*unknown), f"{root}/test_dirty_mnist_2nd", test, start=first, seed=seed, digits=5)
         rows = [[index] + [0] * 26 for index in range(first, first + test)]
         write_csv(f"{root}/sample_submission.csv", HEADER, rows)

@@ -1,14 +1,12 @@
-"""Tables: rows, which are dicts, as aligned text, Markdown, CSV or a picture.
+"""Tables: rows, which are dicts, as aligned text, CSV or a picture.
 
 The columns are the keys of all rows in order of first appearance; a missing key or None is an empty cell.
 """
-import csv
-import io
 import math
 
 from PIL import ImageOps
 
-from utils.files import write_text
+from utils import files
 from utils.pictures.sheets import FAINT, GAP, INK, font, join, label
 
 WIDEST = 300  # pixels of a column of a picture
@@ -28,31 +26,21 @@ def _columns(rows):
             for name, values in columns.items()]
 
 
-def as_csv(rows):
-    """CSV text; floats have six significant digits, integers are exact."""
-    file = io.StringIO()
-    table = csv.DictWriter(file, column_names(rows), lineterminator="\n")
-    table.writeheader()
-    table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
-
-
 def write_csv(path, rows):
-    """Writes `as_csv(rows)`, in place of an older file. Raises UserError if the file cannot be written."""
-    write_text(path, as_csv(rows))
+    """Writes a CSV, in place of an older file; floats have six significant digits, integers are exact. Raises UserError
+    if the file cannot be written."""
+    names = column_names(rows)
+    files.write_csv(path, names, [[f"{value:.6g}" if isinstance(value, float) else value
+                                   for value in map(row.get, names)] for row in rows])
 
 
-def as_text(rows, *, markdown=False):
-    """Text with aligned columns, or a Markdown table; floats have four significant digits."""
+def as_text(rows):
+    """Text with aligned columns; floats have four significant digits."""
     columns = []
     for texts, numeric in _columns(rows):
-        if markdown:
-            texts = [text.replace("|", "\\|") for text in texts]
-            texts.insert(1, "--:" if numeric else "---")
         width = max(map(len, texts))
         columns.append([text.rjust(width) if numeric else text.ljust(width) for text in texts])
-    return "".join("| " + " | ".join(line) + " |\n" if markdown else "  ".join(line).rstrip() + "\n"
-                   for line in zip(*columns))
+    return "".join("  ".join(line).rstrip() + "\n" for line in zip(*columns))
 
 
 def as_picture(title, rows):
