@@ -165,8 +165,7 @@ def main():
     parts = min(round(1 / args.val_interval), -(-len(train_data) // args.bs))  # an epoch has a batch at least
     on_gpu = args.synthesize and device.type == "cuda"  # images are made there: no workers, no pinned memory
     loader = train_loader(train_data, args.bs, workers=0 if on_gpu else args.workers, seed=args.seed,
-                          device="cpu" if on_gpu else device, parts=parts, same=args.debug, collate=cls.collate,
-                          weights=weights)
+                          device="cpu" if on_gpu else device, parts=parts, weights=weights, collate=cls.collate)
     val_files = [data.files[i] for i in val]
     if val:
         val_data = cls.AugmentedImages(cls.Images(val_files, data.labels[val], **options), args.imgsz)
@@ -243,8 +242,6 @@ def main():
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
                **options)
-    if args.debug:
-        engine.check_debug(state.history)
     if val:
         write_report(state, evaluate_metric, names, folder, val_files, bands)
 

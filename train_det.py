@@ -44,7 +44,7 @@ IDLE = {  # per head: flags without effect
     "anchor": ("dfl",),
 }
 VALIDATION = dict(conf=0.001, iou=0.65, max_det=300)
-NEEDS = {"tile": ("overlap",), "mosaic": ("mixup", "grid", "close_mosaic"),
+NEEDS = {"tile": ("overlap",), "mosaic": ("mixup", "close_mosaic"),
          "warmup_epochs": ("warmup_bias_lr", "warmup_momentum")}
 COMMON = dict(obj_pw=1.0, cls_pw=1.0, label_smoothing=0.0, focal_gamma=0.0, anchor_threshold=4.0, autoanchor=True,
               hue=0.015, saturation=0.7, value=0.4, translate=0.1, zoom=[0.5, 1.5])
@@ -83,7 +83,6 @@ def make_parser():
     add("--autoanchor", action=BooleanOptionalAction, help="fit new anchors where the net's anchors do "
         "not fit the data (anchor)")
     add("--mosaic", type=fraction, default=1.0, help="probability; --mixup blends two mosaics")
-    add("--grid", type=int, choices=(4, 9), default=4, help="images in a mosaic")
     add("--close-mosaic", type=int_range(0), default=0, help="number of last epochs without mosaic")
     add = parser.add_argument_group("loss").add_argument
     for name, what in {"box": "the boxes' CIoU", "dfl": "the distances' distributions (free)",
@@ -141,8 +140,6 @@ def check_flags(args):
                             f"leave it out, or choose the other head")
     if args.border != ["constant"]:
         raise UserError("--border: mirrored objects would have no boxes; leave it out")
-    if args.grid == 9 and (args.degrees or args.shear):  # outer pictures would cover the objects of others
-        raise UserError("--grid 9: not with --degrees or --shear; take --grid 4")
     if args.stages and args.resume is None and (args.preset, args.epochs) != ("scratch-low", args.stages[0]):
         flag = "--epochs" if args.preset == "scratch-low" else "--preset"
         raise UserError(f"{flag}: does nothing with --stages, which tells the epochs of two presets; leave one out")
@@ -187,10 +184,10 @@ def experiment(args, device, folder, resume):
     reading = dict(bands=bands, imgsz=args.imgsz, cache=args.cache)
     samples = det.cut(samples, args.tile, args.overlap)
     changes = of_flags(vars(args))
-    train_data = det.DetData(samples, **changes, seed=args.seed, mosaic=args.mosaic, grid=args.grid,
-                             mixup=args.mixup, close_mosaic=args.epochs - args.close_mosaic, **reading)
+    train_data = det.DetData(samples, **changes, seed=args.seed, mosaic=args.mosaic, mixup=args.mixup,
+                             close_mosaic=args.epochs - args.close_mosaic, **reading)
     loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
-                          parts=args.epoch_parts, same=args.debug, weights=draw_weights(samples, args.image_weights),
+                          parts=args.epoch_parts, weights=draw_weights(samples, args.image_weights),
                           collate=det.collate)
 
     # ---- net ----
@@ -274,8 +271,6 @@ def experiment(args, device, folder, resume):
               "input": dataclasses.asdict(inputs), "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val else None, folder=folder, header=header, resume=resume,
                **options)
-    if args.debug:
-        check_debug(state.history, args.head)
     if val:
         write_report(state, average_precision, names, folder, files, bands)
 
@@ -349,15 +344,6 @@ def fit_anchors(head, samples, args):
                                 seed=args.seed)
     head.anchors.copy_(torch.as_tensor(pixels) / strides)
     dist.print0(line)
-
-
-def check_debug(history, head):
-    """`engine.check_debug`, unless the anchor-free head finds so little that its loss, a mean over what it finds, says
-    nothing."""
-    if head == "free" and history[0]["box"] < history[-1]["box"]:
-        dist.print0("--debug: the net finds too little for its loss to be compared; look at train_batch.png")
-    else:
-        engine.check_debug(history)
 
 
 def draw_sample(file, bands, truth, found, names):

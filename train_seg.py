@@ -188,7 +188,7 @@ def main():
     changes = of_flags(vars(args))
     train_data = seg.SegData(train_tiles.pairs, windows, imgsz=args.imgsz, repeat=repeat, seed=args.seed,
                              p_object=args.p_object, resize=args.resize, **changes, **options)
-    loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device, same=args.debug,
+    loader = train_loader(train_data, args.bs, workers=args.workers, seed=args.seed, device=device,
                           weights=train_tiles.weights * repeat)
     if val.names:
         of, windows = tiles.of_images(val.sizes, functools.partial(tiles.partition, tile=args.tile))
@@ -272,8 +272,6 @@ def main():
               "args": vars(args)}
     engine.fit(state, loader, compute_loss, evaluate if val.names else None, folder=folder, header=header,
                resume=resume, **options)
-    if args.debug:
-        engine.check_debug(state.history)
     if val.names:
         write_report(args, state, evaluate, inputs, val_data, folder, val_tiles.images)
 

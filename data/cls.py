@@ -348,7 +348,7 @@ class AugmentedImages(Dataset):
 
 def reduce(image, limit):
     """An image whose shorter side is longer than `limit`, reduced to that: the later warp does not average."""
-    return images.resize(image, images.reduced(image.shape[1:], limit, min))
+    return geometry.resize(image, images.reduced(image.shape[1:], limit, min))
 
 
 def collate(samples):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from data import augment, images, units
 from data.cache import Cache
 from utils.ops import boxes, tiles
-from utils.ops.geometry import of_one_dtype, paste, scale, translate, warp_boxes
+from utils.ops.geometry import of_one_dtype, paste, resize, scale, translate, warp_boxes
 from utils.train import dist
 
 GREY = 114  # of 255, around the images
@@ -99,7 +99,7 @@ class Pictures:
         step = max(full) // (4 * max(small))  # of a far larger scene every step-th pixel will do
         shape = tuple(max(1, side // step) for side in full) if step > 1 else None
         image = images.read_picture(self.files[i], self.bands, window=self.windows[i], shape=shape)
-        image = images.resize(image, small)
+        image = resize(image, small)
         if image.is_floating_point() and images.header(self.files[i]).dtype == "uint8":  # where there is no data
             image = image.nan_to_num(GREY).round().to(torch.uint8)
         return image.permute(1, 2, 0).contiguous()
@@ -117,16 +117,16 @@ class DetData(Dataset):
          "colour": float32 (C, C), still to be applied by `Input`, "index": int}
 
     samples: list of Sample. bands: from 1; None: all. mosaic, mixup: probabilities, mixup blends a mosaic with a second
-    one; grid: 4 or 9 images in a mosaic; close_mosaic: epoch, from 0, from which on there are neither. view,
+    one; close_mosaic: epoch, from 0, from which on there are neither. view,
     colour: keyword arguments of `augment.view`, for each picture or mosaic, and `augment.colour`. cache: see Pictures.
     """
 
-    def __init__(self, samples, *, view={}, colour={}, bands=None, imgsz=640, seed=0, cache=None, mosaic=1.0, grid=4,
-                 mixup=0.0, close_mosaic=math.inf):
+    def __init__(self, samples, *, view={}, colour={}, bands=None, imgsz=640, seed=0, cache=None, mosaic=1.0, mixup=0.0,
+                 close_mosaic=math.inf):
         self.files, boxes, sizes, windows, _ = zip(*samples)
         self.labels = [rows.astype(np.float32) for rows in boxes]
         self.imgsz, self.seed = imgsz, seed
-        self.mosaic, self.grid, self.mixup, self.close_mosaic = mosaic, grid, mixup, close_mosaic
+        self.mosaic, self.mixup, self.close_mosaic = mosaic, mixup, close_mosaic
         self.view, self.colour = view, colour
         limit = math.ceil(imgsz * max(1, *view.get("zoom", [1])))  # no view shows more, unless it is stretched
         self.pictures = Pictures(self.files, sizes, windows, bands=bands, limit=limit, cache=cache)
@@ -151,7 +151,7 @@ class DetData(Dataset):
 
     def scene(self, rng, i, mosaic):
         """One view of image i, or of a mosaic of it with others -> picture (C, H, W), boxes (n, 5)."""
-        chosen = [i, *rng.integers(len(self), size=self.grid - 1)] if mosaic else [i]
+        chosen = [i, *rng.integers(len(self), size=3)] if mosaic else [i]
         side, matrices, cells = augment.layout(rng, [self.pictures.sizes[k] for k in chosen], self.imgsz)
         view, _ = augment.view(rng, side, side, self.imgsz, **self.view)
         cells = warp_boxes(cells, view)

@@ -43,7 +43,6 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from data.cache import facts
 from utils.errors import UserError
 from utils.files import by_name, list_tree, read_bytes, reading
-from utils.ops.geometry import resize  # noqa: F401, as images.resize
 from utils.train import dist
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no place on Earth, and need none

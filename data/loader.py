@@ -22,18 +22,18 @@ class EpochBatches:
 
     parts: an epoch is one of `parts` parts of the permutation, so `parts` epochs see every sample once. weights: how
     often each sample is drawn, relative to the others; unless all are equal, samples are drawn with replacement instead
-    of permuted. same: every epoch is the first one, so that their losses compare.
+    of permuted.
     """
 
-    def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None, same=False):
+    def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None):
         self.size, self.batch_size, self.seed, self.parts = size, batch_size, seed, parts
-        self.shares = np.divide(weights,
-                                np.sum(weights)) if weights is not None and len(np.unique(weights)) > 1 else None
-        self.same, self.epoch, self.skip = same, 0, 0
+        equal = weights is None or len(np.unique(weights)) == 1
+        self.shares = None if equal else np.divide(weights, np.sum(weights))
+        self.epoch, self.skip = 0, 0
 
     def set_epoch(self, epoch, skip=0):
         """The epoch to draw next, without its first `skip` batches (a resumed run has done them)."""
-        self.epoch, self.skip = 0 if self.same else epoch, skip
+        self.epoch, self.skip = epoch, skip
 
     def __len__(self):
         return -(-self.size // (self.batch_size * self.parts))

@@ -21,7 +21,7 @@ from data.cache import Cache, facts
 from utils.train import dist
 from utils.errors import UserError
 from utils.ops import tiles
-from utils.ops.geometry import shrunk, warp
+from utils.ops.geometry import resize, shrunk, warp
 
 IGNORE = 255  # in masks as they are trained on: the pixel counts neither in the loss nor in a metric
 UNKNOWN = -1  # of `present`: ignored pixels may belong to the class
@@ -264,7 +264,7 @@ class SegData(Dataset):
         nothing."""
         size = (self.imgsz, self.imgsz)
         if self.resize:
-            image, mask = images.resize(image, size), images.nearest(mask, size)
+            image, mask = resize(image, size), images.nearest(mask, size)
         matrix, border = augment.view(rng, *mask.shape, self.imgsz, self.object_pixel(rng, mask), **self.view)
         mask = IGNORE - warp(IGNORE - mask[None], matrix, size, border=border, mode="nearest")[0]
         image = warp(*shrunk(image, matrix), size, border=border)

@@ -80,7 +80,7 @@ def test_pictures_of_other_bands(refused, root):
     (["--anchor-threshold", "3"], ["--anchor-threshold 3", "--head free"]),
     (["--no-autoanchor"], ["--no-autoanchor", "--head free"]),
     (["--overlap", "0.5"], ["--overlap", "--tile"]), (["--mosaic", "0", "--mixup", "1"], ["--mixup", "--mosaic"]),
-    (["--mosaic", "0", "--grid", "9"], ["--grid", "--mosaic"]),
+    (["--mosaic", "0", "--close-mosaic", "9"], ["--close-mosaic", "--mosaic"]),
     (["--mosaic", "0", "--close-mosaic", "1"], ["--close-mosaic", "--mosaic"]),
     (["--warmup-epochs", "0", "--warmup-bias-lr", "0.1"], ["--warmup-bias-lr", "warmup"]),
     (["--warmup-epochs", "0", "--warmup-momentum", "0.5"], ["--warmup-momentum", "warmup"]),
@@ -110,14 +110,14 @@ def test_flags_of_a_resumed_run(refused, script, root):
 
 def test_refused_flags_leave_no_run_folder(refused, root, tmp_path):
     """They are refused before the data is read."""
-    for flags in (["--imgsz", 80], ["--obj", 2], ["--grid", 9, "--shear", 1], ["--stages", "3,1"], ["--net", "no.Net"]):
+    for flags in (["--imgsz", 80], ["--obj", 2], ["--stages", "3,1"], ["--net", "no.Net"]):
         train(refused, "--data", "nowhere", *flags, says=flags[0])
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flag, values", [
     ("stages", ["50", "50,", "1,2,3", "a,b", "0,5", "5,-1", "1.5,2", ""]), ("variant", ["xl", "s7", ""]),
-    ("head", ["x"]), ("preset", ["best"]), ("grid", ["5", "1"]), ("mosaic", ["1.1", "-0.1", "nan"]), ("mixup", ["2"]),
+    ("head", ["x"]), ("preset", ["best"]), ("mosaic", ["1.1", "-0.1", "nan"]), ("mixup", ["2"]),
      ("epoch-parts", ["0", "x"]), ("multi-scale", ["1", "-1"]), ("degrees", ["181"]),
     ("close-mosaic", ["-1"]), ("pixel-scale", ["0", "nan"]), ("cutout-size", ["0"]), ("bands", ["0-3", "x"]),
     ("anchor-threshold", ["0.5"]),
@@ -259,10 +259,6 @@ def test_prediction_values_out_of_range(flag, values, monkeypatch, capsys):
             predict.main()
         out, err = capsys.readouterr()
         assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and f"--{flag}" in err
-
-
-def test_nine_pictures_are_not_turned(refused, parking):
-    refused(train_det, "--data", parking, *TINY_DET, "--grid", 9, "--degrees", 5, says=("--grid 9", "--grid 4"))
 
 
 def test_folds_of_data_that_has_its_own(refused, tmp_path):

@@ -60,9 +60,8 @@ def check(sample, tolerance=0.75):
 SIZES = [(60, 80), (80, 60), (64, 64), (48, 120), (100, 70), (90, 90)]
 
 
-@pytest.mark.parametrize("grid", [4, 9])
-def test_boxes_in_mosaics_are_where_the_pixels_are(tmp_path, grid):
-    data = DetData(write_images(tmp_path, SIZES), imgsz=96, grid=grid, **colourless(zoom=(0.7, 1.3), vflip=0.5))
+def test_boxes_in_mosaics_are_where_the_pixels_are(tmp_path):
+    data = DetData(write_images(tmp_path, SIZES), imgsz=96, **colourless(zoom=(0.7, 1.3), vflip=0.5))
     counts = [check(data[0, i]) for i in range(40)]
     assert np.mean(counts) > 1.5 and max(counts) >= 4
 
@@ -313,24 +312,16 @@ def test_visible():
     assert augment.visible(before[:1] * 40, after[:1]).tolist() == [False]  # less than a tenth is left
 
 
-def test_layout_of_four_meets_in_a_point_and_of_nine_surrounds_the_first():
+def test_layout_of_four_meets_in_a_point():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        sizes = [tuple(rng.integers(20, 200, 2)) for _ in range(9)]
-        side, matrices, cells = augment.layout(rng, sizes[:4], 100)
+        sizes = [tuple(rng.integers(20, 200, 2)) for _ in range(4)]
+        side, matrices, cells = augment.layout(rng, sizes, 100)
         centre = cells[0][2:]
         assert side == 200 and all(50 <= c <= 150 for c in centre)
         corners = [geometry.warp_boxes([[0, 0, w, h]], m)[0] for m, (h, w) in zip(matrices, sizes)]
         assert [tuple(np.round(c[list(k)], 6)) for c, k in zip(corners, ((2, 3), (0, 3), (2, 1), (0, 1)))] == \
             [tuple(np.round(centre, 6))] * 4
-        side, matrices, cells = augment.layout(rng, sizes, 100)
-        boxes = np.array([geometry.warp_boxes([[0, 0, w, h]], m)[0] for m, (h, w) in zip(matrices, sizes)])
-        assert side == 300 and max(boxes[0, 2:] - boxes[0, :2]) == pytest.approx(100)
-        assert np.allclose(cells[0], boxes[0])  # its cell is its own size
-        seen = np.array([(np.maximum(b[:2], c[:2]), np.minimum(b[2:], c[2:])) for b, c in zip(boxes, cells)])
-        assert (seen[:, 1] > seen[:, 0]).all()  # every picture is seen in its cell
-        cells = np.array(cells)
-        assert ((cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])).sum() == pytest.approx(300 ** 2)
 
 
 def test_colour():

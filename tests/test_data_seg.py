@@ -13,7 +13,7 @@ from PIL import Image
 from data import images, pairs, seg
 from data.cache import Cache
 from tests.conftest import WILDFIRE, digest, tile, warp_points, write_tif
-from utils.ops import tiles
+from utils.ops import geometry, tiles
 from utils.errors import UserError
 
 
@@ -348,7 +348,7 @@ def test_a_resized_sample_is_the_whole_tile_turned(tmp_path):
     image, mask = tile(3, 50, 80)
     paired = [(write_tif(tmp_path / "a.tif", image), write_tif(tmp_path / "m.tif", mask))]
     data = seg.SegData(paired, **WILDFIRE.options, bands=[1, 2], imgsz=32, resize=True, repeat=40)
-    small = images.resize(torch.from_numpy(image[:2]), (32, 32))
+    small = geometry.resize(torch.from_numpy(image[:2]), (32, 32))
     labels = images.nearest(torch.from_numpy(mask), (32, 32))
     ways = [(torch.rot90(x, k, (-2, -1)), torch.rot90(y, k, (-2, -1)))
             for x, y in ((small, labels), (small.flip(-1), labels.flip(-1))) for k in range(4)]

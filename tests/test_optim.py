@@ -36,17 +36,15 @@ def test_schedules_by_hand():
     options = dict(steps_per_epoch=5, epochs=8, period=2, floor=0.1)
     for name, points in {
         "restarts": {0: 1, 5: 0.55, 9: 0.1 + 0.9 * (1 + math.cos(math.pi * 0.9)) / 2, 10: 1, 15: 0.55, 30: 1},
-        "cyclic": {0: 0.91, 1: 0.82, 4: 0.55, 9: 0.1, 10: 0.91, 19: 0.1, 39: 0.1},
         "cosine": {0: 1, 10: 0.1 + 0.9 * (1 + 0.5 ** 0.5) / 2, 20: 0.55, 40: 0.1, 50: 0.1},
         "flat": {0: 1, 20: 1, 25: 0.1 + 0.9 * (1 + 0.5 ** 0.5) / 2, 30: 0.55, 40: 0.1, 50: 0.1},
         "linear": {0: 1, 10: 0.775, 20: 0.55, 40: 0.1, 50: 0.1},
         "step": {0: 1, 9: 1, 10: 0.75, 19: 0.75, 20: 0.5625, 80: 0.75 ** 8, 81: 0.75 ** 8, 90: 0.1, 1000: 0.1},
-        "poly": {0: 1, 20: 0.5 ** 0.9, 30: 0.25 ** 0.9, 39: 0.1, 40: 0.1, 50: 0.1},
         "plateau": {0: 1, 39: 1}, "constant": {0: 1, 39: 1},
     }.items():
         schedule = make_schedule(name, **options)
         assert {step: schedule(step) for step in points} == pytest.approx(points, rel=1e-12), name
-    assert set(SCHEDULES) >= {"restarts", "cyclic", "cosine", "flat", "linear", "step", "poly", "plateau", "constant"}
+    assert set(SCHEDULES) >= {"restarts", "cosine", "flat", "linear", "step", "plateau", "constant"}
 
 
 def test_the_wildfire_systems_schedule():
@@ -72,19 +70,6 @@ def test_schedules_are_torchs():
             milestones=[30]), steps), rel=1e-9)
     assert factors("step", steps, **options) == pytest.approx(
         torchs(lambda o: lr_scheduler.StepLR(o, step_size=12, gamma=0.75), steps), rel=1e-9)
-    assert factors("poly", steps, **options) == pytest.approx(
-        torchs(lambda o: lr_scheduler.PolynomialLR(o, total_iters=60, power=0.9), steps), rel=1e-9)
-
-
-def test_cyclic_is_the_papers_equation():
-    """(1 - t) a1 + t a2 with t = (mod(i - 1, c) + 1) / c for i = 1, 2, ...; every cycle's last step is the lowest."""
-    a1, a2, c = 1.0, 0.02, 12
-    seen = factors("cyclic", 60, steps_per_epoch=4, epochs=15, period=3, floor=a2)
-    for i, factor in enumerate(seen, 1):
-        t = ((i - 1) % c + 1) / c
-        assert factor == pytest.approx((1 - t) * a1 + t * a2, rel=1e-12)
-    assert [i for i in range(60) if seen[i] <= a2 * (1 + 1e-9)] == [11, 23, 35, 47, 59]
-    assert factors("cyclic", 4, steps_per_epoch=1, epochs=4, period=1, floor=a2) == pytest.approx([a2] * 4)  # c = 1
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3, 5])
@@ -118,8 +103,8 @@ def test_warmup(name, epochs):
     warm = round(epochs * 5)
     assert seen[:warm] == pytest.approx([(i + 1) / warm for i in range(warm)])
     assert max(seen) == 1 and min(seen) > 0
-    assert seen[warm] == (1 - 0.99 / 15 if name == "cyclic" else 1)  # eq. 1 begins with its first step down
-    if name in ("cosine", "flat", "linear", "poly"):  # these end with the run
+    assert seen[warm] == 1
+    if name in ("cosine", "flat", "linear"):  # these end with the run
         rest = make_schedule(name, steps_per_epoch=1, epochs=100 - warm, floor=0.01)
         assert seen[warm:] == pytest.approx([rest(i) for i in range(100 - warm)])
     else:

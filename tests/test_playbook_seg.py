@@ -421,14 +421,12 @@ def _flags(text):
     return [f"--{part}".strip() for part in f" {text}".split(" --")[1:]]
 
 
-def test_debug(script, small, capsys):
+def test_debug(script, small):
     script(train_seg, "--data", small, *TRAIN, "--loss", "bce", "--debug", "--epochs", 50, "--repeat", 50, "--swa", 0.5,
            "--patience", 1, "--warmup-epochs", 9, "--lr", 0.02)
     state = checkpoint.load("runs/seg/exp/last.pt")
     assert state["step"] == 2  # an epoch of each tile once: four tiles, four a batch
-    first, second = (row["loss"] for row in state["history"])
-    assert second < first and f"--debug: the loss fell from {first:.4g} to {second:.4g}" in capsys.readouterr().out
-    assert not Path("runs/seg/exp/swa.pt").exists()
+    assert len(state["history"]) == 2 and not Path("runs/seg/exp/swa.pt").exists()
 
 
 # ---- large images ----------------------------------------------------------------------------------------------------

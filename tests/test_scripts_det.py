@@ -151,7 +151,7 @@ def test_a_net_of_ones_own(script, parking, tmp_path, monkeypatch):
     sys.modules.pop("nets.mine")
 
 
-FLAGS = [["--folds", "0"], ["--grid", "9", "--mixup", "1"], ["--degrees", "20", "--shear", "5"],
+FLAGS = [["--folds", "0"], ["--mixup", "1"], ["--degrees", "20", "--shear", "5"],
          ["--close-mosaic", "1", "--cache", "ram"],
          ["--image-weights", "--epoch-parts", "2"], ["--amp", "bf16", "--grad-checkpoint", "--workers", "1"],
          ["--head", "anchor", "--label-smoothing", "0.1", "--focal-gamma", "1.5", "--no-autoanchor",
@@ -724,7 +724,7 @@ def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, parking, mon
                  marks=pytest.mark.slow)])  # larger steps let rounding grow
 def test_two_processes_train_what_one_does(script, tmp_path, parking, head, flags):
     flags = ["--data", parking, *TINY_DET, "--head", head, "--sync-bn", *flags, "--no-ema", "--folds", 2, "--optimizer",
-             "sgd", "--bs", 10, "--epochs", 2, "--grid", 9]
+             "sgd", "--bs", 10, "--epochs", 2]
     script(train_det, *flags, "--name", "one")
     out = ranks(train_det, *flags, "--name", "two", cwd=tmp_path)
     assert "run: runs/det/two" in out[0] and not out[1]

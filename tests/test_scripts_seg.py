@@ -59,7 +59,7 @@ def test_a_run_learns_and_leaves_its_records(trained):
     ["--folds", "0"], ["--loss", "lovasz_elu", "bce=0.5", "--accumulate", "2"],
     ["--no-ema", "--clip", "1", "--gain", "1"], ["--cache", "disk", "--grad-checkpoint"],
     ["--cache", "ram", "--schedule", "plateau", "--bands", "all", "--no-mean-planes"],
-    ["--optimizer", "sgd", "--schedule", "poly", "--warmup-epochs", "0.5", "--amp", "off"], ["--workers", "2"],
+    ["--optimizer", "sgd", "--schedule", "linear", "--warmup-epochs", "0.5", "--amp", "off"], ["--workers", "2"],
     ["--schedule", "step", "--epochs", "2", "--patience", "1", "--optimizer", "adam", "--conv0"]])
 def test_flags(script, wildfire, flags):
     script(train_seg, "--data", wildfire, *TINY, *flags)

@@ -66,7 +66,7 @@ def test_segmentation(flags, script, tmp_path, gpu):
 DET = [
     [], ["--head", "anchor", "--image-weights", "--label-smoothing", 0.1],
     ["--mixup", 1, "--gridmask", 1, "--cutout", 1],
-    ["--swa", 0.5, "--epochs", 2, "--optimizer", "radam"], ["--tile", 64, "--grid", 9],
+    ["--swa", 0.5, "--epochs", 2, "--optimizer", "radam"], ["--tile", 64],
     ["--stages", "1,1", "--bs", 2, "--accumulate", 2], ["--no-ema", "--multi-scale", 0.5, "--grad-checkpoint"]]
 
 

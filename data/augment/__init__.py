@@ -91,28 +91,22 @@ def square(rng, size, probability, side):
 # ---- detection ----
 
 def layout(rng, sizes, imgsz):
-    """Where 1, 4 or 9 pictures go on one square canvas, each with its long side scaled to imgsz: mosaics.
+    """Where 1 or 4 pictures go on one square canvas, each with its long side scaled to imgsz.
 
-    sizes: [(height, width)], pixels. -> side of the canvas (imgsz times 1, 2 or 3); the pictures' matrices onto the
-    canvas; their cells (x1, y1, x2, y2), beyond which they must not be drawn. One picture lies in the middle. Four meet
-    in a point (Bochkovskiy et al. 2020) within the middle half of the canvas. Of nine, eight surround the first, which
-    keeps its whole size.
+    sizes: [(height, width)], pixels. -> side of the canvas (imgsz times 1 or 2); the pictures' matrices onto the
+    canvas; their cells (x1, y1, x2, y2), beyond which they must not be drawn. One picture lies in the middle; four meet
+    in a point within the middle half of the canvas (mosaic, Bochkovskiy et al. 2020).
     """
     across = math.isqrt(len(sizes))  # cells in a row of the canvas
     side = across * imgsz
-    lengths = [np.array((w, h)) * imgsz / max(h, w) for h, w in sizes]
-    if across == 3:
-        middle = side / 2 + rng.uniform(-imgsz / 2, imgsz / 2, 2)
-        inner = [middle - lengths[0] / 2, middle + lengths[0] / 2]
-    else:
-        inner = [rng.uniform(side / 4, side * 3 / 4, 2) for _ in range(across - 1)]
+    inner = [rng.uniform(side / 4, side * 3 / 4, 2) for _ in range(across - 1)]
     edges = np.array([(0, 0), *inner, (side, side)])  # x and y of the cells' borders
-    # outer pictures lie at the inner border of their cell, all others in the middle of it
-    share = np.array([[0.5], [1, 0], [1, 0.5, 0]][across - 1])
+    share = np.array([[0.5], [1, 0]][across - 1])  # how much of a cell's free room is before the picture
     matrices, cells = [], []
-    for (h, w), length, place in zip(sizes, lengths, [4, 0, 1, 2, 3, 5, 6, 7, 8] if across == 3 else range(4)):
+    for place, (h, w) in enumerate(sizes):
         cell = np.array((place % across, place // across))  # column, row
         low, high = edges[cell, [0, 1]], edges[cell + 1, [0, 1]]
+        length = np.array((w, h)) * imgsz / max(h, w)
         start = low + (high - low - length) * share[cell]
         matrices.append(geometry.translate(*start) @ geometry.scale(*length / (w, h)))
         cells.append((*low, *high))

@@ -27,6 +27,7 @@ from torchvision.transforms import v2
 
 from data import cls, folds, images, seg
 from utils.metrics.segmentation import MeanIoU
+from utils.ops import geometry
 
 EPOCHS = {"street": {"smoke": 1, "short": 8, "long": 40}, "weather": {"smoke": 1, "short": 30, "long": 150}}
 BASE = {
@@ -151,7 +152,7 @@ def weather_peer(epochs, data, out):
     import timm
     table, split = cls.read(data / "weather"), json.loads((out / "weather.json").read_text())
     trained = [bool(split[str(file.relative_to(data / "weather"))]) for file in table.files]
-    items = [(images.resize(images.read_picture(file, [1, 2, 3]).contiguous(), (192, 192)), int(row.argmax()))
+    items = [(geometry.resize(images.read_picture(file, [1, 2, 3]).contiguous(), (192, 192)), int(row.argmax()))
              for file, row in zip(table.files, table.labels)]
     after = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     augmented = v2.Compose([v2.RandomResizedCrop(128, (0.35, 1), antialias=True), v2.RandomHorizontalFlip(),

@@ -46,7 +46,7 @@ ROWS = {
               "--schedule plateau --period 2", "--schedule flat", "--optimizer sgd --lr 0.02 --weight-decay 5e-4",
               "--class-weights balanced"],
     "bccd": ["", "--mixup 0.15", "--swa 0.25", "--gridmask 0.5", "--cutout 0.5", "--close-mosaic 3",
-             "--schedule plateau --period 3", "--schedule cosine", "--image-weights", "--grid 9",
+             "--schedule plateau --period 3", "--schedule cosine", "--image-weights",
              "--optimizer radam", "--optimizer adam --weight-decay 5e-4",
              "--optimizer sgd --lr 0.02 --weight-decay 5e-4", "--no-ema", "--tile 320 --epochs 4"],
     "letters": ["", "--label-smoothing 0.1", "--mixup 0.5", "--cutmix 0.5", "--gridmask 0.5",

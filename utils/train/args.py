@@ -114,7 +114,7 @@ def train_parser(description, task, recipes={}, **defaults):
         "folders, such as pseudo labels of predict.py; WEIGHT: how often their samples come, --data's being 1")
     add("--allow-bad", action="store_true", help="train even if more than 1 %% of the images or boxes cannot be used")
     add("--show-augment", action="store_true", help="only draw augmented samples into augment.png, a column per epoch")
-    add("--debug", action="store_true", help="train two epochs on a few samples, and check that the loss falls")
+    add("--debug", action="store_true", help="only two epochs on a few samples, to try everything out")
     add("--epochs", type=positive, help="number of epochs")
     add("--bs", type=int_range(1, 65536), help="batch size, summed over the processes")
     add("--accumulate", type=int_range(1, 65536), default=1, help="batches per optimizer step")

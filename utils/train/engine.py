@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from utils import watchdog
-from utils.errors import NumericalError, Stopped, UserError
+from utils.errors import Stopped, UserError
 from utils.files import write_json
 from utils.pictures import cells, charts, table
 from utils.train import checkpoint, dist, runs
@@ -175,15 +175,6 @@ def evaluate_on(state, evaluate, model=None):
     """evaluate(model), as the loop calls it. model: by default `state.eval_model`."""
     with torch.inference_mode(), autocast(state.device, state.dtype):
         return evaluate((model or state.eval_model).eval())
-
-
-def check_debug(history):
-    """--debug: raises NumericalError when the loss of the last epoch is not lower than that of the first."""
-    first, last = (history[i]["loss"] for i in (0, -1))
-    if not last < first:
-        raise NumericalError(f"--debug: the loss did not fall, {first:.4g} before and {last:.4g} after; look at --lr "
-                             f"and at train_batch.png")
-    dist.print0(f"--debug: the loss fell from {first:.4g} to {last:.4g}")
 
 
 def _metrics(found):

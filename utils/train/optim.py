@@ -63,19 +63,17 @@ def warm_up(optimizer, steps, *, bias_lr, momentum):
     return optimizer
 
 
-SCHEDULES = ("restarts", "cyclic", "cosine", "flat", "linear", "step", "poly", "plateau", "constant")
+SCHEDULES = ("restarts", "cosine", "flat", "linear", "step", "plateau", "constant")
 
 
 def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10, floor=1e-3):
     """-> `schedule(step, scores)`, the factor on the initial learning rate at optimizer step `step` (from 0).
 
     restarts  a cosine from 1 to `floor` every `period` epochs (Loshchilov & Hutter 2017)
-    cyclic    linear from 1 to `floor`, which the last step of every `period` epochs has (Izmailov et al. 2018, eq. 1)
     cosine    one cosine from 1 to `floor` over the run
     flat      1 for the first half of the run, then a cosine from 1 to `floor` (RTMDet, Lyu et al. 2022)
     linear    linear from 1 to `floor` over the run
     step      x 0.75 every `period` epochs, not below `floor`
-    poly      (1 - progress) ** 0.9, not below `floor`
     plateau   x 0.5 after every `period` epochs without a better score, not below `floor`
     constant  1
     A linear warm-up from 0 precedes each of them. scores: those of the finished epochs, higher is better; only
@@ -96,8 +94,6 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
         match name:
             case "restarts":
                 return cosine(t % length / length)
-            case "cyclic":
-                return 1 - (1 - floor) * ((t % length + 1) / length)
             case "cosine":
                 return cosine(progress)
             case "flat":
@@ -106,8 +102,6 @@ def make_schedule(name, *, steps_per_epoch, epochs, warmup_epochs=0.0, period=10
                 return floor + (1 - floor) * (1 - progress)
             case "step":
                 return max(0.75 ** (t // length), floor)
-            case "poly":
-                return max((1 - progress) ** 0.9, floor)
             case "plateau":
                 return max(0.5 ** plateaus(scores, period), floor)
             case "constant":
