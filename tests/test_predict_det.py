@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -257,16 +258,32 @@ def test_every_pass_says_the_same(height, width, factor):
     picture, truth = scene(9, height, width, most=2)
     x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
     passes = tta.yolov5((height, width), stride=32, factor=factor)
-    assert [size for _, size in passes] == [
+    assert [size for _, size, _ in passes] == [
         tuple(-(-round(side * share * factor) // 32) * 32 for side in (height, width)) for share in (1, 0.83, 0.67)]
-    assert [matrix[0, 0] < 0 for matrix, _ in passes] == [False, True, False]
-    for matrix, size in passes:  # each by itself, back in the image's pixels
+    assert [matrix[0, 0] < 0 for matrix, *_ in passes] == [False, True, False]
+    for matrix, size, _ in passes:  # each by itself, back in the image's pixels
         found = box_tools.to_xyxy(next(tta.tta_boxes(Finder(), x, [(matrix, size)]))[0, :, :4])
         for k, box in truth.items():
             assert (found[k] - torch.tensor(box)).abs().max() < max(1.0, width / size[1] + 0.5)
-    assert [rows.shape for rows in tta.tta_boxes(Finder(), x, passes)] == [(1, 3, 8)] * 3
     plain, = tta.tta_boxes(Finder(), x, tta.tta_views((), (height, width), stride=32))
     assert torch.equal(plain, Finder()(x))
+
+
+@pytest.mark.parametrize("stride", [32, 64])
+def test_the_levels_of_yolov5s_passes(stride):
+    """All rows but those of the coarsest level in the first pass, and of the finest level in the last one."""
+    strides = [8 * 2 ** k for k in range(9) if 8 * 2 ** k <= stride]
+
+    def levels(x):  # the net's rows, each with its stride in place of the score
+        cells = [x.shape[2] // s * (x.shape[3] // s) for s in strides]
+        return F.pad(torch.cat([torch.full((count,), float(s)) for s, count in zip(strides, cells)])[None, :, None], (4, 1))
+
+    def count(x, chosen):
+        return sum(x[0] // s * (x[1] // s) for s in chosen)
+    passes = tta.yolov5((256, 448), stride=stride)
+    found = [rows[0, :, 4] for rows in tta.tta_boxes(levels, torch.zeros(1, 3, 256, 448), passes)]
+    for rows, (_, size, _), chosen in zip(found, passes, (strides[:-1], strides, strides[1:])):
+        assert rows.unique().tolist() == chosen and len(rows) == count(size, chosen)
 
 
 def test_windows_find_every_object_once(script, tmp_path, finder):

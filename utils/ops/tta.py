@@ -5,6 +5,8 @@
     probs = tta.merge(predict(tta.warp_view(images, *view)) for view in views)            # classification
     rows = tta.tta_boxes(predict, images, views)                                          # detection, then boxes.nms
 """
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -49,9 +51,16 @@ def tta_views(names, size, *, stride=1, scales=SCALES, factor=1.0):
 
 
 def yolov5(size, *, stride, factor=1.0):
-    """YOLOv5's views: the image itself, mirrored at 0.83 of the size, and at 0.67 of the size."""
-    return [tta_views(names, size, stride=stride, factor=share * factor)[-1]
-            for share, names in ((1.0, ()), (0.83, ("hflip",)), (0.67, ()))]
+    """YOLOv5's views: the image itself, mirrored at 0.83 of the size, and at 0.67 of the size -> [(matrix, size of the
+    canvas, (start, end) of the rows that count, shares of them)].
+
+    The rows of the net's levels, of strides 8, 16 ... `stride`, come fine to coarse. As YOLOv5 does it, the coarsest
+    level of the first view and the finest of the last one do not count: the other views see these objects better.
+    """
+    cells = [4.0 ** -level for level in range(round(math.log2(stride / 8)) + 1)]
+    finest, coarsest = cells[0] / sum(cells), cells[-1] / sum(cells)
+    return [(*tta_views(names, size, stride=stride, factor=share * factor)[-1], part) for share, names, part in (
+        (1.0, (), (0, 1 - coarsest)), (0.83, ("hflip",), (0, 1)), (0.67, (), (finest, 1)))]
 
 
 def warp_view(images, matrix, size):
@@ -80,9 +89,12 @@ def tta_boxes(predict, images, views):
     """Yields, view by view, the boxes `predict(view)`, moved back to the pixels of `images`.
 
     predict: (B, C, h, w) -> rows (B, N, 5 + classes) of centre x, centre y, width, height, ..., changed in place.
+    views: of `tta_views` or `yolov5`.
     """
-    for matrix, size in views:
+    for matrix, size, *part in views:
         rows = predict(warp_view(images, matrix, size))
+        if part:
+            rows = rows[:, slice(*(round(share * rows.shape[1]) for share in part[0]))]
         inverse = np.linalg.inv(matrix)
         if abs(inverse[0, 1]) > abs(inverse[0, 0]):  # a quarter turn
             rows[..., :4] = rows[..., [1, 0, 3, 2]]
