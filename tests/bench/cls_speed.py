@@ -9,15 +9,13 @@ norms fused; compiled, the weights are constants, for timm's net too). All in tu
 counts: noise only adds.
 """
 import argparse
-from argparse import Namespace
 
 import timm
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import predict
 import nets
-from tests.bench.timing import clock, in_turn, show, training_step
+from tests.bench.timing import clock, in_turn, prepared, show, training_step
 from utils import losses
 from utils.train import dist, optim
 from utils.train.state import precision
@@ -67,15 +65,11 @@ def predictors(name, x, device, compiled):
             return (clock(device) - began) / len(x)
         return run
 
-    arch = dict(name=name, in_chans=1, num_classes=CLASSES)
-    state = {"task": "cls", "arch": {"kwargs": arch}, "bands": [1], "scale": 255.0, "imgsz": x.shape[2], "norm": None,
-             "classes": CLASSES, "single_label": False, "args": {}, "model": make(name, True).state_dict()}
     ours = precision("auto", device) or torch.float32, torch.channels_last
     made = {PLAIN: timed(make(name, False), torch.float32, torch.contiguous_format)}
     for compile in (False, True)[:1 + compiled]:
         made[SAME + ", --compile" * compile] = timed(make(name, False), *ours, compile)
-        [net] = predict.load_nets(Namespace(amp="auto", compile=compile), device, ["net"], [state])
-        made["ours" + ", --compile" * compile] = timed(net, *ours)
+        made["ours" + ", --compile" * compile] = timed(prepared(make(name, True).eval(), device, compile), *ours)
     return made
 
 

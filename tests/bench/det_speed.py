@@ -10,17 +10,17 @@ at their start find nothing and random outputs overwhelm suppression, so those h
 very rectangles that they are to find.
 """
 import argparse
-from argparse import Namespace
+import copy
 
 import torch
 
-import predict
+from data import det
 from nets.yolo import BINS, YOLOv5
-from tests.bench.timing import clock, in_turn, show, training_step, with_plain_memory
+from tests.bench.timing import clock, in_turn, prepared, show, training_step, with_plain_memory
 from train_det import GAINS
 from utils.metrics.average_precision import DetectionAP
 from utils.losses import detection as losses_det
-from utils.ops import boxes
+from utils.ops import boxes, decide
 from utils.train import dist, optim
 from utils.train.state import autocast, precision
 
@@ -78,7 +78,7 @@ def predictors(nets, arch, raw, device, compiled, bs):
         return run
 
     limits = dict(conf=0.01, iou=0.7, max_det=300)  # of predict.py
-    made = {}
+    inputs, made = det.Input([1, 2, 3], 255.0, raw.shape[2]), {}
     if "anchor" in nets:
         before = YOLOv5(**arch, head="anchor").eval()
         before.load_state_dict(nets["anchor"].state_dict())
@@ -86,14 +86,10 @@ def predictors(nets, arch, raw, device, compiled, bs):
         made[OLD] = with_plain_memory(timed(
             lambda x: boxes.nms(before(x.to(device).contiguous().float() / 255), **limits)))
     for head, net in nets.items():
-        state = {"task": "det", "arch": {"kwargs": arch | {"head": head}}, "bands": [1, 2, 3], "scale": 255.0,
-                 "imgsz": raw.shape[2], "classes": NAMES, "category_ids": [1, 2, 3], "args": {},
-                 "model": net.state_dict()}
         for compile in (False, True)[:1 + compiled]:
-            args = Namespace(amp="auto", compile=compile, tta=None, tta_scales=None, merge=None, imgsz=None,
-                             ensemble_weights=None, **limits)
-            loaded = predict.load_nets(args, device, ["net"], [state])
-            made[f"ours, {head}{', --compile' * compile}"] = timed(predict.det_ensemble(args, device, [state], loaded))
+            ours = prepared(copy.deepcopy(net).eval(), device, compile)
+            made[f"ours, {head}{', --compile' * compile}"] = timed(
+                lambda x, net=ours: decide.detect(net, inputs(x.to(device)), **limits))
     return made
 
 

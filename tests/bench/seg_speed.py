@@ -7,21 +7,21 @@ Ours: the defaults (autocast where the hardware has bf16, channels-last, fused A
 prediction as predict.py does it. Both in turn, `rounds` times. The fastest round counts: noise only adds.
 """
 import argparse
+import copy
 import tempfile
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import predict
-from data import seg
+from data import images, seg
 from data.loader import train_loader
 from data.samples.wildfire import wildfire
 from nets.unet import UNet
-from tests.bench.timing import clock, in_turn, show, training_step
+from tests.bench.timing import clock, in_turn, prepared, show, training_step
 from utils import losses
+from utils.ops import decide
 from utils.train import dist, optim
 from utils.train.state import precision, to_device
 
@@ -52,7 +52,6 @@ def trainer(ours, batch, device):
     image = seg.add_mean_planes(batch["image"]).contiguous(memory_format=layout)
     dtype = precision("auto", device) if ours else None
 
-
     def loss():
         logits = model(image)
         return losses.lovasz_hinge(logits, batch["mask"], elu=True) if ours else lovasz_loop(logits, batch["mask"])
@@ -70,19 +69,16 @@ def predictors(raw, device, compiled, bs):
         return run
 
     torch.manual_seed(0)
-    net = UNet()
-    state = {"task": "seg", "arch": {"kwargs": {}}, "bands": list(range(1, 8)), "scale": 65535.0, "mean_planes": True,
-             "classes": 1, "imgsz": raw.shape[2], "args": {}, "model": net.state_dict()}
-    before = net.eval().to(device)
+    net, inputs = UNet().eval(), seg.Input(list(range(1, 8)), 65535.0, raw.shape[2], mean_planes=True)
+    before = copy.deepcopy(net).to(device)
     made = {"as in 2024": timed(
         lambda: before(seg.add_mean_planes(raw[:, :7].to(device).float() / 65535)).sigmoid().cpu())}
     for name, compile in {"ours": False, "ours, --compile": True}.items():
         if compile <= compiled:
-            args = Namespace(amp="auto", compile=compile, tta=None, tta_scales=None, merge=None, bs=bs)
-            nets = predict.load_nets(args, device, ["net"], [state])
-            ensemble = predict.seg_ensemble(args, device, [state], nets)
-            made[name] = timed(
-                lambda ensemble=ensemble: [ensemble(raw[i:i + bs]).cpu() for i in range(0, len(raw), bs)])
+            ours = prepared(copy.deepcopy(net), device, compile)
+            made[name] = timed(lambda net=ours: [
+                decide.segment(net, inputs(raw[i:i + bs].to(device)), side=inputs.side).cpu()
+                for i in range(0, len(raw), bs)])
     return made
 
 
@@ -103,16 +99,18 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         wildfire(folder, train=2 * args.bs, test=0, size=args.size)
         root = Path(folder) / "Wildfire"
-        paired = list(seg.pairs(root / "train_img", root / "train_mask").values())
+        paired = seg.read(root).pairs
         for cache in (None, "ram"):
-            data = seg.SegData(paired, bands=list(range(1, 8)), scale=65535.0, imgsz=args.size, repeat=8, cache=cache)
+            data = seg.SegData(paired, bands=list(range(1, 8)), imgsz=args.size, repeat=8, cache=cache,
+                               view={"hflip": 0.5, "rot90": True, "crop_padding": 2})
             began = time.perf_counter()
             for batch in train_loader(data, args.bs):
                 pass
             rate = len(data) / (time.perf_counter() - began)
             print(f"loader, one process, {'cache in RAM' if cache else 'from files'}: {rate:.0f} img/s")
         batch = to_device(batch, device)
-        raw = torch.stack([seg.images.read(image) for image, _ in paired])
+        batch["image"] = batch["image"].float() / 65535
+        raw = torch.stack([images.read(image, list(range(1, 8))) for image, _ in paired])
 
     steps = {"as in 2024": trainer(False, batch, device), "ours": trainer(True, batch, device)}
     taken = show("training", in_turn(steps, args.rounds), args.bs, "as in 2024")
