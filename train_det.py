@@ -2,7 +2,7 @@
 
     python train_det.py                                               # ./DATA/train/{images,label/Train.json}
     torchrun --nproc_per_node 4 train_det.py --imgsz 1280 --variant s6 --bs 64
-    python train_det.py --data coco.json --variant m --weights yolov5:yolov5m --head anchor
+    python train_det.py --data coco.json --variant m --weights yolov5:yolov5m
     python train_det.py --variant x6 --imgsz 1280 --bs 2 --accumulate 32 --weights yolov5:yolov5x6 \
         --stages 50,15 --epoch-parts 15 --image-weights --folds 0      # the competition's two stages
 """
@@ -40,13 +40,13 @@ GAINS = {  # per head: weights of the parts of the loss
     "anchor": dict(box=0.05, dfl=1.5, obj=1.0, cls=0.5),
 }
 IDLE = {  # per head: flags without effect
-    "free": ("obj", "obj_pw", "cls_pw", "label_smoothing", "focal_gamma", "anchor_threshold", "autoanchor"),
+    "free": ("obj", "obj_pw", "cls_pw", "label_smoothing", "anchor_threshold", "autoanchor"),
     "anchor": ("dfl",),
 }
 VALIDATION = dict(conf=0.001, iou=0.65, max_det=300)
 NEEDS = {"tile": ("overlap",), "mosaic": ("mixup", "close_mosaic"),
          "warmup_epochs": ("warmup_bias_lr", "warmup_momentum")}
-COMMON = dict(obj_pw=1.0, cls_pw=1.0, label_smoothing=0.0, focal_gamma=0.0, anchor_threshold=4.0, autoanchor=True,
+COMMON = dict(obj_pw=1.0, cls_pw=1.0, label_smoothing=0.0, anchor_threshold=4.0, autoanchor=True,
               hue=0.015, saturation=0.7, value=0.4, translate=0.1, zoom=[0.5, 1.5])
 PRESETS = {
     "default": COMMON | dict(
@@ -72,7 +72,7 @@ def make_parser():
     add("--net", default=YOLO, metavar="NAME", help="mine.Mine: class Mine in nets/mine.py, see nets/yolo.py")
     add("--variant", choices=VARIANTS, help="of YOLOv5; variants with a 6 are for --imgsz 1280; without: that of "
         "--weights")
-    add("--head", choices=GAINS, help="free: anchor-free, decoupled; anchor: YOLOv5's own")
+    add("--head", choices=GAINS, help="free: anchor-free, decoupled; anchor: YOLOv5's own, the default for its weights")
     add("--tile", type=int_range(32, 65536), help="larger images are trained on in windows of this side, at full "
         "resolution, and validated as predict.py --tile predicts them")
     add("--overlap", type=float_range(0, 0.9), default=0.25, help="of neighbouring windows")
@@ -91,19 +91,21 @@ def make_parser():
                        "cls-pw": "positives in the classes (anchor)"}.items():
         add(f"--{name}", type=float_range(0), help=f"weight of {what}")
     add("--anchor-threshold", type=float_range(1, 100), help="largest ratio of a box's side to its anchor's (anchor)")
-    add("--focal-gamma", type=float_range(0, 10), help="focal loss; 0: cross-entropy (anchor)")
     add("--warmup-bias-lr", type=float_range(0, 10), help="learning rate of the biases at the start")
     add("--warmup-momentum", type=float_range(0, 0.9999), help="momentum at the start")
     # the preset gives the defaults, which --help shows
     known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
-    inferred = known.weights and known.net == YOLO and not known.variant
-    kwargs = pretrained.checkpoint(known.weights, "det")["arch"]["kwargs"] if inferred else {}
-    parser.set_defaults(variant=kwargs.get("variant", "s"))
     if known.stages:
         known.preset = "scratch-low"
         parser.set_defaults(preset=known.preset, epochs=known.stages[0])
     # --head changes the default gains; it is no default itself: the table of runs shows it
-    parser.set_defaults(**recipe(known.preset, known.head))
+    defaults = recipe(known.preset, known.head)
+    follows = not known.head and known.preset == "default"
+    inferred = known.weights and known.net == YOLO and (follows or not known.variant)
+    kwargs = pretrained.checkpoint(known.weights, "det")["arch"]["kwargs"] if inferred else {}
+    if follows and kwargs and "head" not in kwargs:  # YOLOv5's head, trained, is better than a new one
+        defaults = recipe(known.preset, "anchor") | {"head": "anchor"}
+    parser.set_defaults(**defaults, variant=kwargs.get("variant", "s"))
     return parser
 
 
@@ -231,7 +233,7 @@ def experiment(args, device, folder, resume):
             return losses.free_loss(maps, boxes, model.strides, BINS, box=args.box, dfl=args.dfl, cls=args.cls)
         return losses.anchor_loss(maps, boxes, model.head.anchors, model.strides, threshold=args.anchor_threshold,
                                   obj_pw=args.obj_pw, cls_pw=args.cls_pw, smoothing=args.label_smoothing,
-                                  gamma=args.focal_gamma, **gains)
+                                  **gains)
 
     # ---- validation ----
     if val:

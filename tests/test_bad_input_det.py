@@ -102,9 +102,9 @@ def test_flags_that_do_not_fit(refused, root, flags, says):
 def test_flags_of_a_resumed_run(refused, script, root):
     """Its own are not given again; those that are given are checked beside them."""
     script(train_det, *TINY_DET, "--data", root, "--head", "anchor", "--obj", 2)
-    script(train_det, "--resume", "runs/det/exp", "--epochs", 2, "--focal-gamma", 1)
+    script(train_det, "--resume", "runs/det/exp", "--epochs", 2, "--anchor-threshold", 3)
     args = checkpoint.load("runs/det/exp/last.pt")["args"]
-    assert (args["obj"], args["focal_gamma"], args["head"], args["epochs"]) == (2, 1, "anchor", 2)
+    assert (args["obj"], args["anchor_threshold"], args["head"], args["epochs"]) == (2, 3, "anchor", 2)
     train(refused, "--resume", "runs/det/exp", "--epochs", 3, "--dfl", 3, says=["--dfl 3", "--head anchor"])
 
 
@@ -121,7 +121,7 @@ def test_refused_flags_leave_no_run_folder(refused, root, tmp_path):
      ("epoch-parts", ["0", "x"]), ("multi-scale", ["1", "-1"]), ("degrees", ["181"]),
     ("close-mosaic", ["-1"]), ("pixel-scale", ["0", "nan"]), ("cutout-size", ["0"]), ("bands", ["0-3", "x"]),
     ("anchor-threshold", ["0.5"]),
-    ("label-smoothing", ["1"]), ("focal-gamma", ["-1"]), ("box", ["-1", "inf"]), ("warmup-momentum", ["1"]),
+    ("label-smoothing", ["1"]), ("box", ["-1", "inf"]), ("warmup-momentum", ["1"]),
     ("hue", ["2"]), ("zoom", ["1", "0 1"])])
 def test_values_out_of_range(flag, values, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -21,6 +21,7 @@ from nets.yolo import SPPF, Conv, YOLOv5
 from tests.test_nets import with_statistics
 from tests.test_weights import foreign
 from utils.errors import UserError
+from utils.train import checkpoint
 
 REAL = Path(__file__).parents[2] / "shared/data/weights"
 PUBLISHED = REAL / "yolov5n.pt"
@@ -157,6 +158,20 @@ class SPP(nn.Module):
     def forward(self, x):
         x = self.cv1(x)
         return self.cv2(torch.cat([x] + [m(x) for m in self.m], 1))
+
+
+@pytest.mark.parametrize("flags, head, box", [([], "anchor", 0.05), (["--head", "free"], "free", 7.5),
+                                              (["--variant", "n"], "anchor", 0.05)])
+def test_training_keeps_the_head_of_yolov5s_weights(flags, head, box, tmp_path, monkeypatch):
+    """Its default flags are those of the head too. A checkpoint of ours gets the usual default."""
+    path = write(tmp_path / "m.pt", YOLOv5("n", 2))
+    ours = tmp_path / "ours.pt"
+    checkpoint.save(ours, pretrained.checkpoint(path, "det") | {"arch": {"name": "yolo.YOLOv5", "kwargs": {
+        "in_chans": 3, "num_classes": 2, "variant": "n", "head": "anchor"}}})
+    for weights, expected in ((path, (head, box)), (ours, ("free", 7.5))):
+        monkeypatch.setattr("sys.argv", ["train_det.py", "--weights", str(weights), *flags])
+        args = train_det.make_parser().parse_args()
+        assert (args.variant, args.head, args.box) == ("n", *expected)
 
 
 @pytest.mark.parametrize("variant, windows", [("n", (5, 9, 13)), ("n6", (3, 5, 7))])

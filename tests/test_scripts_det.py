@@ -154,7 +154,7 @@ def test_a_net_of_ones_own(script, parking, tmp_path, monkeypatch):
 FLAGS = [["--folds", "0"], ["--mixup", "1"], ["--degrees", "20", "--shear", "5"],
          ["--close-mosaic", "1", "--cache", "ram"],
          ["--image-weights", "--epoch-parts", "2"], ["--amp", "bf16", "--grad-checkpoint", "--workers", "1"],
-         ["--head", "anchor", "--label-smoothing", "0.1", "--focal-gamma", "1.5", "--no-autoanchor",
+         ["--head", "anchor", "--label-smoothing", "0.1", "--no-autoanchor",
           "--multi-scale", "0.5"],
          ["--variant", "n6", "--head", "anchor", "--bands", "3,1"]]
 
@@ -546,7 +546,7 @@ def test_gains_are_for_640_pixels_80_classes_and_3_levels(script, parking, monke
     assert loss(state.model, batch)[0] == 2
     want = dict(box=0.07, dfl=1.1, cls=0.6) if head == "free" else dict(
         box=0.07 * 3 / levels, obj=1.3 * (imgsz / 640) ** 2 * 3 / levels, cls=0.6 * 3 / 80 * 3 / levels, obj_pw=1,
-        cls_pw=1, threshold=4, smoothing=0.1, gamma=0)
+        cls_pw=1, threshold=4, smoothing=0.1)
     assert weights == [pytest.approx(want)]
 
 

@@ -6,7 +6,6 @@ boxes are divided by counts over all ranks, so that several processes compute th
 import torch
 import torch.nn.functional as F
 
-from utils.losses import focus
 from utils.ops.anchors import decode_points
 from utils.ops.boxes import iou, to_xywh, to_xyxy
 from utils.train import dist
@@ -15,14 +14,13 @@ BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # number of levels: t
 
 
 def anchor_loss(maps, boxes, anchors, strides, *, threshold=4.0, box=0.05, obj=1.0, cls=0.5, obj_pw=1.0, cls_pw=1.0,
-                smoothing=0.0, gamma=0.0):
+                smoothing=0.0):
     """YOLOv5's loss: a box is assigned to all anchors that fit within a factor `threshold`, in its cell and the two
     nearest cells.
 
     maps: per level (B, anchors, rows, columns, 5 + classes), raw, fine to coarse; anchors: (levels, anchors, 2) in
     strides; strides: pixels per cell. box, obj, cls: weights of the three parts; obj_pw, cls_pw: weights of positives
-    in the cross-entropies; smoothing: label smoothing, eps / 2 and 1 - eps / 2; gamma: focal loss (Lin et al. 2017,
-    without its alpha; 0: cross-entropy).
+    in the cross-entropies; smoothing: label smoothing, eps / 2 and 1 - eps / 2.
     -> (loss, {"box", "obj", "cls"}), the loss being the sum of the three: 1 - CIoU; objectness, whose target is the
     CIoU; classes. Each is weighted, per level a mean over matches or cells, summed over the levels. "cls" is 0 if
     there is a single class.
@@ -39,11 +37,11 @@ def anchor_loss(maps, boxes, anchors, strides, *, threshold=4.0, box=0.05, obj=1
         lbox = lbox + (1 - overlap).sum() / count
         # where several boxes share a cell and an anchor, the largest overlap counts, whatever the order of the boxes
         reached = raw.new_zeros(len(raw)).scatter_reduce_(0, index, overlap.detach().clamp(0), "amax")
-        lobj = lobj + balance * _bce(raw[:, 4], reached, obj_pw, gamma).mean()
+        lobj = lobj + balance * _bce(raw[:, 4], reached, obj_pw).mean()
         if raw.shape[1] > 6:  # more than one class
             labels = torch.full_like(y[:, 5:], smoothing / 2)
             labels.scatter_(1, classes[:, None], 1 - smoothing / 2)
-            lcls = lcls + _bce(y[:, 5:], labels, cls_pw, gamma).mean(1).sum() / count
+            lcls = lcls + _bce(y[:, 5:], labels, cls_pw).mean(1).sum() / count
     parts = {"box": box * lbox, "obj": obj * lobj, "cls": cls * lcls}
     return sum(parts.values()), parts
 
@@ -153,8 +151,7 @@ def pad(boxes, batch):
     return padded[..., 2:], padded[..., 1].long(), padded[..., 0] > 0
 
 
-def _bce(logits, target, pos_weight, gamma):
-    """Binary cross-entropy element by element, focal with gamma > 0: |target - p| is the error for soft targets too."""
+def _bce(logits, target, pos_weight):
+    """Binary cross-entropy element by element."""
     weight = None if pos_weight == 1 else logits.new_tensor(pos_weight)
-    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
-    return focus(loss, (target - logits.sigmoid()).abs(), gamma) if gamma else loss
+    return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
