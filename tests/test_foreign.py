@@ -16,6 +16,7 @@ from torch import nn
 
 import nets
 import predict
+import train_det
 from nets import pretrained
 from nets.yolo import SPPF, Conv, YOLOv5
 from tests.test_nets import with_statistics
