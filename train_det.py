@@ -102,7 +102,12 @@ def make_parser():
     defaults = recipe(known.preset, known.head)
     follows = not known.head and known.preset == "default"
     inferred = known.weights and known.net == YOLO and (follows or not known.variant)
-    kwargs = pretrained.checkpoint(known.weights, "det")["arch"]["kwargs"] if inferred else {}
+    kwargs = {}
+    try:
+        kwargs = pretrained.checkpoint(known.weights, "det")["arch"]["kwargs"] if inferred else {}
+    except UserError:  # no whole YOLOv5; it may still be the trunk of this variant
+        if not known.variant:
+            raise
     if follows and kwargs and "head" not in kwargs:  # YOLOv5's head, trained, is better than a new one
         defaults = recipe(known.preset, "anchor") | {"head": "anchor"}
     parser.set_defaults(**defaults, variant=kwargs.get("variant", "s"))

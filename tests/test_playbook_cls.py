@@ -19,6 +19,7 @@ from tests.harness import differences, read
 from tests.test_bad_input_cls import FLAGS, weights
 from tests.test_scripts_cls import direct, pictures, results, squares, table_of  # noqa: F401, pictures is a fixture
 from utils import report
+from utils.pictures import table
 from utils.train import checkpoint
 from utils.errors import Stopped, UserError
 
@@ -280,7 +281,8 @@ def test_noise_and_the_table_of_two_folds(script, folds, capsys):
         (row["name"], row["score"], row["run"]) for row in held]
     assert len({row["name"] for row in rows}) == len(rows) == 8
     assert f"noise.csv: {len(rows)} samples" in capsys.readouterr().out
-    script(report, folds, "--format", "csv")
-    flags = {Path(row["run"]).name: row["flags"] for row in csv.DictReader(capsys.readouterr().out.splitlines())}
+    flags = {Path(row["run"]).name: row["flags"] for row in table.rows([folds])}
+    script(report, folds)
+    assert flags["fold1"] in capsys.readouterr().out
     assert "--fold 1" in flags["fold1"] and "--fold 1" not in flags["fold0"]
     assert all("--lr 0.01" in text and "--momentum" not in text for text in flags.values())

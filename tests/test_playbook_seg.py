@@ -21,8 +21,8 @@ from nets.unet import UNet
 from tests.conftest import TINY, write_wildfire
 from tests.test_scripts_seg import masks_of
 from utils import losses
-from utils import report
 from utils.metrics.segmentation import BinaryIoU
+from utils.pictures import table
 from utils.train import checkpoint
 from utils.errors import UserError
 from utils.ops.decide import probabilities
@@ -409,9 +409,8 @@ def test_samples_are_the_ious_of_the_last_weights_with_flips(script, averaged, s
         assert (int(row["area"]), int(row["predicted"])) == (mask.sum(), there.sum())
 
 
-def test_the_table_of_runs_shows_what_differs_from_the_defaults(script, averaged, capsys):
-    script(report, averaged.parent, "--format", "csv")
-    row, = csv.DictReader(capsys.readouterr().out.splitlines())
+def test_the_table_of_runs_shows_what_differs_from_the_defaults(averaged):
+    row, = table.rows([averaged.parent])
     assert {"--swa 0.5", "--optimizer adam", "--no-ema", "--epochs 4"} <= {
         " ".join(part.split()) if part.startswith("--") else "" for part in _flags(row["flags"])}
     assert not {"--swa-lr 0.2", "--momentum 0.9", "--ema"} & set(_flags(row["flags"])) and row["metric"] == "iou"

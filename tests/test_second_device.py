@@ -70,7 +70,7 @@ DET = [
     ["--stages", "1,1", "--bs", 2, "--accumulate", 2], ["--no-ema", "--multi-scale", 0.5, "--grad-checkpoint"]]
 
 
-@cases(DET, quick=1)
+@cases(DET, quick=0)
 def test_detection(flags, script, tmp_path, gpu):
     data = write_parking(tmp_path / "DATA")
     once = TINY_DET if "--stages" not in flags else [flag for flag in TINY_DET if flag not in ("--epochs", "1")]
@@ -86,7 +86,7 @@ CLS = [
     ["--net", "efficientnetv2_b0", "--optimizer", "sgd", "--lr", 1e-3, "--clip", 1]]
 
 
-@cases(CLS, quick=1)
+@cases(CLS, quick=0)
 def test_classification(flags, script, tmp_path, gpu):
     data = write_dirty(tmp_path / "resources")
     script(train_cls, "--data", data, *TINY_CLS, *flags)
