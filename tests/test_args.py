@@ -84,8 +84,6 @@ def test_loss_terms():
 def test_a_process_says_it_in_one_line_too(tmp_path):
     run = toy(tmp_path, "--lr", "nan", code=2)
     assert len(run.err) == 1 and run.err[0].startswith("error: argument --lr: nan is not") and run.out == ""
-    run = toy(tmp_path, "--help")
-    assert run.err == [] and "--lr" in run.out
 
 
 # ---- from the flags to the run ---------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def campaign(project, straight, workers, kills, seed):
     return counts
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, straight, workers):
     campaign(tmp_path, straight, workers, 8, seed=workers)
 

@@ -175,6 +175,7 @@ def shard(folder, rank, port, world=2):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
     two_ranks(shard, tmp_path, 120)
     alone = [measure(BinaryIoU(ignore=VOID), *binary()), measure(MeanIoU(5, VOID), *multiclass())]

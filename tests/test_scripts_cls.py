@@ -253,6 +253,7 @@ def test_a_split_fits_the_data_wherever_it_lies(script, dirty, tmp_path):
 
 
 # ---- stopped, and several processes ----------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_stopped_amid_an_epoch_and_resumed_to_the_same_bits(script, dirty, monkeypatch):
     flags = ["--data", dirty, *TINY_CLS, "--net", "efficientnetv2_b0", "--bs", 2, "--epochs", 2, "--accumulate", 4,
              "--drop", 0.3, "--drop-path", 0.4, "--folds", 0, "--no-ema"]

@@ -589,8 +589,9 @@ def test_anchors_are_fitted_to_boxes_as_the_net_sees_them(monkeypatch):
     assert torch.equal(head.anchors, torch.tensor(new) / torch.tensor([8, 16, 32.0])[:, None, None])
 
 
-@pytest.mark.parametrize("flag, most", [(["--gridmask"], 96), (["--cutout-size", 0.5, "--cutout"], 48),
-                                        (["--cutout-size", 0.3, "--cutout"], 29)], ids=str)
+@pytest.mark.parametrize("flag, most", [
+    (["--gridmask"], 96), (["--cutout-size", 0.5, "--cutout"], 48),
+    pytest.param(["--cutout-size", 0.3, "--cutout"], 29, marks=pytest.mark.slow)], ids=str)
 def test_pixels_are_dropped_in_training_and_in_nothing_else(script, parking, monkeypatch, flag, most):
     """most: extent of what is dropped from a picture of 96 x 96."""
     seen, forward = {False: [], True: []}, YOLOv5.forward

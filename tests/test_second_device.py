@@ -37,11 +37,10 @@ def test_the_pretence_itself(gpu):
     assert torch.arange(3, device=y.device).add(1).tolist() == [1, 2, 3] and float(y.mean() * 0) == 0
 
 
-def cases(flags, quick):
-    """One test per list of flags; the first `quick` of them in every run of the tests, all in `make test-slow`."""
+def cases(flags):
+    """One test per list of flags; each of them trains, resumes and predicts, for `make test-slow`."""
     return pytest.mark.parametrize("flags", [
-        pytest.param(case, id=case[0] if case else "default", marks=[pytest.mark.slow] if i >= quick else [])
-        for i, case in enumerate(flags)])
+        pytest.param(case, id=case[0] if case else "default", marks=pytest.mark.slow) for case in flags])
 
 
 SEG = [
@@ -54,7 +53,7 @@ SEG = [
     ["--encoder", "efficientnetv2_b0", "--label-smoothing", 0.1]]
 
 
-@cases(SEG, quick=1)
+@cases(SEG)
 def test_segmentation(flags, script, tmp_path, gpu):
     data = write_wildfire(tmp_path / "Wildfire", classes=3 if "--classes" in flags else 1)
     script(train_seg, "--data", data, *TINY, *OFF, *flags)
@@ -70,7 +69,7 @@ DET = [
     ["--stages", "1,1", "--bs", 2, "--accumulate", 2], ["--no-ema", "--multi-scale", 0.5, "--grad-checkpoint"]]
 
 
-@cases(DET, quick=0)
+@cases(DET)
 def test_detection(flags, script, tmp_path, gpu):
     data = write_parking(tmp_path / "DATA")
     once = TINY_DET if "--stages" not in flags else [flag for flag in TINY_DET if flag not in ("--epochs", "1")]
@@ -86,7 +85,7 @@ CLS = [
     ["--net", "efficientnetv2_b0", "--optimizer", "sgd", "--lr", 1e-3, "--clip", 1]]
 
 
-@cases(CLS, quick=0)
+@cases(CLS)
 def test_classification(flags, script, tmp_path, gpu):
     data = write_dirty(tmp_path / "resources")
     script(train_cls, "--data", data, *TINY_CLS, *flags)
