@@ -101,14 +101,14 @@ def make_parser():
     # --head changes the default gains; it is no default itself: the table of runs shows it
     defaults = recipe(known.preset, known.head)
     follows = not known.head and known.preset == "default"
-    inferred = known.weights and known.net == YOLO and (follows or not known.variant)
-    kwargs = {}
-    try:
-        kwargs = pretrained.checkpoint(known.weights, "det")["arch"]["kwargs"] if inferred else {}
-    except UserError:  # no whole YOLOv5; it may still be the trunk of this variant
-        if not known.variant:
-            raise
-    if follows and kwargs and "head" not in kwargs:  # YOLOv5's head, trained, is better than a new one
+    kwargs = {"head": None}
+    if known.weights and known.net == YOLO and (follows or not known.variant):
+        try:
+            kwargs = pretrained.checkpoint(known.weights, "det")["arch"]["kwargs"]
+        except UserError:  # not a whole YOLOv5; pretrained.load tells whether it is the trunk of the given variant
+            if not known.variant or not os.path.isfile(known.weights):  # the ranks must not differ in the head
+                raise
+    if follows and "head" not in kwargs:  # YOLOv5's head, trained, is better than a new one
         defaults = recipe(known.preset, "anchor") | {"head": "anchor"}
     parser.set_defaults(**defaults, variant=kwargs.get("variant", "s"))
     return parser
@@ -306,7 +306,7 @@ def load_samples(args, folder):
 
 
 def start_training(args, folder, model, loader, device):
-    """`args.training` with YOLOv5's rates, and its warm-up."""
+    """-> what `utils.train.args.training` returns, with YOLOv5's learning rates and warm-up."""
     # YOLOv5's rates are for a sum over the images of a step, its weight decay for 64 of them; the loss here is a mean.
     # The steps of Adam do not depend on the size of the loss, except by eps and by a decay that is part of the gradient
     count = args.bs * args.accumulate

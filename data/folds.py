@@ -82,13 +82,13 @@ def assign(names, sizes, *, strata=None, groups=None, seed=910103):
     return dict(zip(names, fold_of))
 
 
-def area_strata(areas, bins=10):
-    """A stratum per sample from its positive area in pixels: `bins` bins of log(area); empty masks are a stratum.
+def area_strata(areas):
+    """A stratum per sample from its positive area in pixels: 10 bins of log(area); empty masks are a stratum.
 
     The bins are the wildfire system's (np.histogram over the logarithms), which had no empty masks.
     """
     logs = [math.log(a) for a in areas if a > 0]
-    edges = np.histogram_bin_edges(logs, bins)[1:-1] if logs else []
+    edges = np.histogram_bin_edges(logs, 10)[1:-1] if logs else []
     return [int(np.digitize(math.log(a), edges)) if a > 0 else -1 for a in areas]
 
 

@@ -27,8 +27,7 @@ class EpochBatches:
 
     def __init__(self, size, batch_size, seed=0, *, parts=1, weights=None):
         self.size, self.batch_size, self.seed, self.parts = size, batch_size, seed, parts
-        equal = weights is None or len(np.unique(weights)) == 1
-        self.shares = None if equal else np.divide(weights, np.sum(weights))
+        self.shares = None if weights is None or len(np.unique(weights)) == 1 else np.divide(weights, np.sum(weights))
         self.epoch, self.skip = 0, 0
 
     def set_epoch(self, epoch, skip=0):

@@ -164,7 +164,7 @@ class SPP(nn.Module):
 @pytest.mark.parametrize("flags, head, box", [([], "anchor", 0.05), (["--head", "free"], "free", 7.5),
                                               (["--variant", "n"], "anchor", 0.05)])
 def test_training_keeps_the_head_of_yolov5s_weights(flags, head, box, tmp_path, monkeypatch):
-    """Its default flags are those of the head too. A checkpoint of ours gets the usual default."""
+    """The other default flags follow the head. A checkpoint of ours gets the usual default head."""
     path = write(tmp_path / "m.pt", YOLOv5("n", 2))
     ours = tmp_path / "ours.pt"
     checkpoint.save(ours, pretrained.checkpoint(path, "det") | {"arch": {"name": "yolo.YOLOv5", "kwargs": {

@@ -271,7 +271,7 @@ def test_every_pass_says_the_same(height, width, factor):
 
 @pytest.mark.parametrize("stride", [32, 64])
 def test_the_levels_of_yolov5s_passes(stride):
-    """All rows but those of the coarsest level in the first pass, and of the finest level in the last one."""
+    """The first pass leaves out the rows of the coarsest level, the last pass the rows of the finest level."""
     strides = [8 * 2 ** k for k in range(9) if 8 * 2 ** k <= stride]
 
     def levels(x):  # the net's rows, each with its stride in place of the score

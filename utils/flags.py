@@ -36,8 +36,8 @@ def _add_shared(add):
         "classifiers, and yolov5:yolov5n and other published names; without: the newest run's best.pt or last.pt")
     add("--names", metavar="FILE", help="class names, one per line, for weights of others that have none")
     add("--source", nargs="+", metavar="PATH|DIR|GLOB", help="images; without: the test images of the training's data")
-    add("--noisy", type=noise_list, metavar="CSV:K", help="instead of --source: of the K worst samples of a noise.csv, "
-        "those that the checkpoint's run has held out; --pseudo labels them anew")
+    add("--noisy", type=noise_list, metavar="CSV:K", help="in place of --source: the samples that the checkpoint's run "
+        "has held out and that are among the K worst of a noise.csv; --pseudo labels them anew")
     add("--out", metavar="DIR", help="new folder for the results; without: predict in the run's folder")
     add("--tta", nargs="*", choices=tta.NAMES, metavar="NAME", help="test-time augmentation: all combinations of "
         f"{', '.join(tta.NAMES)}; without names: seg, cls what training drew of them, det three sizes, one flipped")

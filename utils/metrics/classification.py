@@ -95,7 +95,7 @@ def fit_thresholds(probs, labels):
     """probs (N, C) 0..1, labels (N, C) bool -> (C,) float64, per class the threshold 0..1 with the most right labels.
 
     Every way to divide a class's scores is tried: below the lowest, between each two neighbours, above the highest.
-    The threshold is the middle of the best gap; 0.5 where that is as good, else of several the one nearest to 0.5.
+    The threshold is the middle of the best gap: 0.5 if that is as good, otherwise the best middle nearest to 0.5.
     """
     found = []
     for scores, positive in zip(probs.T, labels.T):

@@ -38,7 +38,7 @@ def flags(chosen, defaults):
 
 def rows(folders, pattern="**/results.csv"):
     """The runs in these folders -> [{column: value}], project by project, the best score first; a project is a folder
-    of runs. pattern: of the runs' results.csv in a folder.
+    of runs. pattern: the glob pattern of results.csv below a folder.
 
     "best" is the best score over a run's epochs, with the last or the EMA weights. Runs with different scores are not
     compared, those without any come last. What is damaged is left out, with a line on stderr.
