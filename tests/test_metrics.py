@@ -186,7 +186,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     assert half != alone[0]  # else a reduce that does nothing would pass
 
 
-# ---- scores by size --------------------------------------------------------------------------------------------------
+# ---- scores of samples -----------------------------------------------------------------------------------------------
 def scenes(count=13, classes=3, void=True):
     """Blobs of several sizes, and predictions that miss some and add some: truth, predicted (count, 40, 40)."""
     rng = np.random.default_rng(2)
@@ -243,38 +243,6 @@ def test_the_rows_of_samples(classes, void):
         assert metric.samples(names) == expected
 
 
-def test_scores_by_size_by_hand():
-    truth, predicted = scenes()
-    images, objects = by_hand(truth, predicted, VOID)
-    tables = reviewed(truth, predicted, ignore=VOID).by_size()
-    filled = [image for image in images if image[2]]
-    limit = sorted(image[2] for image in filled)[(len(filled) - 1) // 2]
-    assert len(filled) % 2 and len(images) - len(filled) == 2
-    expected = []
-    for size, part in (("small", [i for i in filled if i[2] <= limit]), ("large", [i for i in filled if i[2] > limit])):
-        r, p, a = map(sum, zip(*part))
-        expected.append({"size": size, "pixels": f"{min(i[2] for i in part)} to {max(i[2] for i in part)}",
-                         "images": len(part), "iou": r / (p + a - r)})
-    expected.append({"size": "empty", "pixels": "0", "images": 2, "iou": 0.5})
-    assert tables["Images by positive area"] == expected
-    limit = np.median([pixels for pixels, _, _ in objects])
-    assert tables["Objects by area"] == [
-        {"size": size, "pixels": f"{min(p for p, _ in part)} to {max(p for p, _ in part)}", "objects": len(part),
-         "recall": pytest.approx(sum(found for _, found in part) / len(part))}
-        for size, part in (("small", [o[:2] for o in objects if o[0] <= limit]),
-                           ("large", [o[:2] for o in objects if o[0] > limit]))]
-
-
-def test_the_iou_is_that_of_the_metric():
-    truth, predicted = (t[torch.tensor([0, 1, 2, 5, 6])] for t in scenes(classes=2))
-    sides = torch.zeros(2, 200, 200, dtype=torch.long)  # as one image there is one size
-    sides[:, :, :40] = torch.stack([t.reshape(200, 40) for t in (truth, predicted)])
-    metric = BinaryIoU(ignore=VOID)
-    metric.update(predicted.float(), truth)
-    table = reviewed(sides[:1], sides[1:], ignore=VOID).by_size()["Images by positive area"]
-    assert len(table) == 1 and table[0]["iou"] == metric.compute()["iou"]
-
-
 def test_masks_of_other_types_and_half_of_an_object():
     truth = torch.tensor([[[1, 1, 0, 1, 1, 1]]], dtype=torch.uint8)
     predicted = torch.tensor([[[1, 0, 0, 1, 0, 0]]], dtype=torch.bool)
@@ -294,19 +262,16 @@ def test_ranks_are_gathered(monkeypatch):
     other.update(torch.arange(7, 13), predicted[7:], truth[7:])
     own = SampleIoU(VOID)
     own.update(torch.arange(7).flip(0), predicted[:7].flip(0), truth[:7].flip(0))
-    parts = iter((other.images, other.objects))
-    monkeypatch.setattr(ranks, "gather", lambda value: [next(parts), value])
+    monkeypatch.setattr(ranks, "gather", lambda value: [other.images, value])
     whole = reviewed(truth, predicted, ignore=VOID)
     own.reduce()
-    assert own.samples(names) == whole.samples(names) and own.by_size() == whole.by_size()
+    assert own.samples(names) == whole.samples(names)
 
 
 def test_nothing_to_review():
-    metric = SampleIoU().reduce()
-    assert metric.samples([]) == [] and metric.by_size() == {"Images by positive area": [], "Objects by area": []}
+    assert SampleIoU().reduce().samples([]) == []
     empty = torch.zeros(2, 4, 4)
-    assert reviewed(empty, empty).by_size() == {
-        "Images by positive area": [{"size": "empty", "pixels": "0", "images": 2, "iou": 1.0}], "Objects by area": []}
+    assert [row["score"] for row in reviewed(empty, empty).samples("ab")] == [1, 1]
 
 
 # ---- classification ------------------------------------------------------------------------------------------------

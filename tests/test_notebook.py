@@ -68,7 +68,7 @@ def test_no_run(command, tmp_path):
 def test_a_run_of_an_earlier_edition(tmp_path):
     """The flags with which it is resumed are not those with which it was started."""
     (tmp_path / "run.json").write_text('{"started": "2026-01-01 10:00"}')
-    runs.record_start(tmp_path, {})
+    runs.record_start(tmp_path)
     checkpoint.save(tmp_path / "last.pt", {"task": "seg", "arch": {"name": "unet.UNet", "kwargs": {}}, "model": {},
                                            "input": {}})
     with pytest.raises(UserError, match="run.json: does not tell how the run was started; train"):

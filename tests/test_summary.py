@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,22 +21,19 @@ from utils.pictures import cells, table
 from utils.train import checkpoint, runs
 from utils.train.args import loss_term, setup_run, train_parser
 from utils.errors import UserError
-from utils.pictures.table import flags
 
 COLUMNS = ("run", "date", "metric", "best", "epoch", "minutes", "commit", "flags")
-DEFAULTS = {"lr": 0.001, "ema": True, "bs": 64, "loss": None, "name": "exp", "project": "runs/seg", "resume": None}
 
 
-def make(path, scores=(), *, key="iou", **changed):
+def make(path, scores=(), *, key="iou", command="--lr 0.01"):
     """A run's folder as a script leaves it, one epoch a score, two minutes each."""
     path.mkdir(parents=True)
-    (path / "args.json").write_text(json.dumps(DEFAULTS | changed))
     if scores:
         cells.write_csv(path / "results.csv", [
             {"epoch": i, "lr": 1e-3, "loss": 2 - i / 10, key: score, "f1": 1 - i / 100, "seconds": 120.0}
             for i, score in enumerate(scores, 1)])
     (path / "run.json").write_text(json.dumps({"started": "2026-01-02 03:04", "commit": "abc1234",
-                                               "defaults": DEFAULTS, "score": key}))
+                                               "command": command, "score": key}))
     return path
 
 
@@ -46,10 +44,10 @@ def rows(*folders):
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 def test_a_row_by_hand(tmp_path):
-    make(tmp_path / "seg/exp", [0.5, 0.75, 0.625], lr=0.01, ema=False, name="exp", loss=[["bce", 1.0], ["dice", 0.5]])
+    make(tmp_path / "seg/exp", [0.5, 0.75, 0.625], command="--no-ema --loss bce dice=0.5")
     assert table.rows([tmp_path]) == [{
         "run": str(tmp_path / "seg/exp"), "date": "2026-01-02 03:04", "metric": "iou", "best": 0.75, "epoch": 2,
-        "minutes": 6.0, "commit": "abc1234", "flags": "--lr 0.01 --no-ema --loss bce=1 dice=0.5"}]
+        "minutes": 6.0, "commit": "abc1234", "flags": "--no-ema --loss bce dice=0.5"}]
     assert tuple(rows(tmp_path)["exp"]) == COLUMNS
 
 
@@ -71,7 +69,7 @@ def test_a_run_and_a_folder_above_it_are_the_same_runs(tmp_path):
 
 
 def test_the_score_is_the_one_that_the_run_names(tmp_path):
-    make(tmp_path / "seg/a", [0.5, 0.75], key="kappa", loss=[["dice", 1.0]])
+    make(tmp_path / "seg/a", [0.5, 0.75], key="kappa")
     make(tmp_path / "seg/b", [0.25], key="iou")
     found = rows(tmp_path)
     assert {name: (row["metric"], row["best"]) for name, row in found.items()} == {"a": ("kappa", 0.75), "b": ("iou", 0.25)}
@@ -92,10 +90,10 @@ def test_a_resumed_run_has_one_row_and_it_is_the_new_one(tmp_path):
                                      b"epoch,iou\n1,x\n", b"epoch,iou\n,2\n", b"iou\n3\n", b"epoch,iou\n1,\"2\n"])
 def test_a_damaged_run_is_left_out(tmp_path, capsys, content):
     make(tmp_path / "seg/good", [0.5])
-    run = make(tmp_path / "seg/bad", [0.25], lr=0.01)
+    run = make(tmp_path / "seg/bad", [0.25])
     good = rows(tmp_path)
     assert capsys.readouterr().err == ""
-    for name in ("args.json", "results.csv", "run.json"):
+    for name in ("results.csv", "run.json"):
         before = (run / name).read_bytes()
         (run / name).write_bytes(content)
         found, said = rows(tmp_path), capsys.readouterr().err.splitlines()
@@ -116,7 +114,7 @@ def written(project):
 
 def test_the_file_is_the_table_of_the_projects_of_the_tasks(tmp_path):
     for name, scores in (("a", [0.25]), ("b", [0.5, 0.75]), ("größe, \"火\"", [0.125])):
-        run = make(tmp_path / "seg" / name, scores, lr=0.01)
+        run = make(tmp_path / "seg" / name, scores)
     make(tmp_path / "cls/c", [0.9], key="acc")
     make(tmp_path / "seg/a/predict/below", [0.9])  # of no project here
     table.write(run)
@@ -167,17 +165,17 @@ def test_damaged_runs_do_not_keep_the_file_from_being_written(tmp_path, capsys):
     contents = (b"", b"[" * 100_000, b"\xff\xfe\0", b"{\"lr\": \"\\ud800\"}", b"{\"started\": {}, \"defaults\": 3}",
                 b"epoch,iou\n1,2,3\n", None)
     for i, content in enumerate(contents):
-        for name in ("args.json", "results.csv", "run.json"):
+        for name in ("results.csv", "run.json"):
             path = make(tmp_path / f"{i}{name}", [0.25]) / name
             path.unlink()
             path.write_bytes(content) if content is not None else path.mkdir()
     (tmp_path / "loop").symlink_to("loop")
-    undecodable = make(tmp_path / os.fsdecode(b"\xff"), [0.25], lr="\ud800")
+    undecodable = make(tmp_path / os.fsdecode(b"\xff"), [0.25], command="--name \ud800")
     table.write(tmp_path / "good")
     found = written(tmp_path)
-    assert found["\\udcff"]["flags"] == "--lr '\\ud800'" and undecodable.is_dir()
-    assert found["good"]["best"] == "0.5" and "0args.json" not in found
-    assert "0args.json: damaged, left out" in capsys.readouterr().err
+    assert found["\\udcff"]["flags"] == "--name \\ud800" and undecodable.is_dir()
+    assert found["good"]["best"] == "0.5" and "0run.json" not in found
+    assert "0run.json: damaged, left out" in capsys.readouterr().err
 
 
 def test_a_run_that_is_deleted_meanwhile(tmp_path, monkeypatch):
@@ -250,29 +248,15 @@ def test_a_training_ends_well_without_it(tmp_path):
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
-def test_flags_as_text():
-    old = {"lr": 0.1, "ema": True, "compile": False, "loss": None, "decoder": [8, 4], "weights": None, "bs": 4,
-           "weight_decay": 0.0, "bands": [1, 2], "name": "exp", "project": "runs/seg", "resume": None}
-    assert flags(old, old) == "" and flags({**old, "name": "x", "project": "y", "resume": "z"}, old) == ""
-    new = {"lr": 1e-05, "ema": False, "compile": True, "loss": [["bce", 0.5], ["lovasz", 1.0]], "decoder": [16],
-           "weights": "my net.pt", "bs": 8, "weight_decay": 0.05, "bands": None, "later": 3}
-    assert flags(new, old) == ("--lr 1e-05 --no-ema --compile --loss bce=0.5 lovasz=1 --decoder 16 "
-                               "--weights 'my net.pt' --bs 8 --weight-decay 0.05 --bands None --later 3")
-
-
-def test_what_a_run_was_started_with_comes_back(tmp_path):
+def test_what_a_run_was_started_with_comes_back(tmp_path, monkeypatch):
     parser = train_parser("x", "seg", data="x", epochs=3, bs=8, imgsz=64, lr=1e-3)
     parser.add_argument("--loss", nargs="+", type=loss_term(("bce", "dice")))
-    typed = ["--lr", "0.01", "--no-ema", "--compile", "--loss", "bce=0.5", "dice=2"]
-    for argv in (typed, ["--bands", "all", "--lr", "1e-3"]):
-        free()
-        _, _, folder, _ = setup_run(parser, ["--project", str(tmp_path), "--device", "cpu", *argv])
-        runs.record_start(folder, vars(parser.parse_args([])))
-        cells.write_csv(folder / "results.csv", [{"epoch": 1}])
-    found = rows(tmp_path)
-    assert set(found["exp"]["flags"][2:].split(" --")) == {"lr 0.01", "no-ema", "compile", "loss bce=0.5 dice=2",
-                                                           "device cpu"}
-    assert found["exp2"]["flags"] == "--device cpu"  # flags that were typed and are the defaults
+    typed = ["--project", str(tmp_path), "--device", "cpu", "--loss", "bce=0.5", "dice=2", "--weights", "my net.pt"]
+    monkeypatch.setattr("sys.argv", ["train_seg.py", *typed])
+    free()
+    _, _, folder, _ = setup_run(parser, typed)
+    cells.write_csv(folder / "results.csv", [{"epoch": 1}])
+    assert parser.parse_args(shlex.split(rows(tmp_path)["exp"]["flags"])) == parser.parse_args(typed)
 
 
 # ---- run.json --------------------------------------------------------------------------------------------------------
@@ -305,23 +289,22 @@ def test_git_that_is_missing_or_hangs(tmp_path, monkeypatch):
     assert runs.commit(tmp_path) == ""
 
 
-def test_a_resumed_run_keeps_its_date_and_the_defaults_that_it_began_with(tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_date_and_command(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "commit", lambda folder: "abc")
     monkeypatch.setattr("sys.argv", ["train_seg.py", "--name", "my run"])
-    runs.record_start(tmp_path, {"lr": 1})
+    runs.record_start(tmp_path)
     first = json.loads((tmp_path / "run.json").read_text())
-    assert first == {"started": first["started"], "commit": "abc", "defaults": {"lr": 1}, "command": "--name 'my run'"}
+    assert first == {"started": first["started"], "commit": "abc", "command": "--name 'my run'"}
     assert abs(time.mktime(time.strptime(first["started"], "%Y-%m-%d %H:%M")) - time.time()) < 200
     (tmp_path / "run.json").write_text(json.dumps(first | {"started": "2020-01-01 00:00"}))
     monkeypatch.setattr(runs, "commit", lambda folder: "def")
     monkeypatch.setattr("sys.argv", ["train_seg.py", "--resume"])
-    runs.record_start(tmp_path, {"lr": 2, "new": 3})  # a flag that there was not
+    runs.record_start(tmp_path)
     again = json.loads((tmp_path / "run.json").read_text())
-    assert again == {"started": "2020-01-01 00:00", "defaults": {"lr": 1, "new": 3}, "commit": "def",
-                     "command": "--name 'my run'"}
+    assert again == {"started": "2020-01-01 00:00", "commit": "def", "command": "--name 'my run'"}
     with pytest.raises(UserError, match="run.json: cannot be written"):
         (tmp_path / "file").write_text("")
-        runs.record_start(tmp_path / "file", {})
+        runs.record_start(tmp_path / "file")
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ update() adds counts (or keeps a row per image), reduce() sums them over the ran
 divides once, at the end: the result depends neither on the batch size nor on how the images were distributed to ranks.
 The first key of compute() is the score, higher is better.
 """
-import statistics
 
 import torch
 
@@ -143,7 +142,7 @@ class MeanIoU(Counts):
 
 
 class SampleIoU:
-    """IoU of each image, objects found in each image, and both by size.
+    """IoU of each image, and the objects that are found in it.
 
     Class 0 is background. The IoU of an image is taken over all other classes together: pixels of the right class,
     divided by the pixels that are predicted or labelled; 1 when there are none. An object is a connected component of
@@ -155,7 +154,6 @@ class SampleIoU:
     def __init__(self, ignore=None):
         self.ignore = ignore
         self.images = []  # rows of: index; right, predicted and actual pixels; objects, objects found
-        self.objects = []  # rows of: pixels; found or not
 
     @torch.no_grad()
     def update(self, index, predicted, truth):
@@ -169,13 +167,13 @@ class SampleIoU:
             right, objects = (p == t) & (t > 0), components(t)
             pixels = objects.flatten().bincount()
             found = 2 * objects[right].bincount(minlength=len(pixels)) >= pixels
-            self.objects += torch.stack((pixels, found), 1)[1:].tolist()  # number 0 is the background
+            # number 0 is the background
             counts = number, right.sum(), (p > 0).sum(), (t > 0).sum(), len(pixels) - 1, found[1:].sum()
             self.images.append(list(map(int, counts)))
 
     def reduce(self):
         """Gathers the rows of all ranks, if there are several: every rank calls it once. Returns self."""
-        self.images, self.objects = (sum(dist.gather(rows), []) for rows in (self.images, self.objects))
+        self.images = sum(dist.gather(self.images), [])
         return self
 
     def samples(self, names):
@@ -183,29 +181,3 @@ class SampleIoU:
         return [{"name": str(names[i]), "score": _ratio(right, predicted + actual - right), "area": actual,
                  "predicted": predicted, "objects": objects, "found": found}
                 for i, right, predicted, actual, objects, found in sorted(self.images)]
-
-    def by_size(self):
-        """Two tables, {title: rows}: the IoU over all pixels of the images with small and with large positive area,
-        and the share of small and of large objects that are found. Small: up to the median. Of images without positive
-        pixels, whose IoU is 0 or 1, it is the mean."""
-        by_area, filled = [], [row for row in self.images if row[3]]
-        for row, part in _halves(filled, 3):
-            _, right, predicted, actual, *_ = map(sum, zip(*part))
-            by_area.append(row | {"images": len(part), "iou": right / (predicted + actual - right)})
-        empty = [row[2] == 0 for row in self.images if not row[3]]
-        if empty:
-            by_area.append({"size": "empty", "pixels": "0", "images": len(empty), "iou": sum(empty) / len(empty)})
-        by_object = [row | {"objects": len(part), "recall": sum(found for _, found in part) / len(part)}
-                     for row, part in _halves(self.objects, 0)]
-        return {"Images by positive area": by_area, "Objects by area": by_object}
-
-
-def _halves(rows, column):
-    """Yields ({"size", "pixels": range}, rows) of the small ones, up to the median of a column, and of the large ones,
-    where there are any."""
-    limit = statistics.median([row[column] for row in rows] or [0])
-    for name, large in (("small", False), ("large", True)):
-        part = [row for row in rows if (row[column] > limit) == large]
-        if part:
-            sizes = [row[column] for row in part]
-            yield {"size": name, "pixels": f"{min(sizes)} to {max(sizes)}"}, part

@@ -7,7 +7,6 @@ would be out of step with a run that was resumed, renamed, copied or deleted.
 """
 import math
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -15,25 +14,6 @@ from utils.files import locked, read_csv, read_json, writing
 from utils.pictures import cells
 
 TASKS = ("seg", "det", "cls")  # projects of these names share a table
-WHERE = ("project", "name", "resume")  # flags that say where a run is, not what
-
-
-def flags(chosen, defaults):
-    """The arguments that differ from the defaults as text, "--lr 0.01 --no-ema --loss bce=0.5": to be read, for lists
-    of bands are written with spaces. Both: {flag: value} as JSON holds them."""
-    def word(value):
-        if isinstance(value, list):
-            return "=".join(map(word, value))  # a term of --loss and its weight
-        return f"{value:g}" if isinstance(value, float) else shlex.quote(str(value))
-
-    def text(flag, value):
-        flag = flag.replace("_", "-")
-        if isinstance(value, bool):
-            return f"--{flag}" if value else f"--no-{flag}"
-        return " ".join([f"--{flag}", *map(word, value if isinstance(value, list) else [value])])
-
-    return " ".join(text(flag, value) for flag, value in chosen.items()
-                    if flag not in WHERE and value != defaults.get(flag))
 
 
 def rows(folders, pattern="**/results.csv"):
@@ -70,7 +50,7 @@ def write(folder):
 
 def _row(run):
     """The row of one run. Raises one of many errors where a file is damaged."""
-    chosen, record = read_json(run / "args.json"), read_json(run / "run.json")
+    record = read_json(run / "run.json")
     header, *lines = read_csv(run / "results.csv")
     epochs = [dict(zip(header, line)) for line in lines]
     metric = record.get("score", "")
@@ -79,4 +59,4 @@ def _row(run):
                        default=(None, None))
     return {"run": str(run), "date": record["started"], "metric": metric, "best": best, "epoch": number,
             "minutes": sum(float(epoch.get("seconds") or 0) for epoch in epochs) / 60, "commit": record["commit"],
-            "flags": flags(chosen, record["defaults"])}
+            "flags": record.get("command")}

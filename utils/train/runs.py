@@ -157,15 +157,12 @@ def add_record(folder, **values):
         write_json(folder / "run.json", record | values)
 
 
-def record_start(folder, defaults):
-    """Adds {"started", "command", "commit", "defaults"} to run.json. A resumed run keeps all but the commit: its flags
-    are to be compared with the defaults that it began with. command: the flags as they were typed; None if they are not
-    known. defaults: {flag: value}, such as vars(parser.parse_args([]))."""
+def record_start(folder):
+    """Adds {"started", "command", "commit"} to run.json. A resumed run keeps all but the commit. command: the flags as
+    they were typed; None if they are not known."""
     old = read_record(folder)
-    began = old.get("defaults") if isinstance(old.get("defaults"), dict) else {}
     add_record(folder, started=old.get("started") or time.strftime("%Y-%m-%d %H:%M"),
-               command=old.get("command") if old else shlex.join(sys.argv[1:]),
-               commit=commit(Path(__file__).parent), defaults=defaults | began)
+               command=old.get("command") if old else shlex.join(sys.argv[1:]), commit=commit(Path(__file__).parent))
 
 
 def commit(folder):
