@@ -22,6 +22,7 @@ import os
 import stat
 import struct
 import sys
+import threading
 import warnings
 import zlib
 from io import BytesIO
@@ -38,7 +39,6 @@ from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from data.cache import facts
 from utils.errors import UserError
@@ -49,7 +49,7 @@ warnings.simplefilter("ignore", NotGeoreferencedWarning)  # plain images have no
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below replace Pillow's
 
 # megabytes for GDAL's blocks; it would take a twentieth of the machine's memory, in every process
-os.environ.setdefault("GDAL_CACHEMAX", "128")
+os.environ.setdefault("GDAL_CACHEMAX", "256")
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 KINDS = {b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTiff", b"\x89PNG": "PNG",
@@ -164,6 +164,8 @@ def read_headers(files, **options):
     new = [(file,) for file in files if str(file) not in _headers]
     for (file,), (*stamp, text) in filter(all, zip(new, facts("headers", look, new, **options))):
         _headers[str(file)] = [*stamp, sys.intern(text)]
+        if text.startswith('["JPEG"'):
+            import torchvision.io  # noqa: F401  It takes as long as torch: once, before loader workers are forked
 
 
 def _header(path, regular):
@@ -290,20 +292,42 @@ def open_raster(path, *, sidecars=False):
 
 @contextlib.contextmanager
 def _open(path, driver, *, env=ALONE, **options):
+    with _gdal(path, env), _opened(path, driver, **options) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _open_for_windows(path):
+    """`open_raster` that leaves the file open: GDAL keeps the blocks that the next windows have in common with this one.
+    A process or thread has a file of its own, as GDAL cannot share one."""
+    with _gdal(path):
+        yield _kept_open(path, os.stat(path).st_mtime_ns, os.getpid(), threading.get_ident())
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_open(path, *_):
+    return _opened(path, header(path).kind, OVERVIEW_LEVEL="NONE")
+
+
+@contextlib.contextmanager
+def _gdal(path, env=ALONE):
+    """GDAL's settings, and its errors in one line."""
     # GDAL's shortcut for whole PNGs does not notice that data is missing, and returns wrong pixels (version 3.10)
     with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", **env):
         try:
-            # an absolute name is neither a /vsi name nor a URL
-            file = rasterio.open(os.path.abspath(path), driver=driver, **options)
-        except UnicodeEncodeError:
-            raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
-        except (RasterioError, ValueError):  # ValueError: a damaged name of a coordinate system
-            raise UserError(f"{path}: not a readable {driver}; replace or remove it") from None
-        with file:
-            try:
-                yield file
-            except (RasterioError, CPLE_BaseError):  # some functions pass on GDAL's own errors
-                raise UserError(DAMAGED.format(path)) from None
+            yield
+        except (RasterioError, CPLE_BaseError):  # some functions pass on GDAL's own errors
+            raise UserError(DAMAGED.format(path)) from None
+
+
+def _opened(path, driver, **options):
+    try:
+        # an absolute name is neither a /vsi name nor a URL
+        return rasterio.open(os.path.abspath(path), driver=driver, **options)
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its name or its folder's is no text; rename it") from None
+    except (RasterioError, ValueError):  # ValueError: a damaged name of a coordinate system
+        raise UserError(f"{path}: not a readable {driver}; replace or remove it") from None
 
 
 def read(path, bands=None, *, window=None, shape=None, once=False):
@@ -326,7 +350,7 @@ def read(path, bands=None, *, window=None, shape=None, once=False):
     opaque = None  # opacity or mask: 0 where a pixel holds no data
     planes = bands + [count] * (found.opacity and count not in bands)
     if in_windows(found) or once and found.kind == "PNG" and found.orientation == 1:
-        with open_raster(path) as file:
+        with _open_for_windows(path) if window and not once else open_raster(path) as file:
             part = Window(x, y, w, h)
             image = file.read(planes, window=part, out_shape=shape and (len(planes), *shape))
             if found.mask == "inside":
@@ -483,6 +507,7 @@ def _decode_jpeg(path):
             if not np.array_equal(whole, other):
                 raise RuntimeError("truncated")
             data += end
+        from torchvision.io import ImageReadMode, decode_jpeg  # see read_headers
         data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return decode_jpeg(data, ImageReadMode.UNCHANGED, apply_exif_orientation=True).numpy()
     except (RuntimeError, OSError, SyntaxError, ValueError):

@@ -11,7 +11,6 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import stochastic_depth
 
 from nets.blocks import Backbone, conv2d, fold_norms, init_fan_out, run, silu
 
@@ -60,6 +59,8 @@ class Block(nn.Module):
         self.add_layers(cin, cin * expansion, cout, stride, same)
 
     def forward(self, x):
+        from torchvision.ops import stochastic_depth  # here, as its import takes as long as torch's
+
         y = self.body(x)
         return x + stochastic_depth(y, self.drop, "row", self.training) if self.residual else y
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from data import augment
 from utils import errors
 
+os.environ["GDAL_CACHEMAX"] = "16"  # MB: the tests' scenes are larger, as real ones are than the cache that they have
 tqdm.monitor_interval = 0  # its thread may hold anything while `command` forks this process
 
 

@@ -216,6 +216,31 @@ def test_a_changed_file_is_read_again(tmp_path):
     same(images.read(path, window=(0, 0, 3, 3)), 255 - GREY[None, :3, :3])
 
 
+def test_a_file_stays_open_between_its_windows(tmp_path, monkeypatch):
+    """In every process one of its own: a forked one shares the place in the file."""
+    opened, real = [], rasterio.open
+    monkeypatch.setattr(images.rasterio, "open", lambda path, *args, **options: opened.append(path) or real(
+        path, *args, **options))
+    pixels = np.random.default_rng(0).integers(0, 9999, (3, 64, 80), np.uint16)
+    path = write_tif(tmp_path / "a.tif", pixels, compress="deflate")
+    images.header(path)
+    opened.clear()
+    for y, x in ((0, 0), (16, 40), (40, 48)):
+        same(images.read(path, window=(y, x, 24, 32)), pixels[:, y:y + 24, x:x + 32])
+    assert len(opened) == 1
+    child = os.fork()
+    if not child:
+        images.read(path, window=(0, 0, 8, 8))
+        os._exit(len(opened))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    write_tif(path, pixels + 1)
+    os.utime(path, ns=(1, 1))
+    same(images.read(path, window=(0, 0, 8, 8)), pixels[:, :8, :8] + 1)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="a.tif: "):
+        images.read(path, window=(0, 0, 8, 8))
+
+
 def test_the_first_bytes_tell_the_kind_not_the_name(tmp_path):
     smooth = np.full((8, 8), 77, np.uint8)
     for format in ("PNG", "JPEG", "TIFF"):
@@ -327,6 +352,7 @@ def test_overviews_do_not_lead_to_other_files_or_the_network(tmp_path, listener)
 
     def safe(path):
         assert (images.read(path, shape=(3, 4)) != 77).all()
+        assert (images.read(path, window=(0, 0, 6, 8), shape=(3, 4)) != 77).all()
         images.read(path)
         images.size(path)
         assert not calls

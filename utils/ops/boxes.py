@@ -7,17 +7,22 @@ import math
 
 import torch
 import torch.nn.functional as F
-import torchvision
+
+
+def _ops():
+    """torchvision.ops, imported where boxes are computed: the import takes as long as that of torch."""
+    import torchvision
+    return torchvision.ops
 
 
 def to_xyxy(xywh):
     """Boxes (..., 4) of centre x, centre y, width, height -> corners x1 y1 x2 y2."""
-    return torchvision.ops.box_convert(xywh, "cxcywh", "xyxy")
+    return _ops().box_convert(xywh, "cxcywh", "xyxy")
 
 
 def to_xywh(xyxy):
     """Boxes (..., 4) of corners x1 y1 x2 y2 -> centre x, centre y, width, height."""
-    return torchvision.ops.box_convert(xyxy, "xyxy", "cxcywh")
+    return _ops().box_convert(xyxy, "xyxy", "cxcywh")
 
 
 def sides(boxes):
@@ -37,7 +42,7 @@ def by_score(detections):
 
 def clip(boxes, height, width):
     """A copy of boxes (..., 4) or detections (..., 6) with all corners inside the image of height x width pixels."""
-    inside = torchvision.ops.clip_boxes_to_image(boxes[..., :4], (height, width))
+    inside = _ops().clip_boxes_to_image(boxes[..., :4], (height, width))
     return torch.cat((inside, boxes[..., 4:]), -1)
 
 
@@ -123,8 +128,8 @@ def suppress(detections, *, iou=0.6, max_det=300, agnostic=False):
     keep = torch.zeros(0, dtype=torch.long, device=boxes.device)
     for index in torch.arange(len(boxes), device=boxes.device).split(block):
         if len(keep):
-            index = index[~(torchvision.ops.box_iou(boxes[index], boxes[keep]) > iou).any(1)]
-        keep = torch.cat((keep, index[torchvision.ops.nms(boxes[index], scores[index], iou)]))
+            index = index[~(_ops().box_iou(boxes[index], boxes[keep]) > iou).any(1)]
+        keep = torch.cat((keep, index[_ops().nms(boxes[index], scores[index], iou)]))
         if len(keep) >= max_det:
             break
     return detections[keep[:max_det]]

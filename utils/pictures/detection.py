@@ -7,7 +7,6 @@ import unicodedata
 
 import numpy as np
 import torch
-from torchvision.utils import draw_bounding_boxes
 
 from utils.ops.boxes import clip, confident, sides
 from utils.pictures.sheets import PALETTE, abreast, contact_sheet, fit, to_numpy, to_rgb
@@ -35,6 +34,8 @@ def draw_boxes(rgb, rows, names, zoom=1):
     Boxes are cut at the picture's edge; boxes beyond it, inverted ones and NaN are not drawn. Higher scores (without
     scores: later boxes) are drawn over lower ones.
     """
+    from torchvision.utils import draw_bounding_boxes  # its import takes long
+
     rows, (height, width) = torch.as_tensor(to_numpy(rows)), rgb.shape[:2]
     scored = rows.shape[1] == 6
     if scored:
