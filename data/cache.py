@@ -94,10 +94,10 @@ class Cache:
         self.files, self.read, self.where, self.variant = files, read, where, str(variant)
         if where == "ram":
             self.tensors = []
-            for i in self._indices():
+            for tensor in self._read_all():
                 # cloned, because a view would keep the whole tensor that it is a part of
-                self.tensors.append(self.read(i).clone(memory_format=torch.contiguous_format))
-                if i == LOOKED_AT:
+                self.tensors.append(tensor.clone(memory_format=torch.contiguous_format))
+                if len(self.tensors) == LOOKED_AT:
                     self._check_room()
         elif where == "disk":
             name = hashlib.sha256("\n".join(str(Path(f).resolve()) for f in files).encode()).hexdigest()[:16]
@@ -116,8 +116,14 @@ class Cache:
             return torch.from_numpy(np.ndarray(shape, dtype, self.array, start))
         return self.read(i)
 
-    def _indices(self):
-        return tqdm(range(len(self.files)), desc="cache", disable=dist.rank() > 0, leave=False)
+    def _read_all(self):
+        """Yields the tensors in the files' order; threads read them."""
+        count = len(self.files)
+        with ThreadPoolExecutor(8) as pool, tqdm(total=count, desc="cache", disable=dist.rank() > 0, leave=False) as bar:
+            for start in range(0, count, BATCH):
+                for tensor in pool.map(self.read, range(start, min(start + BATCH, count))):
+                    yield tensor
+                    bar.update()
 
     def _check_room(self):
         """UserError where the memory will not do: the system would end some process, without a word."""
@@ -142,8 +148,7 @@ class Cache:
         index, header = [], self.path.with_suffix(".json")
         with whole_file(self.path.with_suffix(".bin")) as temporary:
             with open(temporary, "wb") as file:
-                for i in self._indices():
-                    array = np.ascontiguousarray(self.read(i))
+                for array in map(np.ascontiguousarray, self._read_all()):
                     index.append([file.tell(), array.shape, array.dtype.name])
                     file.write(array)
                 size = file.tell()

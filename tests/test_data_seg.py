@@ -1,5 +1,6 @@
 """data/seg.py, data/cache.py and data/augment/__init__.py: pairs, masks, checks, samples and their caches."""
 import os
+import threading
 import time
 from collections import Counter
 
@@ -265,6 +266,18 @@ def test_the_disk_cache_is_built_once(tmp_path):
         assert [int(cache[i][0]) for i in range(3)] == [0, 1, 2]
     assert len(reads) == 3
     assert not list((tmp_path / "cache").glob("*.tmp*"))
+
+
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_the_cache_is_filled_by_several_threads(tmp_path, where):
+    files, together = write_numbers(tmp_path, 80), threading.Barrier(4)
+
+    def read(i):
+        if i < 8:  # one thread alone would wait in vain
+            together.wait(30)
+        return torch.tensor([i])
+    cache = Cache(files, read, where, folder=tmp_path / "cache")
+    assert [int(cache[i]) for i in range(80)] == list(range(80))
 
 
 def write_numbers(folder, count):

@@ -81,6 +81,19 @@ def test_json_is_strict(tmp_path):
     assert path.read_text() == '{"a": [1, 2]}'
 
 
+def test_a_long_list_is_written_part_by_part(tmp_path):
+    path, made = tmp_path / "a.json", []
+
+    def parts():
+        for part in ([], [{"a": 1.5}, {"b": "ü"}], [], [[float("nan")]], [3]):
+            made.append((tmp_path / ".new-a.json").exists())
+            yield part
+    files.write_json_list(path, parts())
+    assert path.read_text() == json.dumps([{"a": 1.5}, {"b": "ü"}, [None], 3]) and made == [True] * 5
+    files.write_json_list(path, [], '{"x": [', "]}")
+    assert json.loads(path.read_text()) == {"x": []}
+
+
 def test_tables_of_names_that_are_no_text(tmp_path):
     files.write_csv(tmp_path / "a.csv", ["name", "group"], [["a,b", 1], [os.fsdecode(b"\xff.jpg"), "x\ny"]])
     with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:

@@ -181,6 +181,23 @@ def test_cut_is_the_largest_file_below_the_limit():
     assert submissions.cut(items, whole + 1)[1] == 0 and submissions.cut(items, whole)[1] == 1
 
 
+def test_the_submission_of_many_detections_is_that_of_all(tmp_path):
+    """Only what can be in it is made into items: the same bytes as if all were, with ties, in images with none."""
+    rng, ids, files = np.random.default_rng(1), [3, 1, 2, 9], [Path(f"{k}.png") for k in range(4)]
+    results = [torch.from_numpy(np.column_stack((rng.uniform(0, 90, (n, 4)), rng.integers(0, 30, n) / 29.00001,
+                                                 rng.integers(0, 2, n)))).float() for n in (200, 0, 77, 1)]
+    whole = submissions.coco_items(results, ids, [4, 7])
+    for megabytes in (0.0001, 0.003, 0.01, 1):
+        folder = tmp_path / str(megabytes)
+        dropped = submissions.write_boxes(folder, files, [(100, 100)] * 4, results, ids=ids, category_ids=[4, 7],
+                                          max_mb=megabytes)
+        text, left_out = submissions.cut(submissions.parking_items(whole), megabytes * 1e6)
+        assert ((folder / "submission.json").read_text(), dropped) == (text, left_out)
+        assert json.loads((folder / "coco.json").read_text()) == whole
+    tiny = submissions.parking_items(submissions.coco_items([torch.zeros(1, 6)], [0], [0]))
+    assert len(json.dumps(tiny[0])) >= submissions.SHORTEST
+
+
 def test_the_limit_of_the_submission(script, tmp_path, finder):
     picture, truth = scene(5)
     save("1.png", picture)

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,21 @@ def test_ground_control_points_stay(script, tmp_path, colour_model):
         found, crs = mask.gcps
     found, points = ([(p.row, p.col, p.x, p.y) for p in each] for each in (found, points))
     assert found == points and crs == "EPSG:4326"
+
+
+def test_the_pickle_is_written_mask_by_mask(tmp_path, monkeypatch):
+    (tmp_path / "masks").mkdir()
+    masks = [np.random.default_rng(k).integers(0, 2, (200, 300), np.uint8) for k in range(40)]
+    files = [write_tif(tmp_path / "masks" / f"{k:02}.tif", mask) for k, mask in enumerate(masks)]
+    writer = MaskWriter(tmp_path)
+    tracemalloc.start()
+    writer.finish(files, failed=files[:1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found = masks_of(tmp_path)
+    assert list(found) == [file.name for file in files] and not found.pop("00.tif").any()
+    assert all(np.array_equal(a, b) and a.dtype == np.uint8 for a, b in zip(found.values(), masks[1:]))
+    assert peak < 10 * masks[0].nbytes
 
 
 def test_the_pickle_holds_what_memory_does(tmp_path, capsys, monkeypatch):

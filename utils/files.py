@@ -200,11 +200,27 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def _json(value, indent=None):
+    strict = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(strict, indent=indent)
+
+
 def write_json(path, value, indent=1):
     """Writes plain values as strict JSON: NaN and infinity, which JSON does not have, become null. indent: None for one
     line."""
-    strict = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    write_text(path, json.dumps(strict, indent=indent))
+    write_text(path, _json(value, indent))
+
+
+def write_json_list(path, parts, head="[", tail="]"):
+    """Writes the items of the lists `parts`, an iterable, as one JSON list between head and tail. Only one of the parts
+    is in memory at a time."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="ascii") as file:
+        file.write(head)
+        comma = ""
+        for items in filter(None, parts):
+            file.write(comma + _json(items)[1:-1])
+            comma = ", "
+        file.write(tail)
 
 
 def write_csv(path, header, rows):

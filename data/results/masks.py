@@ -6,6 +6,7 @@
 Masks are written piece by piece, so that memory does not grow with the image, except by `write_parts`.
 """
 import contextlib
+import json
 import math
 import pickle
 
@@ -19,7 +20,7 @@ from rasterio.windows import Window
 from data import bad, images
 from data.results import pseudo
 from data.results.pseudo import UNSURE
-from utils.files import whole_file, write_json
+from utils.files import whole_file, write_json_list
 from utils.pictures import sheets
 
 PSEUDO = "pseudo/train_mask"
@@ -53,7 +54,7 @@ class MaskWriter:
                 shown = sheets.overlay(sheets.to_rgb(image), mask.read(1, out_shape=image.shape[1:]))
                 sheets.save_image(self.out / "overlays" / f"{file.stem}.png", Image.fromarray(shown))
             if self.polygons:
-                write_json(self.out / "polygons" / f"{file.stem}.geojson", polygons(mask, file.stem), indent=None)
+                write_polygons(self.out / "polygons" / f"{file.stem}.geojson", mask)
 
     def write_parts(self, file, pieces):
         """Writes an image's files from pieces that need not cover it, whose masks are held in memory. The other pixels
@@ -81,14 +82,29 @@ class MaskWriter:
         if sum(map(math.prod, small.values())) > MAX_PICKLED[1]:
             print(f"no y_pred.pkl: it would hold more than 2^32 pixels; the masks are in {self.out / 'masks'}")
         else:
-            masks = {file.name: np.zeros(size, np.uint8) for file, size in small.items()}
-            for file in small.keys() - set(failed):
-                with _open_mask(file, self.out) as mask:
-                    masks[file.name] = mask.read(1)
-            with whole_file(self.out / "y_pred.pkl") as temporary:
-                temporary.write_bytes(pickle.dumps(masks))
+            with whole_file(self.out / "y_pred.pkl") as temporary, open(temporary, "wb") as target:
+                pickler = pickle.Pickler(target)
+                pickler.fast = True  # it does not hold what it has written
+                pickler.dump(_Streamed((file.name, self._mask(file, size, failed)) for file, size in small.items()))
         if PSEUDO in self.blank:
             pseudo.link(sizes.keys() - set(failed), self.out / "pseudo/train_img")
+
+
+    def _mask(self, file, size, failed):
+        if file in failed:
+            return np.zeros(size, np.uint8)
+        with _open_mask(file, self.out) as mask:
+            return mask.read(1)
+
+
+class _Streamed:
+    """Pairs that are pickled as a dict, one after the other."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __reduce__(self):
+        return dict, (), None, None, self.pairs
 
 
 @contextlib.contextmanager
@@ -112,20 +128,20 @@ def _open_mask(file, out):
     return rasterio.open(out / "masks" / f"{file.stem}.tif", driver="GTiff")
 
 
-def polygons(mask, name):
-    """An open mask -> GeoJSON of its classes' outlines, in the mask's coordinates, as a dict. Ground control points are
+def write_polygons(path, mask):
+    """Writes the outlines of an open mask's classes as GeoJSON, in the mask's coordinates. Ground control points are
     approximated by an affine transform. Without a coordinate system the coordinates are the mask's, and "crs" is null.
     Rings run as RFC 7946 wants it: outer ones counter-clockwise."""
     points, crs = mask.gcps
     transform, crs = (from_gcps(points), crs) if points else (mask.transform, mask.crs)
     source = mask.read(1) if points else rasterio.band(mask, 1)  # a band's outlines are in its own coordinates
-    collection = {"type": "FeatureCollection", "name": name, "features": [
-        {"type": "Feature", "properties": {"class": int(value)}, "geometry": shape | {"coordinates": [
-            ring if (_area(ring) > 0) == (i == 0) else ring[::-1] for i, ring in enumerate(shape["coordinates"])]}}
-        for shape, value in features.shapes(source, transform=transform) if value > 0]}
     # GeoJSON's own default is WGS 84
-    collection["crs"] = {"type": "name", "properties": {"name": crs.to_string()}} if crs else None
-    return collection
+    collection = {"type": "FeatureCollection", "name": path.stem,
+                  "crs": {"type": "name", "properties": {"name": crs.to_string()}} if crs else None, "features": []}
+    outlines = ([{"type": "Feature", "properties": {"class": int(value)}, "geometry": shape | {"coordinates": [
+        ring if (_area(ring) > 0) == (i == 0) else ring[::-1] for i, ring in enumerate(shape["coordinates"])]}}]
+        for shape, value in features.shapes(source, transform=transform) if value > 0)
+    write_json_list(path, outlines, json.dumps(collection).removesuffix("]}"), "]}")
 
 
 def _area(ring):
