@@ -100,8 +100,8 @@ def load_members(args, task, device, paths, names=None):
                     not ((0 <= threshold) & (threshold <= 1)).all() or \
                     kwargs.get("classes", kwargs.get("num_classes", number)) != number:
                 raise ValueError("its net, input, classes and threshold do not belong together")
-            [state["args"]["data"], *(state[key] for key in NEEDED[args.task])]
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            [Path(state["args"]["data"]), *(state[key] for key in NEEDED[args.task])]
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise UserError(checkpoint.OTHER_VERSION.format(path) + f" ({error})") from None
         for key in ("classes", "single_label"):
             value, first = (one.get(key) for one in (state, states[0]))

@@ -174,10 +174,9 @@ def main():
 
     # ---- input ----
     with answers_for("--weights"):
-        mean, std = (resume["input"][k] for k in ("mean", "std")) if resume else \
-            pretrained.normalisation(args.weights, len(bands))
-    inputs = cls.Input(bands, imgsz=args.imgsz, mean=mean, std=std, **units.choose(
-        files or data.files, bands, args.pixel_scale))
+        mean, std = pretrained.normalisation(not resume and args.weights, len(bands))
+    inputs = cls.Input.of(resume, args.imgsz) if resume else cls.Input(
+        bands, imgsz=args.imgsz, mean=mean, std=std, **units.choose(files or data.files, bands, args.pixel_scale))
     units.check(val_files, inputs)
 
     # ---- net ----

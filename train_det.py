@@ -28,10 +28,10 @@ from utils.losses import detection as losses
 from utils.metrics.average_precision import AREAS, DetectionAP
 from utils.ops import anchors, decide
 from utils.ops.boxes import confident
-from utils.pictures import detection as pictures, review, sheets, table
+from utils.pictures import detection as pictures, review, sheets
 from utils.train import dist, engine, optim
 from utils.train.args import (begin_run, check_batch, debug_sizes, float_range, fraction, int_range, positive,
-                              setup_run, train_parser, training)
+                              setup_run, train_parser, training, word)
 
 YOLO = "yolo.YOLOv5"
 RECIPES = dict.fromkeys(("parking-lots", "photos"), "--hflip 0.5 --zoom-linear")  # --preset has all other defaults
@@ -143,8 +143,7 @@ def check_flags(args):
     usual = recipe(args.preset, args.head)
     for flag in IDLE[args.head]:
         if vars(args)[flag] != usual[flag]:
-            raise UserError(f"{table.flags({flag: vars(args)[flag]}, {})}: does nothing for --head {args.head}; "
-                            f"leave it out, or choose the other head")
+            raise UserError(f"{word(flag)}: does nothing for --head {args.head}; leave it out, or choose the other head")
     if args.border != ["constant"]:
         raise UserError("--border: mirrored objects would have no boxes; leave it out")
     if args.stages and args.resume is None and (args.preset, args.epochs) != ("scratch-low", args.stages[0]):
@@ -198,7 +197,7 @@ def experiment(args, device, folder, resume):
                           collate=det.collate)
 
     # ---- net ----
-    inputs = det.Input(bands, imgsz=args.imgsz, **units.choose(
+    inputs = det.Input.of(resume, args.imgsz) if resume else det.Input(bands, imgsz=args.imgsz, **units.choose(
         list(dict.fromkeys(train_data.files)), bands, args.pixel_scale, clamped=True))
     units.check(files, inputs)
     arch = describe_net(args, len(names), len(bands))

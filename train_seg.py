@@ -204,9 +204,9 @@ def main():
     with answers_for("--weights"):  # what they expect is of the default --pixel-scale
         mean, std = pretrained.normalisation(
             args.pixel_scale is None and not resume and args.weights, len(data.bands), pretrained.NONE)
-    inputs = seg.Input(data.bands, imgsz=args.imgsz, mean_planes=args.mean_planes, resize=args.resize,
-                       mean=mean, std=std, **units.choose(samples.images, data.bands, args.pixel_scale))
-    inputs = seg.Input(**resume["input"]) if resume else inputs
+    inputs = seg.Input.of(resume, args.imgsz) if resume else seg.Input(
+        data.bands, imgsz=args.imgsz, mean_planes=args.mean_planes, resize=args.resize, mean=mean, std=std,
+        **units.choose(samples.images, data.bands, args.pixel_scale))
     units.check(val.images, inputs)
 
     # ---- net ----
@@ -278,7 +278,7 @@ def main():
 
 def write_report(args, state, evaluate, inputs, data, folder, files):
     """Evaluates the run's last weights with the flips that training drew, at a threshold of 0.5: results.json;
-    samples.csv, a row per tile; review.png, the worst and the best tiles, and scores by class and by size."""
+    samples.csv, a row per tile; review.png, the worst and the best tiles, and the IoU by class."""
     views, per_sample = decide.drawn_views("seg", vars(args)), SampleIoU(seg.IGNORE)
     scores = engine.evaluate_on(state, functools.partial(evaluate, views=views, per_sample=per_sample))
     scores.pop("threshold", None)
@@ -293,7 +293,7 @@ def write_report(args, state, evaluate, inputs, data, folder, files):
             yield sheets.segmentation_row(sample["image"], sample["mask"], probs[0], ignore=seg.IGNORE)
 
     by_class = [{"class": int(k[4:]), "iou": v} for k, v in scores.items() if k.startswith("iou_") and k[4:].isdigit()]
-    tables = ({"Classes": by_class} if by_class else {}) | per_sample.by_size()  # the latter of all classes together
+    tables = {"Classes": by_class} if by_class else {}
     review.write_review(folder, per_sample.samples(files), tables=tables,
                         titles=("image", "truth", "prediction", "errors"),
                         draw=lambda chosen: engine.evaluate_on(state, lambda model: list(draw(model, chosen))))

@@ -10,7 +10,7 @@ import numpy as np
 
 from data import images
 from data.cache import facts
-from utils.errors import UserError
+from utils.errors import UserError, answers_for
 from utils.files import read_csv, read_json, show, write_json
 from utils.pictures import review
 from utils.train import dist
@@ -172,7 +172,8 @@ def load_or_make_split(folder, names, spec, fold, *, files, strata=None, groups=
         raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are "
                         f"the folds {', '.join(map(str, sorted(set(fold_of.values()))))} (--folds 0: no validation)")
     if drop and not untrained:
-        train = _without_noisy(folder / "dropped.json", *drop, train, names, files)
+        with answers_for("--drop-noisy"):
+            train = _without_noisy(folder / "dropped.json", *drop, train, names, files)
     if fold_of and new and dist.rank() == 0:
         write_json(written, fold_of)
         for line in leak_warnings(*([files[i] for i in side] for side in (train, val)),

@@ -7,7 +7,7 @@ import torch
 from data import augment, bad, images
 from data.cache import facts, in_threads
 from data.folds import spread
-from utils.errors import UserError
+from utils.errors import UserError, answers_for
 from utils.files import folder_of
 from utils.train import dist
 
@@ -43,6 +43,12 @@ class Input:
                 any(len(v) not in (0, 1, count) or not np.isfinite(v).all() for v in values) or \
                 self.seen and {count} != {len(self.seen[name]) for name in ("low", "high")}:
             raise ValueError("the values of its input do not belong together")
+
+    @classmethod
+    def of(cls, resumed, imgsz):
+        """The input of the run that goes on from a checkpoint. Raises UserError for a damaged one."""
+        with answers_for("--resume"):
+            return cls(**resumed["input"] | {"imgsz": imgsz})
 
     @property
     def channels(self):

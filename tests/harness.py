@@ -53,7 +53,7 @@ class Run:
         """What went to stderr, without the progress bars."""
         text = Path(f"{self.path}.err").read_text()
         lines = re.split(r"[\r\n]|(?<=])(?=error: )", text)  # another rank's error stands right behind the bar
-        return [line for line in lines if line.strip() and "img/s" not in line and "?img" not in line]
+        return [line for line in lines if line.strip() and not re.search(r"img/s|s/img|\?img|\d+%\|", line)]
 
     def send(self, signum, group=False):
         try:

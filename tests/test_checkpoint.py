@@ -406,6 +406,26 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, place, value):
     one_line(caught, path, "conv.weight", "not finite")
 
 
+def test_what_becomes_infinite_in_the_net_is_refused(tmp_path):
+    path, state = tmp_path / "last.pt", small()
+    state["model"]["conv.weight"] = torch.full((8, 3, 3, 3), 1e300, dtype=torch.float64)
+    checkpoint.save(path, state)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path)
+    one_line(caught, path, "conv.weight", "not finite")
+
+
+@pytest.mark.parametrize("key, value", [("threshold", float("nan")), ("threshold", [0.5, float("inf")]),
+                                        ("args", {"tile": {"a": 1}}), ("args", {"tile": -3}), ("args", {"overlap": "x"}),
+                                        ("args", {"lr": float("nan")}), ("history", [{"epoch": "1"}])])
+def test_values_that_no_run_writes_are_refused(tmp_path, key, value):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, small() | {key: value})
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path)
+    one_line(caught, path, "another version", f"its {key} is")
+
+
 @pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_foreign_content_is_refused(tmp_path):
     path = tmp_path / "foreign.pt"

@@ -299,7 +299,8 @@ def test_crafted_headers(net_file, change, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("change", [
     {"step": -3}, {"step": 10**9}, {"step": 1.5}, {"step": True}, {"steps_per_epoch": 0}, {"history": None},
-    {"history": [1]}, {"history": [{"loss": "x"}]}, {"sums": [1]}, {"scaler": None}, {"optimizer": None},
+    {"history": [1]}, {"history": [{"loss": "x"}]}, {"history": [{}]}, {"history": [{"epoch": 2}]},
+    {"threshold": float("nan")}, {"args": {"bands": {"a": 1}}}, {"sums": [1]}, {"scaler": None}, {"optimizer": None},
     {"optimizer": {}}, {"optimizer": {"name": "AdamW"}}, {"optimizer": {"name": "AdamW", "state": 3,
                                                                         "param_groups": 4}},
     {"score": 3}, {"ema_steps": -1}, {"args": None}, {"args": {"bs": "x"}}, {"args": {"lr": None}}], ids=str)

@@ -11,6 +11,7 @@ import pickletools
 import random
 import struct
 import sys
+import tracemalloc
 import types
 import zipfile
 
@@ -281,6 +282,14 @@ def test_nothing_runs(name, place, tmp_path):
     else:
         refused(path)
     assert not marker.exists()
+
+
+def test_a_text_that_claims_gigabytes_takes_none(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"X" + (3_800_000_000).to_bytes(4, "little") + bytes(500))
+    tracemalloc.start()
+    refused(tmp_path / "a.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_nothing_is_imported(tmp_path, monkeypatch):

@@ -46,10 +46,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def answers_for(flag):
-    """While the block runs, an OSError or ValueError becomes a UserError about the value of this flag."""
+    """While the block runs, an OSError, ValueError or TypeError becomes a UserError about the value of this flag."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{flag} {error}") from None
 
 

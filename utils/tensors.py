@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import pickletools
 import re
@@ -180,6 +181,8 @@ def _names(file, zipped):
             archive = stack.enter_context(zipfile.ZipFile(file))
             record = next(name for name in archive.namelist() if name.endswith(_PROGRAM))
             file = stack.enter_context(archive.open(record))
+        else:  # reading more bytes than a file has would take as much memory
+            file = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         for _ in range(1 if zipped else _PICKLES):
             for operation, value, _ in pickletools.genops(file):
                 if operation.name == "GLOBAL":  # torch's reader knows no other operation that names something

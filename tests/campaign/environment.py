@@ -183,6 +183,8 @@ def memory(place, rng, task):
     code = run.wait(scripts.WAIT)
     if code == 0:
         return "enough"
+    if code < 0 or code > 5:  # a library that does not ask whether it got its memory
+        return f"a library ended the process ({code})"
     line = _refused(run, code, "little memory")
     if not predicts:
         scripts.saved(place.own / "runs/exp")
@@ -276,7 +278,7 @@ def neighbours(place, rng, task):
             if kind == 0:
                 path.unlink()
             elif kind == 1:
-                path.write_bytes(mutated(path.read_bytes()[:2**16], rng))
+                path.write_bytes(mutated(path.read_bytes()[:2**16] or b"empty", rng))
             elif kind == 2:
                 path.unlink()
                 rng.choice((path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(path)))()

@@ -21,7 +21,7 @@ from tests.campaign.hostile_files import CASES, IMAGE_CASES, SECRET, add_file, e
 from tests.conftest import write_tif
 from tests.harness import ENV, ROOT
 from tests.test_labels import FORMATS
-from utils.errors import UserError
+from utils import errors
 
 SECONDS = 25
 
@@ -96,12 +96,8 @@ def trial(place, rng, number):
 
 
 def _act(case, root):
-    """The watched process: exit code 0 or 2."""
-    try:
-        case.act(root)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """The watched process, which ends as a script does."""
+    errors.cli(functools.partial(case.act, root))
 
 
 # ---- the kernel's view -----------------------------------------------------------------------------------------------

@@ -187,7 +187,8 @@ def _script(place, rng, who, what):
                         setup=lambda: faults.install(every_step=True))
     run.until("epoch 2", 60) if rng.random() < 0.5 else run.until("run: ", 60)
     time.sleep(rng.uniform(0.2, 1))
-    workers = core.below(run.pid)
+    while not (workers := core.below(run.pid)):  # on a busy machine they start later
+        time.sleep(0.1)
     for pid in workers if what == "workers" else workers[:1]:
         os.kill(pid, signal.SIGSTOP)
     try:

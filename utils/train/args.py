@@ -1,18 +1,22 @@
 """The flags that mean the same in every script, and what happens between the command line and the run."""
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError, BooleanOptionalAction, Namespace
+from types import NoneType
 
 import torch
 
 from utils import losses
 from utils.errors import Parser, UserError
-from utils.files import write_json
+from utils.files import show, write_json
 from utils.train import dist, engine, optim, runs
 from utils.train.loggers import make_loggers
 from utils.train.state import State
 from utils.train.swa import SWA, swa_epochs, with_swa
 
-# a resumed run keeps its weights and its split
-KEPT = ("weights", "freeze", "recipe", "preset", "folds", "fold", "groups", "drop_noisy")
+TYPES = {bool: bool, int: (int, float), float: (int, float), list: (list, tuple, NoneType),  # of a flag, by that of its default
+         None: (NoneType, bool, int, float, str, list, tuple)}
+# a resumed run keeps its weights, its split and its input
+KEPT = ("weights", "freeze", "recipe", "preset", "folds", "fold", "groups", "drop_noisy", "bands", "pixel_scale",
+        "mean_planes", "resize")
 
 
 def int_range(low, high=2**31):
@@ -262,8 +266,8 @@ def begin_run(parser, args, given={}, check=lambda args: None):
     if resume:
         stored = {flag: value for flag, value in _present_names(resume["args"]).items() if flag in vars(args)}
         for flag, value in stored.items():
-            if isinstance(parser.get_default(flag), (int, float)) and not isinstance(value, (int, float)):
-                raise UserError(f"--resume: the checkpoint has {word(flag)} {value}, which is no number; use another one")
+            if not isinstance(value, TYPES.get(type(parser.get_default(flag)), TYPES[None])):
+                raise UserError(f"--resume: the checkpoint has {word(flag)} {show(value)}, which no run has; use another one")
         stored |= {"device": args.device, "timeout": args.timeout}  # it may be another machine
         for flag, value in given.items():
             if flag == "resume" or value == stored.get(flag):
@@ -278,7 +282,7 @@ def begin_run(parser, args, given={}, check=lambda args: None):
     if dist.is_main():
         if not resume:  # else engine.fit writes them, when it has accepted the checkpoint
             write_json(folder / "args.json", vars(args))
-        runs.record_start(folder, vars(parser.parse_args([])))
+        runs.record_start(folder)
         print(f"resuming: {folder} at step {resume['step']}" if resume else f"run: {folder}")
     engine.seed_everything(args.seed, args.deterministic)
     return args, folder, resume

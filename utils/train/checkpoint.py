@@ -3,8 +3,10 @@
 A file is written beside its target, synced, read back, and only then renamed; the file that it replaces is kept as
 `NAME.prev` on request. What is read is checked: its bytes and tensors (utils/tensors.py), then every value, see SCHEMA.
 """
+import math
 import os
 import zipfile
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -119,7 +121,7 @@ def checked(state, path):
     if not {"task", "arch", "model"} <= state.keys():
         raise UserError(f"{path}: holds no net of this project; published weights go to train_*.py --weights")
     for name, tensor in tensors.walk(state):
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():  # 1e300 becomes infinite in the net
             raise UserError(f"{path}: tensor {name} is not finite; use an earlier checkpoint")
     state = convert(state, path)
     for key, kind in SCHEMA.items():
@@ -133,17 +135,18 @@ _LISTS, _FLAGS = [], {}  # of numbers, texts, and lists and dicts of them
 _FLAGS[str] = (None, bool, int, float, str, _LISTS, _FLAGS)
 _LISTS.append(_FLAGS[str])
 SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
-    "task": str, "arch": _FLAGS | {"name": str, "kwargs": _FLAGS}, "input": _FLAGS, "args": _FLAGS,
+    "task": str, "arch": _FLAGS | {"name": str, "kwargs": _FLAGS}, "input": _FLAGS,
+    "args": _FLAGS | {"tile": (None, _COUNT), "overlap": _NUMBER, "canvas_border": _NUMBER},
     "classes": (range(1, 2**31), [str]),
     "category_ids": [_COUNT], "single_label": bool, "threshold": (None, float, [float]), "score": (None, str),
     "model": _WEIGHTS, "ema": (None, _WEIGHTS), "swa": (None, _WEIGHTS), "ema_steps": _COUNT, "swa_count": _COUNT,
-    "step": _COUNT, "steps_per_epoch": range(1, 2**63), "history": [{str: _NUMBER}], "sums": {str: _NUMBER},
+    "step": _COUNT, "steps_per_epoch": range(1, 2**63), "history": [{str: Real}], "sums": {str: _NUMBER},
     "optimizer": dict, "scaler": {str: _NUMBER}}
 
 
 def _is(value, kind):
     """Whether a value is of a type, a whole number of a range, one of several kinds (a tuple), a list of a kind [kind],
-    a dict {str: kind}, in which some names may have a kind of their own, or None."""
+    a dict {str: kind}, in which some names may have a kind of their own, or None. A float is finite."""
     match kind:
         case tuple():
             return any(_is(value, one) for one in kind)
@@ -154,6 +157,8 @@ def _is(value, kind):
                 _is(key, str) and _is(one, kind.get(key, kind.get(str))) for key, one in value.items())
         case range():
             return type(value) is int and value in kind
+    if kind is float and isinstance(value, float):
+        return math.isfinite(value)
     return value is kind if kind is None else isinstance(value, kind)
 
 

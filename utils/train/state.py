@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import tensors
 from utils.errors import NumericalError, UserError
+from utils.files import show
 from utils.train import checkpoint, dist
 from utils.train.optim import parameters, set_lr
 
@@ -136,9 +137,11 @@ class State:
         """Goes on from a `state_dict()`. Raises UserError for another net, optimizer or number of steps per epoch."""
         if lost := {"scaler", "step", "steps_per_epoch", "history", "sums"} - saved.keys():
             raise UserError(f"--resume: the checkpoint has no {', '.join(sorted(lost))}; use another one")
-        if not 0 <= saved["step"] - len(saved["history"]) * saved["steps_per_epoch"] <= saved["steps_per_epoch"]:
-            raise UserError(f"--resume: step {saved['step']} does not belong to a history of {len(saved['history'])} "
-                            f"epochs; use another checkpoint")
+        epochs = [row.get("epoch") for row in saved["history"]]
+        if not 0 <= saved["step"] - len(epochs) * saved["steps_per_epoch"] <= saved["steps_per_epoch"] or \
+                epochs != [*range(1, len(epochs) + 1)]:
+            raise UserError(f"--resume: step {saved['step']} does not belong to a history of the epochs {show(epochs)}; "
+                            f"use another checkpoint")
         if saved["steps_per_epoch"] != self.steps_per_epoch:
             raise UserError(f"--resume: the run had {saved['steps_per_epoch']} steps per epoch, this data and these "
                             f"flags make {self.steps_per_epoch}; resume with its data, --bs and --accumulate, or start "
