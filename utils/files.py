@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 
 short = reprlib.Repr()
-short.maxstring = 200
+short.maxstring = short.maxother = 200
 show = short.repr  # a value in a message stays short, and in one line
 
 
@@ -201,8 +201,10 @@ def write_text(path, text):
 
 
 def _json(value, indent=None):
-    strict = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    return json.dumps(strict, indent=indent)
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), indent=indent)
 
 
 def write_json(path, value, indent=1):

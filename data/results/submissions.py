@@ -81,8 +81,8 @@ def yolo_lines(rows, height, width):
     """Detections (n, 6) as text, one a line: class from 0, centre x, centre y, width, height as shares of the image's
     sides, score."""
     xywh = boxes.to_xywh(rows[:, :4].double()) / torch.tensor([width, height] * 2)
-    table = torch.cat((rows[:, 5:], xywh, rows[:, 4:5]), 1).tolist()
-    return "".join(f"{int(label)} {' '.join(f'{value:.6f}' for value in values)}\n" for label, *values in table)
+    table = torch.cat((rows[:, 5:], xywh, rows[:, 4:5]), 1)
+    return "%d %.6f %.6f %.6f %.6f %.6f\n" * len(table) % tuple(table.flatten().tolist())
 
 
 def write_boxes(out, files, sizes, results, *, ids, category_ids, max_mb):

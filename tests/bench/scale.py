@@ -16,12 +16,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import rasterio
 import torch
 from PIL import Image
 
 from data import folds, images, labels, loader, seg
+from data.results import masks, submissions
 from tests.conftest import write_tif
 from utils.metrics.average_precision import DetectionAP
+from utils.ops.tiles import plan, windows as places
 
 
 def pictures(folder, count, suffix, side=128):
@@ -87,6 +90,30 @@ def precision(count):
     return time.process_time() - began
 
 
+def scene(path, width, **options):
+    """Ten bands of uint16, 512 rows, compressed."""
+    rows = np.cumsum(np.random.default_rng(0).integers(-3, 4, (10, 512, width)), 2).astype(np.uint16)
+    write_tif(path, rows, compress="deflate", **options)
+
+
+def windows(path):
+    for y, x in places(plan(*images.size(path)[1:], 256, 0.5)):
+        images.read(path, window=(y, x, 256, 256))
+
+
+def boxes(count):
+    rng, files = np.random.default_rng(0), [Path(f"{i:06}.jpg") for i in range(count)]
+    rows = [torch.from_numpy(np.column_stack((rng.uniform(0, 700, (300, 4)), rng.random(300), np.arange(300) % 14))).float()
+            for _ in files]
+    submissions.write_boxes(Path(f"boxes{count}"), files, [(720, 1280)] * count, rows, ids=list(range(count)),
+                            category_ids=list(range(1, 15)), max_mb=20)
+
+
+def outlines(folder):
+    with rasterio.open(folder / "noise.tif") as mask:
+        masks.write_polygons(folder / "noise.geojson", mask)
+
+
 def measured(function, *args):
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     inner = function(*args)
@@ -113,6 +140,12 @@ def main():
             for suffix in ("png", "jpg", "tif"):
                 pictures(root / suffix, n, suffix, 32)
                 work[f"headers of {suffix}"] = headers, root / suffix
+            scene(root / "tiles.tif", 8 * n, tiled=True, blockxsize=256, blockysize=256)
+            scene(root / "strips.tif", 8 * n)
+            write_tif(root / "noise.tif", np.random.default_rng(0).integers(0, 2, (256, n), np.uint8))
+            work |= {"windows of a scene, tiled": (windows, root / "tiles.tif"),
+                     "windows of a scene, strips": (windows, root / "strips.tif"),
+                     "detections written, 300 per image": (boxes, n), "outlines of noise": (outlines, root)}
             work |= {"folds.assign": (assign, samples), "EpochBatches, repeat 10": (order, samples),
                      "DetectionAP, both": (precision, n)}
             for name, (function, argument) in work.items():
