@@ -349,14 +349,14 @@ def test_presets_and_gains(script, parking):
 
 
 def test_the_table_of_runs_shows_the_head(script, parking):
-    """As every flag that is not the default's; the gains that come with a head are its defaults."""
+    """As all flags that the run was given."""
     for name, flags in (("a", ["--head", "anchor"]), ("b", ["--preset", "finetune", "--head", "free", "--dfl", 1]),
                         ("c", ["--head", "free"])):
         script(train_det, "--data", parking, *TINY_DET, "--folds", 0, "--name", name, *flags)
     with open("runs/summary.csv", newline="") as file:
         found = {Path(row["run"]).name: row["flags"] for row in csv.DictReader(file)}
     assert [re.findall("--(?:head|preset|box|obj|dfl|lr)(?: [^-]+)?\\b", found[name]) for name in "abc"] == [
-        ["--head anchor"], ["--preset finetune", "--head free", "--dfl 1"], []]
+        ["--head anchor"], ["--preset finetune", "--head free", "--dfl 1"], ["--head free"]]
 
 
 def test_two_stages(script, parking, capsys):
