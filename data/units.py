@@ -1,5 +1,5 @@
 """The numbers that pixels have: their scale for the net, and whether files to predict have the training's units."""
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Input:
     def of(cls, resumed, imgsz):
         """The input of the run that goes on from a checkpoint. Raises UserError for a damaged one."""
         with answers_for("--resume"):
-            return cls(**resumed["input"] | {"imgsz": imgsz})
+            return replace(cls(**resumed["input"]), imgsz=imgsz)
 
     @property
     def channels(self):
