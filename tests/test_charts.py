@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.pictures.charts import BEST, GRID, LINE, plot_curves
 
 pytestmark = pytest.mark.filterwarnings("error")
-AXES, PANEL = (58, 48, 384, 240), (400, 270)  # left, top, right, bottom of a curve's axes; the size of its picture
+AXES, PANEL = (68, 48, 384, 240), (400, 270)  # left, top, right, bottom of a curve's axes; the size of its picture
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from utils.pictures.sheets import FAINT, font, in_rows, join, save_image, text_l
 
 GRID, LINE, BEST = (232, 235, 239), (37, 99, 214), (234, 88, 12)
 WIDTH, HEIGHT = 400, 270
-LEFT, TOP, RIGHT, BOTTOM = 58, 48, 384, 240  # of the axes
+LEFT, TOP, RIGHT, BOTTOM = 68, 48, 384, 240  # of the axes
 FINE = 3  # the pictures are drawn larger by this factor, then reduced, so that lines are smooth
 
 
