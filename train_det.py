@@ -143,7 +143,8 @@ def check_flags(args):
     usual = recipe(args.preset, args.head)
     for flag in IDLE[args.head]:
         if vars(args)[flag] != usual[flag]:
-            raise UserError(f"{word(flag)}: does nothing for --head {args.head}; leave it out, or choose the other head")
+            raise UserError(f"{word(flag)}: does nothing for --head {args.head}; leave it out, or choose the other "
+                            f"head")
     if args.border != ["constant"]:
         raise UserError("--border: mirrored objects would have no boxes; leave it out")
     if args.stages and args.resume is None and (args.preset, args.epochs) != ("scratch-low", args.stages[0]):

@@ -118,8 +118,8 @@ class Cache:
 
     def _read_all(self):
         """Yields the tensors in the files' order; threads read them."""
-        count = len(self.files)
-        with ThreadPoolExecutor(8) as pool, tqdm(total=count, desc="cache", disable=dist.rank() > 0, leave=False) as bar:
+        count, hidden = len(self.files), dist.rank() > 0
+        with ThreadPoolExecutor(8) as pool, tqdm(total=count, desc="cache", disable=hidden, leave=False) as bar:
             for start in range(0, count, BATCH):
                 for tensor in pool.map(self.read, range(start, min(start + BATCH, count))):
                     yield tensor

@@ -172,8 +172,9 @@ def load_or_make_split(folder, names, spec, fold, *, files, strata=None, groups=
         raise UserError(f"--fold {fold}: leaves {len(train)} samples to train and {len(val)} to validate; there are "
                         f"the folds {', '.join(map(str, sorted(set(fold_of.values()))))} (--folds 0: no validation)")
     if drop and not untrained:
-        with answers_for("--drop-noisy"):
-            train = _without_noisy(folder / "dropped.json", *drop, train, names, files)
+        with answers_for("--drop-noisy"):  # of a damaged checkpoint
+            table, count = drop
+        train = _without_noisy(folder / "dropped.json", table, count, train, names, files)
     if fold_of and new and dist.rank() == 0:
         write_json(written, fold_of)
         for line in leak_warnings(*([files[i] for i in side] for side in (train, val)),

@@ -298,8 +298,8 @@ def _open(path, driver, *, env=ALONE, **options):
 
 @contextlib.contextmanager
 def _open_for_windows(path):
-    """`open_raster` that leaves the file open: GDAL keeps the blocks that the next windows have in common with this one.
-    A process or thread has a file of its own, as GDAL cannot share one."""
+    """`open_raster` that leaves the file open: GDAL keeps the blocks that the next windows share with this one. A process
+    or thread has a file of its own, as GDAL cannot share one."""
     with _gdal(path):
         yield _kept_open(path, os.stat(path).st_mtime_ns, os.getpid(), threading.get_ident())
 

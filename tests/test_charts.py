@@ -117,8 +117,8 @@ def test_odd_values_are_drawn(tmp_path, values):
 
 
 def test_the_ends_of_the_axes_are_written(tmp_path, texts):
-    plot_curves(tmp_path / "a.png", [{"epoch": 1, "iou": 0.5}, {"epoch": 2, "iou": math.nan}, {"epoch": 3, "iou": 0.71234}],
-                "iou")
+    rows = [{"epoch": 1, "iou": 0.5}, {"epoch": 2, "iou": math.nan}, {"epoch": 3, "iou": 0.71234}]
+    plot_curves(tmp_path / "a.png", rows, "iou")
     assert [text for text in texts if text] == ["0.5", "0.712", "1", "3", "best 0.7123 at 3", "iou"]
     picture, (_, bottom), (_, top) = read(tmp_path / "a.png"), *(place(np.array([1.0, 3]), np.array([0.5, 0.71234]), i)
                                                                  for i in (0, 1))

@@ -122,8 +122,8 @@ def _load(path, cases):
         data = read_json(path)
         return label_studio.as_coco(data, cases) if data and type(data) is list else data
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}: neither CVAT's XML for images nor Label Studio's JSON ({show(error)}); export it again, "
-                        f"not as a video nor as JSON-MIN") from None
+        raise UserError(f"{path}: neither CVAT's XML for images nor Label Studio's JSON ({show(error)}); export it "
+                        f"again, not as a video nor as JSON-MIN") from None
 
 
 def _image_folders(root, label, part):

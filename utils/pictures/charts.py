@@ -57,9 +57,12 @@ def _curve(name, xs, ys, is_score):
 
 
 def _axis(values, start, end):
-    """-> function(value) -> pixel between start and end, in the fine picture; the smallest and the largest finite value,
-    which have a margin."""
+    """-> function(value) -> pixel of the fine picture, start to end with a margin; the smallest and the largest finite
+    value."""
     values = values[np.isfinite(values)]
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
     margin = 0.06 * ((high - low) or abs(high) or 1.0)
-    return lambda value: FINE * (start + (value - low + margin) / (high - low + 2 * margin) * (end - start) + 0.5), low, high
+
+    def place(value):
+        return FINE * (start + (value - low + margin) / (high - low + 2 * margin) * (end - start) + 0.5)
+    return place, low, high

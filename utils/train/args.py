@@ -12,7 +12,8 @@ from utils.train.loggers import make_loggers
 from utils.train.state import State
 from utils.train.swa import SWA, swa_epochs, with_swa
 
-TYPES = {bool: bool, int: (int, float), float: (int, float), list: (list, tuple, NoneType),  # of a flag, by that of its default
+# the types that a stored flag may have, by the type of its default; None: of all other flags
+TYPES = {bool: bool, int: (int, float), float: (int, float), list: (list, tuple, NoneType),
          None: (NoneType, bool, int, float, str, list, tuple)}
 # a resumed run keeps its weights, its split and its input
 KEPT = ("weights", "freeze", "recipe", "preset", "folds", "fold", "groups", "drop_noisy", "bands", "pixel_scale",
@@ -267,7 +268,8 @@ def begin_run(parser, args, given={}, check=lambda args: None):
         stored = {flag: value for flag, value in _present_names(resume["args"]).items() if flag in vars(args)}
         for flag, value in stored.items():
             if not isinstance(value, TYPES.get(type(parser.get_default(flag)), TYPES[None])):
-                raise UserError(f"--resume: the checkpoint has {word(flag)} {show(value)}, which no run has; use another one")
+                raise UserError(f"--resume: the checkpoint has {word(flag)} {show(value)}, which no run has; use another "
+                                f"one")
         stored |= {"device": args.device, "timeout": args.timeout}  # it may be another machine
         for flag, value in given.items():
             if flag == "resume" or value == stored.get(flag):
