@@ -183,11 +183,11 @@ def memory(place, rng, task):
     code = run.wait(scripts.WAIT)
     if code == 0:
         return "enough"
+    if not predicts:
+        scripts.saved(place.own / "runs/exp")
     if code < 0 or code > 5:  # a library that does not ask whether it got its memory
         return f"a library ended the process ({code})"
     line = _refused(run, code, "little memory")
-    if not predicts:
-        scripts.saved(place.own / "runs/exp")
     return "out of memory" if "memory" in line else "another line"
 
 
