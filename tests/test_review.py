@@ -21,7 +21,7 @@ from utils import report
 from utils.errors import Stopped, UserError
 from utils.pictures import cells, review
 from utils.pictures.review import rank_samples, read_noise, worst_and_best, write_review
-from utils.pictures.sheets import draw_sheet, join
+from utils.pictures.sheets import draw_sheet
 
 
 # ---- label noise -----------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def runs(tmp_path, *tables):
 def test_the_ranking(tmp_path):
     a, b = runs(tmp_path, {"x.png": 0.5, "y, z.png": 0.125, "both": 1.0}, {"w": 0.25, "both": 0.5, "v": 0.125})
     assert rank_samples([a, b, str(a)]) == [
-        {"rank": rank, "name": name, "score": score, "run": str(run), "picture": ""} for rank, name, score, run in (
+        {"rank": rank, "name": name, "score": score, "run": str(run)} for rank, name, score, run in (
             (1, "v", 0.125, b), (2, "y, z.png", 0.125, a), (3, "w", 0.25, b), (4, "x.png", 0.5, a),
             (5, "both", 0.75, f"{a}; {b}"))]
 
@@ -85,15 +85,14 @@ def test_the_command(command, refused, tmp_path):
     a, b = runs(tmp_path, {f"größe {i}.png": i / 100 for i in range(15)}, {f"b{i}.png": i / 100 for i in range(15)})
     done = command(report, "noise", a, b)
     assert done.code == 0, done.err
-    head, *lines, last = done.out.splitlines()
-    assert last == "no pictures: the runs have none of them" and not (tmp_path / "noise.csv.png").exists()
+    head, *lines = done.out.splitlines()
     assert head == "noise.csv: 30 samples, the worst are" and len(lines) == 20
     assert lines[1].split() == ["2", "0.0000", "größe", "0.png", f"({a})"]
     names = read_noise(tmp_path / "noise.csv")
     assert len(names) == 30 and names[:3] == ["b0.png", "größe 0.png", "b1.png"]
     with open(tmp_path / "noise.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["rank", "name", "score", "run", "picture"] and rows[29]["score"] == "0.14"
+    assert list(rows[0]) == ["rank", "name", "score", "run"] and rows[29]["score"] == "0.14"
     refused(report, "noise", a, says="noise.csv: exists already")
     refused(report, "noise", a, "missing", "--out", "b.csv", says="missing/samples.csv: not a readable CSV")
     refused(report, "noise")
@@ -296,14 +295,10 @@ def test_a_review_is_a_sheet_and_its_tables(tmp_path):
     np.testing.assert_array_equal(whole[:height, :width], sheet)
     dark = (whole[height:] < 200).all(-1)
     assert all(dark[8 + 22 * i:30 + 22 * i].any() for i in range(4)) and not dark[-8:].any()
-    assert [row.get("picture") for row in rows] == [None] * 2 + [f"worst/{14 - k:02}.jpg" for k in range(2, 14)]
     with open(tmp_path / "samples.csv", newline="") as file:
         found = list(csv.DictReader(file))
-    assert [row["name"] for row in found] == [row["name"] for row in rows] and found[-1]["picture"] == "worst/01.jpg"
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["review.png", "samples.csv", "worst"]
-    first = draw_sheet([pictures[13]], titles=titles, captions=[[captions[0][11:]]], max_side=32)
-    first.save(tmp_path / "first.jpg")
-    np.testing.assert_array_equal(read(tmp_path / "worst/01.jpg"), read(tmp_path / "first.jpg"))
+    assert [row["name"] for row in found] == [row["name"] for row in rows]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["review.png", "samples.csv"]
 
 
 def test_samples_side_by_side_with_captions_of_their_own(tmp_path):
@@ -316,34 +311,12 @@ def test_samples_side_by_side_with_captions_of_their_own(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "review.png"), np.array(sheet))
 
 
-def test_the_worst_of_several_runs_are_drawn_by_rank(command, refused, tmp_path):
-    """Each as its run has drawn it, the worst above; what a run has no picture of, or no longer, is left out."""
-    scores, colours = [{"a": 0.1, "b": 0.4, "c": 0.9}, {"d": 0.2, "e": 0.3, "f": 0.5}], [(200, 0, 0), (0, 0, 200)]
-    for i, (table, colour) in enumerate(zip(scores, colours)):
-        rows = [{"name": name, "score": score} for name, score in table.items()]
-        write_review(tmp_path / f"fold{i}", rows, lambda chosen, colour=colour: [
-            [np.full((40 + 10 * k, 60, 3), colour, np.uint8)] * 2 for k in chosen], titles=["label", "prediction"])
-    (tmp_path / "fold0/worst/03.jpg").unlink()
-    (tmp_path / "fold1/worst/03.jpg").write_bytes(b"no picture")
-    done = command(report, "noise", "fold0", "fold1")
-    assert done.out.splitlines()[-1] == "noise.csv.png: 4 of them with labels and predictions"
-    shown = read(tmp_path / "noise.csv.png")
-    kept = [Image.open(tmp_path / place) for place in ("fold0/worst/01.jpg", "fold1/worst/01.jpg", "fold1/worst/02.jpg",
-                                                       "fold0/worst/02.jpg")]
-    np.testing.assert_array_equal(shown, np.array(join(kept, 1)))
-    reds = [np.array(image)[90, 60, 0] > 100 for image in kept]
-    assert reds == [True, False, False, True]
-    (tmp_path / "noise.csv").unlink()
-    refused(report, "noise", "fold0", says="noise.csv.png: exists already")
-    assert not (tmp_path / "noise.csv").exists()
-
-
 def test_a_failed_review_changes_nothing(tmp_path, monkeypatch):
     rows, pictures = samples(1)
     write_review(tmp_path, rows, lambda chosen: [pictures[0]], tables={"": [{f"a long name {i}": i for i in range(9)}]})
     before = (tmp_path / "review.png").read_bytes()
     assert read(tmp_path / "review.png").shape[1] > 600
-    monkeypatch.setattr(review.Image, "new", lambda *_: 1 / 0)
+    monkeypatch.setattr(review, "join", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_review(tmp_path, rows, lambda chosen: [pictures[0]])
     assert (tmp_path / "review.png").read_bytes() == before

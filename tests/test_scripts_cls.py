@@ -98,7 +98,7 @@ def test_a_run_learns_colours_and_leaves_its_records(script, tmp_path, monkeypat
     run = Path("runs/cls/exp")
     assert {path.name for path in run.iterdir()} >= {
         "last.pt", "best.pt", "epoch_4.pt", "epoch_8.pt", "results.csv", "results.png", "results.json", "folds.json",
-        "args.json", "train_batch.png", "samples.csv", "review.png", "worst", "run.json"}
+        "args.json", "train_batch.png", "samples.csv", "review.png", "run.json"}
     rows = list(csv.DictReader(open(run / "results.csv")))
     assert [int(row["epoch"]) for row in rows] == list(range(1, 9))
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])

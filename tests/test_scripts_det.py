@@ -81,7 +81,7 @@ def test_a_run_finds_boxes_and_leaves_its_records(script, tmp_path):
     run = tmp_path / "runs/det/exp"
     assert {p.name for p in run.iterdir()} >= {
         "last.pt", "best.pt", "epoch_4.pt", "results.csv", "results.png", "results.json", "folds.json", "args.json",
-        "train_batch.png", "val.png", "samples.csv", "review.png", "worst", "run.json"}
+        "train_batch.png", "val.png", "samples.csv", "review.png", "run.json"}
     rows = list(csv.DictReader(open(run / "results.csv")))
     assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
     assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])

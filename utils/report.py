@@ -26,19 +26,14 @@ def print_table(argv):
 def rank_noise(argv):
     parser = Parser(prog="python -m utils.report noise", description="Ranks samples, the lowest score first.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, such as one per fold")
-    parser.add_argument("--out", default="noise.csv", metavar="FILE", help="the ranking (default: noise.csv); pictures "
-                        "of the worst, with labels and predictions, beside it (noise.csv.png)")
+    parser.add_argument("--out", default="noise.csv", metavar="FILE", help="the ranking (default: noise.csv)")
     args = parser.parse_args(argv)
-    for path in (args.out, f"{args.out}.png"):
-        check_absent(path)  # somebody may have crossed out rows in it
+    check_absent(args.out)  # somebody may have crossed out rows in it
     ranked = review.rank_samples(args.runs)
     cells.write_csv(args.out, ranked)
     print(f"{args.out}: {len(ranked)} samples, the worst are")
     for row in ranked[:SHOWN]:
         print(f"{row['rank']:4}  {row['score']:8.4f}  {row['name']}  ({row['run']})")
-    count = review.draw_noise(f"{args.out}.png", ranked[:SHOWN])
-    print(f"{args.out}.png: {count} of them with labels and predictions" if count else
-          "no pictures: the runs have none of them")
 
 
 def main():

@@ -1,22 +1,20 @@
 """Which samples a run gets wrong: the review of a run, and a ranking of samples over runs, for relabelling.
 
-    python -m utils.report noise runs/seg/fold0 runs/seg/fold1 ...     # -> noise.csv, the worst first, and pictures
+    python -m utils.report noise runs/seg/fold0 runs/seg/fold1 ...     # -> noise.csv, the worst first
 
 A run's samples.csv has a row per validation sample: name (the image's path), score (higher is better: IoU, F1, -loss),
-for the worst a picture in the run's folder, and more columns that depend on the task. No net is run here.
+and more columns that depend on the task. No net is run here.
 """
-import contextlib
 import itertools
 import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from utils.errors import UserError
 from utils.files import read_csv
 from utils.pictures import cells
-from utils.pictures.sheets import contact_sheet, draw_sheet, in_rows, join, save_image
+from utils.pictures.sheets import draw_sheet, in_rows, join, save_image
 
 
 # ---- review of a run -------------------------------------------------------------------------------------------------
@@ -32,8 +30,8 @@ def score_and_name(sample):
 
 
 def write_review(folder, samples, draw, *, tables=None, titles=(), caption=score_and_name, across=1, max_side=256):
-    """Writes into a run's folder samples.csv, review.png (the worst and the best samples, `across` of them side by
-    side, and tables below) and the worst one by one, worst/01.jpg, ... Raises UserError when they cannot be written.
+    """Writes into a run's folder samples.csv and review.png (the worst and the best samples, `across` of them side by
+    side, and tables below). Raises UserError when they cannot be written.
 
     samples: the rows of samples.csv. draw: a function that makes of a list of indices a list of lists of pictures,
     uint8 (H, W, 3). titles: one per picture of a sample. caption: a function of a row of samples.csv. tables:
@@ -43,10 +41,6 @@ def write_review(folder, samples, draw, *, tables=None, titles=(), caption=score
     pictures = draw(sum(parts, []))
     captions = [f"{part} {i}:   {caption(samples[k])}" for part, indices in zip(("worst", "best"), parts)
                 for i, k in enumerate(indices, 1)]
-    for i, (k, row) in enumerate(zip(parts[0], pictures), 1):
-        samples[k]["picture"] = f"worst/{i:02}.jpg"
-        contact_sheet(f"{folder}/{samples[k]['picture']}", [row], titles=titles, captions=[[caption(samples[k])]],
-                      max_side=max_side)
     sheet = draw_sheet([sum(row, []) for row in in_rows(pictures, across)], titles=titles, max_side=max_side,
                        captions=in_rows(captions, across))
     save_image(f"{folder}/review.png", join([sheet, *itertools.starmap(cells.as_picture, (tables or {}).items())], 1))
@@ -55,7 +49,7 @@ def write_review(folder, samples, draw, *, tables=None, titles=(), caption=score
 
 # ---- label noise -----------------------------------------------------------------------------------------------------
 def rank_samples(runs):
-    """Run folders -> [{"rank": 1, ..., "name", "score", "run", "picture": path or ""}], the lowest score first (of
+    """Run folders -> [{"rank": 1, ..., "name", "score", "run"}], the lowest score first (of
     equals, by name).
 
     A net has not learned the labels of held-out samples by heart; the folds of one split hold out every sample once. A
@@ -64,24 +58,10 @@ def rank_samples(runs):
     found = {}
     for run in dict.fromkeys(map(str, runs)):
         for row in _read(Path(run) / "samples.csv", "score", "train the run with validation, or leave it out"):
-            picture = str(Path(run) / row["picture"]) if row.get("picture") else ""
-            found.setdefault(row["name"], []).append((row["score"], run, picture))
-    order = sorted((sum(score for score, *_ in rows) / len(rows), name) for name, rows in found.items())
-    return [{"rank": rank, "name": name, "score": score, "run": "; ".join(run for _, run, _ in found[name]),
-             "picture": next((picture for *_, picture in found[name] if picture), "")}
+            found.setdefault(row["name"], []).append((row["score"], run))
+    order = sorted((sum(score for score, _ in rows) / len(rows), name) for name, rows in found.items())
+    return [{"rank": rank, "name": name, "score": score, "run": "; ".join(run for _, run in found[name])}
             for rank, (score, name) in enumerate(order, 1)]
-
-
-def draw_noise(path, ranked):
-    """Writes the pictures of rows of `rank_samples`, one below the other, as one; without any (those of older runs, or
-    deleted ones) nothing. Returns their number. Raises UserError when it cannot be written."""
-    pictures = []
-    for row in ranked:
-        with contextlib.suppress(OSError), Image.open(row["picture"]) as image:
-            pictures.append(image.convert("RGB"))
-    if pictures:
-        save_image(path, join(pictures, 1))
-    return len(pictures)
 
 
 def read_noise(path, count=None, run=None):
