@@ -69,6 +69,19 @@ def test_labels_in_json(tmp_path):
     rows = [{"image": "8", "label": 0}, {"image": "b c", "label": 0}]
     items, _ = fill(tmp_path, json.dumps(rows), found=found, name="s.json")
     assert items == [{"image": "8", "label": 1}, {"image": "b c", "label": "0 2"}]
+    rows = [{"image": "8", "labels": ["cat", "dog"]}, {"image": "b c", "labels": []}]
+    items, _ = fill(tmp_path, json.dumps(rows), found=found, name="s.json")
+    assert items == [{"image": "8", "labels": ["dog"]}, {"image": "b c", "labels": ["cat", "school bus"]}]
+
+
+@pytest.mark.parametrize("value, filled", [("cat", "school bus"), (0, 2), ([], ["school bus"]), ([0, 1], [2])])
+def test_an_object_of_images_in_json(tmp_path, value, filled):
+    found = {file: (np.array([0, 0, 1]), None) for file in FILES}
+    content = {"b c.png": value, "no": value, "7.jpg": value}
+    made, lost = fill(tmp_path, json.dumps(content), found=found, ids={file.stem: file for file in FILES},
+                      name="s.json")
+    assert made == {"b c.png": filled, "no": value, "7.jpg": filled} and list(lost) == ["no"]
+    assert list(made) == list(content)
 
 
 def test_one_probability_of_two_classes(tmp_path):
@@ -141,6 +154,35 @@ BOXES = {
 def test_boxes(tmp_path, text, rows):
     made, lost = fill(tmp_path, text, "det", numbers=(1, 2, 7), found={FILES[0]: ROWS, FILES[1]: ROWS[:0]})
     assert made == [text.partition("\n")[0].split(","), *rows] and list(lost) == ["no"] * ("no," in text)
+
+
+SHARES = {  # of an image of 40 x 80 pixels
+    "corners": ("id,class,score,xmin,ymin,xmax,ymax\n7,1,0.5,0.25,0,1,1\n", [
+        ["7", "7", "0.75", "0.125", "0.5", "0.38125", "1.5"], ["7", "1", "0.5", "0.0", "0.0", "0.0625", "0.15"]]),
+    "six in a text": ("id,PredictionString\n7,cat 0.9 0.46 0.08 0.93 0.5\n", [
+        ["7", "school bus 0.75 0.125 0.5 0.38125 1.5 cat 0.5 0.0 0.0 0.0625 0.15"]]),
+    "five in a text": ("id,PredictionString\n7,0.9 0 0 0.5 0.5\n", [
+        ["7", "0.75 0.125 0.5 0.25625 1.0 0.5 0.0 0.0 0.0625 0.15"]]),
+    "bbox": ('id,label,conf,bbox\n7,cat,0.9,"[0.1, 0.2, 0.3, 0.4]"\n', [
+        ["7", "school bus", "0.75", "[0.125, 0.5, 0.25625, 1.0]"], ["7", "cat", "0.5", "[0.0, 0.0, 0.0625, 0.15]"]]),
+}
+
+
+@pytest.mark.parametrize("text, rows", SHARES.values(), ids=SHARES)
+def test_boxes_as_shares_of_the_image(tmp_path, text, rows):
+    """Told by the sample: a coordinate lies between 0 and 1, and none beyond."""
+    file = save(tmp_path / "7.png", np.zeros((40, 80, 3), np.uint8))
+    made, _ = fill(tmp_path, text, "det", numbers=(1, 2, 7), ids={"7": file}, found={file: ROWS})
+    assert made[1:] == rows
+
+
+@pytest.mark.parametrize("nothing", ["14 1 0 0 1 1", "14 1.0 0 0 1 1", "none 1 0 0 1 1"])
+def test_the_sample_tells_what_stands_for_no_detections(tmp_path, nothing):
+    """A text of no class of the net, as in the chest X-rays' competitions; the boxes are still in pixels."""
+    text = f"image_id,PredictionString\n7,{nothing}\nb c,{nothing}\nno,{nothing}\n"
+    made, _ = fill(tmp_path, text, "det", numbers=(1, 2, 7), found={FILES[0]: ROWS[:1], FILES[1]: ROWS[:0]})
+    label = 7 if nothing.startswith("14") else "school bus"
+    assert made[1:] == [["7", f"{label} 0.75 10.0 20.0 30.5 60.0"], ["b c", nothing], ["no", nothing]]
 
 
 @pytest.mark.parametrize("more", [{}, {"segmentation": []}])

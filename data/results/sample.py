@@ -6,8 +6,9 @@
     detections   a row or a JSON object each, with columns for the box; or one text per image,
                  "class score x1 y1 x2 y2 ..." or "score x y width height ..."
 
-A sample is a CSV or a JSON list of objects. Columns that are not understood, rows without an image and rows of images
-that cannot be read keep the sample's own values.
+A sample is a CSV, a JSON list of objects, or a JSON object {image: value}. Boxes are in pixels, or in shares of the
+image's sides where the sample's first box is; a text of no class stands for an image without detections. Columns that
+are not understood, rows without an image and rows of images that cannot be read keep the sample's own values.
 """
 import re
 from pathlib import Path
@@ -31,8 +32,8 @@ TEXTS = ("class score x1 y1 x2 y2".split(), "score x1 y1 w h".split())  # of a d
 
 class Sample(NamedTuple):
     """places: (row as {column: value}, image file or None, class index or None); lost: {key: message} of the rows
-    without an image; fill: function(result, class index) -> [{column: value}], of one row, or of all detections of the
-    image."""
+    without an image; fill: function(result, class index, image file) -> [{column: value}], of one row, or of all
+    detections of the image."""
     path: Path
     places: list
     lost: dict
@@ -57,6 +58,8 @@ def read(path, files, ids, *, task, **options):
 def _read(path, files, ids, shape, *, names, numbers, rle):
     if path.suffix == ".json":
         rows = read_json(path)
+        if isinstance(rows, dict):
+            rows = [{"image": name, "value": value} for name, value in rows.items()]
     else:
         header, *lines = filter(None, read_csv(path))
         rows = [dict(zip(header, line, strict=True)) for line in lines]
@@ -89,9 +92,10 @@ def write(sample, out, results):
     """Writes the filled sample into the folder `out`, under its own name. results: {file: what `fill` takes}."""
     path, places, _, fill = sample
     rows = [row | values for row, file, k in places
-            for values in (fill(results[file], k) if file in results else [{}])]
+            for values in (fill(results[file], k, file) if file in results else [{}])]
     if path.suffix == ".json":
-        write_json(out / path.name, rows, indent=None)
+        write_json(out / path.name, dict(map(dict.values, rows)) if isinstance(read_json(path), dict) else rows,
+                   indent=None)
     else:
         write_csv(out / path.name, places[0][0], map(dict.values, rows))
 
@@ -120,16 +124,18 @@ def classes(columns, known, names, numbers, each, rle):
     if not found and (each or exact and len(names) == 2):  # of two classes, the last one's
         found = dict.fromkeys(columns, len(names) - 1)
     if found:
-        return f"classes with {'probabilities' if exact else '0 and 1'}", lambda result, k: [
+        return f"classes with {'probabilities' if exact else '0 and 1'}", lambda result, k, _: [
             {name: round(result[exact][own if k is None else k].item(), 6) for name, own in found.items()}]
     if len(columns) > 1:
         raise ValueError("no column has the name of a class")
     mark = next((mark for mark in "|;," if mark in "".join(texts)), " ")
-    labels = naming(mark.join(texts).split(mark), names, numbers)
+    labels = naming([text.strip("[' ]") for text in mark.join(texts).split(mark)], names, numbers)
 
-    def fill(result, _):
-        present = [labels[k] for k in result[0].nonzero()[0]]  # a single number stays a number in JSON
-        return [dict.fromkeys(columns, present[0] if len(present) == 1 else mark.join(map(str, present)))]
+    def fill(result, *_):
+        present = [labels[k] for k in result[0].nonzero()[0]]
+        if "[" not in texts[0]:  # a single number stays a number in JSON
+            present = present[0] if len(present) == 1 else mark.join(map(str, present))
+        return [dict.fromkeys(columns, present)]
     return f"labels such as {labels[0]}, several joined by {mark!r}", fill
 
 
@@ -144,7 +150,7 @@ def runs(columns, known, names, numbers, each, rle):
     empty = next((text for text in texts if not sum(map(int, re.findall(r" (\d+)", text)))), "")
     rle = rle or ("column,0" if any(re.match("0 [1-9]", text) for text in texts) else "column,1")
 
-    def fill(file, k):
+    def fill(file, k, _):
         mask = images.read(file)[0].numpy()
         line = np.pad((mask > 0 if k is None else mask == k + 1).ravel("F" if rle.startswith("column") else "C"), 1)
         found = np.flatnonzero(line[1:] != line[:-1])  # start, end, start, end ...
@@ -162,16 +168,22 @@ def boxes(columns, known, names, numbers, each, rle):
         roles = TEXTS[len(example) % 6 > 0]
     elif not {"bbox", "x1"} & {*roles}:
         raise ValueError("no column is of a box")
-    labels = naming([text for role, text in zip(roles, example) if role == "class"], names, numbers)
+    told = [text for role, text in zip(roles, example) if role == "class"]
+    labels, empty = naming(told, names, numbers), "" if {*told} <= {*known} else " ".join(example)
+    places = [float(number) for role, text in zip(roles, example) if role not in ("class", "score", None)
+              for number in re.findall(r"[\d.]+", text)]
+    shares = any(0 < number < 1 for number in places) and max(places) <= 1
 
-    def fill(result, _):
-        table = np.c_[result, sides(result)].astype(float).round(6).tolist()
+    def fill(result, _, file):
+        height, width = images.size(file)[1:] if shares else (1, 1)
+        table = np.c_[result, sides(result)] / (width, height, width, height, 1, 1, width, height)
         items = [{"x1": x1, "y1": y1, "x2": x2, "y2": y2, "w": w, "h": h, "bbox": [x1, y1, w, h], "score": score,
-                  "class": labels[int(k)]} for x1, y1, x2, y2, score, k, w, h in table]
+                  "class": labels[int(k)]} for x1, y1, x2, y2, score, k, w, h in table.round(6).tolist()]
         if len(columns) == 1:
-            return [dict.fromkeys(columns, " ".join(str(item[role]) for item in items for role in roles))]
+            return [dict.fromkeys(columns, " ".join(str(item[role]) for item in items for role in roles) or empty)]
         return [{name: item[role] for name, role in zip(columns, roles) if role} for item in items]
-    return f"detections of classes such as {labels[0]}", fill
+    return f"detections of classes such as {labels[0]}, in {'shares of the image' if shares else 'pixels'}" + \
+        f", {empty!r} without any" * (len(columns) == 1), fill
 
 
 SHAPES = {"cls": classes, "seg": runs, "det": boxes}
