@@ -55,9 +55,9 @@ def assign(names, sizes, *, strata=None, groups=None, seed=910103):
     """
     strata = strata or [0] * len(names)
     members = defaultdict(list)
-    for i, group in enumerate(groups or names):
+    for i, group in enumerate(groups or ()):
         members[group].append(i)
-    order = list(members.values())
+    order = list(members.values() if groups else zip(range(len(names))))
     np.random.default_rng(seed).shuffle(order)
     order.sort(key=len, reverse=True)
     folds, fold_of, filled = range(len(sizes)), [0] * len(names), [0.0] * len(sizes)
