@@ -41,7 +41,8 @@ ROWS = {  # what is changed of the recipe `photos`
         "wide zoom": "--zoom 0.5 2", "no colour": "--hue 0 --saturation 0 --value 0", "cross-entropy": "--loss ce",
         "mean planes": "--mean-planes", "conv0": "--conv0 32 32", "stem 1": "--stem-stride 1",
         "standard": "--pixel-scale standard", "no ema": "--no-ema", "no warm-up": "--warmup-epochs 0",
-        "warm-up": "--warmup-epochs 1", "bare": "--zoom 1 1 --hue 0 --saturation 0 --value 0"},
+        "warm-up": "--warmup-epochs 1", "batch 8": "--bs 8", "batch 8, flat": "--bs 8 --schedule flat", "flat":
+        "--schedule flat", "balanced": "--class-weights balanced", "fp32": "--amp off", "bare": "--zoom 1 1 --hue 0 --saturation 0 --value 0"},
     "weather": {
         "ours": "", "dirty-mnist": "--recipe dirty-mnist", "quarter turns": "--rot90",
         "no crop": "--zoom 1 1 --aspect 1", "strong crop": "--zoom 1 3.5", "no colour": "--hue 0 --saturation 0 --value 0",
@@ -68,7 +69,7 @@ def ours(task, flags, seed, epochs, data, out):
     folder = out / name
     if not (folder / "results.json").exists():
         command = [*BASE[task].format(data=data, out=out).split(), *flags.split(), "--epochs", epochs, "--seed", seed,
-                   "--project", out, "--name", name, "--device", "cpu", "--amp", "off", "--save-period", 0, "--cache", "ram"]
+                   "--project", out, "--name", name, "--device", "cpu", "--save-period", 0, "--cache", "ram"]
         with open(out / f"{name}.log", "w") as log:
             subprocess.run([sys.executable, *map(str, command)], stdout=log, stderr=log, check=False)
     try:
