@@ -154,7 +154,7 @@ def header(path):
 
 
 def read_headers(files, **options):
-    """Puts the headers of many files where `header` finds them; a file that cannot be used is left for `header` to tell.
+    """Puts the headers of many files where `header` finds them; what cannot be used is left for `header` to tell.
     options: of `facts`, which keeps them between runs."""
     def look(path):
         with contextlib.suppress(UserError):
@@ -238,7 +238,9 @@ def _pillow(path, kind):
     try:
         with Image.open(path, formats=(kind,)) as file:
             yield file
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError, Image.DecompressionBombError):
+    except (UserError, MemoryError):
+        raise
+    except Exception:  # of any kind: Pillow's plugins do not answer for damaged files
         raise UserError(f"{path}: not a readable {kind}, or far too large; replace or remove it") from None
 
 
@@ -298,8 +300,8 @@ def _open(path, driver, *, env=ALONE, **options):
 
 @contextlib.contextmanager
 def _open_for_windows(path):
-    """`open_raster` that leaves the file open: GDAL keeps the blocks that the next windows share with this one. A process
-    or thread has a file of its own, as GDAL cannot share one."""
+    """`open_raster` that leaves the file open: GDAL keeps the blocks that the next windows share with this one. A
+    process or thread has a file of its own, as GDAL cannot share one."""
     with _gdal(path):
         yield _kept_open(path, os.stat(path).st_mtime_ns, os.getpid(), threading.get_ident())
 

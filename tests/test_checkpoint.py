@@ -417,7 +417,10 @@ def test_what_becomes_infinite_in_the_net_is_refused(tmp_path):
 
 @pytest.mark.parametrize("key, value", [("threshold", float("nan")), ("threshold", [0.5, float("inf")]),
                                         ("args", {"tile": {"a": 1}}), ("args", {"tile": -3}), ("args", {"overlap": "x"}),
-                                        ("args", {"lr": float("nan")}), ("history", [{"epoch": "1"}])])
+                                        ("args", {"lr": float("nan")}), ("history", [{"epoch": "1"}]),
+                                        ("args", {"zoom": [1.0]}), ("args", {"zoom": [1.0, 1.0, 1.0]}),
+                                        ("args", {"zoom": ["x", 1.0]}), ("args", {"letters_per_image": [1]}),
+                                        ("args", {"border": [0]})])
 def test_values_that_no_run_writes_are_refused(tmp_path, key, value):
     path = tmp_path / "last.pt"
     checkpoint.save(path, small() | {key: value})

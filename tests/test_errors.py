@@ -148,3 +148,9 @@ def test_a_rank_lets_torchrun_end_it_before_it_repeats_the_others(tmp_path):
 def test_one_line():
     assert one_line(UserError("  a  b ")) == "a  b" and one_line(ValueError()) == "ValueError"
     assert one_line(UserError("x (Error: y)")) == "x (Error: y)"
+
+
+def test_messages_are_plain_wherever_they_are_written():
+    """A name from the data in a list of failed files, which somebody shows in a terminal."""
+    assert str(UserError("a.csv: \x1b[31m, \0 and \x9b have no image, größe has")) == \
+        "a.csv: \\x1b[31m, \\x00 and \\x9b have no image, größe has"

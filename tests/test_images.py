@@ -464,3 +464,17 @@ def test_nearest_takes_the_pixel_at_the_centre(size):
     mask = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (17, 23)).astype(np.uint8))
     wanted = torch.nn.functional.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0]
     assert images.nearest(mask, size).dtype == torch.uint8 and (images.nearest(mask, size) == wanted).all()
+
+
+@pytest.mark.parametrize("error", [IndexError, struct.error, KeyError, OverflowError])
+def test_whatever_pillow_raises_for_a_damaged_file(tmp_path, monkeypatch, error):
+    path, other = save(tmp_path / "a.gif", GREY), save(tmp_path / "b.gif", GREY)
+    images.header(other)
+
+    def fails(*args, **kwargs):
+        raise error("index out of range")
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(UserError, match="a.gif: not a readable GIF"):
+        images.header(path)
+    with pytest.raises(UserError, match="b.gif: not a readable GIF"):
+        images.read(other)

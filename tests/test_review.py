@@ -303,7 +303,7 @@ def test_a_review_is_a_sheet_and_its_tables(tmp_path):
 
 def test_samples_side_by_side_with_captions_of_their_own(tmp_path):
     rows, pictures = samples(7)
-    write_review(tmp_path, rows, lambda chosen: [pictures[k][:1] for k in chosen], across=4, max_side=32,
+    write_review(tmp_path, rows, lambda chosen: [pictures[k][:1] for k in chosen], tables={}, across=4, max_side=32,
                  caption=lambda row: row["name"][-5:])
     sheet = draw_sheet([[pictures[k][0] for k in (6, 5, 4, 3)], [pictures[k][0] for k in (2, 1, 0)]], max_side=32,
                        captions=[[f"worst {i}:   {7 - i}.png" for i in (1, 2, 3, 4)],
@@ -318,5 +318,5 @@ def test_a_failed_review_changes_nothing(tmp_path, monkeypatch):
     assert read(tmp_path / "review.png").shape[1] > 600
     monkeypatch.setattr(review, "join", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_review(tmp_path, rows, lambda chosen: [pictures[0]])
+        write_review(tmp_path, rows, lambda chosen: [pictures[0]], {})
     assert (tmp_path / "review.png").read_bytes() == before

@@ -26,6 +26,9 @@ class UserError(Exception):
     """Bad input, bad flags, a full disk: exit code 2. The text is one line naming the file and the remedy."""
     code = 2
 
+    def __str__(self):
+        return super().__str__().translate(STEERING)
+
 
 class NumericalError(UserError):
     """The run stopped because its numbers are no longer finite: exit code 3."""

@@ -29,21 +29,21 @@ def score_and_name(sample):
     return f"{sample['score']:.4f}   {Path(sample['name']).name}"
 
 
-def write_review(folder, samples, draw, *, tables=None, titles=(), caption=score_and_name, across=1, max_side=256):
+def write_review(folder, samples, draw, tables, *, caption=score_and_name, across=1, **options):
     """Writes into a run's folder samples.csv and review.png (the worst and the best samples, `across` of them side by
     side, and tables below). Raises UserError when they cannot be written.
 
     samples: the rows of samples.csv. draw: a function that makes of a list of indices a list of lists of pictures,
-    uint8 (H, W, 3). titles: one per picture of a sample. caption: a function of a row of samples.csv. tables:
-    {title: rows}, metrics by class and by size. max_side: see `sheets.draw_sheet`.
+    uint8 (H, W, 3). tables: {title: rows}, metrics by class and by size. caption: a function of a row of samples.csv.
+    options: of `sheets.draw_sheet`.
     """
     parts = worst_and_best([sample["score"] for sample in samples])
     pictures = draw(sum(parts, []))
     captions = [f"{part} {i}:   {caption(samples[k])}" for part, indices in zip(("worst", "best"), parts)
                 for i, k in enumerate(indices, 1)]
-    sheet = draw_sheet([sum(row, []) for row in in_rows(pictures, across)], titles=titles, max_side=max_side,
-                       captions=in_rows(captions, across))
-    save_image(f"{folder}/review.png", join([sheet, *itertools.starmap(cells.as_picture, (tables or {}).items())], 1))
+    sheet = draw_sheet([sum(row, []) for row in in_rows(pictures, across)], captions=in_rows(captions, across),
+                       **options)
+    save_image(f"{folder}/review.png", join([sheet, *itertools.starmap(cells.as_picture, tables.items())], 1))
     cells.write_csv(f"{folder}/samples.csv", samples)
 
 

@@ -136,7 +136,8 @@ _FLAGS[str] = (None, bool, int, float, str, _LISTS, _FLAGS)
 _LISTS.append(_FLAGS[str])
 SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
     "task": str, "arch": _FLAGS | {"name": str, "kwargs": _FLAGS}, "input": _FLAGS,
-    "args": _FLAGS | {"tile": (None, _COUNT), "overlap": _NUMBER, "canvas_border": _NUMBER},
+    "args": _FLAGS | {"tile": (None, _COUNT), "overlap": _NUMBER, "canvas_border": _NUMBER,
+                     "zoom": [_NUMBER, _NUMBER], "letters_per_image": [int, int], "border": [str]},
     "classes": (range(1, 2**31), [str]),
     "category_ids": [_COUNT], "single_label": bool, "threshold": (None, float, [float]), "score": (None, str),
     "model": _WEIGHTS, "ema": (None, _WEIGHTS), "swa": (None, _WEIGHTS), "ema_steps": _COUNT, "swa_count": _COUNT,
@@ -145,13 +146,15 @@ SCHEMA = {  # key of a checkpoint: what its value must be, see `_is`
 
 
 def _is(value, kind):
-    """Whether a value is of a type, a whole number of a range, one of several kinds (a tuple), a list of a kind [kind],
-    a dict {str: kind}, in which some names may have a kind of their own, or None. A float is finite."""
+    """Whether a value is of a type, a whole number of a range, one of several kinds (a tuple), a list of a kind [kind]
+    or of several in this order [kind, kind], a dict {str: kind}, in which some names may have a kind of their own, or
+    None. A float is finite."""
     match kind:
         case tuple():
             return any(_is(value, one) for one in kind)
         case list():
-            return isinstance(value, (list, tuple)) and all(_is(one, kind[0]) for one in value)
+            return isinstance(value, (list, tuple)) and len(kind) in (1, len(value)) and all(
+                map(_is, value, kind * len(value)))
         case dict():
             return isinstance(value, dict) and all(
                 _is(key, str) and _is(one, kind.get(key, kind.get(str))) for key, one in value.items())
@@ -159,7 +162,7 @@ def _is(value, kind):
             return type(value) is int and value in kind
     if kind is float and isinstance(value, float):
         return math.isfinite(value)
-    return value is kind if kind is None else isinstance(value, kind)
+    return isinstance(value, kind or type(None))
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
