@@ -113,15 +113,16 @@ def test_archives_that_would_grow(tmp_path):
     with zipfile.ZipFile(tmp_path / "big.pt") as archive:
         entries, start = archive.infolist(), archive.start_dir
         large = max(entries, key=lambda entry: entry.file_size)
+        records = [(entry.filename, archive.read(entry)) for entry in entries]
     with zipfile.ZipFile(tmp_path / "overlap.pt", "w") as archive:
         archive.writestr("archive/data.pkl", b"")
         archive.filelist += [large] * 9
         archive.fp.write(data[:start])
     refused(tmp_path / "overlap.pt")
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "twice.pt", "w") as archive:
-        for entry in [*entries, entries[-1]]:
-            archive.writestr(entry.filename, bytes(data[entry.header_offset:][:entry.file_size]))
-    refused(tmp_path / "twice.pt")
+        for name, content in [*records, records[-1]]:
+            archive.writestr(name, content)
+    refused(tmp_path / "twice.pt", "hidden in another")
 
 
 def packed(header, data):

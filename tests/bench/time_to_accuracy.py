@@ -2,8 +2,8 @@
 
     python -m tests.bench.time_to_accuracy --data DIR --only water letters --seeds 0 1 2
 
-DIR is as in tests/bench/playbook.py. Peers: segmentation-models-pytorch's UNet (tests/bench/peer_smp.py, 40 epochs), and
-timm's tf_efficientnetv2_b0 on letters of 32 pixels as its users train it (fp32, AdamW 1e-3, cosine, small turns and
+DIR is as in tests/bench/playbook.py. Peers: segmentation-models-pytorch's UNet (tests/bench/peer_smp.py, 40 epochs)
+and timm's tf_efficientnetv2_b0 on letters of 32 pixels as its users train it (fp32, AdamW 1e-3, cosine, small turns and
 shifts, 5 epochs). Ours is validated every epoch; the first epoch that reaches the peer's last score counts. Times are
 those of the epochs with their validations, without the start. Set OMP_NUM_THREADS=1 where other programs run.
 """
@@ -27,7 +27,8 @@ from tests.bench.playbook import write_glyphs
 
 OURS = {
     "water": "train_seg.py --data {data}/water --pixel-scale 10000 --imgsz 128 --groups {data}/water/groups.csv "
-             "--epochs 40 --bs 16 --repeat 1 --schedule cosine --workers 0 --cache ram --loss lovasz_elu bce=1 --gain 1",
+             "--epochs 40 --bs 16 --repeat 1 --schedule cosine --workers 0 --cache ram --loss lovasz_elu bce=1 "
+             "--gain 1",
     "letters": "train_cls.py --data {out}/glyphs --groups {out}/glyphs/writers.csv --folds 5 --net efficientnetv2_b0 "
                "--loss ce --imgsz 32 --bs 32 --optimizer adamw --weight-decay 0.01 --lr 2e-3 --no-rot90 --cutout 0 "
                "--drop 0 --drop-path 0 --epochs 5 --workers 0 --cache ram",
@@ -104,7 +105,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     if "letters" in args.only:
         write_glyphs(args.data / "letters", args.out / "glyphs")
-    print("| | the peer's score | its minutes | ours at the end | our minutes, steps to that score | share of its time |")
+    print("| | the peer's score | its minutes | ours at the end | our minutes, steps to that | share of its time |")
     print("|---|---|---|---|---|---|", flush=True)
     for task in args.only:
         for seed in args.seeds:
