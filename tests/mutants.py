@@ -64,8 +64,8 @@ MUTANTS = [
 
     # ---- checkpoints: read with suspicion ----
     Mutant("CRC of records", "utils/tensors.py", "archive.testzip() or ", "", (*CHECKPOINT, *WEIGHTS)),
-    Mutant("nothing compressed", "utils/tensors.py", "entry.compress_type != zipfile.ZIP_STORED or ", "", CHECKPOINT),
-    Mutant("records that are folders", "utils/tensors.py", " or entry.external_attr & _FOLDER", "", CHECKPOINT),
+    Mutant("records that are folders", "utils/tensors.py", "any(entry.external_attr & _FOLDER for entry in entries) or ",
+           "", CHECKPOINT),
     Mutant("names of records that stand twice", "utils/tensors.py", "len(set(names)) < len(names) or ", "",
            RELIABILITY),
     Mutant("records within records", "utils/tensors.py",
@@ -88,7 +88,7 @@ MUTANTS = [
            "len(kind) in (1, len(value)) and all(\n                map(_is, value, kind * len(value)))",
            "len(kind) in (1, len(value))", RELIABILITY),
     Mutant("lengths of lists in the schema", "utils/train/checkpoint.py", "len(kind) in (1, len(value)) and all(",
-           "all(", RELIABILITY),
+           "all(", CHECKPOINT),
     Mutant("flags of a resumed run", "utils/train/args.py",
            "if not isinstance(value, TYPES.get(type(parser.get_default(flag)), TYPES[None])):",
            "if False:",

@@ -524,6 +524,12 @@ def test_running_statistics_that_are_not_finite_are_not_saved(tmp_path):
         state.state_dict()
 
 
+def test_an_epoch_with_a_loss_that_is_not_finite_is_not_evaluated(tmp_path):
+    """Its last step; a validation may take an hour, or fail for such weights with an error of its own."""
+    with pytest.raises(NumericalError, match="noticed at step 7"):
+        train(tmp_path, faults=["nan@batch:7"], evaluate=lambda model: pytest.fail("evaluated"))
+
+
 def test_nan_is_noticed_within_a_second(tmp_path):
     def compute_loss(model, batch):
         time.sleep(0.05)

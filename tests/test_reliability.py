@@ -22,7 +22,7 @@ from data.cache import Cache
 from nets import pretrained
 from tests.harness import ENV, differences, toy
 from tests.test_checkpoint import small
-from utils import files
+from utils import files, tensors
 from utils.errors import NumericalError, UserError
 from utils.train import checkpoint, runs
 from utils.train.optim import make_optimizer, make_schedule, param_groups
@@ -188,6 +188,11 @@ def test_weights_of_other_kinds(tmp_path, make, legacy):
     torch.save(Net().state_dict() | {"conv.weight": make(torch.randn(4, 3, 3, 3))}, tmp_path / "odd.pt",
                _use_new_zipfile_serialization=not legacy)
     refused(tmp_path / "odd.pt")
+    odd = make(torch.randn(4, 3, 3, 3))
+    if odd.layout is not torch.strided or odd.is_quantized or odd.is_meta or odd.dtype in (
+            torch.float8_e4m3fn, torch.complex64):  # also where a later torch builds them by a function of another name
+        with pytest.raises(ValueError, match="conv.weight is of a kind that no net here has"):
+            tensors._check("conv.weight", odd)
 
 
 def test_a_hash_for_formats_without_checksums(tmp_path):
