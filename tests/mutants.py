@@ -178,7 +178,7 @@ MUTANTS = [
 
     # ---- signals and ends ----
     Mutant("SIGTERM between two steps", "utils/train/dist.py", "        if number > 1:\n", "        if False:\n",
-           FAULTS),
+           ENGINE),
     Mutant("a signal in the validation", "utils/train/dist.py", "self.raises = world_size() == 1",
            "self.raises = False", (*ENGINE, *FAULTS)),
     Mutant("signals are held during a fork", "data/loader.py",

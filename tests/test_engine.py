@@ -542,6 +542,12 @@ def test_nan_is_noticed_within_a_second(tmp_path):
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
+def test_a_signal_ends_the_run_after_the_step_and_not_after_the_epoch(tmp_path):
+    with pytest.raises(Stopped):
+        train(tmp_path, faults=["term@batch:3"])
+    assert checkpoint.load(tmp_path / "last.pt")["step"] in (2, 3)  # of 7
+
+
 def test_signals_are_noted_and_raised_only_where_allowed():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with dist.Signals() as signals:
