@@ -46,9 +46,8 @@ MULTICLASS = {  # the same for logits (B, classes, H, W) and masks of class indi
 RECIPES = {  # defaults of flags: the competition's, and those for photographs
     "wildfire": "--bands 1-7 --mean-planes --conv0 32 32 --stem-stride 1 --epochs 150 --bs 64 --repeat 10 "
                 "--schedule restarts --hflip 0.5 --rot90 --crop-padding 2 --border reflect wrap",
-    "photos": "--bands all --no-mean-planes --conv0 --stem-stride 2 --epochs 100 --bs 16 --repeat 1 --schedule cosine "
-              "--hflip 0.5 --no-rot90 --crop-padding 1 --border reflect --zoom 0.7 1.5 --hue 0.02 --saturation 0.3 "
-              "--value 0.3",
+    "photos": "--bands all --no-mean-planes --conv0 --stem-stride 2 --epochs 100 --bs 8 --repeat 1 --schedule cosine "
+              "--hflip 0.5 --no-rot90 --crop-padding 1 --border reflect --hue 0.02 --saturation 0.3 --value 0.3",
 }
 OPTIONS = {"label_smoothing": "smoothing", "class_weights": "weight"}  # flag: the name in those losses that take it
 

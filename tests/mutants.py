@@ -306,7 +306,7 @@ MUTANTS = [
     Mutant("checkpoints as weights", "nets/weights.py", "checkpoint.checked(content, path) if", "content if",
            PRETRAINED),
     Mutant("header of a safetensors file", "utils/tensors.py", "    if start > len(data):", "    if False:",
-           PRETRAINED),
+           RELIABILITY),
     Mutant("spans of a safetensors file", "utils/tensors.py",
            "len(range(first, last)) != math.prod(shape) * dtype.itemsize or ", "",
            (*PRETRAINED, *RELIABILITY)),

@@ -99,7 +99,7 @@ def test_photos_names_every_flag_of_the_competitions_recipe(task):
 
 def test_the_data_decide_unless_a_recipe_is_given(tmp_path, monkeypatch, capsys, streets):
     args, *_ = started(train_seg, tmp_path, monkeypatch, "--data", streets)
-    assert (args.recipe, args.bs, args.rot90, args.conv0, args.bands) == ("photos", 16, False, [], None)
+    assert (args.recipe, args.bs, args.rot90, args.conv0, args.bands) == ("photos", 8, False, [], None)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("recipe photos (in use): --bands all") for line in lines)
     assert any(line.startswith("recipe wildfire: --bands 1-7") for line in lines)
@@ -107,8 +107,8 @@ def test_the_data_decide_unless_a_recipe_is_given(tmp_path, monkeypatch, capsys,
     assert (args.recipe, args.bs, args.rot90, args.border) == ("wildfire", 8, True, ["reflect", "wrap"])
     args, *_ = started(train_seg, tmp_path, monkeypatch, "--data", tmp_path / "nothing")
     assert args.recipe == "wildfire"
-    args, *_ = started(train_seg, tmp_path, monkeypatch, "--data", streets, "--rot90", "--zoom", 1, 1)
-    assert args.recipe == "photos" and args.rot90 and args.zoom == [1, 1]  # each flag stays free
+    args, *_ = started(train_seg, tmp_path, monkeypatch, "--data", streets, "--rot90", "--zoom", 0.5, 2, "--bs", 4)
+    assert args.recipe == "photos" and (args.rot90, args.zoom, args.bs) == (True, [0.5, 2], 4)  # each flag stays free
 
 
 @pytest.mark.parametrize("task", ["det", "cls"])

@@ -139,11 +139,18 @@ def packed(header, data):
     ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
       "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, bytes(12)),
     ({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}, bytes(8)),
-    ({"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, bytes(8))])
+    ({"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, bytes(8)),
+    ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 0]}}, b"")])
 def test_spans_of_safetensors(tmp_path, header, data):
-    """Beyond the file, with a hole at the start or the end, overlapping, of numbers that no net here has."""
-    (tmp_path / "w.safetensors").write_bytes(packed(header, data))
-    refused(tmp_path / "w.safetensors")
+    """Beyond the file, with a hole at the start or the end, overlapping, of numbers that no net here has, without any."""
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(packed(header, data))
+    with pytest.raises(ValueError, match="damaged, or not a file of tensors"):
+        tensors.read(path)
+    refused(path)
+    path.write_bytes(packed(header, data)[:20])
+    with pytest.raises(ValueError, match="its header is cut off"):
+        tensors.read(path)
 
 
 def program(*calls):
