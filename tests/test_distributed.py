@@ -132,6 +132,14 @@ def test_an_error_on_one_rank_ends_both(tmp_path, rank, fault, code):
         gone(run, 2)
 
 
+def test_every_rank_ends_with_what_rank_0_has_found(tmp_path):
+    """Only rank 0 looks for the checkpoint; the others end for its reason, and not because it is gone."""
+    runs = world(tmp_path, *RUN, "--resume")
+    assert [run.wait(60) for run in runs] == [2, 2]
+    lines = errors(*runs)
+    assert lines and all("no run with last.pt" in line for line in lines) and len(lines) == 2, lines
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_noticed(tmp_path, rank):
     """SIGSTOP. Rank 0 has the store through which the ranks give their signs of life, so it may be silent too."""

@@ -385,6 +385,8 @@ def claim(path, width, height, samples=1):
 
 def test_claims_of_hugeness(tmp_path):
     refused(claim(tmp_path / "a.tif", 2_000_000_000, 2_000_000_000), "2000000000 x 2000000000")
+    with pytest.raises(UserError, match="claims to be"):  # a window of it would be read, and a mask of its size made
+        images.header(tmp_path / "a.tif")
     refused(claim(tmp_path / "a.tif", 2_000_000_000, 2_000_000_000), window=(0, 0, 8, 8))
     for size in ((60_000, 60_000, 1), (2_000_000_000, 1, 1), (16_000, 16_000, 60_000)):
         refused(claim(tmp_path / "b.tif", *size), bands=None, shape=None)
