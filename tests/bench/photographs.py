@@ -33,18 +33,18 @@ from utils.ops import geometry
 
 EPOCHS = {"street": {"smoke": 1, "short": 8, "long": 40}, "weather": {"smoke": 1, "short": 30, "long": 150}}
 BASE = {
-    "street": "train_seg.py --data {data}/street --classes 11 --ignore 11 --imgsz 160 --bs 16 --folds {out}/street.json",
+    "street": "train_seg.py --data {data}/street --classes 11 --ignore 11 --imgsz 160 --folds {out}/street.json",
     "weather": "train_cls.py --data {data}/weather --net regnetx_002 --imgsz 128 --bs 32 --folds {out}/weather.json",
 }
 ROWS = {  # what is changed of the recipe `photos`
     "street": {
         "ours": "", "wildfire": "--recipe wildfire --bands all --bs 16 --repeat 1 --schedule cosine --loss lovasz ce",
-        "padding": "--crop-padding 2 --border reflect wrap", "quarter turns": "--rot90", "no zoom": "--zoom 1 1",
-        "wide zoom": "--zoom 0.5 2", "no colour": "--hue 0 --saturation 0 --value 0", "cross-entropy": "--loss ce",
+        "padding": "--crop-padding 2 --border reflect wrap", "quarter turns": "--rot90", "zoom": "--zoom 0.7 1.5", "little zoom": "--zoom 0.8 1.25",
+        "zoom in": "--zoom 1 1.5", "no colour": "--hue 0 --saturation 0 --value 0", "cross-entropy": "--loss ce",
         "mean planes": "--mean-planes", "conv0": "--conv0 32 32", "stem 1": "--stem-stride 1",
         "standard": "--pixel-scale standard", "no ema": "--no-ema", "no warm-up": "--warmup-epochs 0",
-        "warm-up": "--warmup-epochs 1", "batch 8": "--bs 8", "batch 8, flat": "--bs 8 --schedule flat", "flat":
-        "--schedule flat", "balanced": "--class-weights balanced", "fp32": "--amp off", "bare": "--zoom 1 1 --hue 0 --saturation 0 --value 0"},
+        "warm-up": "--warmup-epochs 1", "batch 16": "--bs 16", "batch 4": "--bs 4", "flat": "--schedule flat",
+        "balanced": "--class-weights balanced", "fp32": "--amp off", "lr": "--lr 2e-3"},
     "weather": {
         "ours": "", "dirty-mnist": "--recipe dirty-mnist", "quarter turns": "--rot90",
         "no crop": "--zoom 1 1 --aspect 1", "strong crop": "--zoom 1 3.5", "no colour": "--hue 0 --saturation 0 --value 0",
