@@ -18,7 +18,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 
 demo: announce-demo $(VENV)/installed
 	test -d Wildfire || $(PYTHON) -m data.samples --only wildfire --train 64 --size 128
-	$(PYTHON) train_seg.py --imgsz 128 --epochs 14 --bs 4 --repeat 1 --schedule cosine --gain 1 --name demo
+	$(PYTHON) train_seg.py --imgsz 128 --epochs 18 --bs 4 --repeat 1 --schedule cosine --gain 1 --name demo
 	$(PYTHON) predict.py --task seg --tta --polygons
 
 announce-demo:

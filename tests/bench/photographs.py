@@ -39,10 +39,10 @@ BASE = {
 ROWS = {  # what is changed of the recipe `photos`
     "street": {
         "ours": "", "wildfire": "--recipe wildfire --bands all --bs 16 --repeat 1 --schedule cosine --loss lovasz ce",
-        "padding": "--crop-padding 2 --border reflect wrap", "quarter turns": "--rot90", "zoom": "--zoom 0.7 1.5", "little zoom": "--zoom 0.8 1.25",
-        "zoom in": "--zoom 1 1.5", "no colour": "--hue 0 --saturation 0 --value 0", "cross-entropy": "--loss ce",
-        "mean planes": "--mean-planes", "conv0": "--conv0 32 32", "stem 1": "--stem-stride 1",
-        "standard": "--pixel-scale standard", "no ema": "--no-ema", "no warm-up": "--warmup-epochs 0",
+        "padding": "--crop-padding 2 --border reflect wrap", "quarter turns": "--rot90", "zoom": "--zoom 0.7 1.5",
+        "little zoom": "--zoom 0.8 1.25", "zoom in": "--zoom 1 1.5", "no colour": "--hue 0 --saturation 0 --value 0",
+        "cross-entropy": "--loss ce", "mean planes": "--mean-planes", "conv0": "--conv0 32 32", "stem 1":
+        "--stem-stride 1", "standard": "--pixel-scale standard", "no ema": "--no-ema",
         "warm-up": "--warmup-epochs 1", "batch 16": "--bs 16", "batch 4": "--bs 4", "flat": "--schedule flat",
         "balanced": "--class-weights balanced", "fp32": "--amp off", "lr": "--lr 2e-3"},
     "weather": {
