@@ -49,8 +49,7 @@ def write_review(folder, samples, draw, tables, *, caption=score_and_name, acros
 
 # ---- label noise -----------------------------------------------------------------------------------------------------
 def rank_samples(runs):
-    """Run folders -> [{"rank": 1, ..., "name", "score", "run"}], the lowest score first (of
-    equals, by name).
+    """Run folders -> [{"rank": 1, ..., "name", "score", "run"}], the lowest score first (of equals, by name).
 
     A net has not learned the labels of held-out samples by heart; the folds of one split hold out every sample once. A
     sample in several tables gets the mean of its scores. Raises UserError naming a table that is missing or damaged.
