@@ -64,8 +64,8 @@ MUTANTS = [
 
     # ---- checkpoints: read with suspicion ----
     Mutant("CRC of records", "utils/tensors.py", "archive.testzip() or ", "", (*CHECKPOINT, *WEIGHTS)),
-    Mutant("records that are folders", "utils/tensors.py", "any(entry.external_attr & _FOLDER for entry in entries) or ",
-           "", CHECKPOINT),
+    Mutant("nothing compressed", "utils/tensors.py", "entry.compress_type != zipfile.ZIP_STORED or ", "", RELIABILITY),
+    Mutant("records that are folders", "utils/tensors.py", " or entry.external_attr & _FOLDER", "", CHECKPOINT),
     Mutant("names of records that stand twice", "utils/tensors.py", "len(set(names)) < len(names) or ", "",
            RELIABILITY),
     Mutant("records within records", "utils/tensors.py",

@@ -137,7 +137,7 @@ def test_every_rank_ends_with_what_rank_0_has_found(tmp_path):
     runs = world(tmp_path, *RUN, "--resume")
     assert [run.wait(60) for run in runs] == [2, 2]
     lines = errors(*runs)
-    assert lines and all("no run with last.pt" in line for line in lines) and len(lines) == 2, lines
+    assert len(lines) == 2 and all("no run with last.pt" in line for line in lines), lines
 
 
 @pytest.mark.parametrize("rank", [0, 1])

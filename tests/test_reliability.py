@@ -104,6 +104,16 @@ def test_records_that_were_exchanged(tmp_path):
     assert checkpoint.load(tmp_path / "edited.pt")["threshold"] == 0.25
 
 
+def test_a_compressed_archive_is_refused_also_where_it_is_not_smaller(tmp_path):
+    torch.save(Net().state_dict(), tmp_path / "net.pt")
+    with zipfile.ZipFile(tmp_path / "net.pt") as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    bad = rezipped(tmp_path / "net.pt", tmp_path / "bad.pt", compression=zipfile.ZIP_DEFLATED)
+    assert bad.stat().st_size > size
+    with pytest.raises(ValueError, match="compressed"):
+        tensors.read(bad)
+
+
 def test_archives_that_would_grow(tmp_path):
     torch.save({"conv.weight": torch.zeros(4, 3, 3, 3), "big": torch.zeros(1 << 22)}, tmp_path / "big.pt")
     small_one = rezipped(tmp_path / "big.pt", tmp_path / "small.pt", compression=zipfile.ZIP_DEFLATED)

@@ -105,12 +105,12 @@ def seal(path):
 
 
 def check_records(path):
-    """Every record of a zip archive against its CRC-32, and all against the one of `seal`, if there is one. They are
-    not larger together than the file, as compressed ones or one within another would be, and no name stands twice:
-    torch's files are never so, and a small file could become a large one. Raises ValueError."""
+    """Every record of a zip archive against its CRC-32, and all against the one of `seal`, if there is one. None is
+    compressed, none lies within another, and no name stands twice: torch's files are never so, and a small file could
+    become a large one. Raises ValueError."""
     with zipfile.ZipFile(path) as archive:
         entries, names = archive.infolist(), archive.namelist()
-        if any(entry.external_attr & _FOLDER for entry in entries) or \
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & _FOLDER for entry in entries) or \
                 sum(entry.file_size for entry in entries) > os.path.getsize(path) or len(set(names)) < len(names) or \
                 archive.testzip() or not any(name.endswith(_PROGRAM) for name in names) or \
                 any(archive.read(name) != _described(archive) for name in names if name.endswith(_SEAL)):

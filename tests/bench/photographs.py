@@ -8,8 +8,8 @@ folder per class below train; fold 0 of five validates). Peers: segmentation-mod
 cross-entropy, and timm's regnetx_002, trained as their users do: crops or random resized crops, hflip, (colour jitter),
 AdamW 1e-3, cosine, ImageNet's normalisation. Every row sees the same files and sizes, and as many epochs, of --times as
 many of ours. The score is that of the last epoch, with the mirrored view (ours of weather without it): mean IoU,
-accuracy. Seconds are of CPU time: of the peers that of the training, of ours that of the whole script, which validates
-every epoch. Set OMP_NUM_THREADS=1 where other programs run.
+accuracy. Seconds are CPU time: the peers' training, and our whole script, which validates every epoch. Set
+OMP_NUM_THREADS=1 where other programs run.
 """
 import argparse
 import csv

@@ -40,8 +40,8 @@ TASKS = {
     "det": Task(train_det, [*TINY_DET, *RUN], lambda root: write_parking(root, train=10, test=3), "train/images",
                 "test/images"),
     # two ranks have one image each, which 32 pixels are too few for
-    "cls": Task(train_cls, [*TINY_CLS, *RUN, "--imgsz", 64], lambda root: write_dirty(root, train=12, test=3), "dirty_mnist_2nd",
-                "test_dirty_mnist_2nd"),
+    "cls": Task(train_cls, [*TINY_CLS, *RUN, "--imgsz", 64], lambda root: write_dirty(root, train=12, test=3),
+                "dirty_mnist_2nd", "test_dirty_mnist_2nd"),
 }
 TOY = Task(toy, RUN, None, "", "")  # tests/toy.py: the same loop, without images; ends in a second
 ALL = TASKS | {"toy": TOY}
