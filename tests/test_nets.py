@@ -8,12 +8,13 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nets import make as make_encoder
 from nets.blocks import ConvNorm, fuse, recompute, relu
 from nets.regnet import VARIANTS, Block, RegNetX
-from nets.unet import UNet
+from nets.unet import DecoderBlock, UNet
 from utils.ops.decide import probabilities
 
 
@@ -188,6 +189,31 @@ def test_smps_parameter_count():
 
 
 SIZES = [(1, 1), (1, 64), (64, 1), (2, 3), (17, 33), (65, 64), (64, 65), (31, 97)]
+
+
+@pytest.mark.parametrize("size", [(10, 8), (9, 7), None], ids=str)
+def test_a_decoder_block_enlarges_concatenates_and_convolves(size):
+    """Outputs and gradients, in float64; without a skip too. Of an odd-sized skip, all but the last two rows and
+    columns, where the map before the crop counts."""
+    torch.manual_seed(0)
+    block = DecoderBlock(5, 3 if size else 0, 4).double().eval()
+    maps = [torch.randn(2, 5, 5, 4, dtype=torch.float64)]
+    maps += [torch.randn(2, 3, *size, dtype=torch.float64)] if size else []
+    height, width = size or (10, 8)
+    inside = slice(None), slice(None), slice(height - 2 * (height % 2)), slice(width - 2 * (width % 2))
+
+    def plain(x, *skips):
+        x = torch.cat([F.interpolate(x, scale_factor=2)[..., :height, :width], *skips], 1)
+        return block.conv2(relu(block.conv1.bn(block.conv1.conv(x))))
+
+    results = []
+    for forward in (block, plain):
+        inputs = [x.clone().requires_grad_() for x in maps]
+        y = forward(*inputs)
+        assert y.shape == (2, 4, height, width)
+        results.append((y[inside], *torch.autograd.grad(y[inside].square().sum(), (*inputs, *block.parameters()))))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{}, {"stem_stride": 2}, {"stem_stride": 2, "decoder": (16,) * 5},

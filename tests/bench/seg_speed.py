@@ -2,14 +2,16 @@
 
     python -m tests.bench.seg_speed [--size 256] [--bs 8] [--rounds 5] [--compile]
 
-"as in 2024": fp32, NCHW, unfused AdamW, Lovasz loss in a loop over images; prediction in fp32 with batch norms.
-Ours: the defaults (autocast where the hardware has bf16, channels-last, fused AdamW, one batched sort, EMA), and
-prediction as predict.py does it. Both in turn, `rounds` times. The fastest round counts: noise only adds.
+"as in 2024": fp32, NCHW, maps enlarged and concatenated, unfused AdamW, Lovasz loss in a loop over images, memory as
+glibc gives it; prediction in fp32 with batch norms. Ours: the defaults (channels-last, fused AdamW, one batched sort,
+EMA; autocast where the hardware has bf16, or as --amp says), and prediction as predict.py does it. Both in turn,
+`rounds` times. The fastest round counts: noise only adds.
 """
 import argparse
 import copy
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -18,8 +20,9 @@ import torch.nn.functional as F
 from data import images, seg
 from data.loader import train_loader
 from data.samples.wildfire import wildfire
+from nets.blocks import relu
 from nets.unet import UNet
-from tests.bench.timing import clock, in_turn, prepared, show, training_step
+from tests.bench.timing import clock, in_turn, prepared, show, training_step, with_plain_memory
 from utils import losses
 from utils.ops import decide
 from utils.train import dist, optim
@@ -39,18 +42,29 @@ def lovasz_loop(logits, masks):
     return total / len(logits)
 
 
-def trainer(ours, batch, device):
+def as_in_2024(net):
+    """The net with decoder blocks that enlarge the map, concatenate the skip and convolve; in place."""
+    def forward(block, x, *skips):
+        x = torch.cat([F.interpolate(x, scale_factor=2), *skips], 1)
+        return block.conv2(relu(block.conv1.bn(block.conv1.conv(x))))
+
+    for block in net.decoder:
+        block.forward = types.MethodType(forward, block)
+    return net
+
+
+def trainer(ours, batch, device, amp):
     """-> a function that does one step and returns the seconds of (forward and loss, backward, optimizer)."""
     torch.manual_seed(0)
     layout = torch.channels_last if ours else torch.contiguous_format
-    model = UNet().to(device, memory_format=layout)
+    model = (UNet() if ours else as_in_2024(UNet())).to(device, memory_format=layout)
     if ours:
         optimizer = optim.make_optimizer("adamw", optim.param_groups(model, 0.01), lr=1e-3)
         ema = optim.make_ema(model, 1000)
     else:
         optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False, fused=False), None
     image = seg.add_mean_planes(batch["image"]).contiguous(memory_format=layout)
-    dtype = precision("auto", device) if ours else None
+    dtype = precision(amp, device) if ours else None
 
     def loss():
         logits = model(image)
@@ -58,7 +72,7 @@ def trainer(ours, batch, device):
     return training_step(loss, model, optimizer, device, dtype=dtype, ema=ema)
 
 
-def predictors(raw, device, compiled, bs):
+def predictors(raw, device, compiled, bs, amp):
     """-> {name: function that predicts the batch and returns seconds per image}."""
     def timed(function):
         def run():
@@ -70,12 +84,12 @@ def predictors(raw, device, compiled, bs):
 
     torch.manual_seed(0)
     net, inputs = UNet().eval(), seg.Input(list(range(1, 8)), 65535.0, raw.shape[2], mean_planes=True)
-    before = copy.deepcopy(net).to(device)
-    made = {"as in 2024": timed(
-        lambda: before(seg.add_mean_planes(raw[:, :7].to(device).float() / 65535)).sigmoid().cpu())}
+    before = as_in_2024(copy.deepcopy(net)).to(device)
+    made = {"as in 2024": with_plain_memory(timed(
+        lambda: before(seg.add_mean_planes(raw[:, :7].to(device).float() / 65535)).sigmoid().cpu()))}
     for name, compile in {"ours": False, "ours, --compile": True}.items():
         if compile <= compiled:
-            ours = prepared(copy.deepcopy(net), device, compile)
+            ours = prepared(copy.deepcopy(net), device, compile, amp)
             made[name] = timed(lambda net=ours: [
                 decide.segment(net, inputs(raw[i:i + bs].to(device)), side=inputs.side).cpu()
                 for i in range(0, len(raw), bs)])
@@ -90,11 +104,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true",
                         help="also prediction with --compile (minutes to build on CPUs)")
+    parser.add_argument("--amp", default="auto", help="ours: auto, or off for fp32")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = dist.setup(args.device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, precision "
-          f"{precision('auto', device)}, {args.size} x {args.size} x 14, batch {args.bs}")
+          f"{precision(args.amp, device)}, {args.size} x {args.size} x 14, batch {args.bs}")
 
     with tempfile.TemporaryDirectory() as folder:
         wildfire(folder, train=2 * args.bs, test=0, size=args.size)
@@ -112,11 +127,12 @@ def main():
         batch["image"] = batch["image"].float() / 65535
         raw = torch.stack([images.read(image, list(range(1, 8))) for image, _ in paired])
 
-    steps = {"as in 2024": trainer(False, batch, device), "ours": trainer(True, batch, device)}
+    steps = {"as in 2024": with_plain_memory(trainer(False, batch, device, args.amp)),
+             "ours": trainer(True, batch, device, args.amp)}
     taken = show("training", in_turn(steps, args.rounds), args.bs, "as in 2024")
     print(f"training ratio: {taken['as in 2024'] / taken['ours']:.2f}")
 
-    runs = in_turn(predictors(raw, device, args.compile, args.predict_bs), args.rounds)
+    runs = in_turn(predictors(raw, device, args.compile, args.predict_bs, args.amp), args.rounds)
     rate = {name: 1 / min(taken) for name, taken in runs.items()}
     for name, value in rate.items():
         print(f"prediction {name}: {value:.1f} img/s, ratio {value / rate['as in 2024']:.2f}")

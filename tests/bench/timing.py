@@ -41,9 +41,9 @@ def in_turn(runs, rounds):
     return given
 
 
-def prepared(net, device, compile=False):
+def prepared(net, device, compile=False, amp="auto"):
     """A net as predict.py runs it: batch norms folded, in half precision where the hardware has it, channels-last."""
-    net = fuse(net).to(device, precision("auto", device) or torch.float32, memory_format=torch.channels_last)
+    net = fuse(net).to(device, precision(amp, device) or torch.float32, memory_format=torch.channels_last)
     if compile:
         torch._inductor.config.freezing = device.type == "cpu"
         net.compile()
