@@ -33,7 +33,7 @@ def make(name, ours):
     return timm.create_model(name, in_chans=1, num_classes=CLASSES, **drop)
 
 
-def trainer(model, our_way, x, y, device):
+def trainer(model, our_way, x, y, device, amp):
     """-> a function that does one step and returns the seconds of (forward and loss, backward, optimizer)."""
     layout = torch.channels_last if our_way else torch.contiguous_format
     model.train().to(device, memory_format=layout)
@@ -43,7 +43,7 @@ def trainer(model, our_way, x, y, device):
         ema = optim.make_ema(model, 1000)
     else:
         optimizer, ema = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5), None
-    dtype = precision("auto", device) if our_way else None
+    dtype = precision(amp, device) if our_way else None
 
     def loss():
         logits = model(x)
@@ -51,7 +51,7 @@ def trainer(model, our_way, x, y, device):
     return training_step(loss, model, optimizer, device, dtype=dtype, ema=ema)
 
 
-def predictors(name, x, device, compiled):
+def predictors(name, x, device, compiled, amp):
     """-> {name: function that predicts the batch and returns seconds per image}."""
     def timed(net, dtype, layout, compile=False):
         net.eval().to(device, dtype, memory_format=layout)
@@ -65,11 +65,11 @@ def predictors(name, x, device, compiled):
             return (clock(device) - began) / len(x)
         return run
 
-    ours = precision("auto", device) or torch.float32, torch.channels_last
+    ours = precision(amp, device) or torch.float32, torch.channels_last
     made = {PLAIN: timed(make(name, False), torch.float32, torch.contiguous_format)}
     for compile in (False, True)[:1 + compiled]:
         made[SAME + ", --compile" * compile] = timed(make(name, False), *ours, compile)
-        made["ours" + ", --compile" * compile] = timed(prepared(make(name, True).eval(), device, compile), *ours)
+        made["ours" + ", --compile" * compile] = timed(prepared(make(name, True).eval(), device, compile, amp), *ours)
     return made
 
 
@@ -81,23 +81,24 @@ def main():
     parser.add_argument("--bs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="prediction with --compile too (minutes to build)")
+    parser.add_argument("--amp", default="auto", help="ours: auto, or off for fp32")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = dist.setup(args.device)
     torch.backends.cudnn.benchmark = True  # as engine.seed_everything
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, precision "
-          f"{precision('auto', device)}, {args.net}, {args.size} x {args.size}, batch {args.bs}")
+          f"{precision(args.amp, device)}, {args.net}, {args.size} x {args.size}, batch {args.bs}")
     torch.manual_seed(0)
     x, y = torch.randn(args.bs, 1, args.size, args.size), torch.randint(0, 2, (args.bs, CLASSES)).float()
 
-    steps = {PLAIN: trainer(make(args.net, False), False, x, y, device),
-             SAME: trainer(make(args.net, False), True, x, y, device),
-             "ours": trainer(make(args.net, True), True, x, y, device)}
+    steps = {PLAIN: trainer(make(args.net, False), False, x, y, device, args.amp),
+             SAME: trainer(make(args.net, False), True, x, y, device, args.amp),
+             "ours": trainer(make(args.net, True), True, x, y, device, args.amp)}
     taken = show("training", in_turn(steps, args.rounds), args.bs, PLAIN)
     print(f"training ratio of ours to {SAME}: {taken[SAME] / taken['ours']:.2f}")
 
     best = {name: min(taken) for name, taken in
-            in_turn(predictors(args.net, x, device, args.compile), args.rounds).items()}
+            in_turn(predictors(args.net, x, device, args.compile, args.amp), args.rounds).items()}
     for name, taken in best.items():
         print(f"prediction {name}: {1 / taken:.2f} img/s, ratio {best[PLAIN] / taken:.2f}", flush=True)
     print(f"prediction ratio of ours to {SAME}: {best[SAME] / best['ours']:.2f}")

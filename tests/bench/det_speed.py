@@ -51,7 +51,7 @@ def loss_of(model, x, targets):
     return losses_det.free_loss(model(x), targets, head.strides, BINS, **weights)[0]
 
 
-def trainer(model, ours, raw, targets, device):
+def trainer(model, ours, raw, targets, device, amp):
     """-> a function that does one step and returns the seconds of (forward and loss, backward, optimizer)."""
     layout = torch.channels_last if ours else torch.contiguous_format
     model.train().to(device, memory_format=layout)
@@ -62,11 +62,11 @@ def trainer(model, ours, raw, targets, device):
         optimizer, ema = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.937, nesterov=True, foreach=False,
                                          fused=False), None
     x = (raw.to(device).float() / 255).contiguous(memory_format=layout)
-    targets, dtype = targets.to(device), precision("auto", device) if ours else None
+    targets, dtype = targets.to(device), precision(amp, device) if ours else None
     return training_step(lambda: loss_of(model, x, targets), model, optimizer, device, dtype=dtype, ema=ema)
 
 
-def predictors(nets, arch, raw, device, compiled, bs):
+def predictors(nets, arch, raw, device, compiled, bs, amp):
     """-> {name: function that predicts the images and returns seconds per image}. nets: {head: trained briefly}."""
     def timed(function):
         def run():
@@ -87,19 +87,19 @@ def predictors(nets, arch, raw, device, compiled, bs):
             lambda x: boxes.nms(before(x.to(device).contiguous().float() / 255), **limits)))
     for head, net in nets.items():
         for compile in (False, True)[:1 + compiled]:
-            ours = prepared(copy.deepcopy(net).eval(), device, compile)
+            ours = prepared(copy.deepcopy(net).eval(), device, compile, amp)
             made[f"ours, {head}{', --compile' * compile}"] = timed(
                 lambda x, net=ours: decide.detect(net, inputs(x.to(device)), **limits))
     return made
 
 
-def validate(model, raw, targets, device, bs):
+def validate(model, raw, targets, device, bs, amp):
     """-> seconds of the (net, suppression, DetectionAP) for all images, detections per image, scores."""
     metric, spent, count = DetectionAP(len(NAMES)), [0.0] * 3, 0
     model.eval()
     for start in range(0, len(raw), bs):
         times = [clock(device)]
-        with torch.inference_mode(), autocast(device, precision("auto", device)):
+        with torch.inference_mode(), autocast(device, precision(amp, device)):
             rows = model((raw[start:start + bs].to(device).float() / 255).contiguous(memory_format=torch.channels_last))
             times.append(clock(device))
             found = boxes.nms(rows, conf=0.001, iou=0.65, max_det=300)
@@ -124,32 +124,33 @@ def main():
     parser.add_argument("--images", type=int, default=16, help="to predict and to validate on")
     parser.add_argument("--brief", type=int, default=40, help="training steps at half the size, before prediction")
     parser.add_argument("--compile", action="store_true", help="prediction with --compile too (minutes to build)")
+    parser.add_argument("--amp", default="auto", help="ours: auto, or off for fp32")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = dist.setup(args.device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, precision "
-          f"{precision('auto', device)}, variant {args.variant}, {args.size} x {args.size}, batch {args.bs}")
+          f"{precision(args.amp, device)}, variant {args.variant}, {args.size} x {args.size}, batch {args.bs}")
     torch.manual_seed(0)
     arch = {"variant": args.variant, "num_classes": len(NAMES)}
     raw, targets = rectangles(args.images, args.size)
     batch = raw[:args.bs], targets[targets[:, 0] < args.bs]
 
-    steps = {OLD: with_plain_memory(trainer(YOLOv5(**arch, head="anchor"), False, *batch, device))}
-    steps |= {f"ours, {head}": trainer(YOLOv5(**arch, head=head), True, *batch, device) for head in args.head}
+    steps = {OLD: with_plain_memory(trainer(YOLOv5(**arch, head="anchor"), False, *batch, device, args.amp))}
+    steps |= {f"ours, {head}": trainer(YOLOv5(**arch, head=head), True, *batch, device, args.amp) for head in args.head}
     show("training", in_turn(steps, args.rounds), args.bs, OLD)
 
     nets = {head: YOLOv5(**arch, head=head) for head in dict.fromkeys(("anchor", *args.head))}
     small, rows = rectangles(args.bs, args.size // 64 * 32)
     for net in nets.values():
-        step = trainer(net, True, small, rows, device)
+        step = trainer(net, True, small, rows, device, args.amp)
         for _ in range(args.brief):
             step()
     best = {name: min(taken) for name, taken in
-            in_turn(predictors(nets, arch, raw, device, args.compile, args.bs), args.rounds).items()}
+            in_turn(predictors(nets, arch, raw, device, args.compile, args.bs, args.amp), args.rounds).items()}
     for name, taken in best.items():
         print(f"prediction {name}: {1 / taken:.2f} img/s, ratio {best[OLD] / taken:.2f}", flush=True)
     for head in args.head:
-        runs = [validate(nets[head], raw, targets, device, args.bs) for _ in range(3)]
+        runs = [validate(nets[head], raw, targets, device, args.bs, args.amp) for _ in range(3)]
         (net, nms, ap), count, scores = min(runs, key=lambda run: sum(run[0]))
         net, nms, ap = (1000 * seconds / len(raw) for seconds in (net, nms, ap))
         total = net + nms + ap
