@@ -28,7 +28,7 @@ def conv_enlarged(x, weight, bias, padding):
 
     Each pixel of x stands four times, so that sums of weights can meet it once: a transposed convolution with a 4x4
     kernel gives the same up to rounding, with 4 in place of 9 multiplications."""
-    kernel = F.avg_pool2d(weight.transpose(0, 1).flip(2, 3), 2, 1, 1, divisor_override=1)  # sums of 2x2 weights
+    kernel = 4 * F.avg_pool2d(weight.transpose(0, 1).flip(2, 3), 2, 1, 1)  # sums of 2x2 weights; zeros beyond the edge
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=padding)
 
 
