@@ -65,7 +65,7 @@ def images(inputs, count, height, width):
     return raw
 
 
-@pytest.mark.parametrize("form", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["pt2", "onnx"])
 def test_outputs_are_those_of_the_prediction(script, exported, form):
     path, net, inputs = exported
     if form == "onnx":
