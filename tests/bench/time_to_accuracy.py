@@ -34,7 +34,7 @@ OURS = {
              "--epochs 40 --bs 16 --repeat 1 --schedule cosine --workers 0 --cache ram --loss lovasz_elu bce=1 "
              "--gain 1",
     "letters": "train_cls.py --data {out}/glyphs --groups {out}/glyphs/writers.csv --folds 5 --net efficientnetv2_b0 "
-               "--loss ce --imgsz 32 --bs 32 --optimizer adamw --weight-decay 0.01 --lr 2e-3 --no-rot90 --cutout 0 "
+               "--loss ce --imgsz 32 --bs 128 --optimizer adamw --weight-decay 0.01 --lr 4e-3 --no-rot90 --cutout 0 "
                "--drop 0 --drop-path 0 --epochs 5 --workers 0 --cache ram",
     "cells": "train_det.py --data {data}/bccd --variant n --imgsz 320 --bs 16 --epochs 30 --workers 0 --cache ram",
 }
@@ -70,7 +70,7 @@ def water_peer(seed, args):
     return float(re.search(r"last epoch iou ([\d.]+)", out)[1]), sum(map(float, re.findall(r"seconds ([\d.]+)", out)))
 
 
-def letters_peer(seed, args, epochs=5):
+def letters_peer(seed, args, epochs=5, batch=32):
     import timm
     torch.manual_seed(seed)
     glyphs = args.out / "glyphs"
@@ -84,7 +84,7 @@ def letters_peer(seed, args, epochs=5):
     augmented, plain = v2.Compose([v2.RandomAffine(15, (0.1, 0.1), (0.9, 1.1)), *after]), v2.Compose(after)
     parts = [[item for item, name in zip(items, names) if (fold_of[name] > 0) is trained] for trained in (True, False)]
     model = timm.create_model("tf_efficientnetv2_b0", num_classes=len(table.names))
-    loader = DataLoader(Photographs(parts[0], lambda x, y: (augmented(x), y)), 32, shuffle=True, drop_last=True)
+    loader = DataLoader(Photographs(parts[0], lambda x, y: (augmented(x), y)), batch, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule, began = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader)), time.monotonic()
     for _ in range(epochs):
