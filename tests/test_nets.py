@@ -188,9 +188,6 @@ def test_smps_parameter_count():
     assert count(UNet(conv0=(), stem_stride=2)) == 4_784_065
 
 
-SIZES = [(1, 1), (1, 64), (64, 1), (2, 3), (17, 33), (65, 64), (64, 65), (31, 97)]
-
-
 @pytest.mark.parametrize("size", [(10, 8), (9, 7), None], ids=str)
 def test_a_decoder_block_enlarges_concatenates_and_convolves(size):
     """Outputs and gradients, in float64; without a skip too. Of an odd-sized skip, all but the last two rows and
@@ -214,6 +211,9 @@ def test_a_decoder_block_enlarges_concatenates_and_convolves(size):
         results.append((y[inside], *torch.autograd.grad(y[inside].square().sum(), (*inputs, *block.parameters()))))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+SIZES = [(1, 1), (1, 64), (64, 1), (2, 3), (17, 33), (65, 64), (64, 65), (31, 97)]
 
 
 @pytest.mark.parametrize("options", [{}, {"stem_stride": 2}, {"stem_stride": 2, "decoder": (16,) * 5},
