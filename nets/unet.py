@@ -16,24 +16,25 @@ from nets.hrnet import HRNet, enlarge
 
 
 def conv_parts(conv, maps, first=F.conv2d):
-    """-> the summands of `conv(torch.cat(maps, 1))`, one per map (B, C, H, W), that of the first map by `first`. Without
-    making the concatenation, a training step takes a tenth less."""
+    """-> the summands of `conv(torch.cat(maps, 1))`, one per map (B, C, H, W), that of the first map by `first`.
+    Without making the concatenation, a training step takes a tenth less."""
     weights = conv.weight.split([x.shape[1] for x in maps], 1)
     return [(F.conv2d if i else first)(x, weight, None if i else conv.bias, padding=conv.padding)
             for i, (x, weight) in enumerate(zip(maps, weights))]
 
 
 def conv_enlarged(x, weight, bias, padding):
-    """A 3x3 convolution of x (B, C, H, W), enlarged to twice its size (nearest) -> (B, C_out, 2H, 2W).
+    """A 3x3 convolution of x (B, C, H, W) after it was enlarged to twice its size (nearest) -> (B, C_out, 2H, 2W).
 
-    Each pixel of x stands four times, so that sums of weights can meet it once: a transposed convolution with a 4x4
-    kernel gives the same up to rounding, with 4 in place of 9 multiplications."""
+    The enlarged map has every pixel four times. Instead of each copy times a weight, the pixel times the sum of these
+    weights is taken: a transposed convolution with a 4x4 kernel. It gives the same up to rounding, with 4 in place of 9
+    multiplications."""
     kernel = 4 * F.avg_pool2d(weight.transpose(0, 1).flip(2, 3), 2, 1, 1)  # sums of 2x2 weights; zeros beyond the edge
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=padding)
 
 
 class DecoderBlock(nn.Module):
-    """Upsample twice (nearest), concatenate the skip, two 3x3 convolutions."""
+    """Upsample to twice the size (nearest), concatenate the skip, two 3x3 convolutions."""
 
     def __init__(self, cin, skip, cout):
         super().__init__()
@@ -42,7 +43,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, *skips):
         y, *parts = conv_parts(self.conv1.conv, (x, *skips), conv_enlarged)
-        for part in parts:  # an odd-sized skip was rounded up on its way down
+        for part in parts:  # the map below an odd-sized skip was rounded up: its twofold is cropped
             y = y[..., :part.shape[2], :part.shape[3]] + part
         return self.conv2(relu(self.conv1.bn(y)))
 

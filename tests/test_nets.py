@@ -190,8 +190,8 @@ def test_smps_parameter_count():
 
 @pytest.mark.parametrize("size", [(10, 8), (9, 7), None], ids=str)
 def test_a_decoder_block_enlarges_concatenates_and_convolves(size):
-    """Outputs and gradients, in float64; without a skip too. Of an odd-sized skip, all but the last two rows and
-    columns, where the map before the crop counts."""
+    """Outputs and gradients, in float64; without a skip too. With an odd-sized skip the last two rows and columns are
+    not compared: the block crops after the first convolution, not before it."""
     torch.manual_seed(0)
     block = DecoderBlock(5, 3 if size else 0, 4).double().eval()
     maps = [torch.randn(2, 5, 5, 4, dtype=torch.float64)]

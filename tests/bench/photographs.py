@@ -1,7 +1,7 @@
 """Photographs: ours against what people use instead, with a row per change, as a table.
 
-    python -m tests.bench.photographs --data /data --out runs/photographs --only street weather --budget short --seeds 0 1 2
-    python -m tests.bench.photographs ... --rows ours peer              # some rows; runs that are there are not run again
+    python -m tests.bench.photographs --data /data --out runs/photographs --only street weather --seeds 0 1 2
+    python -m tests.bench.photographs ... --rows ours peer          # some rows; runs that are there are not run again
 
 DATA holds `street` (train_img, train_mask, groups.csv: the group 0006R0 validates, all others train) and `weather` (a
 folder per class below train; fold 0 of five validates). Peers: segmentation-models-pytorch's UNet on regnetx_002 with
@@ -47,8 +47,8 @@ ROWS = {  # what is changed of the recipe `photos`
         "balanced": "--class-weights balanced", "fp32": "--amp off", "lr": "--lr 2e-3"},
     "weather": {
         "ours": "", "dirty-mnist": "--recipe dirty-mnist", "quarter turns": "--rot90",
-        "no crop": "--zoom 1 1 --aspect 1", "strong crop": "--zoom 1 3.5", "no colour": "--hue 0 --saturation 0 --value 0",
-        "cutout": "--cutout 0.5 --cutout-size 0.3", "warm-up": "--warmup-epochs 2", "adam": "--optimizer adam "
+        "no crop": "--zoom 1 1 --aspect 1", "strong crop": "--zoom 1 3.5", "no colour":
+        "--hue 0 --saturation 0 --value 0", "cutout": "--cutout 0.5 --cutout-size 0.3", "warm-up": "--warmup-epochs 2", "adam": "--optimizer adam "
         "--weight-decay 1e-5", "no ema": "--no-ema", "bare": "--zoom 1 1 --aspect 1 --hue 0 --saturation 0 --value 0"},
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -104,7 +104,7 @@ class Photographs(Dataset):
 
 
 def peer(task, seed, epochs, data, out):
-    """smp's UNet or timm's classifier, as their users train them -> (score, seconds, those of training alone)."""
+    """smp's UNet or timm's classifier, as their users train them -> (score, seconds, seconds of training)."""
     kept = out / f"{task}-peer-{epochs}-{seed}.json"
     if not kept.exists():
         torch.manual_seed(seed)
@@ -164,7 +164,8 @@ def street_peer(epochs, data, out):
             metric.update(probs[..., :height, :width].argmax(1), mask[None])
         return metric.compute()["miou"]
 
-    return fit(model, loader, lambda x, mask: F.cross_entropy(model(x), mask, ignore_index=seg.IGNORE), epochs, evaluate)
+    return fit(model, loader, lambda x, mask: F.cross_entropy(model(x), mask, ignore_index=seg.IGNORE), epochs,
+               evaluate)
 
 
 def weather_peer(epochs, data, out):

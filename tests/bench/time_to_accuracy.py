@@ -7,7 +7,7 @@ DIR is as in tests/bench/playbook.py. Peers: segmentation-models-pytorch's UNet 
 timm's tf_efficientnetv2_b0 on letters of 32 pixels as its users train it (fp32, AdamW 1e-3, cosine, small turns and
 shifts, 5 epochs); Ultralytics' yolov5n.yaml on the blood cells with its defaults (320 pixels, batch 16, 30 epochs),
 whose boxes our metric scores. Ours is validated every epoch; the first epoch that reaches the peer's last score counts.
-Times are those of the epochs with their validations, without the start. Set OMP_NUM_THREADS=1 where other programs run.
+All epochs are timed with their validations, the start is not. Set OMP_NUM_THREADS=1 where other programs run.
 """
 import argparse
 import csv
